@@ -1,0 +1,20 @@
+"""The small networks and data sets that recipes, benchmarks and the demo run on."""
+
+from lightning_compress.baselines.classifier import Classifier
+from lightning_compress.baselines.data import CIFAR10, MNIST, Digits, FashionMNIST
+from lightning_compress.baselines.loader import RandomShift, TensorLoader
+from lightning_compress.baselines.networks import DigitsConvNet, LeNet5, LeNet300, ResNet20
+
+__all__ = [
+    "CIFAR10",
+    "MNIST",
+    "Classifier",
+    "Digits",
+    "DigitsConvNet",
+    "FashionMNIST",
+    "LeNet5",
+    "LeNet300",
+    "RandomShift",
+    "ResNet20",
+    "TensorLoader",
+]

@@ -1,0 +1,199 @@
+"""The small networks that recipes, benchmarks and the demo compress: plain modules, keyword arguments, no surprises."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DigitsConvNet(nn.Sequential):
+    """Four conv-bn-relu blocks and one Linear, made for 8x8 images.
+
+    The first two blocks are `width` channels wide and work on the full image, the last two have twice as many channels
+    and work on half the resolution; a 2x2 max-pooling stands after each pair. Width 24 has 38,722 parameters.
+
+    Args:
+        num_classes: Number of outputs.
+        in_channels: Channels of the image.
+        width: Channels of the first pair of blocks.
+        image_size: Height and width of the (square) image; the pooling wants a multiple of 4.
+
+    Shapes:
+        input (N, in_channels, image_size, image_size), output (N, num_classes).
+
+    Example:
+        >>> import torch
+        >>> DigitsConvNet()(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(self, *, num_classes: int = 10, in_channels: int = 1, width: int = 24, image_size: int = 8) -> None:
+        if image_size % 4 or image_size < 4:
+            raise ValueError(
+                f"DigitsConvNet halves the image twice: image_size must be a multiple of 4, got {image_size}."
+            )
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        channels = [in_channels, width, width, 2 * width, 2 * width]
+        for i, (inputs, outputs) in enumerate(pairwise(channels), start=1):
+            layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+            layers[f"bn{i}"] = nn.BatchNorm2d(outputs)
+            layers[f"relu{i}"] = nn.ReLU()
+            if i % 2 == 0:
+                layers[f"pool{i // 2}"] = nn.MaxPool2d(2)
+        layers["flatten"] = nn.Flatten()
+        layers["fc"] = nn.Linear(2 * width * (image_size // 4) ** 2, num_classes)
+        super().__init__(layers)
+
+
+class LeNet300(nn.Sequential):
+    """LeNet-300-100: Linear, ReLU, Linear, ReLU, Linear; it flattens its input itself.
+
+    The fully connected network of LeCun et al. 1998 (Gradient-based learning applied to document recognition) in the
+    shape that pruning papers use (Han et al. 2015, table 1): 266,200 weights and 410 biases.
+
+    Args:
+        in_features: Size of one flattened input.
+        num_classes: Number of outputs.
+
+    Shapes:
+        input (N, ...) with `in_features` elements per sample, output (N, num_classes).
+
+    Example:
+        >>> import torch
+        >>> LeNet300()(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(self, *, in_features: int = 784, num_classes: int = 10) -> None:
+        super().__init__(
+            OrderedDict(
+                flatten=nn.Flatten(),
+                fc1=nn.Linear(in_features, 300),
+                relu1=nn.ReLU(),
+                fc2=nn.Linear(300, 100),
+                relu2=nn.ReLU(),
+                fc3=nn.Linear(100, num_classes),
+            )
+        )
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 as Caffe and Deep Compression have it: 20 and 50 filters of 5x5, then 500 hidden units; for 28x28 images.
+
+    conv1 - max-pooling - conv2 - max-pooling - fc1 - ReLU - fc2: 430,500 weights and 580 biases (Han et al. 2015,
+    table 1). Caffe's network has one ReLU, after fc1. Here a ReLU follows each convolution as well, as in most later
+    work, so that every channel has a non-linearity whose zeros can be counted; `conv_relu=False` is Caffe's network.
+
+    Args:
+        in_channels: Channels of the image.
+        num_classes: Number of outputs.
+        conv_relu: Whether a ReLU stands between each convolution and its pooling.
+
+    Shapes:
+        input (N, in_channels, 28, 28), output (N, num_classes).
+
+    Example:
+        >>> import torch
+        >>> LeNet5()(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(self, *, in_channels: int = 1, num_classes: int = 10, conv_relu: bool = True) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (inputs, outputs) in enumerate([(in_channels, 20), (20, 50)], start=1):
+            layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 5)
+            if conv_relu:
+                layers[f"relu{i}"] = nn.ReLU()
+            layers[f"pool{i}"] = nn.MaxPool2d(2)
+        layers["flatten"] = nn.Flatten()
+        layers["fc1"] = nn.Linear(50 * 4 * 4, 500)
+        layers["relu3"] = nn.ReLU()
+        layers["fc2"] = nn.Linear(500, num_classes)
+        super().__init__(layers)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut: relu(f(x) + shortcut(x)).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the first convolution and of the shortcut.
+
+    Shapes:
+        input (N, in_channels, H, W), output (N, out_channels, ceil(H / stride), ceil(W / stride)).
+
+    Example:
+        >>> import torch
+        >>> ResidualBlock(16, 32, stride=2)(torch.zeros(5, 16, 8, 8)).shape
+        torch.Size([5, 32, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(out_channels))
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        hidden = self.relu1(self.bn1(self.conv1(x_NCHW)))
+        output: Tensor = self.relu2(self.bn2(self.conv2(hidden)) + self.shortcut(x_NCHW))
+        return output
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet of He et al. 2015, section 4.2: a 3x3 stem and three stages of three residual blocks.
+
+    The stages have `width`, 2 `width` and 4 `width` channels and halve the image between them. The two shortcuts that
+    change shape are option B, a 1x1 convolution with batch norm, where the paper's CIFAR networks pad with zero
+    channels (option A): so the channels of a stage can be cut like any others. Width 16, three input channels and ten
+    classes: 272,474 parameters (option A: 269,722).
+
+    Args:
+        width: Channels of the first stage.
+        in_channels: Channels of the image.
+        num_classes: Number of outputs.
+
+    Shapes:
+        input (N, in_channels, H, W) of any size, output (N, num_classes).
+
+    Example:
+        >>> import torch
+        >>> ResNet20(width=4, in_channels=1)(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(self, *, width: int = 16, in_channels: int = 3, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+        self.stages = nn.Sequential(
+            _stage(width, width, stride=1),
+            _stage(width, 2 * width, stride=2),
+            _stage(2 * width, 4 * width, stride=2),
+        )
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        hidden = self.stages(self.relu(self.bn(self.conv(x_NCHW))))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(hidden, 1).flatten(1))
+        return logits
+
+
+def _stage(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(in_channels, out_channels, stride=stride),
+        ResidualBlock(out_channels, out_channels),
+        ResidualBlock(out_channels, out_channels),
+    )

@@ -1,0 +1,1 @@
+"""What every technique is built from: plain torch, no Trainer, no technique."""

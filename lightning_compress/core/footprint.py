@@ -1,0 +1,234 @@
+"""What a network costs: entries, multiply-accumulates, bytes of a file, seconds and bytes of memory."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.inputs import ExampleInputs, batch_size, call, tensors
+from lightning_compress.core.macs import count_macs
+from lightning_compress.core.sparse_file import load_sparse, save_sparse
+
+_WARM_UP = 3  # forward passes before the clock counts: allocators, kernel choice, compilation
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network costs on given example inputs; see `footprint`.
+
+    Attributes:
+        parameters: Entries of all parameters; a shared parameter counts once.
+        nonzero: Those of them that are not zero.
+        macs: Multiply-accumulates of a forward pass, per sample; zeros cost as much as other values.
+        bytes: Size of the file that `save_sparse` writes, read back and compared.
+        latency: Median seconds of a forward pass of the whole batch.
+        peak_memory: Bytes of parameters and buffers, and of the tensors alive at the worst moment of a forward pass.
+        uncounted: Operators that ran and are missing from `macs`, because torch's counter has no formula for them.
+    """
+
+    parameters: int
+    nonzero: int
+    macs: int
+    bytes: int
+    latency: float
+    peak_memory: int
+    uncounted: tuple[str, ...]
+
+
+def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 30) -> Footprint:
+    """Measure what the network costs, in evaluation mode, and leave it as it was.
+
+    MACs are those of `count_macs`, latency is that of `compare_latency`, which is the one to use when two networks are
+    to be compared. The peak of memory is p + max_t a(t), with p the bytes of parameters and buffers and a(t) those of
+    the tensors that a forward pass made and that are alive at moment t; the inputs are not in it. On CUDA a(t) is the
+    allocator's (its peak statistics are reset), elsewhere that of the tensors which operators return, without what
+    a kernel needs inside. MACs and memory of a compiled network are those of the network before compilation.
+
+    Args:
+        model: Any module; parameters, gradients, buffers, modes, hooks and torch's random state stay as they are.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first, on the
+            model's device.
+        repeats: How many forward passes the latency is the median of.
+
+    Raises:
+        ValueError: `model` is no module or not built yet, the inputs hold no sample or are on another device, `repeats`
+            is below 1, or the state dict holds what a file of tensors can't.
+        RuntimeError: The file did not give back what was written.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = net[0].weight.data[:4].zero_()
+        >>> cost = footprint(net, torch.randn(16, 4))
+        >>> cost.parameters, cost.nonzero, cost.macs, cost.uncounted
+        (58, 42, 48, ())
+    """
+    _check(model, example_inputs)
+    parameters = list(model.parameters())
+    latency = compare_latency({"model": (model, example_inputs)}, repeats=repeats)["model"]
+    with evaluating(model):
+        macs, uncounted = count_macs(model, example_inputs)
+        peak_memory = _resident_bytes(model) + _forward_bytes(model, example_inputs)
+    return Footprint(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        nonzero=sum(int(torch.count_nonzero(parameter != 0)) for parameter in parameters),
+        macs=macs,
+        bytes=_file_bytes(model),
+        latency=latency,
+        peak_memory=peak_memory,
+        uncounted=uncounted,
+    )
+
+
+def compare_latency(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, repeats: int = 30) -> dict[str, float]:
+    """Return the median seconds of a forward pass of each network, taken in turns.
+
+    Round-robin, so that all networks meet the same state of the machine: the ratio of two latencies can be trusted when
+    the latencies themselves move. Each forward pass is timed to the end of the device's work, after three untimed ones,
+    in evaluation mode without gradients.
+
+    Args:
+        networks: Model and example inputs by name.
+        repeats: Timed forward passes of each network.
+
+    Raises:
+        ValueError: As for `footprint`.
+
+    Example:
+        >>> dense, compressed, x = nn.Linear(1024, 1024), nn.Linear(1024, 256), torch.randn(64, 1024)
+        >>> seconds = compare_latency({"dense": (dense, x), "compressed": (compressed, x)})
+        >>> speed_up = seconds["dense"] / seconds["compressed"]
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, for a median needs a value; got {repeats!r}.")
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    accelerators: set[torch.device] = set()
+    with ExitStack() as stack:
+        for model, example_inputs in networks.values():
+            _check(model, example_inputs)
+            accelerators |= _accelerators(model, example_inputs)
+            stack.enter_context(evaluating(model))
+        for turn in range(-_WARM_UP, repeats):
+            for name, (model, example_inputs) in networks.items():
+                elapsed = _forward_seconds(model, example_inputs, accelerators)
+                if turn >= 0:
+                    seconds[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _check(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ValueError(f"{name} has no values yet (lazy, or on the meta device): run or load the model first.")
+    batch_size(example_inputs)
+    homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    places = {tensor.device for tensor in tensors(example_inputs)}
+    if homes and homes.isdisjoint(places):  # some inputs, such as lengths, belong on the CPU
+        raise ValueError(
+            f"example_inputs are on {_names(places)}, but the model is on {_names(homes)}: move them, for instance "
+            "with core.inputs.to_device."
+        )
+
+
+def _names(devices: set[torch.device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
+
+
+def _accelerators(model: nn.Module, example_inputs: ExampleInputs) -> set[torch.device]:
+    used = chain(model.parameters(), model.buffers(), tensors(example_inputs))
+    return {tensor.device for tensor in used if tensor.device.type != "cpu"}
+
+
+def _forward_seconds(model: nn.Module, example_inputs: ExampleInputs, accelerators: set[torch.device]) -> float:
+    for device in accelerators:
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    call(model, example_inputs)
+    for device in accelerators:
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _resident_bytes(model: nn.Module) -> int:
+    storages = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
+    sizes: dict[int, int] = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(sizes.values())
+
+
+def _forward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:
+    devices = [device for device in _accelerators(model, example_inputs) if device.type == "cuda"]
+    if not devices:
+        live = _LiveBytes()
+        with live:
+            call(model, example_inputs)
+        return live.peak
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = [torch.cuda.memory_allocated(device) for device in devices]
+    call(model, example_inputs)
+    peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
+    return sum(peaks) - sum(before)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operators make, from their birth to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._live = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = _storages((args, kwargs))  # views and in-place results live in a storage that was there
+        out = func(*args, **kwargs)
+        for address, storage in _storages(out).items():
+            if address not in known:
+                self._live += storage.nbytes()
+                weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self._live)
+        return out
+
+    def _release(self, count: int) -> None:
+        self._live -= count
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    return {storage._cdata: storage for storage in (leaf.untyped_storage() for leaf in leaves)}
+
+
+def _file_bytes(model: nn.Module) -> int:
+    state = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.lcsf"
+        save_sparse(state, path)
+        loaded = load_sparse(path)
+        size = path.stat().st_size
+    changed = [name for name, tensor in state.items() if not _same(tensor.cpu(), loaded[name])]
+    if changed:
+        raise RuntimeError(f"These tensors came back from the file other than they were written: {changed}.")
+    return size
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    both_nan = (ours != ours) & (theirs != theirs)
+    return bool(((ours == theirs) | both_nan).all())

@@ -1,0 +1,72 @@
+"""Example inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; batch first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def call(model: Callable[..., Any], example_inputs: ExampleInputs) -> Any:
+    """Return the model's output for the example inputs.
+
+    Example:
+        >>> call(torch.add, (torch.ones(2), torch.ones(2)))
+        tensor([2., 2.])
+        >>> call(torch.add, {"input": torch.ones(2), "other": 1})
+        tensor([2., 2.])
+    """
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def tensors(example_inputs: ExampleInputs) -> list[Tensor]:
+    """Return the tensors among the example inputs, nested ones too, in order."""
+    return [leaf for leaf in tree_leaves(_plain(example_inputs)) if isinstance(leaf, Tensor)]
+
+
+def batch_size(example_inputs: ExampleInputs) -> int:
+    """Return the number of samples: the first dimension of the first tensor.
+
+    Raises:
+        ValueError: There is no tensor, the first one has no dimension, or the batch is empty.
+
+    Example:
+        >>> batch_size({"x": torch.zeros(8, 3), "scale": 0.5})
+        8
+    """
+    first = next(iter(tensors(example_inputs)), None)
+    if first is None:
+        raise ValueError(
+            "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, with at "
+            f"least one tensor in it; got {example_inputs!r}."
+        )
+    if first.dim() == 0 or first.shape[0] == 0:
+        raise ValueError(
+            f"example_inputs need at least one sample, batch first; the first tensor has shape {tuple(first.shape)}."
+        )
+    return first.shape[0]
+
+
+def to_device(example_inputs: ExampleInputs, device: torch.device | str) -> ExampleInputs:
+    """Return the example inputs with every tensor on `device`.
+
+    Example:
+        >>> to_device((torch.zeros(2, 3), {"scale": 0.5}), "meta")
+        (tensor(..., device='meta', size=(2, 3)), {'scale': 0.5})
+    """
+    moved: ExampleInputs = tree_map_only(Tensor, lambda tensor: tensor.to(device), _plain(example_inputs))
+    return moved
+
+
+def _plain(example_inputs: ExampleInputs) -> ExampleInputs:
+    # a tokenizer's output is a Mapping but no dict, so a tree walk would take it for a leaf
+    return dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs

@@ -1,0 +1,57 @@
+"""How much is removed at which moment: pure functions of progress."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+Schedule = Literal["one_shot", "linear", "cubic", "exponential", "cosine"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+
+def amount_at(progress: float, amount: float, *, schedule: Schedule = "cubic") -> float:
+    r"""Return the fraction of the original that is removed when `progress` of the ramp has passed.
+
+    With p the progress and A the final amount:
+
+    - one_shot: A, from the first moment on;
+    - linear: A p;
+    - cubic: A (1 - (1 - p)^3), much at first and ever less (Zhu and Gupta 2017, section 3);
+    - exponential: 1 - (1 - A)^p, every equal stretch removes the same share of what is left (Frankle and Carbin 2019);
+    - cosine: A (1 - cos(pi p)) / 2.
+
+    Args:
+        progress: Position on the ramp, 0 to 1; beyond its ends the value at the end holds.
+        amount: Final fraction of the original, 0 to 1.
+        schedule: Shape of the ramp.
+
+    Raises:
+        ValueError: Unknown schedule, `amount` outside 0 to 1, or an exponential ramp to 1, which has no end.
+
+    Example:
+        >>> [round(amount_at(p, 0.9, schedule="cubic"), 3) for p in (0.0, 0.25, 0.5, 1.0)]
+        [0.0, 0.52, 0.787, 0.9]
+        >>> [round(amount_at(p, 0.75, schedule="exponential"), 3) for p in (0.0, 0.5, 1.0)]
+        [0.0, 0.5, 0.75]
+    """
+    check_schedule(schedule, amount)
+    p = min(max(progress, 0.0), 1.0)
+    if schedule == "one_shot" or p == 1.0:
+        return amount
+    if schedule == "linear":
+        return amount * p
+    if schedule == "cubic":
+        return amount * (1.0 - (1.0 - p) ** 3)
+    if schedule == "exponential":
+        return 1.0 - (1.0 - amount) ** p
+    return amount * (1.0 - math.cos(math.pi * p)) / 2.0
+
+
+def check_schedule(schedule: str, amount: float) -> None:
+    """Raise a ValueError unless the schedule is known, and `amount` a fraction that it can reach."""
+    if not 0.0 <= amount <= 1.0:  # also false for NaN
+        raise ValueError(f"amount is the fraction of the original to remove, 0 to 1; got {amount!r}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
+    if schedule == "exponential" and amount == 1.0:
+        raise ValueError("schedule='exponential' never reaches amount=1.0: take another schedule or a smaller amount.")

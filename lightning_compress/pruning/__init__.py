@@ -1,0 +1,1 @@
+"""Pruning: score, remove a little, train on, repeat."""

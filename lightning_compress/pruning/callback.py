@@ -1,0 +1,439 @@
+"""Iterative pruning as a callback: score, remove a little, train on, repeat."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
+from lightning_compress.core.select import select_parameters
+from lightning_compress.core.swap import Projection
+from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.masks import Scope, expand, prune_neurons, prune_weights
+from lightning_compress.pruning.neurons import find_neurons
+from lightning_compress.pruning.scoring import (
+    STATIC,
+    Criterion,
+    Granularity,
+    check_criterion,
+    make_statistic,
+    static_scores,
+)
+from lightning_compress.pruning.statistics import Statistic
+from lightning_compress.pruning.stopping import StopRule, StopWatch
+from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.distributed import all_reduce_sum, broadcast, rank
+from lightning_compress.trainer.inputs import is_compiled, resolve_example_inputs, resolve_network
+from lightning_compress.trainer.monitors import count_anew
+from lightning_compress.trainer.ramp import Ramp
+
+
+class IterativePruningCallback(CompressionCallback):
+    """Prunes a growing fraction of the weights or neurons while the network trains, and keeps them at zero.
+
+    At every event the entries with the lowest score s are masked, so that a fraction a(p) of the ORIGINAL entries is
+    zero, with p the progress from `start_epoch` to `end_epoch` and a the schedule; after every optimizer step
+    w <- m * w, with m the mask. What follows `end_epoch` is recovery with the final mask.
+
+    Args:
+        amount: Final fraction of the targeted entries (weights), or of the channels of the targeted layers (neurons),
+            that is removed; 0 to 1.
+        granularity: "weight" masks single weights; "neuron" masks whole output channels with everything they own
+            (weight, bias, scale and shift of the norm). The output layer's channels are never masked.
+        criterion: What makes an entry important; the method card has the formulas. All but magnitude, l2 and random
+            watch the training since the event before.
+        scope: "global" compares all entries, "layer" removes the same fraction of each layer.
+        schedule: Shape of the ramp.
+        start_epoch: Where the ramp begins, in epochs, which may be fractions.
+        end_epoch: Where the ramp ends; by default after two thirds of the planned steps, so that recovery follows.
+        every_n_steps: Optimizer steps between events; by default one epoch.
+        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution.
+        exclude: Patterns to leave out.
+        regrow: Pruned entries go on training behind the mask and come back when they have grown (dynamic network
+            surgery, Guo et al. 2016) until the ramp ends.
+        stop: `{"monitor": "val_acc", "max_drop": 0.01}` prunes on only while the metric stays that close to the dense
+            network's, then goes back to the largest amount that kept it and ends the fit. Further keys: `mode`
+            ("max" or "min") and `baseline` (the dense metric, where none is validated before the first event).
+        network: Dotted path of the submodule whose output is the prediction, for neurons and for ewc and mas.
+        example_inputs: What the network is traced with, for neurons: a tensor, a tuple of positional arguments, or a
+            dict of keyword arguments, batch first. By default `example_input_array`, else one peeked batch.
+
+    Raises:
+        ValueError: An argument is out of range, or the combination makes no sense.
+
+    References:
+        Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks", section 3;
+        Zhu and Gupta 2017, "To prune, or not to prune", section 3, for the cubic ramp.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> pruning = IterativePruningCallback(0.9, schedule="cubic", end_epoch=6.0)
+        >>> trainer = Trainer(callbacks=[pruning], max_epochs=9, logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        amount: float = 0.5,
+        *,
+        granularity: Granularity = "weight",
+        criterion: Criterion = "magnitude",
+        scope: Scope = "global",
+        schedule: Schedule = "cubic",
+        start_epoch: float = 0.0,
+        end_epoch: float | None = None,
+        every_n_steps: int | None = None,
+        target: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        regrow: bool = False,
+        stop: Mapping[str, Any] | None = None,
+        network: str = "",
+        example_inputs: Any = None,
+    ) -> None:
+        super().__init__(
+            amount=amount,
+            granularity=granularity,
+            criterion=criterion,
+            scope=scope,
+            schedule=schedule,
+            start_epoch=start_epoch,
+            end_epoch=end_epoch,
+            every_n_steps=every_n_steps,
+            target=target if target is None or isinstance(target, str) else list(target),
+            exclude=exclude if isinstance(exclude, str) else list(exclude),
+            regrow=regrow,
+            stop=None if stop is None else dict(stop),
+            network=network,
+        )
+        check_schedule(schedule, amount)
+        check_criterion(criterion, granularity, regrow=regrow)
+        if scope not in ("global", "layer"):
+            raise ValueError(f"scope must be 'global' or 'layer'; got {scope!r}.")
+        if start_epoch < 0:
+            raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
+        if end_epoch is not None and end_epoch <= start_epoch and schedule != "one_shot":
+            raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")
+        self.amount = amount
+        self.granularity: Granularity = granularity
+        self.criterion: Criterion = criterion
+        self.scope: Scope = scope
+        self.schedule: Schedule = schedule
+        self.start_epoch = start_epoch
+        self.end_epoch = end_epoch
+        self.every_n_steps = every_n_steps
+        self.target = target
+        self.exclude = exclude
+        self.regrow = regrow
+        self._stop = None if stop is None else StopWatch(StopRule.from_dict(stop))
+        self.network = network
+        self.example_inputs = example_inputs
+
+        self.masks: dict[str, Tensor] = {}
+        self.current_amount = 0.0
+        self._keep: dict[str, Tensor] | None = None
+        self._ramp: Ramp | None = None
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._neurons: list[Neurons] | None = None
+        self._factors: dict[str, Tensor] = {}
+        self._statistic: Statistic | None = None
+        self._stopped = False
+        self._masks_gradients = False
+
+    # ------------------------------------------------------------------ what has been reached
+
+    @property
+    def finished(self) -> bool:
+        """Whether the mask is final, so that what follows is recovery."""
+        return self._stopped or (self._ramp is not None and self._ramp.finished)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the targeted entries, or channels, that is masked now."""
+        keep = self._keep or {}
+        total = sum(mask.numel() for mask in keep.values())
+        return 1.0 - sum(int(mask.sum()) for mask in keep.values()) / total if total else 0.0
+
+    # ------------------------------------------------------------------ the fit
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._parameters = select_parameters(pl_module, self.target, exclude=self.exclude)
+        # What is masked for good must not count in the norm that clipping compares with its threshold.
+        clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
+        self._masks_gradients = clips and not self.regrow
+        network = resolve_network(pl_module, self.network)
+        targets: list[str] | list[Neurons] = list(self._parameters)
+        if self.granularity == "neuron":
+            targets = self._neurons = self._free_neurons(trainer, pl_module, network)
+        if self._ramp is None and (self._loaded is None or self._loaded["ramp"] is None):
+            at_once = self.schedule == "one_shot"
+            self._ramp = Ramp.plan(
+                trainer,
+                start_epoch=self.start_epoch,
+                end_epoch=self.start_epoch if at_once else self.end_epoch,
+                every_n_steps=self.every_n_steps,
+            )
+        if self.amount > 0 and not self.finished:
+            self._check_watching(trainer, pl_module)
+            self._statistic = make_statistic(
+                self.criterion,
+                pl_module,
+                targets,
+                granularity=self.granularity,
+                network=network,
+                generator=self.generator,
+            )
+        self._apply(pl_module)
+
+    def _check_watching(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what a data-driven criterion could not watch."""
+        if self.criterion in STATIC:
+            return
+        if trainer.precision == "16-mixed":
+            raise ValueError(
+                f"criterion={self.criterion!r} watches gradients, which are infinite whenever precision='16-mixed' "
+                f"skips a step: use precision='bf16-mixed' or '32-true', or criterion='magnitude'."
+            )
+        gradients_only = self.criterion == "si" or (self.criterion == "taylor" and self.granularity == "weight")
+        if not gradients_only and is_compiled(pl_module):
+            raise ValueError(
+                f"criterion={self.criterion!r} looks inside the forward pass, which torch.compile hides: fit the "
+                f"module itself and compile it afterwards, or use 'magnitude', or 'taylor' or 'si' for weights."
+            )
+
+    def _free_neurons(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> list[Neurons]:
+        inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
+        layers = [name.rpartition(".")[0] for name in self._parameters]
+        with torch.compiler.set_stance("force_eager"):
+            found = find_neurons(pl_module, inputs, layers, network=network)
+        free = [layer for layer in found if layer.frozen is None]
+        reasons = [f"{layer.name}: {layer.frozen}" for layer in found if layer.frozen is not None]
+        if not free:
+            raise ValueError(f"No targeted layer has channels that may be pruned ({'; '.join(reasons)}).")
+        if reasons:
+            rank_zero_info(f"Channels that are not pruned: {'; '.join(reasons)}.")
+        return free
+
+    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        assert self._ramp is not None
+        waits = self._stop is not None and self._stop.awaits_validation
+        if self.amount == 0 or self._stopped or waits or not self._ramp.take(step):
+            return
+        self._prune(pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
+        if self._ramp.finished:
+            self._statistic = None
+            if self._stop is None:
+                count_anew(trainer, f"the final sparsity of {self.sparsity:.4g} is reached")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        pl_module.log("sparsity", self.sparsity, prog_bar=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._ramp is not None
+        if self._stop is not None and not self._stopped and (self._stop.last_failed or self._stop.awaits_validation):
+            self._go_back(pl_module)
+        elif self.amount > 0 and not self.finished:
+            warnings.warn(
+                f"The fit ended at step {self._steps}, before the pruning ramp did at step {self._ramp.end}: sparsity "
+                f"is {self.sparsity:.4g}, not {self.amount}.",
+                stacklevel=2,
+            )
+
+    # ------------------------------------------------------------------ an event
+
+    def _prune(self, pl_module: LightningModule, amount: float) -> None:
+        if amount > 0:
+            if self._stop is not None:
+                self._stop.before_pruning()
+            self._keep = self._decide(amount)
+            self.current_amount = amount
+            self._apply(pl_module)
+            for name, mask in self.masks.items():
+                if not mask.any():
+                    warnings.warn(f"Every entry of {name} is pruned: nothing passes through it.", stacklevel=2)
+        if self._statistic is not None:
+            self._statistic.reset()
+
+    @torch.no_grad()
+    def _decide(self, amount: float) -> dict[str, Tensor]:
+        alive = None if self.regrow else self._keep
+        weights = {name: self._value(name) for name in self._parameters}
+        statistic, absolute = self._statistic, False
+        if statistic is not None:
+            statistic.reduce(all_reduce_sum)
+            scores = statistic.scores()
+        elif self.criterion == "magnitude" and self._neurons is None:
+            scores, absolute = weights, True  # the score is |w|: no copy of the weights is made
+        else:
+            scores = static_scores(self.criterion, weights, self._neurons, self.generator)
+        if self._neurons is not None:
+            keep = prune_neurons(scores, amount, scope=self.scope, alive=alive)
+        else:
+            keep = prune_weights(scores, amount, scope=self.scope, alive=alive, absolute=absolute)
+        device = next(iter(self._parameters.values())).device
+        return {name: broadcast(mask.to(device).contiguous()) for name, mask in keep.items()}
+
+    def _value(self, name: str) -> Tensor:
+        latent = self.projection.latent if self.projection is not None else {}
+        return latent.get(name, self._parameters[name].detach())
+
+    # ------------------------------------------------------------------ the projection
+
+    def _apply(self, pl_module: LightningModule) -> None:
+        """Make the module obey `_keep`."""
+        if self._keep is None:
+            self.masks, self.projection = {}, None
+            return
+        parameters = dict(pl_module.named_parameters())
+        if self._neurons is not None:
+            self.masks = expand(self._neurons, self._keep, parameters)
+        else:
+            self.masks = {name: mask.to(parameters[name].device) for name, mask in self._keep.items()}
+        # Multiplying by a mask of floats takes a tenth of the time of a boolean one.
+        self._factors = {name: mask.to(parameters[name].dtype) for name, mask in self.masks.items()}
+        if self.projection is None:
+            self.projection = Projection(
+                {name: parameters[name] for name in self.masks}, self._mask, keep_latent=self.regrow
+            )
+        self.projection.project()
+
+    def _mask(self, tensors: Mapping[str, Tensor]) -> None:
+        torch._foreach_mul_(list(tensors.values()), [self._factors[name] for name in tensors])
+
+    def project_copy(self, module: nn.Module) -> None:
+        if self.projection is not None:
+            copies = dict(module.named_parameters())
+            for name, mask in self.masks.items():
+                copies[name].data.mul_(mask.to(copies[name]))
+
+    # ------------------------------------------------------------------ until the metric drops
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stop is None or self._stopped or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = float(broadcast(self._stop.rule.read(trainer.callback_metrics).to(pl_module.device)))
+        verdict = self._stop.judge(value, self.current_amount)
+        if verdict == "failed" and self.current_amount > self._stop.kept_amount:
+            self._go_back(pl_module)
+            trainer.should_stop = True
+        elif verdict != "failed":
+            self._stop.kept = self._snapshot(pl_module)
+            if verdict == "better":
+                count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {self._stop.rule.monitor}")
+
+    def _snapshot(self, pl_module: LightningModule) -> dict[str, Any]:
+        latent = self.projection.latent if self.projection is not None else {}
+        return {
+            "module": {name: value.detach().clone() for name, value in pl_module.state_dict().items()},
+            "keep": None if self._keep is None else {name: mask.clone() for name, mask in self._keep.items()},
+            "latent": {name: value.clone() for name, value in latent.items()},
+            "amount": self.current_amount,
+        }
+
+    def _go_back(self, pl_module: LightningModule) -> None:
+        """Restore the newest state that kept the metric; it is final."""
+        assert self._stop is not None
+        self._stopped = True
+        kept = self._stop.kept
+        if kept is None:
+            warnings.warn("stop: no validated network kept the metric, so there is none to go back to.", stacklevel=2)
+            return
+        rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
+        pl_module.load_state_dict(kept["module"])
+        self._keep, self.current_amount = kept["keep"], kept["amount"]
+        self.projection = None
+        self._apply(pl_module)
+        if self.projection is not None:
+            self.projection.load_latent(kept["latent"])
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def technique_state(self) -> dict[str, Any]:
+        return {
+            "keep": self._keep,
+            "latent": {} if self.projection is None else self.projection.latent,
+            "amount": self.current_amount,
+            "ramp": None if self._ramp is None else self._ramp.state_dict(),
+            "statistic": None if self._statistic is None else self._statistic.state_dict(),
+            "stop": None if self._stop is None else self._stop.state_dict(),
+            "stopped": self._stopped,
+        }
+
+    def load_technique_state(self, state: dict[str, Any], pl_module: LightningModule) -> None:
+        if state["ramp"] is not None:
+            self._ramp = Ramp(**state["ramp"])
+        keep = state["keep"]
+        self._keep = None if keep is None else {name: mask.to(pl_module.device) for name, mask in keep.items()}
+        self.current_amount, self._stopped = state["amount"], state["stopped"]
+        if self._stop is not None:
+            self._stop.load_state_dict(state["stop"])
+        if state["statistic"] is None:
+            self._statistic = None
+        elif self._statistic is not None:
+            self._statistic.load_state_dict(state["statistic"])
+            self._leave_sums_to_rank_zero(self._statistic)
+        self._apply(pl_module)
+        if self.projection is not None and self.regrow:
+            self.projection.load_latent(state["latent"])
+
+    def synchronize(self) -> None:
+        if self._statistic is not None:
+            self._statistic.reduce(all_reduce_sum)
+            self._leave_sums_to_rank_zero(self._statistic)
+
+    @staticmethod
+    def _leave_sums_to_rank_zero(statistic: Statistic) -> None:
+        """A checkpoint holds the sums over all ranks; the first rank goes on from them and the others from nothing."""
+        if statistic.rank_local and rank() > 0:
+            statistic.reset()
+
+    # ------------------------------------------------------------------ what the criterion watches
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (statistic := self._watching()) is not None:
+            statistic.begin()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if (statistic := self._watching()) is not None:
+            statistic.before_backward(loss)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._masks_gradients and self.projection is not None:
+            for name, parameter in self.projection.parameters.items():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._factors[name])
+        if (statistic := self._watching()) is not None:
+            statistic.before_step()
+
+    def after_optimizer_step(self) -> None:
+        if (statistic := self._watching()) is not None:
+            statistic.after_step()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._statistic is not None:
+            self._statistic.end()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._statistic is not None:
+            self._statistic.end()
+
+    def _watching(self) -> Statistic | None:
+        """The statistic, where this step lies in an interval that ends in an event."""
+        if self._statistic is None or self._ramp is None:
+            return None
+        in_interval = self._steps >= self._ramp.start - self._ramp.interval
+        return self._statistic if in_interval or self._statistic.needs_training else None

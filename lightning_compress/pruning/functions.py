@@ -1,0 +1,110 @@
+"""What torch's functions do to a layer's channels, told by their names.
+
+Functions go by their names without underscores: add, add_, __add__ and torch.ops.aten.add.Tensor are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+NORMS = _names(
+    """batch_norm batch_norm_elemt group_norm instance_norm layer_norm native_batch_norm native_group_norm
+    native_layer_norm rms_norm"""
+)
+# The scale and shift of these span the input's last dimensions, those of the others its dimension 1.
+OVER_LAST_DIMENSIONS = _names("layer_norm native_layer_norm rms_norm")
+# Without scale and shift, these make a constant or worse of a channel of zeros.
+SHIFTING_NORMS = NORMS - _names("instance_norm rms_norm")
+
+# What these make of their first argument has the same channels.
+CARRIERS = (
+    NORMS
+    | _names(
+        """alpha_dropout bfloat16 clone contiguous cpu cuda double dropout dropout1d dropout2d dropout3d
+        feature_alpha_dropout feature_dropout float half interpolate local_response_norm masked_fill native_dropout neg
+        negative positive to type type_as"""
+    )
+    | {f"{kind}_pool{n}d" for kind in ("avg", "max", "lp", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
+    | {f"{kind}_pool{n}d_with_indices" for kind in ("max", "adaptive_max") for n in (1, 2, 3)}
+)
+
+PRODUCTS = _names("mul multiply")
+ARITHMETIC = PRODUCTS | _names("add addcdiv addcmul div divide lerp rdiv rsub setitem sub subtract true_divide where")
+
+NONLINEARITIES = _names(
+    """celu clamp clamp_max clamp_min clip cos elu erf expit gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu
+    log_sigmoid logsigmoid maximum minimum mish prelu relu relu6 rrelu selu sigmoid silu sin softplus softshrink
+    softsign tanh tanhshrink threshold"""
+)
+
+# These ask about a tensor or borrow its shape, and do nothing with its values that the network would see.
+QUERIES = _names(
+    """batch_norm_stats detach dim empty_like get is_contiguous is_floating_point new_empty new_full new_ones new_tensor
+    new_zeros numel ones_like rand_like randn_like register_hook requires_grad retain_grad size zeros_like"""
+)
+
+# These always hold weights of their own.
+WEIGHTED = _names(
+    """bilinear conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution embedding
+    embedding_bag gru gru_cell linear lstm lstm_cell multi_head_attention_forward rnn_relu rnn_relu_cell rnn_tanh
+    rnn_tanh_cell"""
+)
+# These do where one of their arguments is a parameter.
+CONTRACTIONS = _names("addbmm addmm addmv baddbmm bmm chain_matmul dot einsum inner matmul mm mv rmatmul tensordot")
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """A function's name without what tells its variants apart.
+
+    >>> import torch
+    >>> function_name(Tensor.add_), function_name(Tensor.__setitem__), function_name(torch.ops.aten.relu.default)
+    ('add', 'setitem', 'relu')
+    """
+    return _raw_name(func).removeprefix("special_").strip("_")
+
+
+def is_inplace(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call writes into one of its arguments."""
+    return _raw_name(func).endswith("_") or bool(kwargs.get("inplace", False)) or "out" in kwargs
+
+
+def outputs_of(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """The tensors that a call has made or written to."""
+    return [args[0]] if name == "setitem" else list(tensors_in(result))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested sequences, mappings and dataclasses, in order.
+
+    >>> import torch
+    >>> [tensor.item() for tensor in tensors_in({"a": torch.tensor(1), "b": (torch.tensor(2), None, 3)})]
+    [1, 2]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+            elif not isinstance(item, int | float | str | None):
+                yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def _raw_name(func: Callable[..., Any]) -> str:
+    name: str = getattr(func, "__name__", "")
+    return name.partition(".")[0]

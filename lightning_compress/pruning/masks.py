@@ -1,0 +1,128 @@
+"""Scores to masks: which entries stay, exactly as many as asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_compress.core.threshold import keep_largest
+from lightning_compress.pruning.groups import Neurons
+
+Scope = Literal["global", "layer"]
+
+
+def prune_weights(
+    scores: Mapping[str, Tensor],
+    amount: float,
+    *,
+    scope: Scope = "global",
+    absolute: bool = False,
+    alive: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return masks (True stays) that drop the round(amount * N) lowest of N scores, over all tensors or in each.
+
+    Args:
+        scores: Importance per entry, by parameter name.
+        amount: Fraction of the original entries that is dropped afterwards, those already dropped included.
+        scope: "global" compares all entries with each other, "layer" drops the same fraction of each tensor.
+        absolute: The importance is the score's absolute value.
+        alive: Masks that hold already; what is dropped there stays dropped.
+
+    Raises:
+        ValueError: A score is NaN.
+
+    Example:
+        >>> scores = {"a": torch.tensor([1.0, 5.0, 2.0, 8.0]), "b": torch.tensor([7.0, 9.0])}
+        >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5).items()}
+        {'a': [0, 0, 0, 1], 'b': [1, 1]}
+        >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5, scope="layer").items()}
+        {'a': [0, 1, 0, 1], 'b': [0, 1]}
+    """
+    if scope == "layer":
+        return {
+            name: _keep({name: score}, _count(amount, score.numel()), absolute, alive)[name]
+            for name, score in scores.items()
+        }
+    return _keep(scores, _count(amount, sum(score.numel() for score in scores.values())), absolute, alive)
+
+
+def prune_neurons(
+    scores: Mapping[str, Tensor],
+    amount: float,
+    *,
+    scope: Scope = "global",
+    alive: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return a mask (True stays) over the channels of each layer; the best channel of a layer always stays.
+
+    Args:
+        scores: Importance per channel, by layer name, each of shape (channels,).
+        amount: Fraction of all these channels that is dropped afterwards.
+        scope: As for `prune_weights`.
+        alive: As for `prune_weights`.
+
+    Example:
+        >>> scores = {"conv1": torch.tensor([1.0, 2.0, 3.0]), "conv2": torch.tensor([0.1, 0.2, 9.0])}
+        >>> {name: mask.int().tolist() for name, mask in prune_neurons(scores, 0.5).items()}
+        {'conv1': [0, 1, 1], 'conv2': [0, 0, 1]}
+    """
+    guarded = {}
+    for name, score in scores.items():
+        present = score if alive is None else score.masked_fill(~alive[name], -torch.inf)
+        guarded[name] = score.clone()
+        guarded[name][present.argmax()] = torch.inf
+    if scope == "layer":
+        masks = {}
+        for name, score in guarded.items():
+            masks |= _keep({name: score}, _all_but(1, amount, score.numel(), name), False, alive)
+        return masks
+    channels = sum(score.numel() for score in guarded.values())
+    return _keep(guarded, _all_but(len(guarded), amount, channels, "all layers"), False, alive)
+
+
+def expand(neurons: Sequence[Neurons], keep: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks over parameters that silence the dropped channels in everything that the channels own.
+
+    Args:
+        neurons: The layers' channels and their members.
+        keep: For each layer a mask over its channels, True stays.
+        shapes: The parameters, by name, whose shapes and devices the masks get.
+    """
+    masks: dict[str, Tensor] = {}
+    for layer in neurons:
+        if layer.name not in keep:
+            continue
+        gone = ~keep[layer.name]
+        for member in layer.members:
+            parameter = shapes[member.tensor]
+            mask = masks.setdefault(member.tensor, torch.ones_like(parameter, dtype=torch.bool))
+            mask.index_fill_(member.dim, member.index[gone.to(member.index.device)].flatten().to(mask.device), False)
+    return masks
+
+
+def _keep(
+    scores: Mapping[str, Tensor], n_drop: int, absolute: bool, alive: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    names = list(scores)
+    present = None if alive is None else [alive[name] for name in names]
+    masks = keep_largest([scores[name] for name in names], n_drop, absolute=absolute, alive=present, names=names)
+    return dict(zip(names, masks, strict=True))
+
+
+def _count(amount: float, total: int) -> int:
+    return round(amount * total)
+
+
+def _all_but(protected: int, amount: float, total: int, where: str) -> int:
+    wanted, possible = _count(amount, total), total - protected
+    if wanted > possible:
+        warnings.warn(
+            f"amount={amount} asks for {wanted} of {total} channels of {where}; {possible} are removed, because one "
+            f"channel of every layer stays.",
+            stacklevel=3,
+        )
+    return min(wanted, possible)

@@ -1,0 +1,84 @@
+"""From a criterion's name to what computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.pruning.activations import Apoz, MeanActivation, TaylorNeuron
+from lightning_compress.pruning.criteria import Obd, Si, Taylor, l2, magnitude, neuron_norm, random
+from lightning_compress.pruning.fisher import Ewc, Fisher, Mas
+from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.statistics import Statistic
+
+Criterion = Literal[
+    "magnitude", "l2", "random", "apoz", "mean_activation", "taylor", "obd", "fisher", "ewc", "si", "mas"
+]
+Granularity = Literal["weight", "neuron"]
+
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+STATIC: tuple[Criterion, ...] = ("magnitude", "l2", "random")
+_NEURONS_ONLY = ("apoz", "mean_activation")
+# A masked channel is silent, so what these measure of it stays zero and it would never come back.
+_BLIND_TO_MASKED_NEURONS = ("apoz", "mean_activation", "taylor", "fisher")
+
+
+def check_criterion(criterion: str, granularity: str, *, regrow: bool) -> None:
+    """Raise a ValueError unless the criterion exists, scores this granularity and can see what `regrow` needs."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}.")
+    if granularity not in get_args(Granularity):
+        raise ValueError(f"granularity must be 'weight' or 'neuron'; got {granularity!r}.")
+    if granularity == "weight" and criterion in _NEURONS_ONLY:
+        raise ValueError(f"criterion={criterion!r} scores channels: it needs granularity='neuron', got 'weight'.")
+    if regrow and granularity == "neuron" and criterion in _BLIND_TO_MASKED_NEURONS:
+        raise ValueError(
+            f"criterion={criterion!r} sees nothing of a masked channel, so regrow=True could bring none back: use "
+            f"'magnitude', 'l2', 'obd', 'ewc' or 'mas', or regrow=False."
+        )
+
+
+def make_statistic(
+    criterion: Criterion,
+    model: nn.Module,
+    targets: Sequence[str] | Sequence[Neurons],
+    *,
+    granularity: Granularity,
+    network: nn.Module,
+    generator: torch.Generator,
+) -> Statistic | None:
+    """Return what accumulates the criterion during training, or None for one that looks at the weights alone."""
+    options: dict[str, Any] = {}
+    if criterion in ("ewc", "mas"):
+        options["network"] = network
+    if criterion in ("ewc", "obd"):
+        options["generator"] = generator
+    kinds: dict[str, type[Statistic]] = {
+        "apoz": Apoz,
+        "mean_activation": MeanActivation,
+        "taylor": TaylorNeuron if granularity == "neuron" else Taylor,
+        "obd": Obd,
+        "fisher": Fisher,
+        "ewc": Ewc,
+        "si": Si,
+        "mas": Mas,
+    }
+    return None if criterion in STATIC else kinds[criterion](model, targets, **options)
+
+
+def static_scores(
+    criterion: Criterion, weights: Mapping[str, Tensor], neurons: Sequence[Neurons] | None, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Score weights, or whole neurons where they are given, by a criterion that needs no data."""
+    if neurons is not None:
+        if criterion == "random":
+            return {unit.name: torch.rand(unit.size, generator=generator) for unit in neurons}
+        order = 1 if criterion == "magnitude" else 2
+        return {unit.name: neuron_norm(weights[unit.members[0].tensor], unit, order) for unit in neurons}
+    if criterion == "random":
+        return {name: random(weight, generator) for name, weight in weights.items()}
+    score = magnitude if criterion == "magnitude" else l2
+    return {name: score(weight) for name, weight in weights.items()}

@@ -1,0 +1,1 @@
+"""Lightning glue that the techniques share: when things happen, never what happens."""

@@ -1,0 +1,244 @@
+"""The callback that every projection technique extends: resume, ranks, refusals and the moment of the projection."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.core.swap import Projection
+from lightning_compress.trainer import rng
+from lightning_compress.trainer.averages import averaged_modules, check_averages
+from lightning_compress.trainer.distributed import gather, rank
+from lightning_compress.trainer.timeline import steps_done
+
+
+class CompressionCallback(Callback):
+    """A technique as a callback: subclasses say what happens, this class when, and that a resume is exact.
+
+    A subclass passes its constructor arguments on as settings and supplies `prepare`, `at_step`, `technique_state` and
+    `load_technique_state`; it puts its `Projection` into `self.projection`. Everything that happens is tied to the
+    number of optimizer steps, because that survives every kind of resume.
+
+    Args:
+        settings: The constructor arguments. They make up the `state_key`, so that two callbacks of one class can live
+            in one Trainer, and a checkpoint from other settings is recognised.
+    """
+
+    changes_shapes: ClassVar[bool] = False
+
+    def __init__(self, **settings: Any) -> None:
+        self._state_key = self._generate_state_key(**settings)  # read by the Trainer's profiler at every hook
+        self.projection: Projection | None = None
+        self.generator = torch.Generator()  # own, so that the network's random draws stay what they were without us
+        self._steps = 0
+        self._offset = 0
+        self._fitted: weakref.ref[LightningModule] | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._rng: list[dict[str, Any]] | None = None
+        self._resumes_inside_epoch = False
+        self._handles: list[RemovableHandle] = []
+
+    # ------------------------------------------------------------------ what a technique supplies
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the parameters and build the projection. The module is on its device; the loaders exist."""
+        raise NotImplementedError
+
+    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Act after optimizer step number `step`; 0 is the moment before the first one."""
+        raise NotImplementedError
+
+    def technique_state(self) -> dict[str, Any]:
+        """Return tensors, numbers, strings, lists and dicts that a resume needs."""
+        raise NotImplementedError
+
+    def load_technique_state(self, state: dict[str, Any], pl_module: LightningModule) -> None:
+        """Take what `technique_state` returned. Called after `prepare`."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Bring rank-local statistics together, before a checkpoint. Every rank takes part."""
+
+    # ------------------------------------------------------------------ refusals
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        name = type(self).__name__
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"{name} is a callback of `lightning.pytorch`, but the Trainer comes from {type(trainer).__module__}: "
+                f"import Trainer and LightningModule from `lightning.pytorch`."
+            )
+        if stage != "fit":
+            return
+        self._check_strategy(trainer)
+        check_averages(trainer, self)
+
+    def _check_strategy(self, trainer: Trainer) -> None:
+        name, strategy = type(self).__name__, trainer.strategy
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise ValueError(
+                f"{name} does not support {type(strategy).__name__}: it is tested with a single device and with "
+                f"strategy='ddp' or 'ddp_find_unused_parameters_true'."
+            )
+        start = getattr(strategy, "_start_method", "popen")
+        if self.changes_shapes and start != "popen":
+            raise ValueError(
+                f"{name} changes shapes, which a {start!r} launch can't bring back into the parent process: "
+                f"use strategy='ddp' in a script."
+            )
+
+    # ------------------------------------------------------------------ the fit's beginning and end
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    f"{type(self).__name__} does not support LBFGS, which evaluates the loss several times within one "
+                    f"step. Use SGD, Adam or another first-order optimizer."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_counting(trainer, pl_module)
+        self.generator.manual_seed(torch.initial_seed() + rank())
+        self.prepare(trainer, pl_module)
+        if self._loaded is not None:
+            self.load_technique_state(self._loaded, pl_module)
+            self._loaded = None
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self.at_step(trainer, pl_module, self._steps)
+        self._project_averages(trainer)
+        if self._rng is not None:
+            self._restore_rng(trainer, self._rng)
+            self._rng = None
+
+    def _begin_counting(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is None and self._fitted is not None:
+            if self._fitted() is not pl_module:
+                raise ValueError(
+                    f"This {type(self).__name__} has compressed another module in an earlier fit: make a new one."
+                )
+            self._offset = max(0, self._steps - steps_done(trainer))  # a new Trainer counts its steps from 0
+        self._fitted = weakref.ref(pl_module)
+        self._steps = steps_done(trainer) + self._offset
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fitted": None}  # a weak reference can't be sent to a spawned process
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    # ------------------------------------------------------------------ the projection, around every optimizer step
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.projection is not None:
+            self.projection.open(optimizer)
+
+    def after_optimizer_step(self) -> None:
+        """Act when an optimizer has stepped, before its parameters are projected again."""
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.after_optimizer_step()
+        if self.projection is not None:
+            self.projection.close(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.projection is not None:
+            self.projection.settle()
+        step = steps_done(trainer) + self._offset
+        if step != self._steps:  # accumulation has batches that end without a step
+            self._steps = step
+            self.at_step(trainer, pl_module, step)
+        self._project_averages(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._project_averages(trainer)
+
+    def project_copy(self, module: torch.nn.Module) -> None:
+        """Project an averaged copy of the LightningModule, in place."""
+        raise NotImplementedError
+
+    def _project_averages(self, trainer: Trainer) -> None:
+        for module in averaged_modules(trainer):
+            self.project_copy(module)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def state_key(self) -> str:
+        return self._state_key
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Written here and not in `state_dict`, because gathering over ranks needs to know that all of them take part:
+        # after an exception they may not.
+        together = trainer.state.status != TrainerStatus.INTERRUPTED
+        if together:
+            self.synchronize()
+        mine = {"global": rng.capture(), "own": self.generator.get_state()}
+        state = self.technique_state() if self._loaded is None else self._loaded
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {
+            "technique": state,
+            "rng": gather(mine) if together else [mine],
+            "offset": self._offset,
+            "inside_epoch": not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict["technique"]
+        self._rng = state_dict["rng"]
+        self._offset = state_dict["offset"]
+        self._resumes_inside_epoch = state_dict["inside_epoch"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
+        states = checkpoint["callbacks"]
+        mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
+        others = [key for key in states if key.startswith(type(self).__qualname__ + "{") and key not in mine]
+        if self.state_key not in states and others:
+            raise ValueError(
+                f"The checkpoint was written with other settings. It holds {others[0]}, this run has {self.state_key}. "
+                f"Resume with the same settings, or start a new fit from the weights alone."
+            )
+
+    def _restore_rng(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
+        if rank() >= len(states):
+            warnings.warn(
+                f"The checkpoint holds the random states of {len(states)} process(es) and not of rank {rank()}: "
+                f"random decisions such as dropout will differ from the uninterrupted run's.",
+                stacklevel=2,
+            )
+            return
+        self.generator.set_state(states[rank()]["own"].cpu())
+        rng.restore(states[rank()]["global"])
+        if not self._resumes_inside_epoch:
+            # The uninterrupted run would draw the next epoch's shuffling seeds now; Lightning made the resumed run's
+            # iterator before the random state was back.
+            fetcher = trainer.fit_loop._data_fetcher
+            assert fetcher is not None
+            iter(fetcher)
+        elif not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
+            warnings.warn(
+                "Resumed in the middle of an epoch with a training loader that has no state_dict/load_state_dict: "
+                "the rest of this epoch has other batches than the uninterrupted run. Weights, masks and random "
+                "states are exact.",
+                stacklevel=2,
+            )
+
+
+def _train_loaders(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)

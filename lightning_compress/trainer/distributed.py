@@ -1,0 +1,44 @@
+"""What ranks must agree on. Every function is the identity where there is one process."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process, 0 where there is one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum the tensor over all ranks, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Give every rank the values of rank 0, in place, and return the tensor."""
+    if world_size() > 1:
+        dist.broadcast(tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor, src=0)
+    return tensor
+
+
+def gather(value: T) -> list[T]:
+    """Return every rank's value, on every rank, ordered by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,38 @@
+"""A monitor that compares a dense epoch with a compressed one compares two different networks: make it count anew."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+
+def count_anew(trainer: Trainer, reason: str) -> None:
+    """Reset "best so far" of every checkpoint and early-stopping callback, and say so.
+
+    Checkpoint files that were best until now stay on disk; `best_model_path` no longer points to them.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            _reset_checkpoint(callback, reason)
+        elif isinstance(callback, EarlyStopping):
+            callback.wait_count = 0
+            callback.best_score = torch.tensor(_worst(callback.mode))
+            rank_zero_info(f"EarlyStopping(monitor={callback.monitor!r}) counts anew: {reason}.")
+
+
+def _reset_checkpoint(callback: ModelCheckpoint, reason: str) -> None:
+    earlier = callback.best_model_path
+    callback.best_k_models = {}
+    callback.best_model_path = ""
+    callback.best_model_score = None
+    callback.kth_best_model_path = ""
+    callback.kth_value = torch.tensor(_worst(callback.mode))
+    callback.current_score = None
+    kept = f"; the best file until now, {earlier}, stays on disk" if earlier else ""
+    rank_zero_info(f"ModelCheckpoint(monitor={callback.monitor!r}) counts anew: {reason}{kept}.")
+
+
+def _worst(mode: str) -> float:
+    return float("inf") if mode == "min" else float("-inf")

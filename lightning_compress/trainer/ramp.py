@@ -1,0 +1,80 @@
+"""When a growing technique acts: a ramp of events between two optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_compress.trainer.timeline import planned_steps, steps_at
+
+RECOVERY_SHARE = 1 / 3  # of the planned steps, where the user names no end
+
+
+@dataclass(kw_only=True)
+class Ramp:
+    """Events every `interval` optimizer steps from `start` to `end`, both included.
+
+    Example:
+        >>> ramp = Ramp(start=10, end=25, interval=10)
+        >>> [step for step in range(40) if ramp.take(step)]
+        [10, 20, 25]
+        >>> ramp.finished
+        True
+    """
+
+    start: int
+    end: int
+    interval: int
+    last: int = -1
+
+    @classmethod
+    def plan(
+        cls, trainer: Trainer, *, start_epoch: float, end_epoch: float | None, every_n_steps: int | None
+    ) -> Ramp:
+        """Turn epochs into steps of this fit; without `end_epoch` the ramp ends at two thirds of the planned steps.
+
+        Raises:
+            ValueError: The fit has no planned end, or the ramp would end before it starts.
+        """
+        start = steps_at(trainer, start_epoch)
+        planned = planned_steps(trainer)
+        if end_epoch is not None:
+            end = steps_at(trainer, end_epoch)
+        elif planned is None:
+            raise ValueError("The fit has no planned end (max_epochs=-1 and max_steps=-1): set end_epoch.")
+        else:
+            end = max(round(planned * (1 - RECOVERY_SHARE)), 1)
+            if end <= start:
+                raise ValueError(
+                    f"start_epoch={start_epoch} is step {start}, but with end_epoch=None the ramp ends at two thirds "
+                    f"of the {planned} planned steps, {end}. Set end_epoch, or start earlier."
+                )
+        return cls(start=start, end=end, interval=every_n_steps or steps_at(trainer, 1.0))
+
+    def progress(self, step: int) -> float:
+        """Position of `step` on the ramp, 0 to 1."""
+        return 1.0 if step >= self.end else max(0.0, (step - self.start) / (self.end - self.start))
+
+    def take(self, step: int) -> bool:
+        """Whether an event is due after this step; it counts as taken then. No step is taken twice."""
+        due = self.is_due(step)
+        if due:
+            self.last = step
+        return due
+
+    def is_due(self, step: int) -> bool:
+        """Whether an event is due after this step."""
+        if self.finished or step <= self.last:
+            return False
+        return step >= self.end or (step >= self.start and (step - self.start) % self.interval == 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last event has been taken."""
+        return self.last >= self.end
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ramp as plain numbers."""
+        return asdict(self)

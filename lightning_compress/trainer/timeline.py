@@ -1,0 +1,56 @@
+"""Epochs to optimizer steps: a schedule's moments, in the unit that survives a resume."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+
+def steps_done(trainer: Trainer) -> int:
+    """Return how many batches have ended in an optimizer step.
+
+    In automatic optimization that is `trainer.global_step`. In manual optimization a batch may step several optimizers,
+    which all count in `global_step`, so batches are counted instead.
+    """
+    assert trainer.lightning_module is not None
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return int(trainer.fit_loop.total_batch_idx) + 1
+
+
+def steps_at(trainer: Trainer, epoch: float) -> int:
+    """Return the number of optimizer steps that `epoch` epochs take, from the first epoch on.
+
+    Raises:
+        ValueError: The length of an epoch is unknown (an iterable dataset) and `epoch` is not 0.
+    """
+    if epoch == 0:
+        return 0
+    if math.isinf(trainer.num_training_batches):
+        raise ValueError(
+            f"Epoch {epoch} can't be turned into steps: the training loader has no length. Give it one, or set "
+            f"Trainer(limit_train_batches=...) to a number of batches."
+        )
+    whole = int(epoch)
+    steps = sum(_steps_in_epoch(trainer, index) for index in range(whole))
+    return steps + round((epoch - whole) * _steps_in_epoch(trainer, whole))
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return the number of steps after which this fit ends by its own limits, or None where it has no limit."""
+    limits = []
+    if trainer.max_steps is not None and trainer.max_steps >= 0:
+        limits.append(trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(trainer.num_training_batches):
+        limits.append(steps_at(trainer, float(trainer.max_epochs)))
+    return min(limits, default=None)
+
+
+def _steps_in_epoch(trainer: Trainer, epoch: int) -> int:
+    accumulation = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulation = callback.get_accumulate_grad_batches(epoch)
+    return math.ceil(trainer.num_training_batches / accumulation)

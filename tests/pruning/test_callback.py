@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
+from torch import Tensor, nn
+
+from lightning_compress import IterativePruningCallback
+
+EPOCH = SAMPLES // BATCH
+
+
+class Record(Callback):
+    """Looks at the module after every batch, as a user's own callback would."""
+
+    def __init__(self) -> None:
+        self.zeros: list[int] = []
+        self.weights: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        flat = torch.cat([p.detach().flatten() for name, p in pl_module.named_parameters() if targeted(name)])
+        self.weights.append(flat.clone())
+        self.zeros.append(int((flat == 0).sum()))
+
+
+def targeted(name: str) -> bool:
+    return name in ("net.conv.weight", "net.hidden.weight", "net.head.weight")
+
+
+TARGETED = 6 * 3 + 16 * 72 + 3 * 16
+
+
+def run(callback: Callback, *others: Callback, module: LightningModule | None = None, **options: Any) -> SmallModule:
+    torch.manual_seed(0)
+    module = module or SmallModule()
+    quiet_trainer(callbacks=[callback, *others], **options).fit(module, shuffled(), plain())
+    return module  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------- how much, and when
+
+
+@pytest.mark.parametrize("schedule", ["one_shot", "linear", "cubic", "exponential", "cosine"])
+def test_the_amount_is_of_the_original_and_exact(schedule: str) -> None:
+    record = Record()
+    callback = IterativePruningCallback(0.83, schedule=schedule, start_epoch=1.0, end_epoch=3.0, every_n_steps=4)
+    run(callback, record)
+    assert record.zeros[EPOCH - 2] == 0
+    assert record.zeros == sorted(record.zeros)
+    assert record.zeros[-1] == round(0.83 * TARGETED)
+    assert callback.sparsity == pytest.approx(0.83, abs=1 / TARGETED)
+
+
+def test_layer_scope_is_exact_in_every_layer() -> None:
+    module = run(IterativePruningCallback(0.83, scope="layer", end_epoch=2.0))
+    for name, parameter in module.named_parameters():
+        if targeted(name):
+            assert int((parameter == 0).sum()) == round(0.83 * parameter.numel())
+        elif "norm" not in name:
+            assert not (parameter == 0).any()
+
+
+def test_events_follow_the_cubic_ramp_written_out_by_hand() -> None:
+    record = Record()
+    run(IterativePruningCallback(0.8, start_epoch=1.0, end_epoch=3.0, every_n_steps=6), record)
+    start, end = EPOCH, 3 * EPOCH
+    for step in range(start, end + 1, 6):
+        amount = 0.8 * (1 - (1 - (step - start) / (end - start)) ** 3)
+        assert record.zeros[step - 1] == round(amount * TARGETED)
+
+
+def test_global_magnitude_drops_the_smallest_weights_of_all_layers() -> None:
+    torch.manual_seed(0)
+    module = SmallModule()
+    before = torch.cat([p.detach().flatten() for name, p in module.named_parameters() if targeted(name)])
+    callback = IterativePruningCallback(0.6, schedule="one_shot")
+    quiet_trainer(callbacks=[callback], max_steps=1).fit(module, shuffled())
+    kept = torch.cat([callback.masks[name].flatten() for name, p in module.named_parameters() if targeted(name)])
+    smallest = before.abs().argsort()[: round(0.6 * TARGETED)]
+    assert set(smallest.tolist()) == set((~kept).nonzero().flatten().tolist())
+
+
+def test_by_default_the_ramp_leaves_a_third_for_recovery() -> None:
+    record = Record()
+    run(IterativePruningCallback(0.8, schedule="linear", every_n_steps=1), record, max_epochs=3)
+    final = round(0.8 * TARGETED)
+    assert record.zeros.index(final) + 1 == 2 * EPOCH
+
+
+def test_a_fit_that_ends_early_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"ended at step 24, before the pruning ramp did at step 36"):
+        run(IterativePruningCallback(0.8, end_epoch=3.0), max_epochs=2)
+
+
+# ---------------------------------------------------------------------- masks hold
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.5}], ids=str)
+def test_masked_weights_are_zero_after_every_step(optimizer: str, options: dict[str, Any]) -> None:
+    record = Record()
+    callback = IterativePruningCallback(0.8, schedule="one_shot", start_epoch=1.0)
+    run(callback, record, module=SmallModule(optimizer), **options)
+    gone = record.weights[-1] == 0
+    first = next(index for index, zeros in enumerate(record.zeros) if zeros)
+    assert gone.sum() == round(0.8 * TARGETED)
+    for weights in record.weights[first:]:
+        assert not weights[gone].any()
+
+
+def test_masked_gradients_do_not_count_in_the_clipped_norm() -> None:
+    norms = []
+
+    class Norm(SmallModule):
+        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            super().configure_gradient_clipping(optimizer, *args, **kwargs)
+            masked = [p.grad[p == 0] for name, p in self.named_parameters() if targeted(name)]
+            norms.append(float(torch.cat(masked).norm()) if masked else 0.0)
+
+    run(IterativePruningCallback(0.8, schedule="one_shot"), module=Norm(), gradient_clip_val=0.1, max_epochs=1)
+    assert norms
+    assert max(norms) == 0.0
+
+
+def test_regrow_trains_what_is_masked_and_brings_it_back() -> None:
+    """Against dynamic network surgery written out by hand, on a linear model under plain SGD."""
+    steps, every, amount = 24, 4, 0.5
+
+    class Line(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, 3, bias=False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.layer(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.3)
+
+    torch.manual_seed(3)
+    module = Line()
+    w, mask = module.layer.weight.detach().clone(), torch.ones(3, 12)
+    callback = IterativePruningCallback(
+        amount, schedule="linear", regrow=True, end_epoch=2.0, every_n_steps=every
+    )
+    quiet_trainer(max_epochs=2, callbacks=[callback]).fit(module, plain(0))
+
+    seen = []
+    for step, (x, y) in enumerate([*plain(0), *plain(0)], start=1):
+        weight = (w * mask).requires_grad_()
+        F.cross_entropy(F.linear(x, weight), y).backward()
+        w = w - 0.3 * weight.grad
+        if step % every == 0:
+            count = round(amount * step / steps * w.numel())
+            order = w.abs().flatten().argsort()
+            mask = torch.ones(w.numel()).index_fill_(0, order[:count], 0.0).view_as(w)
+            seen.append(mask)
+    assert torch.allclose(module.layer.weight.detach(), w * mask, atol=1e-6)
+    assert any(((before == 0) & (after == 1)).any() for before, after in zip(seen, seen[1:], strict=False))
+
+
+def test_neurons_fall_silent_in_everything_they_own() -> None:
+    callback = IterativePruningCallback(0.5, granularity="neuron", scope="layer", end_epoch=2.0)
+    module = run(callback)
+    net = module.net.eval()
+    gone = (net.conv.weight == 0).flatten(1).all(1)
+    assert gone.sum() == 3
+    for tensor in (net.conv.bias, net.norm.weight, net.norm.bias):
+        assert not tensor[gone].any()
+    after_norm = net.norm(net.conv(torch.randn(4, 1, 12)))
+    assert not after_norm[:, gone].any()
+    assert after_norm[:, ~gone].any()
+    assert (net.hidden.weight == 0).all(1).sum() == 8
+    assert not (net.head.weight == 0).any()  # the output's neurons stay
+
+
+# ---------------------------------------------------------------------- what the user monitors
+
+
+class Dense(SmallModule):
+    """Logs a metric that is best while the network is dense."""
+
+    def on_validation_epoch_end(self) -> None:
+        weights = torch.cat([p.flatten() for name, p in self.named_parameters() if targeted(name)])
+        self.log("density", (weights != 0).float().mean())
+
+
+def test_a_dense_epoch_does_not_win_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="density", mode="max")
+    stopping = EarlyStopping("density", mode="max", patience=4)
+    with caplog.at_level("INFO"):
+        run(IterativePruningCallback(0.8, end_epoch=3.0), checkpoint, stopping, module=Dense(), max_epochs=5,
+            enable_checkpointing=True)
+    assert float(checkpoint.best_model_score) == pytest.approx(0.2, abs=1e-3)
+    weights = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]["net.hidden.weight"]
+    assert (weights == 0).float().mean() > 0.7
+    assert float(stopping.best_score) == pytest.approx(0.2, abs=1e-3)
+    assert "counts anew" in caplog.text
+
+
+def test_averaged_copies_are_projected(tmp_path: Path) -> None:
+    average = EMAWeightAveraging(decay=0.9)
+    torch.manual_seed(0)
+    module = SmallModule()
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    callbacks = [average, IterativePruningCallback(0.8, end_epoch=2.0), checkpoint]
+    quiet_trainer(callbacks=callbacks, enable_checkpointing=True).fit(module, shuffled(), plain())
+    saved = torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
+    for source in (saved, module.state_dict()):
+        zeros = sum(int((source[name] == 0).sum()) for name in source if targeted(name))
+        assert zeros == round(0.8 * TARGETED)
+
+
+def test_averaging_that_would_be_missed_is_refused() -> None:
+    with pytest.raises(ValueError, match="EMAWeightAveraging must stand before IterativePruningCallback"):
+        run(IterativePruningCallback(0.8), EMAWeightAveraging())
+    with pytest.raises(ValueError, match="StochasticWeightAveraging"):
+        run(StochasticWeightAveraging(swa_lrs=0.1), IterativePruningCallback(0.8))
+
+
+# ---------------------------------------------------------------------- until the metric drops
+
+
+class Brittle(SmallModule):
+    """Its metric holds until more than `limit` of the weights are gone."""
+
+    limit = 0.5
+
+    def on_validation_epoch_end(self) -> None:
+        weights = torch.cat([p.flatten() for name, p in self.named_parameters() if targeted(name)])
+        self.log("quality", 0.9 if (weights == 0).float().mean() <= self.limit else 0.7)
+
+
+def test_stop_ends_at_the_largest_amount_that_keeps_the_metric() -> None:
+    module, record = Brittle(), Record()
+    callback = IterativePruningCallback(
+        0.9, schedule="linear", start_epoch=1.0, end_epoch=10.0, stop={"monitor": "quality", "max_drop": 0.05}
+    )
+    run(callback, record, module=module, max_epochs=12)
+    # amounts after epochs 2, 3, ...: 0.1, 0.2, ...: the sixth is 0.6 and fails
+    assert callback.current_amount == pytest.approx(0.5)
+    assert callback.finished
+    weights = torch.cat([p.flatten() for name, p in module.named_parameters() if targeted(name)])
+    assert int((weights == 0).sum()) == round(0.5 * TARGETED)
+    assert max(record.zeros) == round(0.6 * TARGETED)
+    assert len(record.zeros) == 7 * EPOCH
+    assert torch.equal(weights.detach(), record.weights[6 * EPOCH - 1] * (weights != 0))
+
+
+def test_stop_reaches_the_end_where_the_metric_holds() -> None:
+    module = Brittle()
+    module.limit = 1.0
+    callback = IterativePruningCallback(
+        0.9, start_epoch=1.0, end_epoch=3.0, stop={"monitor": "quality", "max_drop": 0.05}
+    )
+    run(callback, module=module, max_epochs=5)
+    assert callback.current_amount == 0.9
+
+
+def test_stop_without_a_dense_metric_is_an_error() -> None:
+    callback = IterativePruningCallback(0.9, schedule="one_shot", stop={"monitor": "val_acc", "max_drop": 0.05})
+    with pytest.raises(ValueError, match=r"no validation ran before the first pruning: start later"):
+        run(callback)
+
+
+def test_stop_names_the_metrics_there_are() -> None:
+    callback = IterativePruningCallback(0.9, start_epoch=1.0, stop={"monitor": "val_f1", "max_drop": 0.05})
+    with pytest.raises(ValueError, match=r"'val_f1', which validation did not log; it logged \["):
+        run(callback)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amount": 1.2}, "amount is the fraction of the original to remove, 0 to 1; got 1.2"),
+        ({"amount": 90}, "got 90"),
+        ({"criterion": "magnitud"}, "criterion must be one of magnitude, .*got 'magnitud'"),
+        ({"schedule": "cubik"}, "schedule must be one of .*got 'cubik'"),
+        ({"scope": "everywhere"}, "scope must be 'global' or 'layer'; got 'everywhere'"),
+        ({"granularity": "filter"}, "granularity must be 'weight' or 'neuron'; got 'filter'"),
+        ({"criterion": "apoz"}, "needs granularity='neuron'"),
+        ({"criterion": "apoz", "granularity": "neuron", "regrow": True}, "could bring none back"),
+        ({"start_epoch": 3.0, "end_epoch": 2.0}, "end_epoch=2.0 must be later than start_epoch=3.0"),
+        ({"start_epoch": -1.0}, "start_epoch must be 0 or later; got -1.0"),
+        ({"every_n_steps": 0}, "every_n_steps must be 1 or more; got 0"),
+        ({"stop": {"monitor": "a"}}, r"lacks \['max_drop'\]"),
+        ({"stop": {"monitor": "a", "max_drop": 0.1, "patience": 3}}, r"unknown keys \['patience'\]"),
+        ({"stop": {"monitor": "a", "max_drop": -0.1}}, "max_drop .*got -0.1"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IterativePruningCallback(**options)
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    with pytest.warns(UserWarning, match="matches no parameter"), pytest.raises(ValueError, match="selects no"):
+        run(IterativePruningCallback(0.5, target="decoder.*"))
+
+
+def test_a_network_path_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"network='backbone' is no submodule of SmallModule.*'net'"):
+        run(IterativePruningCallback(0.5, granularity="neuron", network="backbone"))
+
+
+def test_a_criterion_without_the_gradients_it_needs() -> None:
+    with pytest.raises(ValueError, match=r"'taylor' needs gradients.*start_epoch must be > 0"):
+        run(IterativePruningCallback(0.5, criterion="taylor", schedule="one_shot"))
+
+
+def test_nan_scores_name_the_parameter() -> None:
+    module = SmallModule()
+    module.net.hidden.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN: .*net.hidden.weight"):
+        run(IterativePruningCallback(0.5, schedule="one_shot"), module=module)
+
+
+def test_a_checkpoint_from_other_settings(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    run(IterativePruningCallback(0.5), checkpoint, enable_checkpointing=True, max_epochs=1)
+    trainer = quiet_trainer(callbacks=[IterativePruningCallback(0.8)])
+    with pytest.raises(ValueError, match=r"other settings.*'amount': 0.5.*this run has.*'amount': 0.8"):
+        trainer.fit(SmallModule(), shuffled(), plain(), ckpt_path=checkpoint.last_model_path, weights_only=True)
+
+
+def test_two_callbacks_with_different_settings_live_in_one_trainer() -> None:
+    first = IterativePruningCallback(0.5, target="net.hidden", end_epoch=1.0)
+    second = IterativePruningCallback(0.25, target="net.head", end_epoch=2.0)
+    module = run(first, second)
+    assert int((module.net.hidden.weight == 0).sum()) == 576
+    assert int((module.net.head.weight == 0).sum()) == 12
+
+
+def test_a_callback_that_pruned_another_module_is_refused() -> None:
+    callback = IterativePruningCallback(0.5, end_epoch=1.0)
+    run(callback, max_epochs=2)
+    with pytest.raises(ValueError, match="compressed another module"):
+        run(callback, module=SmallModule())
+
+
+def test_lbfgs_is_refused() -> None:
+    class Quasi(SmallModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(ValueError, match="does not support LBFGS"):
+        run(IterativePruningCallback(0.5), module=Quasi())
+
+
+def test_sharded_strategies_are_refused_by_name() -> None:
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    class FSDPStrategy(SingleDeviceStrategy):
+        """Stands in for a strategy that a machine without several GPUs can't set up."""
+
+    with pytest.raises(ValueError, match="does not support FSDPStrategy: it is tested with a single device"):
+        run(IterativePruningCallback(0.5), strategy=FSDPStrategy(accelerator=None), accelerator="auto")
+
+
+def test_the_old_namespace_is_refused_by_name() -> None:
+    import pytorch_lightning
+
+    trainer = pytorch_lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    with pytest.raises(TypeError, match=r"comes from pytorch_lightning.*from `lightning.pytorch`"):
+        IterativePruningCallback(0.5).setup(trainer, SmallModule(), "fit")  # type: ignore[arg-type]
+
+
+def test_unstepped_raw_optimizers_are_refused_under_regrow() -> None:
+    class Raw(ManualModule):
+        def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+            return super().optimizers(use_pl_optimizer=False)
+
+    with pytest.raises(RuntimeError, match="use_pl_optimizer=True"):
+        run(IterativePruningCallback(0.5, regrow=True), module=Raw())
+
+
+# ---------------------------------------------------------------------- compiled, wrapped, iterated
+
+
+def test_a_compiled_module() -> None:
+    torch.manual_seed(0)
+    module = SmallModule()
+    callback = IterativePruningCallback(0.5, granularity="neuron", end_epoch=1.0)
+    quiet_trainer(callbacks=[callback], max_epochs=2).fit(torch.compile(module, backend="eager"), shuffled(), plain())
+    assert (module.net.hidden.weight == 0).all(1).sum() > 0
+
+
+def test_a_criterion_that_compilation_hides_is_refused() -> None:
+    callback = IterativePruningCallback(0.5, granularity="neuron", criterion="apoz", end_epoch=1.0)
+    with pytest.raises(ValueError, match="'apoz' looks inside the forward pass, which torch.compile hides"):
+        quiet_trainer(callbacks=[callback]).fit(torch.compile(SmallModule(), backend="eager"), shuffled(), plain())
+
+
+def test_a_loader_without_length_needs_steps() -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            data = plain().dataset.tensors
+            while True:
+                yield data[0][0], data[1][0]
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=BATCH)
+    torch.manual_seed(0)
+    callback = IterativePruningCallback(0.5, every_n_steps=5)
+    quiet_trainer(callbacks=[callback], max_epochs=-1, max_steps=30).fit(SmallModule(), loader)
+    assert callback.sparsity == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(ValueError, match="loader has no length"):
+        late = IterativePruningCallback(0.5, every_n_steps=5, start_epoch=1.0)
+        quiet_trainer(callbacks=[late], max_epochs=-1, max_steps=30).fit(SmallModule(), loader)
+
+
+def test_no_warning_in_an_ordinary_fit() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(IterativePruningCallback(0.5))
+    assert [str(w.message) for w in caught if "lightning_compress" in str(w.filename)] == []

@@ -1,0 +1,1 @@
+"""What the tests share: a small network with data, the registry of canonical settings, and a pair of ranks."""

@@ -1,0 +1,66 @@
+"""Fits that both the tests and the pair of ranks run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.registry import REGISTRY
+from support.small import SmallModule, StatefulLoader, plain, quiet_trainer, shuffled
+
+
+def technique_state(callback: Callback) -> dict[str, Any]:
+    return callback.technique_state()  # type: ignore[attr-defined]
+
+
+def fit(
+    entry: str | None,
+    *,
+    folder: Path | None = None,
+    stateful: bool = False,
+    every_n_train_steps: int | None = None,
+    resume: Path | None = None,
+    module: LightningModule | None = None,
+    callbacks: tuple[Callback, ...] = (),
+    nothing: bool = False,
+    **trainer_options: Any,
+) -> dict[str, Any]:
+    """Fit a small network with a registry entry; return everything that a resume must reproduce."""
+    seed_everything(1, verbose=False)
+    if resume is not None:
+        torch.manual_seed(999)  # a resumed process starts from anywhere
+    module = module or SmallModule()
+    mine = [] if entry is None else [REGISTRY[entry].nothing() if nothing else REGISTRY[entry].make()]
+    if folder is not None:
+        checkpoint = ModelCheckpoint(
+            folder,
+            filename="{step}",
+            save_top_k=-1,
+            every_n_train_steps=every_n_train_steps,
+            every_n_epochs=None if every_n_train_steps else 1,
+        )
+        trainer_options["enable_checkpointing"] = True
+        callbacks = (*callbacks, checkpoint)
+    trainer = quiet_trainer(callbacks=[*mine, *callbacks], **trainer_options)
+    trainer.fit(module, StatefulLoader() if stateful else shuffled(), plain(), ckpt_path=resume, weights_only=True)
+    return {
+        "weights": {name: value.clone() for name, value in module.state_dict().items()},
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "technique": technique_state(mine[0]) if mine else None,
+        "step": trainer.global_step,
+        "random": torch.rand(3),
+    }
+
+
+def fit_on_ranks(entry: str, folder: str | None = None, resume: str | None = None, **options: Any) -> dict[str, Any]:
+    return fit(
+        entry,
+        folder=None if folder is None else Path(folder),
+        resume=None if resume is None else Path(resume),
+        strategy="ddp",
+        devices=2,
+        **options,
+    )

@@ -1,0 +1,46 @@
+"""Canonical settings of every technique: the promises are tested for each entry, so a new technique adds one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from lightning_compress import IterativePruningCallback
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One technique with settings under which a fit of four epochs exercises all of it."""
+
+    make: Callable[[], Callback]
+    nothing: Callable[[], Callback]  # the setting under which it must change nothing at all
+
+
+def pruning(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"amount": 0.7, "end_epoch": 2.5, "every_n_steps": 5} | options
+    return Entry(
+        make=lambda: IterativePruningCallback(**settings),
+        nothing=lambda: IterativePruningCallback(**(settings | {"amount": 0.0, "stop": None})),
+    )
+
+
+REGISTRY: dict[str, Entry] = {
+    "pruning": pruning(),
+    "pruning-layer-random": pruning(criterion="random", scope="layer", schedule="linear"),
+    "pruning-one-shot": pruning(schedule="one_shot", start_epoch=1.0, end_epoch=None),
+    "pruning-regrow": pruning(regrow=True, schedule="cosine"),
+    "pruning-taylor": pruning(criterion="taylor"),
+    "pruning-obd": pruning(criterion="obd"),
+    "pruning-fisher": pruning(criterion="fisher"),
+    "pruning-ewc": pruning(criterion="ewc"),
+    "pruning-si": pruning(criterion="si"),
+    "pruning-mas": pruning(criterion="mas"),
+    "pruning-neurons": pruning(granularity="neuron", amount=0.5),
+    "pruning-neurons-apoz": pruning(granularity="neuron", amount=0.5, criterion="apoz"),
+    "pruning-neurons-taylor": pruning(granularity="neuron", amount=0.5, criterion="taylor"),
+    "pruning-neurons-fisher": pruning(granularity="neuron", amount=0.5, criterion="fisher"),
+    "pruning-stop": pruning(start_epoch=1.0, stop={"monitor": "val_acc", "max_drop": 0.4}, every_n_steps=None),
+}

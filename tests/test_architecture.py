@@ -1,0 +1,82 @@
+"""Arrows go one way: core <- functional code <- trainer glue and callbacks <- hydra and cli."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_compress
+
+PACKAGE = Path(lightning_compress.__file__).parent
+FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
+HYDRA_FILES = {"hydra.py", "cli.py"}
+GLUE = {"callback.py", "module.py"}
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer(path: Path) -> str:
+    """core | functional | trainer | glue | baselines | report | app | root"""
+    room = path.parts[0]
+    if len(path.parts) == 1:
+        return "app" if room in HYDRA_FILES else "root"
+    if room in ("core", "trainer", "report", "baselines"):
+        return room
+    return "glue" if path.name in GLUE else "functional"
+
+
+MAY_IMPORT = {
+    "core": {"core"},
+    "functional": {"core", "functional"},
+    "trainer": {"core", "trainer"},
+    "glue": {"core", "functional", "trainer"},
+    "baselines": {"core", "baselines"},
+    "report": {"core", "report"},
+    "app": {"core", "functional", "trainer", "glue", "baselines", "report", "app", "root"},
+    "root": {"core", "functional", "trainer", "glue", "baselines", "report"},
+}
+MAY_USE = {
+    "core": set(),
+    "functional": set(),
+    "trainer": {"lightning"},
+    "glue": {"lightning"},
+    "baselines": {"lightning"},
+    "report": {"lightning"},
+    "app": {"lightning", "hydra", "omegaconf"},
+    "root": set(),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_down(path: Path) -> None:
+    mine = layer(path)
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] in FRAMEWORKS:
+            assert parts[0] in MAY_USE[mine], f"{path} ({mine}) imports {name}"
+        if parts[0] != "lightning_compress" or len(parts) == 2:
+            continue
+        target = Path(*parts[1:-1]).with_suffix(".py")
+        target = target if (PACKAGE / target).is_file() else Path(*parts[1:]).with_suffix(".py")
+        if (PACKAGE / target).is_file():
+            assert layer(target) in MAY_IMPORT[mine], f"{path} ({mine}) imports {name} ({layer(target)})"
+            if layer(target) == "glue" and mine == "glue":
+                assert target.parts[0] == path.parts[0], f"{path} imports another room's callback, {name}"
+
+
+def test_the_arrows_are_really_read() -> None:
+    assert "lightning_compress.core.swap.Projection" in imported(Path("trainer/callback.py"))
+    assert layer(Path("trainer/callback.py")) == "trainer"
+    assert layer(Path("pruning/callback.py")) == "glue"

@@ -1,0 +1,150 @@
+"""What every technique promises, tested for every entry of the registry."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.compare import differences
+from support.jobs import fit
+from support.ranks import TESTS, RankPair
+from support.registry import REGISTRY
+from support.small import SAMPLES, BATCH, ManualModule, SmallModule, plain, quiet_trainer, shuffled
+
+ENTRIES = list(REGISTRY)
+EPOCH = SAMPLES // BATCH  # optimizer steps
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_resume_at_an_epochs_end_is_exact(entry: str, tmp_path: Path) -> None:
+    whole = fit(entry, folder=tmp_path)
+    resumed = fit(entry, resume=tmp_path / f"step={2 * EPOCH}.ckpt")
+    assert differences(whole, resumed) == []
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_resume_inside_an_epoch_is_exact(entry: str, tmp_path: Path) -> None:
+    whole = fit(entry, folder=tmp_path, stateful=True, every_n_train_steps=7)
+    resumed = fit(entry, stateful=True, resume=tmp_path / "step=21.ckpt")
+    assert differences(whole, resumed) == []
+
+
+@pytest.mark.parametrize("step", [EPOCH, 2 * EPOCH])
+def test_resume_from_the_last_batch_of_an_epoch_is_exact(step: int, tmp_path: Path) -> None:
+    whole = fit("pruning", folder=tmp_path, every_n_train_steps=EPOCH)
+    resumed = fit("pruning", resume=tmp_path / f"step={step}.ckpt")
+    assert differences(whole, resumed) == []
+
+
+def test_resume_after_sigkill_is_exact(tmp_path: Path) -> None:
+    whole = fit("pruning-regrow", folder=tmp_path / "whole", stateful=True, every_n_train_steps=7)
+    script = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from lightning.pytorch import Callback\n"
+        "from support.jobs import fit\n"
+        "class Kill(Callback):\n"
+        "    def on_train_batch_start(self, trainer, module, batch, index):\n"
+        "        if trainer.global_step == 31: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"fit('pruning-regrow', folder=Path({str(tmp_path / 'killed')!r}), stateful=True, every_n_train_steps=7,"
+        " callbacks=(Kill(),))\n"
+    )
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    killed = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    resumed = fit("pruning-regrow", stateful=True, resume=tmp_path / "killed" / "step=28.ckpt")
+    assert differences(whole, resumed) == []
+
+
+def test_resume_inside_an_epoch_of_a_plain_loader_says_what_is_not_exact(tmp_path: Path) -> None:
+    fit("pruning", folder=tmp_path, every_n_train_steps=7)
+    with pytest.warns(UserWarning, match="the rest of this epoch has other batches"):
+        fit("pruning", resume=tmp_path / "step=21.ckpt")
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    first, second = rank_pair.run("support.jobs:fit_on_ranks", tmp_path, entry=entry, folder=str(folder))
+    second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own
+    for part in ("weights", "optimizers"):
+        assert differences(first[part], second[part]) == []
+    assert differences(first["technique"]["keep"], second["technique"]["keep"]) == []
+
+    resume = str(folder / f"step={2 * EPOCH // 2}.ckpt")
+    # A save brings the ranks' sums together, in floating point, so both runs must save at the same steps.
+    options = {"entry": entry, "resume": resume, "folder": str(tmp_path / "again")}
+    again = rank_pair.run("support.jobs:fit_on_ranks", tmp_path, **options)
+    assert differences([first, second], again) == []
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_doing_nothing_is_nothing(entry: str) -> None:
+    bare, idle = fit(None), fit(entry, nothing=True)
+    for part in ("weights", "optimizers", "random"):
+        assert differences(bare[part], idle[part]) == []
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(entry: str, tmp_path: Path) -> None:
+    fit(entry, folder=tmp_path)
+    checkpoint = torch.load(tmp_path / f"step={4 * EPOCH}.ckpt", weights_only=True)
+    module = SmallModule()
+    assert list(checkpoint["state_dict"]) == list(module.state_dict())
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+    weights = torch.cat([p.flatten() for name, p in module.named_parameters() if name.endswith("weight")])
+    assert (weights == 0).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fast_dev_run": True},
+        {"accumulate_grad_batches": 3, "val_check_interval": 4},
+        {"gradient_clip_val": 0.1},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_trainer_options(entry: str, options: dict[str, object]) -> None:
+    fit(entry, **options)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_manual_optimization_with_two_optimizers(entry: str) -> None:
+    result = fit(entry, module=ManualModule())
+    assert result["technique"]["keep"] is not None
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_verb_after_a_fit_and_a_second_fit(entry: str, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    callback = REGISTRY[entry].make()
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = quiet_trainer(callbacks=[callback, checkpoint], enable_checkpointing=True)
+    module = SmallModule()
+    trainer.fit(module, shuffled(), plain())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer.validate(module, plain(), verbose=False)
+    trainer.predict(module, plain())
+    assert differences(before, dict(module.state_dict())) == []
+    trainer.test(module, plain(), ckpt_path="best", verbose=False, weights_only=True)
+    best = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
+    assert differences(dict(module.state_dict()), dict(best)) == []
+    masks = {name: mask.clone() for name, mask in callback.masks.items()}
+
+    module.load_state_dict(before)
+    quiet_trainer(callbacks=[callback], max_epochs=1).fit(module, shuffled(), plain())
+    assert callback.finished
+    assert differences(masks, callback.masks) == []
+    for name, mask in masks.items():
+        assert not module.get_parameter(name)[~mask].any()
