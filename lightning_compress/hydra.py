@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra.utils import instantiate
-from lightning.pytorch import LightningDataModule, LightningModule
+from hydra.utils import get_object, instantiate
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
+
+from lightning_compress.core.select import select_parameters
+from lightning_compress.pruning.callback import IterativePruningCallback
 
 T = TypeVar("T")
 
@@ -26,22 +29,22 @@ def started() -> str:
     return os.environ.setdefault("LIGHTNING_COMPRESS_STARTED", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
 
 
-def run_folder(task: str, ckpt_path: str | None, weights: str | None, compare_root: str) -> str:
-    """Return the folder that a command writes into: a new one, or that of what it goes on with.
+def run_folder(task: str, ckpt_path: str | None, weights: str | None, new: str) -> str:
+    """Return the folder that a command writes into: that of the run it goes on with, or a new one.
+
+    Raises:
+        FileNotFoundError: What it goes on with does not exist.
 
     Example:
-        >>> run_folder("run", "outputs/a/checkpoints/last.ckpt", None, "multirun")
-        'outputs/a'
-        >>> run_folder("export", None, "outputs/a/compressed.ckpt", "multirun")
-        'outputs/a'
-        >>> run_folder("compare", None, None, "multirun")
-        'multirun'
+        >>> run_folder("run", None, "dense.ckpt", "outputs/new")
+        'outputs/new'
     """
-    if task == "compare":
-        return compare_root
-    source = ckpt_path if task == "run" else ckpt_path or weights
-    if source is None or task == "inspect":
-        return f"outputs/{started()}"
+    source = {"run": ckpt_path, "export": ckpt_path or weights}.get(task)
+    if source is None:
+        return new
+    if not Path(source).is_file():
+        name = "ckpt_path" if ckpt_path else "weights"
+        raise FileNotFoundError(f"{name}={source!r} does not exist (looked for in {Path.cwd()}).")
     folder = Path(source).parent
     return str(folder.parent if folder.name == CHECKPOINTS else folder)
 
@@ -50,3 +53,81 @@ def register_resolvers() -> None:
     """Make `${lightning_compress.run_folder:...}` and `${lightning_compress.started:}` known to OmegaConf."""
     OmegaConf.register_new_resolver("lightning_compress.run_folder", run_folder, replace=True)
     OmegaConf.register_new_resolver("lightning_compress.started", started, replace=True)
+
+
+def build_module(cfg: DictConfig) -> LightningModule:
+    """Return the LightningModule that `cfg.model` describes.
+
+    Raises:
+        ValueError: Its `_target_` is, or makes, something else.
+    """
+    wrap_it = f"A plain network goes into a Classifier: model=classifier model.network._target_={cfg.model._target_}"
+    return _build_checked(cfg.model, LightningModule, "model", wrap_it)
+
+
+def build_datamodule(cfg: DictConfig) -> LightningDataModule:
+    """Return the LightningDataModule that `cfg.data` describes.
+
+    Raises:
+        ValueError: Its `_target_` is, or makes, something else.
+    """
+    choices = "Put the data into one, or choose data=digits, mnist, fashion_mnist or cifar10"
+    return _build_checked(cfg.data, LightningDataModule, "data", choices)
+
+
+def build_named(nodes: DictConfig | None) -> dict[str, Any]:
+    """Return the objects of a dict of `_target_`s by name, in its order; entries that are null are left out."""
+    return {str(name): _build(node) for name, node in (nodes or {}).items() if node is not None}
+
+
+def build_wrapped(nodes: DictConfig | None, module: LightningModule) -> LightningModule:
+    """Return the module inside its wrappers: each `_target_` gets what the one before made, the first the module.
+
+    Raises:
+        ValueError: A wrapper is, or makes, something else than a LightningModule.
+    """
+    advice = "What changes the weights is a callback: put it below callbacks"
+    for name, node in (nodes or {}).items():
+        module = _build_checked(node, LightningModule, f"wrappers.{name!s}", advice, module)
+    return module
+
+
+def build_trainer_factory(cfg: DictConfig) -> Callable[..., Trainer]:
+    """Return `cfg.trainer` as a function that takes further arguments."""
+    factory: Callable[..., Trainer] = instantiate(cfg.trainer, _partial_=True, _convert_="all")
+    return factory
+
+
+def check_together(module: LightningModule, callbacks: Mapping[str, Any]) -> None:
+    """Refuse what makes no sense together.
+
+    Raises:
+        ValueError: Two pruning callbacks share a parameter.
+    """
+    owners: dict[str, str] = {}
+    for name, callback in callbacks.items():
+        if not isinstance(callback, IterativePruningCallback):
+            continue
+        for parameter in select_parameters(module, callback.target, exclude=callback.exclude):
+            if parameter in owners:
+                raise ValueError(
+                    f"callbacks.{owners[parameter]} and callbacks.{name} both prune {parameter}, and each would undo "
+                    f"what the other counts: choose one of them, or give them targets that share nothing."
+                )
+            owners[parameter] = name
+
+
+def _build(node: DictConfig, *args: Any) -> Any:
+    return instantiate(node, *args, _convert_="all")  # plain containers, for checkpoints can't hold OmegaConf's
+
+
+def _build_checked(node: DictConfig, kind: type[T], key: str, advice: str, *args: Any) -> T:
+    target = get_object(node._target_)
+    made = None if isinstance(target, type) and not issubclass(target, kind) else _build(node, *args)
+    if not isinstance(made, kind):
+        found = target if made is None else type(made)
+        raise ValueError(
+            f"{key}._target_={node._target_!r} is no {kind.__name__} of `lightning.pytorch`, but "
+            f"{found.__module__}.{found.__qualname__}. {advice}."
+        )
+    return made

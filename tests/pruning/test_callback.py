@@ -395,12 +395,30 @@ def test_unstepped_raw_optimizers_are_refused_under_regrow() -> None:
 # ---------------------------------------------------------------------- compiled, wrapped, iterated
 
 
-def test_a_compiled_module() -> None:
+class Unlogged(SmallModule):
+    """Dynamo can't trace `self.log` in this version of Lightning, with or without us."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_a_compiled_module(granularity: Any) -> None:
     torch.manual_seed(0)
-    module = SmallModule()
-    callback = IterativePruningCallback(0.5, granularity="neuron", end_epoch=1.0)
+    module = Unlogged()
+    callback = IterativePruningCallback(0.5, granularity=granularity, end_epoch=1.0)
     quiet_trainer(callbacks=[callback], max_epochs=2).fit(torch.compile(module, backend="eager"), shuffled(), plain())
-    assert (module.net.hidden.weight == 0).all(1).sum() > 0
+    compiled = {name: value.clone() for name, value in module.state_dict().items()}
+
+    torch.manual_seed(0)
+    module = Unlogged()
+    again = IterativePruningCallback(0.5, granularity=granularity, end_epoch=1.0)
+    quiet_trainer(callbacks=[again], max_epochs=2).fit(module, shuffled(), plain())
+    for name, value in module.state_dict().items():
+        assert torch.allclose(value, compiled[name], atol=1e-5)
 
 
 def test_a_criterion_that_compilation_hides_is_refused() -> None:

@@ -206,16 +206,20 @@ def test_activation_checkpointing():
     torch.testing.assert_close(watcher.sums(calls, torch.square)["body.0.weight"], expected)
 
 
-def test_low_precision_accumulates_in_float32():
+@pytest.mark.parametrize("shape", [(8,), (5, 8)])
+def test_low_precision_gradients_are_summed_in_float32(shape):
     torch.manual_seed(0)
-    model, x = nn.Linear(8, 4), torch.randn(64, 8)
+    model, x = nn.Linear(8, 4), torch.randn(64, *shape)
     with torch.autocast("cpu", torch.bfloat16):
         watcher, output = watched(model, "weight", x)
     assert output.dtype is torch.bfloat16
-    sums = watcher.sums(watcher.backward(output.float().square().sum()), torch.square)["weight"]
-    assert sums.dtype is torch.float32
-    expected = gradients_of_samples(model, x, model.weight).square().sum(0)
-    torch.testing.assert_close(sums, expected, rtol=0.03, atol=0)
+    (call,) = watcher.backward(output.float().square().sum())
+    assert call.delta.dtype is torch.bfloat16
+    pairs = zip(call.x.double().view(64, -1, 8), call.delta.double().view(64, -1, 4), strict=True)
+    expected = sum((delta.T @ x).square() for x, delta in pairs)
+    torch.testing.assert_close(watcher.sums([call], torch.square)["weight"], expected.float())
+    approximately = gradients_of_samples(model, x, model.weight).square().sum(0)
+    torch.testing.assert_close(expected.float(), approximately, rtol=0.05, atol=0)
 
 
 class Scaled(nn.Linear):

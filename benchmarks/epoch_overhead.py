@@ -1,0 +1,102 @@
+"""What does the callback cost? Epochs of LeNet-300-100 at batch 128: bare Lightning, Lightning's ModelPruning, ours.
+
+All variants take turns within every round, so that they see the same machine; the table holds medians of the rounds.
+
+    python benchmarks/epoch_overhead.py --rounds 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelPruning
+from rich.console import Console
+from rich.table import Table
+
+from lightning_compress import IterativePruningCallback
+from lightning_compress.baselines import Classifier, LeNet300, TensorLoader
+
+SAMPLES, BATCH, STEPS_BETWEEN = 60_000, 128, 100
+
+
+class Stopwatch(Callback):
+    """Notes the seconds of every training epoch."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def ours(**options: Any) -> Callable[[], list[Callback]]:
+    return lambda: [IterativePruningCallback(11 / 12, end_epoch=2.0, every_n_steps=STEPS_BETWEEN, **options)]
+
+
+VARIANTS: dict[str, Callable[[], list[Callback]]] = {
+    "bare Lightning": list,
+    "ModelPruning (Lightning)": lambda: [ModelPruning("l1_unstructured", amount=0.5, make_pruning_permanent=False)],
+    "magnitude": ours(),
+    "magnitude, regrow": ours(regrow=True),
+    "taylor": ours(criterion="taylor"),
+    "si": ours(criterion="si"),
+    "apoz, neurons": ours(criterion="apoz", granularity="neuron", scope="layer"),
+    "taylor, neurons": ours(criterion="taylor", granularity="neuron", scope="layer"),
+}
+
+
+def seconds_per_epoch(make_callbacks: Callable[[], list[Callback]]) -> float:
+    """Fit three epochs: the second is timed, with pruning events in it, and masks in force since the first."""
+    torch.manual_seed(0)
+    x, y = torch.randn(SAMPLES, 1, 28, 28), torch.randint(10, (SAMPLES,))
+    watch = Stopwatch()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        callbacks=[*make_callbacks(), watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Classifier(LeNet300(), input_shape=(1, 28, 28))
+    trainer.fit(module, TensorLoader(x, y, batch_size=BATCH, shuffle=True))
+    return watch.seconds[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    chosen = {name: VARIANTS[name] for name in VARIANTS if name in arguments.only or name == "bare Lightning"}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    for _ in range(arguments.rounds):
+        for name, make_callbacks in chosen.items():
+            seconds[name].append(seconds_per_epoch(make_callbacks))
+
+    table = Table("callback", "seconds per epoch", "ratio to bare, median of rounds", "min to max of rounds")
+    for name, mine in seconds.items():
+        ratios = [a / b for a, b in zip(mine, seconds["bare Lightning"], strict=True)]
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        table.add_row(name, f"{statistics.median(mine):.3f}", f"{statistics.median(ratios):.3f}", spread)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The command `lightning-compress`: a config composed by Hydra, and one of four tasks done with it."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_compress.core.files import replacing
+from lightning_compress.deploy import capture, save_onnx, save_program
+from lightning_compress.hydra import (
+    build_datamodule,
+    build_module,
+    build_named,
+    build_trainer_factory,
+    build_wrapped,
+    check_together,
+    register_resolvers,
+    run_folder,
+)
+from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
+from lightning_compress.tasks.inputs import example_inputs
+from lightning_compress.tasks.inspect import inspection_tables
+from lightning_compress.tasks.run import COMPRESSED, Run, can_draw
+from lightning_compress.tasks.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"  # in a run's folder: what was composed, resolved
+
+
+def main() -> None:
+    """Run the command."""
+    register_resolvers()
+    _main()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="config")
+def _main(cfg: DictConfig) -> None:
+    tasks = {"run": run, "inspect": inspect, "compare": compare, "export": export}
+    if cfg.task not in tasks:
+        raise ValueError(f"task={cfg.task!r} is unknown; expected {', '.join(tasks)}.")
+    tasks[cfg.task](cfg)
+
+
+def run(cfg: DictConfig) -> None:
+    """Train or load the dense network, compress it, measure both, and write the report into the run's folder."""
+    _check_folder(cfg)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    module = build_module(cfg)
+    callbacks = build_named(cfg.callbacks)
+    check_together(module, callbacks)
+    job = Run(
+        datamodule=build_datamodule(cfg),
+        make_trainer=build_trainer_factory(cfg),
+        folder=Path(cfg.output_dir),
+        seed=cfg.seed,
+        metric=cfg.metric,
+        val_metric=cfg.val_metric,
+        settings=_plain(cfg, resolve=False),  # as written, for a folder's name would differ in every run
+        **cfg.measure,
+    )
+    _record(cfg)
+    report = job.compress(
+        module,
+        callbacks=list(callbacks.values()),
+        loggers=list(build_named(cfg.logger).values()),
+        wrap=partial(build_wrapped, cfg.wrappers),
+        dense=_plain(cfg.dense),
+        weights=cfg.weights,
+        ckpt_path=cfg.ckpt_path,
+    )
+    if report is not None:
+        console = Console()
+        console.print(comparison_table(report))
+        console.print(f"Written to {cfg.output_dir}", soft_wrap=True)
+
+
+def inspect(cfg: DictConfig) -> None:
+    """Show what would be pruned, frozen and skipped, and why; nothing is trained."""
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    module, callbacks = build_module(cfg), build_named(cfg.callbacks)
+    check_together(module, callbacks)
+    if cfg.weights is not None:
+        load_weights(module, cfg.weights)
+    console = Console()
+    for table in inspection_tables(callbacks, module, build_datamodule(cfg)):
+        console.print(table)
+
+
+def compare(cfg: DictConfig) -> None:
+    """Gather the reports below `compare.root` into one table and one figure, which are written there."""
+    comparison = gather(cfg.compare.root)
+    console = Console()
+    console.print(runs_table(comparison))
+    paths = write_comparison(comparison, cfg.compare.root, figure=can_draw())
+    console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+
+
+def export(cfg: DictConfig) -> None:
+    """Write the network of a checkpoint as model.pt2 and model.onnx, which run without this package."""
+    folder = Path(cfg.output_dir)
+    source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED)
+    if (folder / CONFIG).is_file():
+        log.info("The network and its data are those of %s.", folder / CONFIG)
+        cfg = OmegaConf.merge(cfg, OmegaConf.load(folder / CONFIG))  
+    module, datamodule = build_module(cfg), build_datamodule(cfg)
+    module = build_wrapped(cfg.wrappers, module)
+    load_weights(module, source)
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    program = capture(module, example_inputs(module, datamodule, batch_size=2))
+    save_program(program, folder / "model.pt2")
+    save_onnx(program, folder / "model.onnx")
+    Console().print(f"Written: {folder / 'model.pt2'}, {folder / 'model.onnx'}", soft_wrap=True)
+
+
+def _check_folder(cfg: DictConfig) -> None:
+    if cfg.ckpt_path is None:
+        return
+    home = Path(run_folder("run", cfg.ckpt_path, None, ""))
+    if home.resolve() != Path(cfg.output_dir).resolve():
+        raise ValueError(
+            f"ckpt_path={cfg.ckpt_path!r} goes on in its own folder, {home}, but this run was given "
+            f"{cfg.output_dir}: leave out hydra.run.dir and -m."
+        )
+
+
+@rank_zero_only
+def _record(cfg: DictConfig) -> None:
+    with replacing(Path(cfg.output_dir) / CONFIG) as temporary:
+        OmegaConf.save(cfg, temporary, resolve=True)
+
+
+def _plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg, resolve=resolve)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A dry run of pruning: what would be pruned, what has to stay, what is passed over, and why."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.select import select_parameters
+from lightning_compress.pruning.neurons import find_neurons
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What pruning would do with one parameter.
+
+    Attributes:
+        name: Qualified name of the parameter.
+        shape: Its shape.
+        units: What `amount` counts: entries, or output channels; 0 where the parameter is not a target.
+        action: "pruned", "follows" (goes with the channels of another parameter), "frozen" (a target that has to stay)
+            or "skipped" (no target).
+        reason: Why, in words; empty for what is pruned.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    units: int
+    action: Literal["pruned", "follows", "frozen", "skipped"]
+    reason: str = ""
+
+
+def inspect_weights(
+    module: nn.Module, target: str | Sequence[str] | None = None, *, exclude: str | Sequence[str] = ()
+) -> list[Verdict]:
+    """Return what weight pruning with these patterns would do with every parameter, in the module's order.
+
+    Args:
+        module: The network, or the LightningModule that holds it.
+        target: As for `select_parameters`.
+        exclude: As for `select_parameters`.
+
+    Raises:
+        ValueError: As `select_parameters`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2, bias=False))
+        >>> for verdict in inspect_weights(net, exclude="3"):
+        ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
+        0.weight 36 pruned | -
+        0.bias 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
+        1.weight 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
+        1.bias 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
+        3.weight 0 skipped | excluded by '3'
+    """
+    chosen = select_parameters(module, target, exclude=exclude)
+    skipped = _reasons_to_skip(module, target, exclude)
+    return [
+        Verdict(name, tuple(parameter.shape), parameter.numel(), "pruned")
+        if name in chosen
+        else Verdict(name, tuple(parameter.shape), 0, "skipped", skipped[name])
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def inspect_neurons(
+    module: nn.Module,
+    example_inputs: ExampleInputs,
+    target: str | Sequence[str] | None = None,
+    *,
+    exclude: str | Sequence[str] = (),
+    network: nn.Module | None = None,
+) -> list[Verdict]:
+    """Return what neuron pruning with these patterns would do with every parameter, in the module's order.
+
+    Args:
+        module: The network, or the LightningModule that holds it.
+        example_inputs: As for `find_neurons`.
+        target: As for `select_parameters`.
+        exclude: As for `select_parameters`.
+        network: As for `find_neurons`.
+
+    Raises:
+        ValueError: As `select_parameters` and `find_neurons`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> for verdict in inspect_neurons(net, torch.zeros(5, 3)):
+        ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
+        0.weight 4 pruned | -
+        0.bias 0 follows | goes with the channels of 0.weight
+        2.weight 2 frozen | its output is the network's output
+        2.bias 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
+    """
+    chosen = select_parameters(module, target, exclude=exclude)
+    found = find_neurons(module, example_inputs, [name.rpartition(".")[0] for name in chosen], network=network)
+    skipped = _reasons_to_skip(module, target, exclude)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    verdicts = {name: Verdict(name, shape, 0, "skipped", skipped.get(name, "")) for name, shape in shapes.items()}
+    for layer in found:
+        weight, *others = [member.tensor for member in layer.members]
+        action: Literal["pruned", "frozen"] = "pruned" if layer.frozen is None else "frozen"
+        verdicts[weight] = Verdict(weight, shapes[weight], layer.size, action, layer.frozen or "")
+        for other in others if layer.frozen is None else ():
+            verdicts[other] = Verdict(other, shapes[other], 0, "follows", f"goes with the channels of {weight}")
+    return list(verdicts.values())
+
+
+def _reasons_to_skip(
+    module: nn.Module, target: str | Sequence[str] | None, exclude: str | Sequence[str]
+) -> dict[str, str]:
+    with warnings.catch_warnings():  # the caller has been warned of patterns that match nothing
+        warnings.simplefilter("ignore")
+        wanted = select_parameters(module, target)
+    excluded = f"excluded by {exclude!r}"
+    passed_over = "no weight of a linear layer or convolution, and no target pattern names it"
+    return {name: excluded if name in wanted else passed_over for name, _ in module.named_parameters()}

@@ -1,0 +1,25 @@
+"""Tables, JSON and figures: what a run measured, said so that a person understands it."""
+
+from lightning_compress.report.compare import Comparison, Run, gather, runs_figure, runs_table, write_comparison
+from lightning_compress.report.figure import report_figure
+from lightning_compress.report.summary import Epoch, Layer, Measurement, Report, compare_layers
+from lightning_compress.report.tables import comparison_table, report_markdown
+from lightning_compress.report.write import write_report
+
+__all__ = [
+    "Comparison",
+    "Epoch",
+    "Layer",
+    "Measurement",
+    "Report",
+    "Run",
+    "compare_layers",
+    "comparison_table",
+    "gather",
+    "report_figure",
+    "report_markdown",
+    "runs_figure",
+    "runs_table",
+    "write_comparison",
+    "write_report",
+]

@@ -1,0 +1,224 @@
+"""Many runs in one table and one picture: the report.json files below a folder, as a sweep leaves them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from lightning_compress.report.figure import BLUE, GREY, LIGHT, ORANGE, new_figure, tidy
+from lightning_compress.report.summary import Measurement, Report
+from lightning_compress.report.tables import flatten, markdown_table, percent
+from lightning_compress.report.write import write_figure, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = (
+    "accuracy",
+    "change",
+    "non-zeros",
+    "bytes",
+    "smaller",
+    "ms",
+    "faster",
+)  # the last two pairs: value, against dense
+
+
+@dataclass(frozen=True)
+class Run:
+    """A report and the folder it was found in, relative to the one that was searched."""
+
+    name: str
+    report: Report
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs below a folder, and the reports there that can't be read.
+
+    Attributes:
+        runs: Ordered by folder name, numbers in it by value.
+        unreadable: One sentence for each report.json that is no complete report, naming it.
+    """
+
+    runs: tuple[Run, ...]
+    unreadable: tuple[str, ...] = ()
+
+
+def gather(folder: str | Path) -> Comparison:
+    """Read every report.json below a folder.
+
+    Raises:
+        ValueError: The folder does not exist, or there is no complete report.json below it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give the one that the runs to compare are in.")
+    paths = sorted(folder.rglob("report.json"), key=_natural)
+    runs, unreadable = [], []
+    for path in paths:
+        try:
+            runs.append(Run(name=path.parent.relative_to(folder).as_posix(), report=Report.load(path)))
+        except ValueError as error:
+            unreadable.append(str(error))
+    if not runs:
+        found = "; ".join(unreadable) or "no run has written one"
+        raise ValueError(f"There is no complete report.json below {folder}: {found}.")
+    return Comparison(tuple(runs), tuple(unreadable))
+
+
+def varying_settings(runs: Sequence[Run]) -> list[str]:
+    """Return the dotted names of the settings that are not the same in all runs."""
+    settings = [flatten(run.report.settings) for run in runs]
+    names = dict.fromkeys(name for flat in settings for name in flat)
+    return [name for name in names if any(flat.get(name) != settings[0].get(name) for flat in settings)]
+
+
+def comparison_cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows for people: run, varying settings, accuracy, what is left, ratios to dense."""
+    varying = varying_settings(runs)
+    header = ["#", "run", *_short(varying), *COLUMNS]
+    rows = []
+    for number, run in enumerate(runs, start=1):
+        dense, compressed = run.report.dense, run.report.compressed
+        settings = flatten(run.report.settings)
+        rows.append(
+            [
+                str(number),
+                run.name,
+                *(str(settings.get(name, "-")) for name in varying),
+                percent(compressed.test_accuracy),
+                _change(dense, compressed),
+                f"{compressed.nonzero_parameters:,}",
+                f"{compressed.file_bytes:,}",
+                f"{dense.file_bytes / compressed.file_bytes:.1f}x",
+                f"{compressed.latency_ms:.3f}",
+                f"{dense.latency_ms / compressed.latency_ms:.2f}x",
+            ]
+        )
+    return header, rows
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Shorten dotted names to their last parts, where these are all different."""
+    last = [name.rpartition(".")[2] for name in names]
+    return last if len(set(last)) == len(last) else list(names)
+
+
+def runs_table(comparison: Comparison) -> Table:
+    """Return the table for a rich console; what could not be read stands in its caption."""
+    header, rows = comparison_cells(comparison.runs)
+    caption = Text("\n".join(comparison.unreadable), style="red") if comparison.unreadable else None
+    table = Table(title=f"{len(rows)} runs", title_style="bold", caption=caption, caption_justify="left")
+    for heading in header:
+        table.add_column(heading, justify="left" if heading == "run" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: a run may be called [a,b], which is markup in a plain string
+    return table
+
+
+def runs_markdown(comparison: Comparison) -> str:
+    """Return the same table in Markdown."""
+    header, rows = comparison_cells(comparison.runs)
+    lines = [f"# {len(rows)} runs", "", *markdown_table(header, rows), ""]
+    if comparison.unreadable:
+        lines += ["Not in the table:", "", *(f"- {reason}" for reason in comparison.unreadable), ""]
+    return "\n".join(lines)
+
+
+def runs_csv(comparison: Comparison) -> str:
+    """Return one line per run with plain numbers: the settings that vary, then all that was measured."""
+    varying = varying_settings(comparison.runs)
+    measured = [name for name in Measurement.__dataclass_fields__ if name != "uncounted_operators"]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(
+        ["run", *varying, *(f"dense.{m}" for m in measured), *(f"compressed.{m}" for m in measured), "before_recovery"]
+    )
+    for run in comparison.runs:
+        settings, report = flatten(run.report.settings), run.report
+        numbers = [getattr(network, name) for network in (report.dense, report.compressed) for name in measured]
+        writer.writerow([run.name, *(settings.get(name) for name in varying), *numbers, report.before_recovery])
+    return output.getvalue()
+
+
+def runs_figure(comparison: Comparison) -> Figure:
+    """Return the figure: test accuracy against bytes of the file, and against latency; numbers are those of the table.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = new_figure(12, 4.8)
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    left, right = figure.subplots(1, 2, sharey=True)
+    _scatter(left, comparison.runs, "file_bytes", "file")
+    left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.set_ylabel("test accuracy (%)")
+    left.set_title("Accuracy against bytes of the file", loc="left", fontweight="bold")
+    _scatter(right, comparison.runs, "latency_ms", "latency (ms)")
+    slowest = max(max(run.report.dense.latency_ms, run.report.compressed.latency_ms) for run in comparison.runs)
+    right.set_xlim(0, 1.1 * slowest)  # from 0: else the noise of equal latencies would fill the panel
+    right.set_title("Accuracy against latency", loc="left", fontweight="bold")
+    right.legend(frameon=False, labelcolor=GREY, loc="best")
+    return figure
+
+
+def write_comparison(comparison: Comparison, folder: str | Path, *, figure: bool = True) -> list[Path]:
+    """Write comparison.md, comparison.csv and comparison.png, and return their paths.
+
+    Raises:
+        ImportError: `figure` is on and matplotlib is not installed; the other files are written by then.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "comparison.md", folder / "comparison.csv"]
+    write_text(paths[0], runs_markdown(comparison))
+    write_text(paths[1], runs_csv(comparison))
+    if figure:
+        paths.append(folder / "comparison.png")
+        write_figure(paths[2], runs_figure(comparison))
+    return paths
+
+
+def _scatter(axes: Axes, runs: Sequence[Run], quantity: str, label: str) -> None:
+    tidy(axes)
+    axes.grid(axis="x", color=LIGHT, linewidth=0.8)
+    axes.set_xlabel(label)
+    tested = [(i, run.report) for i, run in enumerate(runs, start=1) if run.report.compressed.test_accuracy is not None]
+    dense = {
+        (getattr(report.dense, quantity), 100 * report.dense.test_accuracy)
+        for _, report in tested
+        if report.dense.test_accuracy is not None
+    }
+    _points(axes, sorted(dense), label="dense", color="white", edgecolors=ORANGE, s=60, zorder=2)
+    places = [(getattr(r.compressed, quantity), 100 * (r.compressed.test_accuracy or 0.0)) for _, r in tested]
+    _points(axes, places, label="compressed", color=BLUE, s=36, zorder=3)
+    for (number, _), place in zip(tested, places, strict=True):
+        axes.annotate(str(number), place, xytext=(5, 5), textcoords="offset points", fontsize=8.5, color=GREY)
+
+
+def _points(axes: Axes, places: Sequence[tuple[float, float]], **style: Any) -> None:
+    axes.scatter([x for x, _ in places], [y for _, y in places], **style)
+
+
+def _change(dense: Measurement, compressed: Measurement) -> str:
+    if dense.test_accuracy is None or compressed.test_accuracy is None:
+        return "-"
+    return f"{100 * (compressed.test_accuracy - dense.test_accuracy):+.2f}"
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    """Sort key under which run 10 comes after run 9."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in path.parts]

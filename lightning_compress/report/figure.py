@@ -1,0 +1,164 @@
+"""The picture of one run: accuracy and sparsity over the epochs, and what is left of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from lightning_compress.report.summary import Epoch, Layer, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY, LIGHT = "#1f5fa8", "#d9822b", "#5c6670", "#e6eaee"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure that needs no display and leaves matplotlib's global state alone.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message names the extra that brings it.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise ImportError(
+            "Figures are drawn with matplotlib, and it is not installed: pip install 'lightning-compress[figures]'."
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def report_figure(report: Report) -> Figure:
+    """Return report.png: on the left validation accuracy and sparsity over the epochs, on the right the layers.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = new_figure(12, min(max(4.6, 1.6 + 0.3 * len(report.layers)), 16))
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    _draw_history(left, report.history)
+    _draw_layers(right, report.layers)
+    return figure
+
+
+def _draw_history(axes: Axes, history: Sequence[Epoch]) -> None:
+    axes.set_title("Accuracy and sparsity over the epochs", loc="left", fontweight="bold", pad=22)
+    tidy(axes)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation accuracy (%)", color=BLUE)
+    axes.tick_params(axis="y", colors=BLUE)
+    if not history:
+        empty(axes, "no epoch was trained")
+        return
+    from matplotlib.ticker import MaxNLocator
+
+    numbers = range(1, len(history) + 1)  # counted through, whatever each phase calls its first one
+    sparsity = axes.twinx()
+    edges = [i + 0.5 for i in range(len(history) + 1)]
+    zeros = [100 * entry.sparsity for entry in history]
+    sparsity.stairs(zeros, edges, fill=True, color=ORANGE, alpha=0.16)
+    sparsity.stairs(zeros, edges, color=ORANGE, linewidth=1.2)
+    sparsity.set_ylim(0, 105)
+    sparsity.set_ylabel("sparsity (%)", color=ORANGE)
+    sparsity.tick_params(axis="y", colors=ORANGE, length=0, labelsize=9)
+    sparsity.spines[:].set_visible(False)
+    validated = [
+        (i, 100 * entry.val_acc) for i, entry in zip(numbers, history, strict=True) if entry.val_acc is not None
+    ]
+    marker = "o" if len(history) <= 40 else None
+    axes.plot(
+        [i for i, _ in validated], [y for _, y in validated], color=BLUE, linewidth=2, marker=marker, markersize=3.5
+    )
+    axes.set_zorder(sparsity.get_zorder() + 1)  # accuracy in front of the area
+    axes.patch.set_visible(False)
+    axes.set_xlim(0.5, len(history) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    phases = [(phase, len(list(members))) for phase, members in groupby(history, key=lambda entry: entry.phase)]
+    _mark_phases(axes, phases)
+    # The steep beginning may leave the frame: what pruning costs is a few points, and must be seen.
+    hidden = phases[0][1] // 2 if len(phases) > 1 else 0
+    if shown := [y for i, y in validated if i > hidden]:
+        margin = max(0.08 * (max(shown) - min(shown)), 0.2)
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+
+
+def _mark_phases(axes: Axes, phases: Sequence[tuple[str, int]]) -> None:
+    begin = 0.5
+    for phase, epochs in phases:
+        if begin > 0.5:
+            axes.axvline(begin, color=GREY, linewidth=0.8, linestyle=":")
+        axes.annotate(
+            phase,
+            (begin + epochs / 2, 1.0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            color=GREY,
+            fontsize=9,
+        )
+        begin += epochs
+
+
+def _draw_layers(axes: Axes, layers: Sequence[Layer]) -> None:
+    axes.set_title("What is left of each layer", loc="left", fontweight="bold", pad=22)
+    tidy(axes)
+    if not layers:
+        empty(axes, "no layer was compared")
+        return
+    kept, total = sum(layer.nonzero_compressed for layer in layers), sum(layer.parameters for layer in layers)
+    axes.annotate(
+        f"together {kept:,} of {total:,}  ({100 * kept / total:.1f} %)",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 4),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=9,
+    )
+    rows = range(len(layers))
+    left = [100 * layer.nonzero_compressed / layer.parameters for layer in layers]
+    axes.barh(rows, [100] * len(layers), color=LIGHT, height=0.72)
+    axes.barh(rows, left, color=BLUE, height=0.72)
+    for row, layer, share in zip(rows, layers, left, strict=True):
+        axes.text(
+            101.5,
+            row,
+            f"{layer.nonzero_compressed:,} of {layer.parameters:,}  ({share:.1f} %)",
+            va="center",
+            fontsize=8.5,
+            color=GREY,
+        )
+    axes.set_yticks(rows, [layer.name for layer in layers])
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("non-zero parameters left (%)")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+def tidy(axes: Axes) -> None:
+    """Give axes the look that all figures of this package share."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=GREY, labelsize=9)
+    axes.grid(axis="y", color=LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def empty(axes: Axes, reason: str) -> None:
+    """Write into axes why they show nothing."""
+    axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY)
+    axes.set_xticks([])
+    axes.set_yticks([])

@@ -1,0 +1,225 @@
+"""What one run measured: the content of report.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_compress.core.footprint import Footprint
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One network: how good it is and what it costs.
+
+    Attributes:
+        test_accuracy: Share of the test samples that are right, 0 to 1; None where there is no test part.
+        parameters: Entries of all parameters.
+        nonzero_parameters: Those that are not zero.
+        macs: Multiply-accumulates of a forward pass, per sample.
+        file_bytes: Size of a file that was written and read back.
+        latency_ms: Median milliseconds of a forward pass.
+        peak_memory_bytes: Memory of parameters, buffers and activations at the worst moment of a forward pass.
+        uncounted_operators: Operators that `macs` leaves out.
+    """
+
+    test_accuracy: float | None
+    parameters: int
+    nonzero_parameters: int
+    macs: int
+    file_bytes: int
+    latency_ms: float
+    peak_memory_bytes: int | None = None
+    uncounted_operators: tuple[str, ...] = ()
+
+    @classmethod
+    def from_footprint(
+        cls,
+        footprint: Footprint,
+        *,
+        test_accuracy: float | None,
+        latency: float | None = None,
+        file_bytes: int | None = None,
+    ) -> Measurement:
+        """Return the footprint beside an accuracy.
+
+        Args:
+            footprint: What `lightning_compress.core.footprint.footprint` measured.
+            test_accuracy: Share of the test samples that are right, 0 to 1.
+            latency: Seconds, where networks were timed in turns (`compare_latency`); None: the footprint's own.
+            file_bytes: Size of another file than the footprint's; None: the footprint's own.
+        """
+        return cls(
+            test_accuracy=test_accuracy,
+            parameters=footprint.parameters,
+            nonzero_parameters=footprint.nonzero,
+            macs=footprint.macs,
+            file_bytes=footprint.bytes if file_bytes is None else file_bytes,
+            latency_ms=1000.0 * (footprint.latency if latency is None else latency),
+            peak_memory_bytes=footprint.peak_memory,
+            uncounted_operators=footprint.uncounted,
+        )
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The state after one epoch.
+
+    Attributes:
+        epoch: Its number.
+        val_acc: Validation accuracy, 0 to 1; None where it was not validated.
+        sparsity: Share of the targeted entries that are zero, 0 to 1.
+        phase: "dense", "pruning", "recovery" or whatever the run calls its phases.
+    """
+
+    epoch: int
+    val_acc: float | None
+    sparsity: float
+    phase: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight tensor before and after.
+
+    Attributes:
+        name: Qualified name of the module that owns it, or of the tensor where it is no `weight`.
+        parameters: Entries in the dense network.
+        nonzero_dense: Those that are not zero there.
+        nonzero_compressed: Those that are not zero in the compressed network; 0 where it has no such tensor.
+    """
+
+    name: str
+    parameters: int
+    nonzero_dense: int
+    nonzero_compressed: int
+
+
+def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> tuple[Layer, ...]:
+    """Return what is left of every parameter with two or more dimensions, in the order of the dense network.
+
+    Args:
+        dense: Named parameters of the dense network.
+        compressed: Those of the compressed one, which may be smaller or absent.
+
+    Example:
+        >>> from torch import nn
+        >>> dense, compressed = nn.Sequential(nn.Linear(4, 2)), nn.Sequential(nn.Linear(4, 2))
+        >>> _ = compressed[0].weight.data[0].zero_()
+        >>> compare_layers(dict(dense.named_parameters()), dict(compressed.named_parameters()))
+        (Layer(name='0', parameters=8, nonzero_dense=8, nonzero_compressed=4),)
+    """
+    return tuple(
+        Layer(
+            name=name.removesuffix(".weight"),
+            parameters=tensor.numel(),
+            nonzero_dense=int(torch.count_nonzero(tensor)),
+            nonzero_compressed=int(torch.count_nonzero(compressed[name])) if name in compressed else 0,
+        )
+        for name, tensor in dense.items()
+        if tensor.dim() > 1 and tensor.numel() > 0
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run: the dense network beside the compressed one, and how it went.
+
+    Attributes:
+        dense: The network before compression.
+        compressed: The network at the end.
+        before_recovery: Test accuracy right after pruning, before any training; None where it was not measured.
+        history: One entry per epoch, dense training first.
+        layers: One entry per weight tensor.
+        settings: What the run was started with (seed, amount, ...); values that JSON can write, nested as they are.
+    """
+
+    dense: Measurement
+    compressed: Measurement
+    before_recovery: float | None = None
+    history: tuple[Epoch, ...] = ()
+    layers: tuple[Layer, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of report.json, as plain dicts, lists, numbers and strings."""
+        return asdict(self) | {"before_recovery": {"test_accuracy": self.before_recovery}}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Report:
+        """Return the report that `to_dict` wrote.
+
+        Raises:
+            ValueError: Something is missing or has the wrong type; the message says what and where.
+        """
+        content = _expect(content, dict, "the top level")
+        before = _expect(_get(content, "before_recovery", "the top level"), dict, "before_recovery")
+        return cls(
+            dense=_build(Measurement, _get(content, "dense", "the top level"), "dense"),
+            compressed=_build(Measurement, _get(content, "compressed", "the top level"), "compressed"),
+            before_recovery=_number(_get(before, "test_accuracy", "before_recovery"), "before_recovery.test_accuracy"),
+            history=_build_all(Epoch, content, "history"),
+            layers=_build_all(Layer, content, "layers"),
+            settings=_expect(_get(content, "settings", "the top level"), dict, "settings"),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Return the report in a report.json.
+
+        Raises:
+            ValueError: The file is no complete report; the message names it and what is wrong.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors, too
+            raise ValueError(f"{path} is no complete report: {error}") from error
+
+
+_TEXT_FIELDS = {"phase", "name"}
+
+
+def _build(cls: type[T], content: Any, where: str) -> T:
+    content = _expect(content, dict, where)
+    values: dict[str, Any] = {}
+    for item in fields(cls):  # type: ignore[arg-type]
+        value = _get(content, item.name, where)
+        place = f"{where}.{item.name}"
+        if item.name == "uncounted_operators":
+            values[item.name] = tuple(_expect(value, list, place))
+        elif item.name in _TEXT_FIELDS:
+            values[item.name] = _expect(value, str, place)
+        else:
+            values[item.name] = _number(value, place)
+    return cls(**values)
+
+
+def _build_all(cls: type[T], content: dict[str, Any], key: str) -> tuple[T, ...]:
+    entries = _expect(_get(content, key, "the top level"), list, key)
+    return tuple(_build(cls, entry, f"{key}[{i}]") for i, entry in enumerate(entries))
+
+
+def _get(content: dict[str, Any], key: str, where: str) -> Any:
+    if key not in content:
+        raise ValueError(f"{key!r} is missing in {where}.")
+    return content[key]
+
+
+def _expect(value: Any, kind: type[T], where: str) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} should be a {kind.__name__}, and is {value!r:.80}.")
+    return value
+
+
+def _number(value: Any, where: str) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"{where} should be a number or null, and is {value!r:.80}.")
+    return value

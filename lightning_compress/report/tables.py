@@ -1,0 +1,169 @@
+"""The table of one run: dense beside compressed, for the terminal and for report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from lightning_compress.report.summary import Measurement, Report
+
+HEADER = ("", "dense", "right after pruning", "compressed", "compressed against dense")
+CLOCK_NOISE = 0.05  # medians of the same network, timed twice on a quiet machine, differ by less
+
+
+def percent(share: float | None) -> str:
+    """Return a share in per cent with two decimals, or a dash.
+
+    Example:
+        >>> percent(0.98611), percent(None)
+        ('98.61 %', '-')
+    """
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def points(change: float) -> str:
+    """Return a difference of two shares in percentage points, with its sign.
+
+    Example:
+        >>> points(-0.0028)
+        '-0.28 points'
+    """
+    return f"{100 * change:+.2f} points"
+
+
+def factor(before: float, after: float, *, better: str, worse: str, noise: float = 0.0) -> str:
+    """Return in words how many times smaller (faster, ...) `after` is.
+
+    Args:
+        before: A positive quantity.
+        after: The same quantity later.
+        better: What it is called when it has shrunk.
+        worse: What it is called when it has grown.
+        noise: Relative difference that means nothing.
+
+    Example:
+        >>> factor(1200, 100, better="smaller", worse="larger"), factor(2.0, 3.0, better="faster", worse="slower")
+        ('12.0x smaller', '1.50x slower')
+        >>> factor(2.0, 2.02, better="faster", worse="slower", noise=0.05)
+        'about the same'
+    """
+    if before == after:
+        return "the same"
+    if after == 0:
+        return "nothing left"
+    ratio, word = (before / after, better) if after < before else (after / before, worse)
+    if ratio <= 1 + noise:
+        return "about the same"
+    return f"{ratio:.1f}x {word}" if ratio >= 1.95 else f"{ratio:.2f}x {word}"
+
+
+def comparison_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """Return the rows below `HEADER`: quantity and unit, dense, right after pruning, compressed, ratio in words."""
+    dense, compressed = report.dense, report.compressed
+    change = "-"
+    if dense.test_accuracy is not None and compressed.test_accuracy is not None:
+        change = points(compressed.test_accuracy - dense.test_accuracy)
+    accuracy = (percent(dense.test_accuracy), percent(report.before_recovery), percent(compressed.test_accuracy))
+    rows = [("test accuracy", *accuracy, change)]
+    for label, name, show, better, worse in [
+        ("parameters", "parameters", "{:,}", "fewer", "more"),
+        ("non-zero parameters", "nonzero_parameters", "{:,}", "fewer", "more"),
+        ("MACs per sample", "macs", "{:,}", "fewer", "more"),
+        ("file (bytes)", "file_bytes", "{:,}", "smaller", "larger"),
+        ("latency (ms)", "latency_ms", "{:,.3f}", "faster", "slower"),
+        ("peak memory (bytes)", "peak_memory_bytes", "{:,}", "less", "more"),
+    ]:
+        before, after = getattr(dense, name), getattr(compressed, name)
+        if before is None or after is None:
+            continue
+        noise = CLOCK_NOISE if name == "latency_ms" else 0.0
+        ratio = factor(before, after, better=better, worse=worse, noise=noise)
+        rows.append((label, show.format(before), "", show.format(after), ratio))
+    return rows
+
+
+def notes(report: Report) -> list[str]:
+    """Return the sentences that the table needs to be understood rightly."""
+    dense, compressed = report.dense, report.compressed
+    sentences = []
+    if compressed.nonzero_parameters < dense.nonzero_parameters and dense.macs == compressed.macs:
+        sentences.append(
+            "Zeros that stay in the tensors make the file smaller; dense kernels still multiply by them,"
+            " so MACs and latency stay."
+        )
+    if uncounted := _uncounted([dense, compressed]):
+        sentences.append(f"MACs leave out operators that torch's counter has no formula for: {', '.join(uncounted)}.")
+    return sentences
+
+
+def comparison_table(report: Report, *, title: str | None = "dense beside compressed") -> Table:
+    """Return the table for a rich console, with its notes as the caption."""
+    caption = Text("\n".join(notes(report))) if notes(report) else None
+    table = Table(title=title, title_style="bold", caption=caption, caption_justify="left")
+    table.add_column(HEADER[0])
+    for heading in HEADER[1:]:
+        table.add_column(heading, justify="right", style="bold" if heading == "compressed" else None)
+    for *cells, ratio in comparison_rows(report):
+        table.add_row(*cells, Text(ratio, style=_style(ratio)))
+    return table
+
+
+def report_markdown(report: Report) -> str:
+    """Return the content of report.md: the table, what is left of each layer, and the settings."""
+    lines = ["# Dense beside compressed", "", *markdown_table(HEADER, comparison_rows(report)), ""]
+    lines += [line for note in notes(report) for line in (note, "")]
+    if report.layers:
+        header = ("layer", "parameters", "non-zero, dense", "non-zero, compressed", "left")
+        rows = [
+            (
+                f"`{layer.name}`",
+                f"{layer.parameters:,}",
+                f"{layer.nonzero_dense:,}",
+                f"{layer.nonzero_compressed:,}",
+                percent(layer.nonzero_compressed / layer.parameters),
+            )
+            for layer in report.layers
+        ]
+        lines += ["## What is left of each layer", "", *markdown_table(header, rows), ""]
+    if report.settings:
+        pairs = [(f"`{key}`", f"`{value}`") for key, value in flatten(report.settings).items()]
+        lines += ["## Settings", "", *markdown_table(("setting", "value"), pairs, right=False), ""]
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = True) -> list[str]:
+    """Return the lines of a Markdown table whose first column is aligned left and the others, if `right`, right.
+
+    Example:
+        >>> markdown_table(("a", "b"), [("x", "1")])
+        ['| a | b |', '|---|--:|', '| x | 1 |']
+    """
+    rule = "|---|" + ("--:|" if right else "---|") * (len(header) - 1)
+    lines = (" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in [header, *rows])
+    first, *rest = (f"| {line} |" for line in lines)
+    return [first, rule, *rest]
+
+
+def flatten(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested settings under dotted names.
+
+    Example:
+        >>> flatten({"seed": 0, "callbacks": {"pruning": {"amount": 0.9}}})
+        {'seed': 0, 'callbacks.pruning.amount': 0.9}
+    """
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _uncounted(measurements: Iterable[Measurement]) -> list[str]:
+    return sorted({name for measurement in measurements for name in measurement.uncounted_operators})
+
+
+def _style(ratio: str) -> str:
+    if ratio.endswith(("fewer", "smaller", "faster", "less")) or ratio.startswith("+"):
+        return "green"
+    return "red" if ratio.endswith(("more", "larger", "slower")) else ""

@@ -1,0 +1,1 @@
+"""What `lightning-compress` does, as functions with plain arguments."""

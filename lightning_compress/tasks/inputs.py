@@ -1,0 +1,30 @@
+"""What a network is traced and timed with: its own example, or real data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.trainer.inputs import _inputs_of as inputs_of
+
+
+def example_inputs(module: LightningModule, datamodule: LightningDataModule, *, batch_size: int) -> ExampleInputs:
+    """Return the module's `example_input_array`, or else the first training samples, at most `batch_size` of them.
+
+    The data module must be set up for training.
+
+    Raises:
+        ValueError: The network's inputs can't be told from a batch.
+    """
+    given: ExampleInputs | None = module.example_input_array
+    if given is not None:
+        return given
+    loader = datamodule.train_dataloader()
+    loader = loader[0] if isinstance(loader, list | tuple) else loader
+    inputs: Any = inputs_of(next(iter(loader)), module)
+    first: ExampleInputs = tree_map(lambda leaf: leaf[:batch_size] if isinstance(leaf, Tensor) else leaf, inputs)
+    return first

@@ -1,0 +1,76 @@
+"""The dry run as a table: what would be pruned, frozen and skipped, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from rich.table import Table
+
+from lightning_compress.pruning.callback import IterativePruningCallback
+from lightning_compress.pruning.inspection import Verdict, inspect_neurons, inspect_weights
+from lightning_compress.tasks.inputs import example_inputs
+from lightning_compress.trainer.inputs import resolve_network
+
+STYLES = {"pruned": "bold", "follows": "", "frozen": "yellow", "skipped": "dim"}
+
+
+def inspect_pruning(
+    callback: IterativePruningCallback, module: LightningModule, datamodule: LightningDataModule
+) -> list[Verdict]:
+    """Return what the callback would do with every parameter; the data is read only where neurons are traced.
+
+    Raises:
+        ValueError: The callback's patterns or its network don't fit the module.
+    """
+    if callback.granularity == "weight":
+        return inspect_weights(module, callback.target, exclude=callback.exclude)
+    inputs = callback.example_inputs
+    if inputs is None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        inputs = example_inputs(module, datamodule, batch_size=2)
+    network = resolve_network(module, callback.network)
+    return inspect_neurons(module, inputs, callback.target, exclude=callback.exclude, network=network)
+
+
+def inspection_table(name: str, callback: IterativePruningCallback, verdicts: list[Verdict]) -> Table:
+    """Return the table for a rich console; its caption says what `amount` comes to."""
+    unit = "entries" if callback.granularity == "weight" else "channels"
+    free = sum(verdict.units for verdict in verdicts if verdict.action == "pruned")
+    count = Counter(verdict.action for verdict in verdicts)
+    table = Table(
+        title=f"{name}: {callback.granularity} pruning by {callback.criterion}",
+        title_style="bold",
+        caption=f"amount={callback.amount:g}, scope={callback.scope}: {round(callback.amount * free):,} of {free:,} "
+        f"{unit} go. Parameters: {', '.join(f'{number} {action}' for action, number in count.items())}.",
+        caption_justify="left",
+    )
+    for heading in ("parameter", "shape", unit, "what happens", "why"):
+        table.add_column(heading, justify="right" if heading == unit else "left", overflow="fold")
+    for verdict in verdicts:
+        shape = " x ".join(map(str, verdict.shape))
+        units = f"{verdict.units:,}" if verdict.units else ""
+        table.add_row(verdict.name, shape, units, verdict.action, verdict.reason, style=STYLES[verdict.action])
+    return table
+
+
+def inspection_tables(
+    callbacks: Mapping[str, Callback], module: LightningModule, datamodule: LightningDataModule
+) -> list[Table]:
+    """Return one table per pruning callback.
+
+    Raises:
+        ValueError: There is no pruning callback.
+    """
+    pruning = {name: one for name, one in callbacks.items() if isinstance(one, IterativePruningCallback)}
+    if not pruning:
+        raise ValueError(
+            f"There is nothing to inspect: none of the callbacks ({', '.join(callbacks) or 'none'}) prunes. Choose a "
+            f"technique, for instance compress=iterative_pruning."
+        )
+    return [
+        inspection_table(name, callback, inspect_pruning(callback, module, datamodule))
+        for name, callback in pruning.items()
+    ]

@@ -1,0 +1,92 @@
+"""What a run remembers of its fits: the epochs, and the network as it was right after the last pruning."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_compress.report import Epoch
+from lightning_compress.trainer.callback import CompressionCallback
+
+
+class Ramped(Protocol):
+    """A technique that takes several steps to its final amount."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final amount is reached."""
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the targeted units that is zero."""
+
+
+class Recorder(Callback):
+    """Writes down every epoch, and keeps the weights of the moment when the last technique reached its final amount.
+
+    Both travel in checkpoints, so that a resumed run knows what happened before. It has to stand after the techniques
+    in the Trainer's list of callbacks.
+
+    Args:
+        val_metric: Name under which the module logs its validation accuracy.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[Recorder("val_acc")], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, val_metric: str) -> None:
+        self.val_metric = val_metric
+        self.history: list[Epoch] = []
+        self.snapshot: dict[str, Tensor] | None = None
+        self._sparsity: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ramped = _ramped(trainer)
+        if self.snapshot is None and ramped and all(technique.finished for technique in ramped):
+            self.snapshot = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
+            self._sparsity = [technique.sparsity for technique in ramped]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ramped, metrics = _ramped(trainer), trainer.callback_metrics
+        phase = "recovery" if all(technique.finished for technique in ramped) else "pruning"
+        self.history.append(
+            Epoch(
+                epoch=trainer.current_epoch,
+                val_acc=float(metrics[self.val_metric]) if self.val_metric in metrics else None,
+                sparsity=max((technique.sparsity for technique in ramped), default=0.0),
+                phase=phase if ramped else "dense",
+            )
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Pruning until a metric drops may have gone back to an earlier amount: that network was never snapped.
+        if self.snapshot is not None and self._sparsity != [technique.sparsity for technique in _ramped(trainer)]:
+            self.snapshot = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": [asdict(epoch) for epoch in self.history],
+            "snapshot": self.snapshot,
+            "sparsity": self._sparsity,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [Epoch(**epoch) for epoch in state_dict["history"]]
+        self.snapshot = state_dict["snapshot"]
+        self._sparsity = state_dict["sparsity"]
+
+
+def _ramped(trainer: Trainer) -> list[Ramped]:
+    techniques: list[Any] = [one for one in trainer.callbacks if isinstance(one, CompressionCallback)]  # type: ignore[attr-defined]
+    return [one for one in techniques if hasattr(one, "finished")]

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_compress.core.footprint import Footprint
+from lightning_compress.report import Epoch, Layer, Measurement, Report, compare_layers
+
+DENSE = Measurement(0.98, 1000, 990, 5000, 4100, 1.5, 64000, ())
+COMPRESSED = Measurement(0.97, 1000, 100, 5000, 600, 1.25, 64000, ("aten::foo",))
+REPORT = Report(
+    dense=DENSE,
+    compressed=COMPRESSED,
+    before_recovery=0.6,
+    history=(Epoch(0, 0.9, 0.0, "dense"), Epoch(1, None, 0.9, "pruning")),
+    layers=(Layer("conv", 100, 100, 7),),
+    settings={"seed": 0, "callbacks": {"pruning": {"amount": 0.9}}},
+)
+
+
+def test_a_report_survives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(REPORT.to_dict()))
+    assert Report.load(path) == REPORT
+
+
+def test_the_keys_are_those_that_readers_rely_on() -> None:
+    content = REPORT.to_dict()
+    for network in ("dense", "compressed"):
+        keys = {"test_accuracy", "parameters", "nonzero_parameters", "macs", "file_bytes", "latency_ms"}
+        assert keys <= set(content[network])
+    assert content["before_recovery"] == {"test_accuracy": 0.6}
+    assert set(content["history"][0]) == {"epoch", "val_acc", "sparsity", "phase"}
+
+
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of everything that a complete report has, the settings' own content aside."""
+    found = [path] if path else []
+    if path and path[0] == "settings":
+        return found
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    for key, value in items:
+        found += leaves(value, (*path, key))
+    return found
+
+
+FIELDS = [path for path in leaves(REPORT.to_dict()) if isinstance(path[-1], str)]
+
+
+@pytest.mark.parametrize("path", FIELDS, ids=lambda path: ".".join(map(str, path)))
+def test_whatever_is_missing_or_mistyped_is_named_with_the_file(tmp_path: Path, path: tuple[Any, ...]) -> None:
+    file = tmp_path / "report.json"
+    for damage in ("remove", "mistype"):
+        content = json.loads(json.dumps(REPORT.to_dict()))
+        parent = content
+        for key in path[:-1]:
+            parent = parent[key]
+        if damage == "remove":
+            del parent[path[-1]]
+        else:
+            parent[path[-1]] = True
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"report\.json is no complete report: ") as caught:
+            Report.load(file)
+        assert path[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff"])
+def test_what_is_no_report_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"report\.json is no complete report"):
+        Report.load(file)
+
+
+def test_a_footprint_becomes_a_measurement_in_its_units() -> None:
+    footprint = Footprint(10, 4, 50, 120, 0.002, 999, ("aten::foo",))
+    measured = Measurement.from_footprint(footprint, test_accuracy=0.5)
+    assert measured == Measurement(0.5, 10, 4, 50, 120, pytest.approx(2.0), 999, ("aten::foo",))
+    timed = Measurement.from_footprint(footprint, test_accuracy=None, latency=0.001, file_bytes=77)
+    assert (timed.latency_ms, timed.file_bytes, timed.test_accuracy) == (pytest.approx(1.0), 77, None)
+
+
+def test_layers_are_counted_by_name_whatever_their_new_shape() -> None:
+    dense = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 2))
+    smaller = copy.deepcopy(dense)
+    smaller[0] = nn.Conv2d(1, 2, 3)
+    with torch.no_grad():
+        dense[3].weight[0, 0] = 0
+        smaller[3].weight[:2] = 0
+    del smaller[4]
+    assert compare_layers(dict(dense.named_parameters()), dict(smaller.named_parameters())) == (
+        Layer("0", 36, 36, 18),
+        Layer("3", 12, 11, 4),
+        Layer("4", 6, 6, 0),
+    )
+
+
+def test_a_parameter_that_is_no_weight_keeps_its_name() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    names = [layer.name for layer in compare_layers(dict(attention.named_parameters()), {})]
+    assert names == ["in_proj_weight", "out_proj"]
