@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ CONFIG = "config.yaml"  # in a run's folder: what was composed, resolved
 
 def main() -> None:
     """Run the command."""
+    warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated")  # what Lightning asks of torch, at every fit
     register_resolvers()
     _main()
 
@@ -110,7 +112,9 @@ def export(cfg: DictConfig) -> None:
     source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED)
     if (folder / CONFIG).is_file():
         log.info("The network and its data are those of %s.", folder / CONFIG)
-        cfg = OmegaConf.merge(cfg, OmegaConf.load(folder / CONFIG))  
+        recorded = OmegaConf.load(folder / CONFIG)
+        assert isinstance(recorded, DictConfig)
+        cfg = recorded
     module, datamodule = build_module(cfg), build_datamodule(cfg)
     module = build_wrapped(cfg.wrappers, module)
     load_weights(module, source)

@@ -166,9 +166,7 @@ def _forward_seconds(model: nn.Module, example_inputs: ExampleInputs, accelerato
 
 
 def _resident_bytes(model: nn.Module) -> int:
-    storages = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
-    sizes: dict[int, int] = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(sizes.values())
+    return sum(int(storage.nbytes()) for storage in _storages([*model.parameters(), *model.buffers()]).values())
 
 
 def _forward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:

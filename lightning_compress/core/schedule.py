@@ -43,7 +43,7 @@ def amount_at(progress: float, amount: float, *, schedule: Schedule = "cubic") -
     if schedule == "cubic":
         return amount * (1.0 - (1.0 - p) ** 3)
     if schedule == "exponential":
-        return 1.0 - (1.0 - amount) ** p
+        return 1.0 - float((1.0 - amount) ** p)
     return amount * (1.0 - math.cos(math.pi * p)) / 2.0
 
 

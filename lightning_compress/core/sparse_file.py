@@ -71,22 +71,12 @@ def save_sparse(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLik
         True
     """
     stored = _stored_once(source.state_dict() if isinstance(source, nn.Module) else source)
-    entries = [_entry(names, tensor) for names, tensor in stored]
-    header = zlib.compress(json.dumps([asdict(entry) for entry in entries], separators=(",", ":")).encode(), 9)
     checksum = 0
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-
-        def write(chunk: bytes | memoryview) -> None:
-            nonlocal checksum
+        for chunk in _chunks(stored):
             checksum = zlib.crc32(chunk, checksum)
             file.write(chunk)
-
-        write(_PREFIX.pack(_MAGIC, _VERSION, len(header)))
-        write(header)
-        for entry, (_, tensor) in zip(entries, stored, strict=True):
-            for chunk in _payload(entry, tensor):
-                write(chunk)
-        write(_CHECKSUM.pack(checksum))
+        file.write(_CHECKSUM.pack(checksum))
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
@@ -144,6 +134,15 @@ def _stored_once(state: Mapping[str, Any]) -> list[tuple[list[str], Tensor]]:
         same_memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         groups.setdefault(same_memory, ([], tensor.detach()))[0].append(name)
     return list(groups.values())
+
+
+def _chunks(stored: list[tuple[list[str], Tensor]]) -> Iterator[bytes | memoryview]:
+    entries = [_entry(names, tensor) for names, tensor in stored]
+    header = zlib.compress(json.dumps([asdict(entry) for entry in entries], separators=(",", ":")).encode(), 9)
+    yield _PREFIX.pack(_MAGIC, _VERSION, len(header))
+    yield header
+    for entry, (_, tensor) in zip(entries, stored, strict=True):
+        yield from _payload(entry, tensor)
 
 
 def _dtype_name(tensor: Tensor) -> str:

@@ -1,33 +1,27 @@
 """Exact global pruning masks: which entries of many tensors are the smallest, in linear time and little extra memory.
 
-    a sample of the scores -> two cuts, low and high, with the wanted one between them
-    one pass, chunk by chunk -> at least high: kept        below low: dropped        between: collected, about 1 %
-    the same again on what was collected, until it is small enough to sort
+    a small sample                 -> two cuts, low and high, with the wanted rank between them
+    one pass, chunk by chunk       -> score >= high: kept;  score < low: dropped;  between: collected (about 1 %)
+    the same for what was collected, until it is small enough to sort
 
-This is the selection algorithm of Floyd and Rivest (1975, Expected time bounds for selection, section 2), on pairs
-(score, position). Pairs are all different, so equal scores need no case of their own: sorted, constant or mostly zero
-inputs are split as well as any other. The sample decides only how long it takes, never the result.
+This is the selection algorithm of Floyd and Rivest (1975, "Expected time bounds for selection"), with one addition:
+the cuts are pairs (score, position). No two pairs are equal, so equal scores need no case of their own, and constant,
+sorted or mostly zero inputs are cut as evenly as any other. The sample decides how long it takes, never the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CHUNK = 2**19  # entries; what is computed from a chunk stays in the cache
-_SORTABLE = 2048  # entries; fewer are sorted, which is then faster than one more round
-_SPREAD = 4.0  # standard deviations from the wanted rank to either cut: one call in 10^4 needs a second pass
-
-
-class _Cut(NamedTuple):
-    score: float
-    position: int  # in all the tensors, one after the other, each in row-major order
+_CHUNK = 2**19  # entries at a time: few enough to stay in a core's cache, enough to hide the cost of a call
+_SORTABLE = 4096  # entries: sorting these takes less time than one more round
+_SPREAD = 4.0  # standard deviations from the wanted rank to either cut: one round in 10^4 has to be repeated
 
 
 @torch.no_grad()
@@ -42,11 +36,11 @@ def keep_largest(
     """Return boolean masks that are False at exactly the `n_drop` smallest scores of all the tensors together.
 
     Equal scores are ordered by position: the earlier tensor, and within it the earlier row-major index, is dropped
-    first. So the masks are the same on every machine and device. For N entries the masks take N bytes, and the work
-    takes a few MB plus about 80 N^(2/3) bytes (20 MB for 100 million entries, 90 MB for a billion).
+    first. So the masks are the same on every machine and device. N entries take N bytes for the masks, and a few MB
+    and 100 N^(2/3) bytes to find them (about 30 MB for 100 million entries).
 
     Args:
-        scores: Tensors on one device, of any shapes and layouts, float16, bfloat16, float32 or float64. Infinities are
+        scores: Tensors of any shapes and layouts on one device, float16, bfloat16, float32 or float64. Infinities are
             ordinary values, and -0.0 equals 0.0.
         n_drop: Number of entries to drop, at least the number that `alive` excludes, at most all of them.
         absolute: Order by absolute value, so that weights can be given as they are.
@@ -66,122 +60,157 @@ def keep_largest(
     """
     alive = [None] * len(scores) if alive is None else alive
     names = [f"scores[{index}]" for index in range(len(scores))] if names is None else names
-    assert len(scores) == len(alive) == len(names), "one entry of alive and names for each tensor"
-    _check_scores(scores, alive, names)
+    assert len(scores) == len(alive) == len(names), "one entry of alive and of names for each tensor"
+    _check(scores, alive, names)
     n_total = sum(score.numel() for score in scores)
-    n_alive = n_total - sum(int(living.logical_not().sum()) for living in alive if living is not None)
+    n_alive = n_total - sum(int(living.numel() - living.count_nonzero()) for living in alive if living is not None)
     if not n_total - n_alive <= n_drop <= n_total:
         raise ValueError(
             f"n_drop={n_drop} must lie between the {n_total - n_alive} entries that alive excludes already and all "
             f"{n_total} entries."
         )
-    if n_total == 0:
-        return [torch.ones_like(score, dtype=torch.bool) for score in scores]
 
-    n_keep = n_total - n_drop
     masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in scores]
-    ranked, positions = _sample(scores, alive, absolute=absolute)
-    spread = _SPREAD
-    while True:
-        low, high = _cuts(ranked, positions, 1 - n_keep / max(n_alive, 1), spread)
-        n_above, undecided, open = _split(scores, alive, masks, low, high, absolute=absolute)
-        if 0 <= n_keep - n_above <= len(open):
-            break
-        spread *= 2
-
-    n_drop_open = len(open) - (n_keep - n_above)
-    if len(open) <= _SORTABLE:
-        survives = torch.zeros_like(open, dtype=torch.bool)
-        survives[open.sort(stable=True).indices[n_drop_open:]] = True
-    else:
-        (survives,) = keep_largest([open], n_drop_open)
-    for (keep, at), survivor in zip(undecided, survives.split([len(at) for _, at in undecided]), strict=True):
-        keep[at] = survivor
+    if n_total > 0:
+        _write_masks(_parts(scores, alive, masks), n_total - n_drop, n_alive, absolute=absolute)
     return masks
 
 
-def _sample(scores, alive, *, absolute):
-    """sorted sample"""
-    n_total = sum(score.numel() for score in scores)
-    size = int(n_total ** (2 / 3)) if n_total > _SORTABLE else 0
-    generator = torch.Generator().manual_seed(0)
-    jitter = torch.rand(size, dtype=torch.float64, generator=generator)
-    positions = (torch.arange(size, dtype=torch.float64) + jitter).mul_(n_total / max(size, 1)).long()
-    positions = positions.clamp_(max=n_total - 1).to(scores[0].device)
-    values, kept = [], []
-    start = 0
-    dtype = reduce(torch.promote_types, (score.dtype for score in scores))
-    for score, living in zip(scores, alive, strict=True):
-        first, last = torch.searchsorted(positions, torch.tensor([start, start + score.numel()], device=positions.device)).tolist()
-        at = positions[first:last]
-        if living is not None:
-            at = at[living.take(at - start)]
-        values.append(score.take(at - start).to(dtype))
-        kept.append(at)
-        start += score.numel()
-    sample = torch.cat(values)
-    sample = sample.abs_() if absolute else sample.add_(0.0)
-    ranked, order = sample.sort(stable=True)
-    return ranked, torch.cat(kept)[order]
+class _Part(NamedTuple):
+    """One tensor's share of the work."""
+
+    score: Tensor
+    alive: Tensor | None  # flat
+    keep: Tensor  # flat, to be written
+    start: int  # position of the first entry, counted over all the tensors
 
 
-def _cuts(ranked, positions, fraction, spread):
-    n = len(ranked)
-    margin = spread * math.sqrt(n * fraction * (1 - fraction)) + 1
-    lower, upper = math.floor(n * fraction - margin), math.ceil(n * fraction + margin)
-    low = _Cut(float(ranked[lower]), int(positions[lower])) if lower >= 0 else _Cut(-math.inf, 0)
-    high = _Cut(float(ranked[upper]), int(positions[upper])) if upper < n else _Cut(math.inf, 2**62)
-    return low, high
+class _Cut(NamedTuple):
+    score: float
+    position: int
 
 
-def _split(scores, alive, masks, low, high, *, absolute):
-    size = min(_CHUNK, max(score.numel() for score in scores))
-    dtype = reduce(torch.promote_types, (score.dtype for score in scores))
-    magnitudes = torch.empty(size if absolute else 0, dtype=dtype, device=scores[0].device)
-    between = torch.empty(size, dtype=torch.bool, device=scores[0].device)
-    n_above, undecided, values, position = 0, [], [], 0
+class _Between(NamedTuple):
+    """The entries of one chunk that the cuts leave open."""
+
+    score: Tensor
+    at: Tensor  # indices into keep
+    keep: Tensor
+
+
+def _parts(scores: Sequence[Tensor], alive: Sequence[Tensor | None], masks: Sequence[Tensor]) -> list[_Part]:
+    parts, start = [], 0
     for score, living, mask in zip(scores, alive, masks, strict=True):
-        start = position
-        for chunk in _chunks(score, _CHUNK):
-            n = len(chunk)
-            here = slice(position - start, position - start + n)
-            x = torch.abs(chunk, out=magnitudes[:n]) if absolute else chunk.to(dtype)
-            keep, undec = mask.view(-1)[here], between[:n]
-            _at_least(x, position, high, out=keep)
-            _at_least(x, position, low, out=undec)
-            undec.bitwise_xor_(keep)
-            if living is not None:
-                undec &= living.reshape(-1)[here]
-                keep &= living.reshape(-1)[here]
-            at = undec.nonzero().squeeze(1)
+        parts.append(_Part(score, None if living is None else living.reshape(-1), mask.view(-1), start))
+        start += score.numel()
+    return parts
+
+
+def _write_masks(parts: Sequence[_Part], n_keep: int, n_alive: int, *, absolute: bool) -> None:
+    """Set `keep` to True at the `n_keep` largest of the living entries, and to False elsewhere."""
+    n_total = parts[-1].start + parts[-1].score.numel()
+    ranked, positions = _sample(parts, n_total, absolute=absolute)
+    spread = _SPREAD
+    while True:
+        low, high = _cuts(ranked, positions, n_keep / max(n_alive, 1), spread)
+        n_above, chunks = _split(parts, low, high, ranked.dtype, absolute=absolute)
+        between = torch.cat([chunk.score for chunk in chunks])
+        if n_above <= n_keep <= n_above + len(between):
+            break
+        spread *= 2  # a wider bracket holds the rank in the end: the widest leaves all the living entries open
+
+    n_drop = n_above + len(between) - n_keep
+    if len(between) <= _SORTABLE or len(between) > n_total // 2:  # the second: this sample does not get us further
+        survives = torch.zeros_like(between, dtype=torch.bool)
+        survives[_order(between)[n_drop:]] = True
+    else:
+        (survives,) = keep_largest([between], n_drop)
+    for chunk, survivors in zip(chunks, torch.split(survives, [len(chunk.at) for chunk in chunks]), strict=True):
+        chunk.keep[chunk.at] = survivors
+
+
+def _sample(parts: Sequence[_Part], n_total: int, *, absolute: bool) -> tuple[Tensor, Tensor]:
+    """Return the sorted scores, and the positions, of one random living entry in each of N^(2/3) / 2 equal stretches.
+
+    A stretch whose entry is dead adds none, and few entries, which need no cuts, get an empty sample.
+    """
+    size = int(n_total ** (2 / 3)) // 2 if n_total > _SORTABLE else 0
+    jitter = torch.rand(size, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(0))
+    drawn = torch.arange(size, device="cpu").add(jitter).mul_(n_total / max(size, 1)).long().clamp_(max=n_total - 1)
+    borders = torch.searchsorted(drawn, torch.tensor([part.start for part in parts[1:]], device="cpu"))
+    scores, positions = [], []
+    for part, positions_here in zip(parts, drawn.tensor_split(borders), strict=True):
+        index = (positions_here - part.start).to(part.score.device)
+        if part.alive is not None:
+            index = index[part.alive[index]]
+        scores.append(part.score.take(index))
+        positions.append(index + part.start)
+    score = torch.cat(scores)  # of the dtype that holds them all
+    order = _order(score.abs_() if absolute else score)
+    return score[order], torch.cat(positions)[order]
+
+
+def _order(score: Tensor) -> Tensor:
+    return torch.argsort(score + 0.0, stable=True)  # -0.0 + 0.0 is 0.0: a radix sort would tell the two apart
+
+
+def _cuts(ranked: Tensor, positions: Tensor, fraction_kept: float, spread: float) -> tuple[_Cut, _Cut]:
+    """Return two cuts of which the first keeps more than the fraction and the second less, by all likelihood."""
+    size = len(ranked)
+    margin = 1 + spread * math.sqrt(size * fraction_kept * (1 - fraction_kept))
+    low, high = math.floor(size * (1 - fraction_kept) - margin), math.ceil(size * (1 - fraction_kept) + margin)
+    return (
+        _Cut(float(ranked[low]), int(positions[low])) if low >= 0 else _Cut(-math.inf, 0),
+        _Cut(float(ranked[high]), int(positions[high])) if high < size else _Cut(math.inf, 2**63),
+    )
+
+
+def _split(
+    parts: Sequence[_Part], low: _Cut, high: _Cut, dtype: torch.dtype, *, absolute: bool
+) -> tuple[int, list[_Between]]:
+    """Write `keep` where an entry is at least `high`; return how many are, and the entries between the cuts."""
+    n_above, between = 0, []
+    for part in parts:
+        start = 0
+        for chunk in _chunks(part.score):
+            score = (chunk.abs() if absolute else chunk).to(dtype)
+            here = slice(start, start + len(chunk))
+            keep = part.keep[here]
+            undecided = torch.empty_like(keep)
+            _at_least(high, score, part.start + start, out=keep)
+            _at_least(low, score, part.start + start, out=undecided)
+            undecided.bitwise_xor_(keep)  # at least high implies at least low
+            if part.alive is not None:
+                keep.bitwise_and_(part.alive[here])
+                undecided.bitwise_and_(part.alive[here])
             n_above += int(keep.count_nonzero())
-            undecided.append((keep, at))
-            values.append(x[at])
-            position += n
-    return n_above, undecided, torch.cat(values)
+            at = undecided.nonzero().squeeze(1)
+            between.append(_Between(score[at], at, keep))
+            start += len(chunk)
+    return n_above, between
 
 
-def _at_least(scores: Tensor, position: int, cut: _Cut, *, out: Tensor) -> None:
-    """Write where (score, position) >= cut, for a chunk whose first entry stands at `position`."""
-    before = min(max(cut.position - position, 0), len(scores))
-    torch.gt(scores[:before], cut.score, out=out[:before])
-    torch.ge(scores[before:], cut.score, out=out[before:])
+def _at_least(cut: _Cut, score: Tensor, start: int, *, out: Tensor) -> None:
+    """Write whether (score, position) >= cut, for entries whose positions count up from `start`."""
+    before = min(max(cut.position - start, 0), len(score))
+    torch.gt(score[:before], cut.score, out=out[:before])
+    torch.ge(score[before:], cut.score, out=out[before:])
 
 
-def _chunks(tensor: Tensor, size: int) -> Iterator[Tensor]:
-    """Yield the flat tensor in row-major order, at most `size` entries at a time, and copy no more than these."""
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the flat tensor in row-major order, `_CHUNK` entries or fewer at a time, and never copy more than these."""
     if tensor.is_contiguous():
-        yield from tensor.view(-1).split(size)
-    elif tensor.numel() <= size:
+        yield from torch.split(tensor.view(-1), _CHUNK)
+    elif tensor.numel() <= _CHUNK:
         yield tensor.reshape(-1)
     elif len(tensor) == 1:
-        yield from _chunks(tensor[0], size)
+        yield from _chunks(tensor[0])
     else:
-        for rows in tensor.split(max(1, size * len(tensor) // tensor.numel())):
-            yield from _chunks(rows, size)
+        for rows in torch.split(tensor, max(1, _CHUNK * len(tensor) // tensor.numel())):
+            yield from _chunks(rows)
 
 
-def _check_scores(scores: Sequence[Tensor], alive: Sequence[Tensor | None], names: Sequence[str]) -> None:
+def _check(scores: Sequence[Tensor], alive: Sequence[Tensor | None], names: Sequence[str]) -> None:
     for score, living, name in zip(scores, alive, names, strict=True):
         if score.dtype not in _DTYPES:
             raise ValueError(f"{name} is {score.dtype}: scores must be one of {', '.join(map(str, _DTYPES))}.")

@@ -28,6 +28,7 @@ from lightning_compress.pruning.scoring import (
 )
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.stopping import StopRule, StopWatch
+from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.distributed import all_reduce_sum, broadcast, rank
 from lightning_compress.trainer.inputs import is_compiled, resolve_example_inputs, resolve_network
@@ -164,6 +165,7 @@ class IterativePruningCallback(CompressionCallback):
     # ------------------------------------------------------------------ the fit
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_averages(trainer)
         self._parameters = select_parameters(pl_module, self.target, exclude=self.exclude)
         # What is masked for good must not count in the norm that clipping compares with its threshold.
         clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
@@ -190,7 +192,14 @@ class IterativePruningCallback(CompressionCallback):
                 network=network,
                 generator=self.generator,
             )
-        self._apply(pl_module)
+        self._renew(pl_module, self._keep, {} if self.projection is None else self.projection.latent)
+
+    def _check_averages(self, trainer: Trainer) -> None:
+        if self._stop is not None and next(averaged_modules(trainer), None) is not None:
+            raise ValueError(
+                "stop= judges the metric of the averaged weights but would go back to the others: use one of stop= and "
+                "a WeightAveraging callback."
+            )
 
     def _check_watching(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what a data-driven criterion could not watch."""
@@ -234,7 +243,7 @@ class IterativePruningCallback(CompressionCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        pl_module.log("sparsity", self.sparsity, prog_bar=True)
+        pl_module.log("sparsity", self.sparsity, prog_bar=True, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._ramp is not None
@@ -287,7 +296,16 @@ class IterativePruningCallback(CompressionCallback):
 
     # ------------------------------------------------------------------ the projection
 
-    def _apply(self, pl_module: LightningModule) -> None:
+    def _renew(
+        self, pl_module: LightningModule, keep: Mapping[str, Tensor] | None, latent: Mapping[str, Tensor]
+    ) -> None:
+        """Take masks and latent values from elsewhere: a checkpoint, an earlier moment, or a fit on another device."""
+        self._keep = None if keep is None else {name: mask.to(pl_module.device) for name, mask in keep.items()}
+        self._apply(pl_module, anew=True)
+        if self.projection is not None:
+            self.projection.load_latent(latent)
+
+    def _apply(self, pl_module: LightningModule, *, anew: bool = False) -> None:
         """Make the module obey `_keep`."""
         if self._keep is None:
             self.masks, self.projection = {}, None
@@ -299,7 +317,7 @@ class IterativePruningCallback(CompressionCallback):
             self.masks = {name: mask.to(parameters[name].device) for name, mask in self._keep.items()}
         # Multiplying by a mask of floats takes a tenth of the time of a boolean one.
         self._factors = {name: mask.to(parameters[name].dtype) for name, mask in self.masks.items()}
-        if self.projection is None:
+        if anew or self.projection is None:
             self.projection = Projection(
                 {name: parameters[name] for name in self.masks}, self._mask, keep_latent=self.regrow
             )
@@ -348,11 +366,8 @@ class IterativePruningCallback(CompressionCallback):
             return
         rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
         pl_module.load_state_dict(kept["module"])
-        self._keep, self.current_amount = kept["keep"], kept["amount"]
-        self.projection = None
-        self._apply(pl_module)
-        if self.projection is not None:
-            self.projection.load_latent(kept["latent"])
+        self.current_amount = kept["amount"]
+        self._renew(pl_module, kept["keep"], kept["latent"])
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -370,8 +385,6 @@ class IterativePruningCallback(CompressionCallback):
     def load_technique_state(self, state: dict[str, Any], pl_module: LightningModule) -> None:
         if state["ramp"] is not None:
             self._ramp = Ramp(**state["ramp"])
-        keep = state["keep"]
-        self._keep = None if keep is None else {name: mask.to(pl_module.device) for name, mask in keep.items()}
         self.current_amount, self._stopped = state["amount"], state["stopped"]
         if self._stop is not None:
             self._stop.load_state_dict(state["stop"])
@@ -380,9 +393,7 @@ class IterativePruningCallback(CompressionCallback):
         elif self._statistic is not None:
             self._statistic.load_state_dict(state["statistic"])
             self._leave_sums_to_rank_zero(self._statistic)
-        self._apply(pl_module)
-        if self.projection is not None and self.regrow:
-            self.projection.load_latent(state["latent"])
+        self._renew(pl_module, state["keep"], state["latent"])
 
     def synchronize(self) -> None:
         if self._statistic is not None:
@@ -428,6 +439,7 @@ class IterativePruningCallback(CompressionCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         if self._statistic is not None:
             self._statistic.end()
 

@@ -79,7 +79,7 @@ class Taylor(WeightStatistic):
     def before_step(self) -> None:
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                self.add(name, (parameter.grad * parameter).abs(), 1)
+                self.add(name, (parameter.grad * parameter).abs_(), 1)
 
     def scores(self) -> dict[str, Tensor]:
         return self.collect(self.means())

@@ -69,7 +69,7 @@ class Fisher(SampleStatistic):
     g_n is the gradient of sample n's own loss: the training loss must be the mean over the samples of the batch. For a
     neuron all of its weights go together: the mean over samples of (sum over its weights of g_n w)^2.
 
-    Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning", section 2.2.
+    Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning".
 
     Args:
         model: The network, in training.

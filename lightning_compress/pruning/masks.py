@@ -76,7 +76,7 @@ def prune_neurons(
         guarded[name] = score.clone()
         guarded[name][present.argmax()] = torch.inf
     if scope == "layer":
-        masks = {}
+        masks: dict[str, Tensor] = {}
         for name, score in guarded.items():
             masks |= _keep({name: score}, _all_but(1, amount, score.numel(), name), False, alive)
         return masks

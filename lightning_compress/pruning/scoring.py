@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -56,7 +56,7 @@ def make_statistic(
         options["network"] = network
     if criterion in ("ewc", "obd"):
         options["generator"] = generator
-    kinds: dict[str, type[Statistic]] = {
+    kinds: dict[str, Callable[..., Statistic]] = {
         "apoz": Apoz,
         "mean_activation": MeanActivation,
         "taylor": TaylorNeuron if granularity == "neuron" else Taylor,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_compress.core.files import replacing
@@ -98,14 +99,16 @@ class Run:
             load_weights(module, weights)
         else:
             seed_everything(self.seed, workers=True, verbose=False)
-            trainer = self.make_trainer(**dense, callbacks=[recorder], logger=False, enable_checkpointing=False)
+            rank_zero_info("Dense training.")
+            trainer = self._trainer(**dense, callbacks=[recorder], logger=False, enable_checkpointing=False)
             trainer.fit(module, datamodule=self.datamodule)
         dense_accuracy = self._accuracy(module)
         _save_dense(module, self.folder / DENSE)
 
         compressed = wrap(copy.deepcopy(module))
         seed_everything(self.seed, workers=True, verbose=False)  # the same, whether the dense network was loaded or not
-        trainer = self.make_trainer(callbacks=[*callbacks, recorder], logger=list(loggers) or False)
+        rank_zero_info("Compression.")
+        trainer = self._trainer(callbacks=[*callbacks, recorder], logger=list(loggers) or False)
         trainer.fit(compressed, datamodule=self.datamodule, ckpt_path=ckpt_path)
         before_recovery = None
         if recorder.snapshot is not None:
@@ -132,7 +135,7 @@ class Run:
     def _accuracy(self, module: LightningModule) -> float | None:
         if self.metric is None:
             return None
-        trainer = self.make_trainer(
+        trainer = self._trainer(
             callbacks=[],
             logger=False,
             enable_checkpointing=False,
@@ -149,6 +152,10 @@ class Run:
             )
         return logged[self.metric]
 
+    def _trainer(self, **options: Any) -> Trainer:
+        with _quietly():
+            return self.make_trainer(**options)
+
     def _costs(
         self, dense: LightningModule, compressed: LightningModule, device: torch.device
     ) -> dict[str, Measurement]:
@@ -161,6 +168,18 @@ class Run:
             )
             for name, network in networks.items()
         }
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep Lightning from telling with every Trainer which accelerators there are, and what else one could install."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def can_draw() -> bool:

@@ -80,6 +80,9 @@ class CompressionCallback(Callback):
             return
         self._check_strategy(trainer)
         check_averages(trainer, self)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if any(other is not self and other.state_key == self.state_key for other in callbacks):
+            raise ValueError(f"The Trainer has two {name} with the same settings: {self.state_key}. Leave one out.")
 
     def _check_strategy(self, trainer: Trainer) -> None:
         name, strategy = type(self).__name__, trainer.strategy
@@ -166,6 +169,10 @@ class CompressionCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._project_averages(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.projection is not None:
+            self.projection.settle()  # so that a checkpoint of this moment holds the projected values
 
     def project_copy(self, module: torch.nn.Module) -> None:
         """Project an averaged copy of the LightningModule, in place."""

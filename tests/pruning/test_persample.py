@@ -42,6 +42,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_equal_a_loop_over_samples(name):
     torch.manual_seed(0)

@@ -1,0 +1,371 @@
+"""The oracles count and differentiate by hand, layer by layer, without hooks of the package."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress.pruning.activations import ActivationStatistic, Apoz, MeanActivation, TaylorNeuron
+from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.neurons import find_neurons
+from lightning_compress.pruning.statistics import estimate
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ConvNet(nn.Module):
+    """conv-bn-relu, functional relu, a shared nn.ReLU, an in-place relu, pooling and a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+        self.conv2, self.conv3 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.fc, self.head = nn.Linear(16, 5), nn.Linear(5, 3)
+        self.relu, self.relu_ = nn.ReLU(), nn.ReLU(inplace=True)
+
+    def activations(self, x: Tensor, touch: Callable[[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The forward pass once more, by hand; ``touch`` may replace an activation. Returns them and the logits."""
+        found = {}
+        found["conv1"] = x = touch("conv1", self.bn1(self.conv1(x)).clamp(min=0))
+        found["conv2"] = x = touch("conv2", self.conv2(F.max_pool2d(x, 2)).clamp(min=0))
+        found["conv3"] = touch("conv3", (self.conv3(x) + x).clamp(min=0))
+        found["fc"] = touch("fc", self.fc(found["conv3"].flatten(1)).clamp(min=0))
+        return found, self.head(found["fc"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.conv2(F.max_pool2d(x, 2)))
+        x = self.relu_(self.conv3(x) + x)
+        return self.head(F.relu(self.fc(x.flatten(1))))
+
+
+class Block(nn.Module):
+    """A transformer block in the manner of BERT: attention, sums, layer norms, and a GELU in the middle."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.mix = (nn.Linear(width, width) for _ in range(4))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 6), nn.Linear(6, width)
+        self.head = nn.Linear(width, 3)
+
+    def activations(self, x: Tensor, touch: Callable[[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        found = {}
+        found["query"], found["key"], found["value"] = (
+            touch(name, getattr(self, name)(x)) for name in ("query", "key", "value")
+        )
+        weights = (found["query"] @ found["key"].transpose(1, 2) / 2).softmax(-1)
+        found["mix"] = x = touch("mix", self.norm1(self.mix(weights @ found["value"]) + x))
+        found["up"] = touch("up", F.gelu(self.up(x)))
+        return found, self.head(self.norm2(self.down(found["up"]) + x)[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.mix(F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))) + x)
+        return self.head(self.norm2(self.down(F.gelu(self.up(x))) + x)[:, 0])
+
+
+Net = ConvNet | Block
+
+
+def untouched(name: str, activation: Tensor) -> Tensor:
+    return activation
+
+
+def make(kind: type[Net], dtype: torch.dtype = torch.float32) -> tuple[Net, list[Neurons], list[Batch]]:
+    """A network, its neurons (the hand-written pass knows the activations of these), and batches of unequal size."""
+    torch.manual_seed(0)
+    net = kind().to(dtype)
+    shape = (2, 6, 6) if kind is ConvNet else (5, 4)
+    batches = [(torch.randn(n, *shape, dtype=dtype), torch.randint(0, 3, (n,))) for n in (4, 7, 2)]
+    names = list(net.activations(batches[0][0], untouched)[0])
+    return net, find_neurons(net, batches[0][0], names), batches
+
+
+def loss_fn(net: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def channels_last(name: str, tensor: Tensor) -> Tensor:
+    """(samples, positions, channels)"""
+    return tensor.flatten(2).transpose(1, 2) if "conv" in name else tensor.reshape(len(tensor), -1, tensor.shape[-1])
+
+
+def pooled(net: Net, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """All activations of all batches: (samples x positions, channels) by layer."""
+    rows: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for x, _ in batches:
+            for name, tensor in net.activations(x, untouched)[0].items():
+                rows.setdefault(name, []).append(channels_last(name, tensor).flatten(0, 1))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def statistics(net: nn.Module, neurons: list[Neurons]) -> list[ActivationStatistic]:
+    return [Apoz(net, neurons), MeanActivation(net, neurons), TaylorNeuron(net, neurons)]
+
+
+# ------------------------------------------------------------------ formulas
+
+
+def test_apoz_counts_zeros_behind_the_nonlinearity() -> None:
+    net, neurons, batches = make(ConvNet)
+    scores = estimate(Apoz(net, neurons), net, loss_fn, batches)
+    for name, rows in pooled(net, batches).items():
+        zeros = torch.zeros(rows.shape[1])
+        for row in rows.tolist():
+            for channel, value in enumerate(row):
+                zeros[channel] += value == 0.0
+        torch.testing.assert_close(scores[name], 1 - zeros / len(rows))
+        assert ((scores[name] > 0.05) & (scores[name] < 0.95)).any()
+    with torch.no_grad():
+        assert all((net.conv1(x) != 0).all() for x, _ in batches)  # counting there would find nothing
+
+
+def test_apoz_with_running_statistics_of_a_batch_norm() -> None:
+    net, neurons, batches = make(ConvNet)
+    net.bn1.running_mean.normal_()
+    net.bn1.running_var.uniform_(0.5, 2.0)
+    net.eval()
+    before = net.bn1.running_mean.clone()
+    scores = estimate(Apoz(net, neurons), net, loss_fn, batches)
+    torch.testing.assert_close(scores["conv1"], (pooled(net, batches)["conv1"] != 0).float().mean(0))
+    assert torch.equal(net.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("kind", [ConvNet, Block])
+def test_mean_activation(kind: type[Net]) -> None:
+    net, neurons, batches = make(kind)
+    scores = estimate(MeanActivation(net, neurons), net, loss_fn, batches)
+    expected = {name: rows.abs().mean(0) for name, rows in pooled(net, batches).items()}
+    torch.testing.assert_close(scores, expected)
+
+
+def slope_of_loss(net: Net, x: Tensor, y: Tensor, layer: str, sample: int, channel: int) -> float:
+    """How the loss changes when the channel of one sample is scaled by 1 + s, at s = 0."""
+
+    def loss(scale: float) -> Tensor:
+        def touch(name: str, activation: Tensor) -> Tensor:
+            if name != layer:
+                return activation
+            scaled = activation.clone()
+            scaled[(sample, channel) if "conv" in layer else (sample, ..., channel)] *= scale
+            return scaled
+
+        return F.cross_entropy(net.activations(x, touch)[1], y)
+
+    step = 1e-6
+    return float(loss(1 + step) - loss(1 - step)) / (2 * step)
+
+
+@pytest.mark.parametrize("kind", [ConvNet, Block])
+def test_taylor_is_the_derivative_with_respect_to_a_channels_size(kind: type[Net]) -> None:
+    """sum_p a_ncp dL/da_ncp is dL/ds, where channel c of sample n is scaled by 1 + s: central differences."""
+    net, neurons, batches = make(kind, torch.float64)
+    net.eval()
+    expected = {layer.name: torch.zeros(layer.size, dtype=torch.float64) for layer in neurons}
+    samples = sum(len(x) for x, _ in batches)
+    with torch.no_grad():
+        for x, y in batches:
+            found = net.activations(x, untouched)[0]
+            for layer in neurons:
+                positions = channels_last(layer.name, found[layer.name]).shape[1]
+                for n in range(len(x)):
+                    for c in range(layer.size):
+                        slope = slope_of_loss(net, x, y, layer.name, n, c)
+                        expected[layer.name][c] += abs(slope) / positions / samples
+    expected = {name: theta / theta.square().sum().sqrt() for name, theta in expected.items()}
+    scores = estimate(TaylorNeuron(net, neurons), net, loss_fn, batches)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_taylor_of_a_layer_without_influence_is_zero() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.zeros_(net[2].weight)
+    x = torch.randn(5, 3)
+    scores = estimate(TaylorNeuron(net, find_neurons(net, x, ["0"])), net, lambda net, x: net(x).sum(), [x])
+    torch.testing.assert_close(scores, {"0": torch.zeros(4)})
+
+
+def test_all_calls_of_a_layer_in_one_step_are_pooled() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 1))
+    a, b = torch.randn(4, 3), torch.randn(2, 3)
+    neurons = find_neurons(net, a, ["0"])
+
+    def both(net: nn.Module, batch: Any) -> Tensor:
+        return net(a).sum() + net(b).sum()
+
+    outputs = torch.cat([net[:2](a), net[:2](b)])
+    torch.testing.assert_close(
+        estimate(MeanActivation(net, neurons), net, both, [0])["0"], outputs.mean(0).detach(), check_dtype=False
+    )
+    products = (outputs * net[2].weight).abs().mean(0).detach()
+    torch.testing.assert_close(estimate(TaylorNeuron(net, neurons), net, both, [0])["0"], products / products.norm())
+
+
+def test_one_sample_without_a_batch_dimension() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(3)
+    neurons = find_neurons(net, x, ["0"])
+    for statistic in statistics(net, neurons):
+        alone = estimate(statistic, net, lambda net, x: net(x).sum(), [x])
+        batched = estimate(type(statistic)(net, neurons), net, lambda net, x: net(x).sum(), [x[None]])
+        torch.testing.assert_close(alone, batched)
+
+
+def test_frozen_layers_have_no_score() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    for statistic in statistics(net, find_neurons(net, x, ["0", "2"])):
+        assert list(estimate(statistic, net, lambda net, x: net(x).sum(), [x])) == ["0"]
+
+
+# ------------------------------------------------------------------ over batches, ranks and checkpoints
+
+
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+def test_two_halves_together_are_the_whole(kind: type[ActivationStatistic]) -> None:
+    net, neurons, batches = make(ConvNet)
+    net.eval()
+    whole = estimate(kind(net, neurons), net, loss_fn, batches)
+
+    ranks = [kind(net, neurons) for _ in range(2)]
+    estimate(ranks[0], net, loss_fn, batches[:1])
+    estimate(ranks[1], net, loss_fn, batches[1:])
+    other = iter([*ranks[1].sums.values(), torch.tensor(list(ranks[1].counts.values()))])
+    ranks[0].reduce(lambda tensor: tensor + next(other))
+    torch.testing.assert_close(ranks[0].scores(), whole)
+    assert any((ranks[1].scores()[name] - score).abs().max() > 1e-4 for name, score in whole.items())
+
+
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+def test_saved_and_continued_is_uninterrupted(kind: type[ActivationStatistic]) -> None:
+    net, neurons, batches = make(ConvNet)
+    net.eval()
+    whole = estimate(kind(net, neurons), net, loss_fn, batches)
+    first, second = kind(net, neurons), kind(net, neurons)
+    estimate(first, net, loss_fn, batches[:2])
+    second.load_state_dict(first.state_dict())
+    continued = estimate(second, net, loss_fn, batches[2:])
+    assert all(torch.equal(continued[name], score) for name, score in whole.items())
+    second.reset()
+    torch.testing.assert_close(
+        estimate(second, net, loss_fn, batches[:1]), estimate(kind(net, neurons), net, loss_fn, batches[:1])
+    )
+
+
+def test_the_models_gradients_are_not_touched() -> None:
+    net, neurons, batches = make(ConvNet)
+    net.eval()
+    loss_fn(net, batches[0]).backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    for statistic in statistics(net, neurons):
+        net.zero_grad()
+        statistic.begin()
+        loss = loss_fn(net, batches[0])
+        statistic.before_backward(loss)
+        loss.backward()
+        statistic.end()
+        assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), expected, strict=True))
+
+
+def test_autocast_sums_in_float32() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(4096, 8)
+    neurons = find_neurons(net, x, ["0"])
+
+    def autocast_loss(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x).float().mean()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a = net[:2](x)
+    assert a.dtype is torch.bfloat16
+    mean = estimate(MeanActivation(net, neurons), net, autocast_loss, [x])["0"]
+    torch.testing.assert_close(mean, a.float().mean(0).detach(), rtol=1e-5, atol=0)
+    apoz = estimate(Apoz(net, neurons), net, autocast_loss, [x])["0"]
+    torch.testing.assert_close(apoz, (a != 0).float().mean(0), rtol=1e-6, atol=0)
+    taylor = estimate(TaylorNeuron(net, neurons), net, autocast_loss, [x])["0"]
+    products = a.float().mean(0) * net[2].weight.bfloat16().float().sum(0).abs()
+    torch.testing.assert_close(taylor, (products / products.norm()).detach(), rtol=1e-2, atol=1e-3)
+
+
+def test_nothing_is_kept_after_the_step() -> None:
+    net, neurons, batches = make(ConvNet)
+    seen: list[weakref.ref[Tensor]] = []
+    net.relu.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    for statistic in statistics(net, neurons):
+        estimate(statistic, net, loss_fn, batches[:1])
+        statistic.begin()
+        loss = loss_fn(net, batches[0])
+        statistic.before_backward(loss)
+        statistic.end()  # as after an exception: no backward pass
+        del loss
+        gc.collect()
+        assert [ref() for ref in seen] == [None] * 4
+        assert not any(module._forward_hooks for module in net.modules() if module is not net.relu)
+        seen.clear()
+
+
+# ------------------------------------------------------------------ warnings and errors
+
+
+def test_apoz_says_once_which_layers_make_no_zeros() -> None:
+    net = nn.Sequential(
+        nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
+    )
+    x = torch.randn(20, 3)
+    apoz = Apoz(net, find_neurons(net, x, ["0", "2", "4"]))
+    with pytest.warns(UserWarning, match="no activation of 0, 4 was ever zero"):
+        estimate(apoz, net, lambda net, x: net(x).sum(), [x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apoz.scores()
+
+
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+def test_without_data_the_error_says_what_is_missing(kind: type[ActivationStatistic]) -> None:
+    net, neurons, _ = make(ConvNet)
+    with pytest.raises(ValueError, match=rf"'{kind.criterion}' needs .*activations.* 'conv1' and 3 more"):
+        kind(net, neurons).scores()
+
+
+def test_taylor_without_gradients_is_an_error() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+
+    def detached(net: nn.Sequential, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = net[:2](x)
+        return net[2](hidden).sum()
+
+    with pytest.raises(ValueError, match="'taylor' needs gradients of activations, and has seen none of '0'"):
+        estimate(TaylorNeuron(net, find_neurons(net, x, ["0"])), net, detached, [x])
+
+
+def test_taylor_of_an_activation_that_is_overwritten_is_an_error() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.gelu(self.fc(x))
+            y += 1
+            return self.head(y)
+
+    net, x = Overwrites(), torch.randn(5, 3)
+    neurons = find_neurons(net, x, ["fc"])
+    with pytest.raises(ValueError, match=r"activation of 'fc', a tensor of shape \(5, 4\), was modified in place"):
+        estimate(TaylorNeuron(net, neurons), net, lambda net, x: net(x).sum(), [x])
+    assert all(parameter.grad is None for parameter in net.parameters())
+    mean = estimate(MeanActivation(net, neurons), net, lambda net, x: net(x).sum(), [x])
+    torch.testing.assert_close(mean["fc"], F.gelu(net.fc(x)).abs().mean(0).detach())
