@@ -41,10 +41,15 @@ PUBLISHED = {
 }
 
 
-def compose(experiment: str, seed: int, root: str) -> DictConfig:
+def compose(*overrides: str) -> DictConfig:
+    register_resolvers()
     with hydra.initialize_config_module("lightning_compress.conf", version_base="1.3"):
-        overrides = [f"experiment={experiment}", f"seed={seed}", f"data.root={root}", "data.val_size=0", "output_dir=."]
-        return hydra.compose("config", overrides=overrides)
+        return hydra.compose("config", overrides=["output_dir=.", "data.val_size=0", *overrides])
+
+
+def silence() -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def model_pruning(cfg: DictConfig, module: LightningModule) -> Callback:
@@ -83,7 +88,7 @@ def fit(cfg: DictConfig, module: LightningModule, callbacks: list[Callback], **o
 
 
 def one_seed(experiment: str, seed: int, root: str, *, peer: bool) -> dict[str, dict[str, float]]:
-    cfg = compose(experiment, seed, root)
+    cfg = compose(f"experiment={experiment}", f"seed={seed}", f"data.root={root}")
     seed_everything(seed, verbose=False)
     dense = build_module(cfg)
     rows = {"dense": fit(cfg, dense, [], **cfg.dense)}
@@ -102,9 +107,7 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--json", type=Path, help="write what was measured here as well")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    register_resolvers()
+    silence()
 
     console = Console()
     table = Table("experiment", "network", "weights left", "error %, by seed", "median", "published", "seconds")

@@ -14,7 +14,7 @@ from support.compare import differences
 from support.jobs import fit
 from support.ranks import TESTS, RankPair
 from support.registry import REGISTRY
-from support.small import SAMPLES, BATCH, ManualModule, SmallModule, plain, quiet_trainer, shuffled
+from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
 
 ENTRIES = list(REGISTRY)
 EPOCH = SAMPLES // BATCH  # optimizer steps

@@ -278,7 +278,11 @@ class IterativePruningCallback(CompressionCallback):
         statistic, absolute = self._statistic, False
         if statistic is not None:
             statistic.reduce(all_reduce_sum)
+            if self.projection is not None:
+                self.projection.open()  # what may grow back is scored by what it has grown to
             scores = statistic.scores()
+            if self.projection is not None:
+                self.projection.settle()
         elif self.criterion == "magnitude" and self._neurons is None:
             scores, absolute = weights, True  # the score is |w|: no copy of the weights is made
         else:

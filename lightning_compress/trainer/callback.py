@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.swap import Projection

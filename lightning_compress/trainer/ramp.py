@@ -30,9 +30,7 @@ class Ramp:
     last: int = -1
 
     @classmethod
-    def plan(
-        cls, trainer: Trainer, *, start_epoch: float, end_epoch: float | None, every_n_steps: int | None
-    ) -> Ramp:
+    def plan(cls, trainer: Trainer, *, start_epoch: float, end_epoch: float | None, every_n_steps: int | None) -> Ramp:
         """Turn epochs into steps of this fit; without `end_epoch` the ramp ends at two thirds of the planned steps.
 
         Raises:

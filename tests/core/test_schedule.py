@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def test_cubic_follows_zhu_and_gupta() -> None:
 
 def test_exponential_removes_the_same_share_of_what_is_left_each_time() -> None:
     left = [1 - amount_at(step / 5, 0.9, schedule="exponential") for step in range(6)]
-    shares = [after / before for before, after in zip(left, left[1:], strict=False)]
+    shares = [after / before for before, after in itertools.pairwise(left)]
     assert max(shares) - min(shares) < 1e-12
     assert left[-1] == pytest.approx(0.1)
 

@@ -61,7 +61,7 @@ def test_selecting_nothing_is_an_error() -> None:
 
 def test_computed_weights_are_refused_by_name() -> None:
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="0 .*computes its weight"):
+    with pytest.raises(ValueError, match=r"0 .*computes its weight"):
         select_parameters(net)
 
 

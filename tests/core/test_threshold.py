@@ -45,10 +45,7 @@ def flat(masks: list[Tensor]) -> list[list[bool]]:
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
     shape = draw(st.lists(st.integers(0, 5), max_size=3))
-    if draw(st.booleans()):
-        values = st.sampled_from(FEW_VALUES)
-    else:
-        values = st.floats(-100, 100, width=16)
+    values = st.sampled_from(FEW_VALUES) if draw(st.booleans()) else st.floats(-100, 100, width=16)
     size = math.prod(shape)
     tensor = torch.tensor(draw(st.lists(values, min_size=size, max_size=size)), dtype=draw(st.sampled_from(FLOATS)))
     order = draw(st.permutations(range(len(shape))))
@@ -176,7 +173,11 @@ def test_refuses_a_number_outside_the_entries(n_drop: int) -> None:
 @pytest.mark.parametrize("n_drop", [0, 3, 6])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_refuses_nan_and_says_where(n_drop: int, dtype: torch.dtype) -> None:
-    scores = [torch.zeros(0), torch.tensor([[1.0, math.nan], [math.nan, 2.0]], dtype=dtype), torch.tensor([math.inf, 0])]
+    scores = [
+        torch.zeros(0),
+        torch.tensor([[1.0, math.nan], [math.nan, 2.0]], dtype=dtype),
+        torch.tensor([math.inf, 0]),
+    ]
     with pytest.raises(ValueError, match=re.escape("2 of 4 in scores[1].")):
         keep_largest(scores, n_drop)
     with pytest.raises(ValueError, match=re.escape("2 of 4 in fc2.weight.")):

@@ -312,6 +312,14 @@ def test_nothing_is_kept_after_the_step() -> None:
         gc.collect()
         assert [ref() for ref in seen] == [None] * 4
         assert not any(module._forward_hooks for module in net.modules() if module is not net.relu)
+
+        statistic.begin()
+        loss_fn(net, batches[0])
+        statistic.before_backward(torch.zeros(()))
+        statistic.begin()  # the step before was given up
+        gc.collect()
+        assert [ref() for ref in seen] == [None] * 6
+        statistic.end()
         seen.clear()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+
 from support.registry import REGISTRY
 from support.small import SmallModule, StatefulLoader, plain, quiet_trainer, shuffled
 
