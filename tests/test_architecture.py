@@ -28,11 +28,11 @@ def imported(path: Path) -> set[str]:
 
 
 def layer(path: Path) -> str:
-    """core | functional | trainer | glue | baselines | report | app | root"""
+    """core | functional | trainer | glue | baselines | report | tasks | app | root"""
     room = path.parts[0]
     if len(path.parts) == 1:
         return "app" if room in HYDRA_FILES else "root"
-    if room in ("core", "trainer", "report", "baselines"):
+    if room in ("core", "trainer", "report", "baselines", "tasks"):
         return room
     return "glue" if path.name in GLUE else "functional"
 
@@ -42,9 +42,10 @@ MAY_IMPORT = {
     "functional": {"core", "functional"},
     "trainer": {"core", "trainer"},
     "glue": {"core", "functional", "trainer"},
-    "baselines": {"core", "baselines"},
+    "baselines": {"core", "trainer", "baselines"},
     "report": {"core", "report"},
-    "app": {"core", "functional", "trainer", "glue", "baselines", "report", "app", "root"},
+    "tasks": {"core", "functional", "trainer", "glue", "report", "tasks"},
+    "app": {"core", "functional", "trainer", "glue", "baselines", "report", "tasks", "app", "root"},
     "root": {"core", "functional", "trainer", "glue", "baselines", "report"},
 }
 MAY_USE = {
@@ -53,6 +54,7 @@ MAY_USE = {
     "trainer": {"lightning"},
     "glue": {"lightning"},
     "baselines": {"lightning"},
+    "tasks": {"lightning"},
     "report": {"lightning"},
     "app": {"lightning", "hydra", "omegaconf"},
     "root": set(),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
@@ -44,6 +44,40 @@ def lr_factor(step: int, *, schedule: LRSchedule, steps: int, warmup: float = 0.
     if schedule == "cosine":
         return (1.0 + math.cos(math.pi * progress)) / 2.0
     return 1.0 - progress if schedule == "linear" else 1.0
+
+
+class MeanLoss(Metric):
+    """The mean over all samples of all ranks, whatever the sizes of batches and ranks.
+
+    Why not `self.log(..., sync_dist=True)`: it divides by the truncated mean of the ranks' sample counts. Why not
+    torchmetrics' `MeanMetric`: it hides NaN, and after `Trainer.validate` it can't be updated in a fit.
+
+    Example:
+        >>> metric = MeanLoss()
+        >>> metric.update(torch.tensor([1.0, 2.0]))
+        >>> metric.update(torch.tensor([6.0]))
+        >>> metric.compute()
+        tensor(3.)
+    """
+
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor) -> None:
+        """Add the losses of a batch, of shape (N,)."""
+        self.total = self.total + losses.sum()  # not in place: `validate` leaves inference tensors behind
+        self.count = self.count + len(losses)
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.count
 
 
 class Classifier(LightningModule):
@@ -104,8 +138,10 @@ class Classifier(LightningModule):
         self.save_hyperparameters(ignore=["network"])
         self.network = network
         self.label_smoothing = label_smoothing
-        self.val_loss, self.val_acc = _loss_and_accuracy()
-        self.test_loss, self.test_acc = _loss_and_accuracy()
+        self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
+        # micro: the share of all samples that are right, which needs no number of classes
+        self.val_acc = MulticlassAccuracy(average="micro", validate_args=False)
+        self.test_acc = MulticlassAccuracy(average="micro", validate_args=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits, of shape (N, C)."""
@@ -140,7 +176,7 @@ class Classifier(LightningModule):
         logits: Tensor = self(batch[0])
         return logits
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], loss: MeanMetric, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], loss: MeanLoss, accuracy: MulticlassAccuracy) -> None:
         inputs, targets = batch
         logits = self(inputs)
         loss.update(F.cross_entropy(logits, targets, reduction="none"))
@@ -171,9 +207,3 @@ class Classifier(LightningModule):
         factor = partial(lr_factor, schedule=hparams["lr_schedule"], steps=int(steps), warmup=hparams["warmup"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _loss_and_accuracy() -> tuple[MeanMetric, MulticlassAccuracy]:
-    # A metric for the loss too: where ranks have different numbers of samples, `self.log(..., sync_dist=True)` divides
-    # by a truncated mean of them. Micro: the share of all samples that are right, which needs no number of classes.
-    return MeanMetric(nan_strategy="disable"), MulticlassAccuracy(average="micro", validate_args=False)

@@ -118,6 +118,21 @@ def test_logged_values_are_those_of_a_loop_over_all_samples(tmp_path: Path) -> N
     assert logged == [2, 5, 8, 11], "every third step, counted over the epochs"
 
 
+def test_a_module_that_was_validated_and_tested_fits_on() -> None:
+    module = Classifier(network())
+    for _ in range(2):
+        trainer = quiet_trainer(max_epochs=1)
+        trainer.fit(module, samples(shuffle=True), samples())
+        trainer.validate(module, samples(), verbose=False)
+        trainer.test(module, samples(), verbose=False)
+
+
+def test_a_diverged_loss_is_shown() -> None:
+    module = Classifier(nn.Linear(12, 3))
+    nn.init.constant_(module.network.weight, math.nan)
+    assert math.isnan(quiet_trainer().validate(module, samples(), verbose=False)[0]["val_loss"])
+
+
 def test_label_smoothing_is_in_the_training_loss_only() -> None:
     module = Classifier(nn.Identity(), label_smoothing=0.3, lr_schedule="constant")
     module._trainer = SimpleNamespace(log_every_n_steps=0, global_step=0)  # type: ignore[assignment]
