@@ -129,6 +129,8 @@ def export(cfg: DictConfig) -> None:
 def _check_folder(cfg: DictConfig) -> None:
     if cfg.ckpt_path is None:
         return
+    if not Path(cfg.ckpt_path).is_file():
+        raise FileNotFoundError(f"ckpt_path={cfg.ckpt_path!r} does not exist (looked for in {Path.cwd()}).")
     home = Path(run_folder("run", cfg.ckpt_path, None, ""))
     if home.resolve() != Path(cfg.output_dir).resolve():
         raise ValueError(

@@ -71,14 +71,14 @@ def save_onnx(program: ExportedProgram, path: str | Path) -> None:
         converted = torch.onnx.export(program, dynamo=True, verbose=False)
     assert converted is not None
     args, kwargs = program.example_inputs
-    expected = tree_leaves(program.module()(*args, **kwargs))
+    expected = tensors((program.module()(*args, **kwargs),))
     with replacing(path) as temporary:
         converted.save(temporary)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         names = [node.name for node in session.get_inputs()]
         feed = {name: leaf.numpy() for name, leaf in zip(names, tensors((*args, kwargs)), strict=True)}
         found = [torch.from_numpy(value) for value in session.run(None, feed)]
-        _compare([leaf for leaf in expected if isinstance(leaf, Tensor)], found, "The ONNX file, run by onnxruntime,")
+        _compare(expected, found, "The ONNX file, run by onnxruntime,")
 
 
 def _arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -88,12 +88,12 @@ def _arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str
 
 
 def _resized(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
-    """The first sample, `size` times."""
+    """As many samples as asked for, again from the first after the last."""
     plain = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
 
     def resize(leaf: Any) -> Any:
-        many = isinstance(leaf, Tensor) and leaf.dim() > 0
-        return leaf[:1].repeat(size, *[1] * (leaf.dim() - 1)) if many else leaf
+        has_batch = isinstance(leaf, Tensor) and leaf.dim() > 0
+        return leaf[torch.arange(size) % len(leaf)] if has_batch else leaf
 
     resized: ExampleInputs = tree_map(resize, plain)
     return resized
@@ -110,13 +110,15 @@ def _compare(expected: Any, found: Any, what: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # Both are about torch's own insides: torchvision's operators, and a type it is going to rename.
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    # They tell of every optimisation, of torchvision's operators, and of a type that torch is going to rename.
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        exporter.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -32,19 +32,13 @@ def started() -> str:
 def run_folder(task: str, ckpt_path: str | None, weights: str | None, new: str) -> str:
     """Return the folder that a command writes into: that of the run it goes on with, or a new one.
 
-    Raises:
-        FileNotFoundError: What it goes on with does not exist.
-
     Example:
         >>> run_folder("run", None, "dense.ckpt", "outputs/new")
         'outputs/new'
     """
     source = {"run": ckpt_path, "export": ckpt_path or weights}.get(task)
-    if source is None:
+    if source is None or not Path(source).is_file():  # the task says so; here it would make that folder
         return new
-    if not Path(source).is_file():
-        name = "ckpt_path" if ckpt_path else "weights"
-        raise FileNotFoundError(f"{name}={source!r} does not exist (looked for in {Path.cwd()}).")
     folder = Path(source).parent
     return str(folder.parent if folder.name == CHECKPOINTS else folder)
 

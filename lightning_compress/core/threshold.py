@@ -169,24 +169,29 @@ def _split(
     parts: Sequence[_Part], low: _Cut, high: _Cut, dtype: torch.dtype, *, absolute: bool
 ) -> tuple[int, list[_Between]]:
     """Write `keep` where an entry is at least `high`; return how many are, and the entries between the cuts."""
+    size = min(_CHUNK, max(part.keep.numel() for part in parts))
+    scores = torch.empty(size, dtype=dtype, device=parts[0].keep.device)  # one for all: the heap would fragment
+    flags = torch.empty(size, dtype=torch.bool, device=parts[0].keep.device)
     n_above, between = 0, []
     for part in parts:
         start = 0
         for chunk in _chunks(part.score):
-            score = (chunk.abs() if absolute else chunk).to(dtype)
-            here = slice(start, start + len(chunk))
-            keep = part.keep[here]
-            undecided = torch.empty_like(keep)
+            end = start + chunk.numel()
+            score, keep, undecided = scores[: end - start], part.keep[start:end], flags[: end - start]
+            if absolute:
+                torch.abs(chunk, out=score.view(chunk.shape))
+            else:
+                score.view(chunk.shape).copy_(chunk)
             _at_least(high, score, part.start + start, out=keep)
             _at_least(low, score, part.start + start, out=undecided)
-            undecided.bitwise_xor_(keep)  # at least high implies at least low
+            undecided.bitwise_xor_(keep)  # what is at least high is at least low
             if part.alive is not None:
-                keep.bitwise_and_(part.alive[here])
-                undecided.bitwise_and_(part.alive[here])
+                keep.bitwise_and_(part.alive[start:end])
+                undecided.bitwise_and_(part.alive[start:end])
             n_above += int(keep.count_nonzero())
             at = undecided.nonzero().squeeze(1)
             between.append(_Between(score[at], at, keep))
-            start += len(chunk)
+            start = end
     return n_above, between
 
 
@@ -198,11 +203,11 @@ def _at_least(cut: _Cut, score: Tensor, start: int, *, out: Tensor) -> None:
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the flat tensor in row-major order, `_CHUNK` entries or fewer at a time, and never copy more than these."""
+    """Yield views of at most `_CHUNK` entries that follow each other in row-major order."""
     if tensor.is_contiguous():
         yield from torch.split(tensor.view(-1), _CHUNK)
     elif tensor.numel() <= _CHUNK:
-        yield tensor.reshape(-1)
+        yield tensor
     elif len(tensor) == 1:
         yield from _chunks(tensor[0])
     else:

@@ -22,7 +22,7 @@ class Verdict:
         name: Qualified name of the parameter.
         shape: Its shape.
         units: What `amount` counts: entries, or output channels; 0 where the parameter is not a target.
-        action: "pruned", "follows" (goes with the channels of another parameter), "frozen" (a target that has to stay)
+        action: "pruned", "follows" (with another parameter), "frozen" (a target that has to stay)
             or "skipped" (no target).
         reason: Why, in words; empty for what is pruned.
     """
@@ -52,9 +52,9 @@ def inspect_weights(
         >>> for verdict in inspect_weights(net, exclude="3"):
         ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
         0.weight 36 pruned | -
-        0.bias 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
-        1.weight 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
-        1.bias 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
+        0.bias 0 skipped | not targeted
+        1.weight 0 skipped | not targeted
+        1.bias 0 skipped | not targeted
         3.weight 0 skipped | excluded by '3'
     """
     chosen = select_parameters(module, target, exclude=exclude)
@@ -93,9 +93,9 @@ def inspect_neurons(
         >>> for verdict in inspect_neurons(net, torch.zeros(5, 3)):
         ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
         0.weight 4 pruned | -
-        0.bias 0 follows | goes with the channels of 0.weight
+        0.bias 0 follows | with 0.weight
         2.weight 2 frozen | its output is the network's output
-        2.bias 0 skipped | no weight of a linear layer or convolution, and no target pattern names it
+        2.bias 0 skipped | not targeted
     """
     chosen = select_parameters(module, target, exclude=exclude)
     found = find_neurons(module, example_inputs, [name.rpartition(".")[0] for name in chosen], network=network)
@@ -107,7 +107,7 @@ def inspect_neurons(
         action: Literal["pruned", "frozen"] = "pruned" if layer.frozen is None else "frozen"
         verdicts[weight] = Verdict(weight, shapes[weight], layer.size, action, layer.frozen or "")
         for other in others if layer.frozen is None else ():
-            verdicts[other] = Verdict(other, shapes[other], 0, "follows", f"goes with the channels of {weight}")
+            verdicts[other] = Verdict(other, shapes[other], 0, "follows", f"with {weight}")
     return list(verdicts.values())
 
 
@@ -118,5 +118,5 @@ def _reasons_to_skip(
         warnings.simplefilter("ignore")
         wanted = select_parameters(module, target)
     excluded = f"excluded by {exclude!r}"
-    passed_over = "no weight of a linear layer or convolution, and no target pattern names it"
+    passed_over = "not targeted"
     return {name: excluded if name in wanted else passed_over for name, _ in module.named_parameters()}

@@ -47,12 +47,15 @@ def inspection_table(name: str, callback: IterativePruningCallback, verdicts: li
         f"{unit} go. Parameters: {', '.join(f'{number} {action}' for action, number in count.items())}.",
         caption_justify="left",
     )
-    for heading in ("parameter", "shape", unit, "what happens", "why"):
-        table.add_column(heading, justify="right" if heading == unit else "left", overflow="fold")
+    table.add_column("parameter", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column(unit, justify="right", no_wrap=True)
+    table.add_column("what happens")
     for verdict in verdicts:
         shape = " x ".join(map(str, verdict.shape))
         units = f"{verdict.units:,}" if verdict.units else ""
-        table.add_row(verdict.name, shape, units, verdict.action, verdict.reason, style=STYLES[verdict.action])
+        happens = f"{verdict.action}: {verdict.reason}" if verdict.reason else verdict.action
+        table.add_row(verdict.name, shape, units, happens, style=STYLES[verdict.action])
     return table
 
 

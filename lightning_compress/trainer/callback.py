@@ -133,7 +133,11 @@ class CompressionCallback(Callback):
         self._steps = steps_done(trainer) + self._offset
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fitted": None}  # a weak reference can't be sent to a spawned process
+        # Neither can be sent to a spawned process, and both are made anew when a fit starts.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_fitted", "generator")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_fitted": None, "generator": torch.Generator()}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._handles:
