@@ -110,6 +110,8 @@ def export(cfg: DictConfig) -> None:
     """Write the network of a checkpoint as model.pt2 and model.onnx, which run without this package."""
     folder = Path(cfg.output_dir)
     source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist: task=export wants weights=<run folder>/{COMPRESSED}.")
     if (folder / CONFIG).is_file():
         log.info("The network and its data are those of %s.", folder / CONFIG)
         recorded = OmegaConf.load(folder / CONFIG)

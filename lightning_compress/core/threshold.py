@@ -178,10 +178,9 @@ def _split(
         for chunk in _chunks(part.score):
             end = start + chunk.numel()
             score, keep, undecided = scores[: end - start], part.keep[start:end], flags[: end - start]
+            score.view(chunk.shape).copy_(chunk)
             if absolute:
-                torch.abs(chunk, out=score.view(chunk.shape))
-            else:
-                score.view(chunk.shape).copy_(chunk)
+                score.abs_()
             _at_least(high, score, part.start + start, out=keep)
             _at_least(low, score, part.start + start, out=undecided)
             undecided.bitwise_xor_(keep)  # what is at least high is at least low
@@ -227,7 +226,7 @@ def _check(scores: Sequence[Tensor], alive: Sequence[Tensor | None], names: Sequ
     found = [
         f"{int(score.isnan().sum())} of {score.numel()} in {name}"
         for score, name in zip(scores, names, strict=True)
-        if score.numel() and score.max().isnan()  # max passes a NaN on and, unlike isnan, allocates nothing
+        if score.numel() and score.amax().isnan()  # amax passes a NaN on, and makes no copy as isnan and max do
     ]
     if found:
         raise ValueError(f"Scores are NaN: {', '.join(found)}. Look for a diverged loss or gradient, or an empty mean.")

@@ -98,6 +98,7 @@ class Run:
         elif weights is not None:
             load_weights(module, weights)
         else:
+            self._accuracy(module, limit_test_batches=1)  # what is wrong with data or metric shows now, not hours later
             seed_everything(self.seed, workers=True, verbose=False)
             rank_zero_info("Dense training.")
             trainer = self._trainer(**dense, callbacks=[recorder], logger=False, enable_checkpointing=False)
@@ -132,10 +133,11 @@ class Run:
         write_report(report, self.folder, figure=can_draw())
         return report
 
-    def _accuracy(self, module: LightningModule) -> float | None:
+    def _accuracy(self, module: LightningModule, **options: Any) -> float | None:
         if self.metric is None:
             return None
         trainer = self._trainer(
+            **options,
             callbacks=[],
             logger=False,
             enable_checkpointing=False,
