@@ -22,7 +22,7 @@ class YourModule(LightningModule):
         self.log("test_acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self):
-        return Adam(self.parameters(), lr=1e-3)
+        return Adam(self.parameters(), lr=2e-3)
 
 
 if __name__ == "__main__":
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     train, test = random_split(TensorDataset(tensor(images / 16).float(), tensor(labels)), [1437, 360])
 
     pruning = IterativePruningCallback(amount=0.9)  # 90 % of all weights, gradually, the last third to recover
-    trainer = Trainer(max_epochs=15, callbacks=[pruning], accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = Trainer(max_epochs=20, callbacks=[pruning], accelerator="cpu", logger=False, enable_checkpointing=False)
     module = YourModule()
     trainer.fit(module, DataLoader(train, batch_size=32, shuffle=True))
     (result,) = trainer.test(module, DataLoader(test, batch_size=360), verbose=False)

@@ -6,17 +6,21 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from support.ranks import RankPair
 from torch import Tensor, nn
 
 from lightning_compress.pruning.activations import ActivationStatistic, Apoz, MeanActivation, TaylorNeuron
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons
 from lightning_compress.pruning.statistics import estimate
+from lightning_compress.trainer.distributed import all_reduce_sum
 
 Batch = tuple[Tensor, Tensor]
 
@@ -243,6 +247,35 @@ def test_two_halves_together_are_the_whole(kind: type[ActivationStatistic]) -> N
     ranks[0].reduce(lambda tensor: tensor + next(other))
     torch.testing.assert_close(ranks[0].scores(), whole)
     assert any((ranks[1].scores()[name] - score).abs().max() > 1e-4 for name, score in whole.items())
+
+
+def scores_on_a_rank(kind: str) -> dict[str, Tensor]:
+    """Score on this rank's half of a batch, with the network wrapped for distributed training."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    net, neurons, batches = make(ConvNet)
+    net.eval()
+    statistic: ActivationStatistic = {k.__name__: k for k in (Apoz, MeanActivation, TaylorNeuron)}[kind](net, neurons)
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    x, y = (tensor[half] for tensor in batches[0])
+    for _ in range(2):  # from the second step on the reducer's buckets are rebuilt
+        statistic.begin()
+        loss = F.cross_entropy(wrapped(x), y)
+        statistic.before_backward(loss)
+        loss.backward()
+        statistic.end()
+    statistic.reduce(all_reduce_sum)
+    return statistic.scores()
+
+
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+def test_two_ranks_score_as_one_process(kind: type[ActivationStatistic], rank_pair: RankPair, tmp_path: Path) -> None:
+    net, neurons, batches = make(ConvNet)
+    net.eval()
+    expected = estimate(kind(net, neurons), net, loss_fn, batches[:1])
+    for scores in rank_pair.run("pruning.test_activations:scores_on_a_rank", tmp_path, kind=kind.__name__):
+        torch.testing.assert_close(scores, expected)
 
 
 @pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])

@@ -1,0 +1,41 @@
+"""What configs of the tests name by `_target_`."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from support.small import SmallModule
+
+
+class StopAtEpoch(Callback):
+    """Ends the process in the middle of a fit."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise SystemExit("the lights went out")
+
+
+class Untested(SmallModule):
+    """A module without a test_step, which must not be trained before that is said."""
+
+    test_step = LightningModule.test_step
+
+    def training_step(self, batch: object, batch_idx: int) -> None:  # type: ignore[override]
+        raise AssertionError("trained")
+
+
+class Wrapper(LightningModule):
+    """A wrapper that does nothing but remember what it wraps."""
+
+    def __init__(self, module: LightningModule, *, name: str) -> None:
+        super().__init__()
+        self.module = module
+        self.name = name
+
+
+def make_module() -> LightningModule:
+    """A factory, for a `_target_` that is no class."""
+    return SmallModule()

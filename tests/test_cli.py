@@ -1,0 +1,307 @@
+"""The command from its first word to its files, in one process; ranks and sweeps in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_compress import cli
+from lightning_compress.baselines import Classifier, DigitsConvNet
+from lightning_compress.core.sparse_file import load_sparse
+from lightning_compress.report import Report
+
+TESTS = Path(__file__).parent
+SMALL = ["model.network.width=8", "dense.max_epochs=2", "trainer.max_epochs=3", "trainer.enable_progress_bar=false"]
+RUN_FILES = {
+    "report.json",
+    "report.md",
+    "report.png",
+    "compressed.ckpt",
+    "compressed.lcsf",
+    "config.yaml",
+    "dense.ckpt",
+}
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs `lightning-compress` in an empty folder, and puts back what it sets for the whole process."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(*overrides: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["lightning-compress", *overrides])
+        cli.main()
+
+    yield run
+    root.handlers[:], root.level = handlers, level
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one complete run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    process("hydra.run.dir=" + str(folder), *SMALL, cwd=folder.parent)
+    return folder
+
+
+def process(*overrides: str, cwd: Path) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, "-m", "lightning_compress.cli", *overrides]
+    done = subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def failure(run: Callable[..., None], capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        run(*overrides)
+    assert exit_.value.code == 1
+    return capsys.readouterr().err
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".log"}
+
+
+# ---------------------------------------------------------------------------------------------------- task=run
+
+
+def test_a_run_writes_its_files_and_nothing_half_done(finished: Path) -> None:
+    assert files(finished) == RUN_FILES
+    assert files(finished / "checkpoints") == {"last.ckpt"}
+
+
+def test_the_report_tells_of_both_networks(finished: Path) -> None:
+    content = json.loads((finished / "report.json").read_text())
+    for network in ("dense", "compressed"):
+        assert {
+            "test_accuracy",
+            "parameters",
+            "nonzero_parameters",
+            "macs",
+            "file_bytes",
+            "latency_ms",
+        } <= content[network].keys()
+    dense, compressed = content["dense"], content["compressed"]
+    assert dense["parameters"] == compressed["parameters"] == dense["nonzero_parameters"]
+    assert compressed["file_bytes"] == (finished / "compressed.lcsf").stat().st_size < dense["file_bytes"] / 4
+    assert 0 < content["before_recovery"]["test_accuracy"] < 1
+    assert [epoch["phase"] for epoch in content["history"]] == ["dense", "dense", "pruning", "recovery", "recovery"]
+    assert content["history"][-1]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert content["settings"]["callbacks"]["pruning"]["amount"] == 0.9
+
+
+def test_the_compressed_checkpoint_is_the_network_of_the_report(finished: Path) -> None:
+    report = Report.load(finished / "report.json")
+    network = DigitsConvNet(width=8)
+    module = Classifier.load_from_checkpoint(finished / "compressed.ckpt", network=network)
+    nonzero = sum(int(parameter.count_nonzero()) for parameter in module.parameters())
+    assert nonzero == report.compressed.nonzero_parameters
+    weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    total = sum(weight.numel() for weight in weights)
+    assert sum(int((weight == 0).sum()) for weight in weights) == round(0.9 * total)
+    sparse = load_sparse(finished / "compressed.lcsf")
+    assert all(torch.equal(sparse[name], value) for name, value in module.state_dict().items())
+
+
+def test_the_composed_config_is_resolved(finished: Path) -> None:
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["callbacks"]["checkpoint"]["dirpath"] == str(finished / "checkpoints")
+    assert config["model"]["network"]["width"] == 8
+
+
+def test_the_same_seed_gives_the_same_run_and_weights_stand_for_the_dense_training(
+    finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(*SMALL, f"weights={finished / 'dense.ckpt'}", "hydra.run.dir=again")
+    assert Path("again/compressed.lcsf").read_bytes() == (finished / "compressed.lcsf").read_bytes()
+    first, again = Report.load(finished / "report.json"), Report.load("again/report.json")
+    assert again.dense.test_accuracy == first.dense.test_accuracy
+    assert again.before_recovery == first.before_recovery
+    assert {epoch.phase for epoch in again.history} == {"pruning", "recovery"}
+    assert "test accuracy" in capsys.readouterr().out
+
+
+def test_without_a_technique_the_run_is_the_control(finished: Path, command: Callable[..., None]) -> None:
+    command(*SMALL, "compress=none", f"weights={finished / 'dense.ckpt'}", "hydra.run.dir=control", "logger=none")
+    report = Report.load("control/report.json")
+    assert report.before_recovery is None
+    assert report.compressed.nonzero_parameters == report.dense.parameters
+    assert not Path("control/csv").exists()
+
+
+def test_a_resumed_run_ends_in_its_own_folder_like_the_uninterrupted_one(
+    finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(*SMALL, "hydra.run.dir=cut", "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}")
+    assert files(Path("cut")) == {"dense.ckpt", "config.yaml"}
+    command(*SMALL, "ckpt_path=cut/checkpoints/last.ckpt")
+    assert files(Path("cut")) == RUN_FILES
+    assert Path("cut/compressed.lcsf").read_bytes() == (finished / "compressed.lcsf").read_bytes()
+    whole, resumed = Report.load(finished / "report.json"), Report.load("cut/report.json")
+    assert resumed.history == whole.history
+    assert resumed.before_recovery == whole.before_recovery
+    assert resumed.dense.test_accuracy == whole.dense.test_accuracy
+    assert not Path("outputs").exists()
+
+
+def test_neuron_pruning_runs(finished: Path, command: Callable[..., None]) -> None:
+    weights = f"weights={finished / 'dense.ckpt'}"
+    command(*SMALL, "compress=neuron_pruning", weights, "hydra.run.dir=neurons")
+    layers = {layer.name: layer for layer in Report.load("neurons/report.json").layers}
+    assert layers["network.fc"].nonzero_compressed > 0
+    convolutions = [layer for name, layer in layers.items() if "conv" in name]
+    assert any(layer.nonzero_compressed < layer.parameters for layer in convolutions)
+
+
+def test_until_the_metric_drops_there_is_no_network_right_after_pruning_that_was_kept(
+    finished: Path, command: Callable[..., None]
+) -> None:
+    weights = f"weights={finished / 'dense.ckpt'}"
+    pruning = ["amount=0.999", "start_epoch=1.0", "stop={monitor:val_acc,max_drop:0.0}"]
+    settings = [f"callbacks.pruning.{setting}" for setting in pruning]
+    command(*SMALL, "trainer.max_epochs=5", *settings, weights, "hydra.run.dir=stop")
+    assert Report.load("stop/report.json").before_recovery is None
+
+
+# ---------------------------------------------------------------------------------------------------- other tasks
+
+
+def test_inspect_says_what_would_happen_and_trains_nothing(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("task=inspect", "callbacks.pruning.exclude=network.fc")
+    shown = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
+    assert "24 x 1 x 3 x 3" in rows["network.conv1.weight"]
+    assert "216" in rows["network.conv1.weight"]
+    assert "pruned" in rows["network.conv1.weight"]
+    assert "skipped: excluded by" in rows["network.fc.weight"]
+    assert "skipped: not targeted" in rows["network.bn1.bias"]
+    assert "32,854 of 36,504" in shown
+    assert not list(Path("outputs").rglob("*.ckpt"))
+
+
+def test_inspect_knows_neurons(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    command("task=inspect", "compress=neuron_pruning", "callbacks.neuron_pruning.amount=0.25")
+    shown = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
+    assert "frozen" in rows["network.fc.weight"]
+    assert "follows" in rows["network.bn1.weight"]
+    assert "36 of 144 channels" in shown  # 24 + 24 + 48 + 48
+
+
+def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -> None:
+    root = Path("sweep")
+    for run in ("0", "1"):
+        (root / run).mkdir(parents=True)
+        (root / run / "report.json").write_bytes((finished / "report.json").read_bytes())
+    command("task=compare", "compare.root=sweep")
+    assert files(root) == {"comparison.md", "comparison.csv", "comparison.png"}
+
+
+def test_exported_files_run_without_this_package(finished: Path, command: Callable[..., None], tmp_path: Path) -> None:
+    command("task=export", f"weights={finished / 'compressed.ckpt'}")  # the network is told by the run's config.yaml
+    images = torch.rand(7, 1, 8, 8)
+    module = Classifier.load_from_checkpoint(finished / "compressed.ckpt", network=DigitsConvNet(width=8)).eval()
+    torch.save(images, tmp_path / "images.pt")
+    script = tmp_path / "elsewhere.py"
+    script.write_text(
+        "import sys, torch, onnxruntime, importlib.util\n"
+        "assert importlib.util.find_spec('lightning_compress') is None\n"
+        "folder, images = sys.argv[1], torch.load('images.pt')\n"
+        "program = torch.export.load(folder + '/model.pt2').module()\n"
+        "session = onnxruntime.InferenceSession(folder + '/model.onnx', providers=['CPUExecutionProvider'])\n"
+        "name = session.get_inputs()[0].name\n"
+        "onnx = lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])\n"
+        "torch.save([f(x) for f in (program, onnx) for x in (images, images[:1])], 'outputs.pt')\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    isolated = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", str(script), str(finished)]
+    subprocess.run(isolated, env=environment, cwd=tmp_path, check=True, timeout=120)
+    whole, one = module(images).detach(), module(images[:1]).detach()
+    for found, expected in zip(torch.load(tmp_path / "outputs.pt"), (whole, one, whole, one), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=fly"], "task='fly' is unknown; expected run, inspect, compare, export"),
+        (["model._target_=torch.nn.ReLU"], "model._target_='torch.nn.ReLU' is no LightningModule"),
+        (["weights=none.ckpt"], "There are no weights at none.ckpt"),
+        (["ckpt_path=none/checkpoints/last.ckpt"], "ckpt_path='none/checkpoints/last.ckpt' does not exist"),
+        (["task=export"], "task=export wants weights=<run folder>/compressed.ckpt"),
+        (["task=compare", "compare.root=nowhere"], "nowhere is no folder"),
+        (["task=inspect", "compress=none"], "nothing to inspect"),
+        (["data=mnist", "model=lenet300", "data.download=false"], "train-images-idx3-ubyte.gz"),
+        (["metric=test_f1"], "metric='test_f1' is not logged by the test_step of Classifier"),
+        (["callbacks.pruning.amount=1.5"], "got 1.5"),
+        (["callbacks.pruning.criterion=size"], "got 'size'"),
+        (["callbacks.pruning.target=conv9"], "target='conv9'"),
+        (["compress=[iterative_pruning,neuron_pruning]"], "both prune network.conv1.weight"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_clear_error_and_no_network_is_written(
+    overrides: list[str], message: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert message in failure(command, capsys, *overrides)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".ckpt", ".lcsf", ".json", ".png", ".tmp"}]
+
+
+def test_weights_of_another_network_are_refused(
+    finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = failure(command, capsys, f"weights={finished / 'dense.ckpt'}", "model.network.width=4")
+    assert "dense.ckpt does not fit Classifier: " in error
+    assert "network.conv1.weight is (8, 1, 3, 3) in it and (4, 1, 3, 3) in the module" in error
+
+
+def test_a_checkpoint_goes_on_in_no_other_folder(
+    finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = finished / "checkpoints" / "last.ckpt"
+    assert "goes on in its own folder" in failure(command, capsys, f"ckpt_path={checkpoint}", "hydra.run.dir=other")
+
+
+def test_a_module_that_tests_nothing_is_refused_before_any_training(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = failure(command, capsys, "model=module", "model._target_=support.pieces.Untested")
+    assert "Untested has no test_step that logs 'test_acc'" in error
+
+
+# ---------------------------------------------------------------------------------------------------- ranks
+
+
+def test_a_sweep_on_two_ranks(finished: Path, tmp_path: Path) -> None:
+    weights = f"weights={finished / 'dense.ckpt'}"
+    process("-m", *SMALL, weights, "trainer=ddp_cpu", "callbacks.pruning.amount=0.5,0.8", cwd=tmp_path)
+    (sweep,) = (tmp_path / "multirun").iterdir()  # one folder, not one per rank
+    assert not (tmp_path / "outputs").exists()
+    for job, amount in (("0", 0.5), ("1", 0.8)):
+        assert files(sweep / job) == RUN_FILES
+        report = Report.load(sweep / job / "report.json")
+        assert report.dense.test_accuracy == Report.load(finished / "report.json").dense.test_accuracy
+        assert report.history[-1].sparsity == pytest.approx(amount, abs=1e-3)
+        assert files(sweep / job / "checkpoints") == {"last.ckpt"}

@@ -1,0 +1,29 @@
+"""Every example runs as it stands, and reaches what it prints."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+FLOOR = {"existing_module": 0.93, "hand_written_loop": 0.95, "transformers_model": 0.95}
+
+
+def test_every_script_is_run_here_or_by_test_own_app() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(FLOOR)
+    assert all(len(path.read_text().splitlines()) < 80 for path in EXAMPLES.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", FLOOR)
+def test_example(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(r"test accuracy (\d\.\d+) with .*", last)
+    assert found is not None, last
+    assert float(found[1]) >= FLOOR[name]

@@ -1,0 +1,217 @@
+"""Every file of conf/ composes, says what the constructors say, and makes what it promises."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_object
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+from support.small import SmallModule
+
+import lightning_compress
+from lightning_compress import IterativePruningCallback
+from lightning_compress.hydra import (
+    build_datamodule,
+    build_module,
+    build_named,
+    build_trainer_factory,
+    build_wrapped,
+    check_together,
+    register_resolvers,
+    run_folder,
+)
+
+CONF = next(path for place in lightning_compress.__path__ if (path := Path(place) / "conf").is_dir())
+GROUPS = ["model", "data", "trainer", "logger", "compress", "experiment", "hydra"]
+FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+YOURS = {  # what these files leave to the user
+    ("model", "module"): ["model._target_=support.small.SmallModule"],
+    ("model", "classifier"): ["model.network._target_=torch.nn.Identity"],
+    ("data", "datamodule"): ["data._target_=lightning_compress.baselines.Digits"],
+}
+DELIBERATE = {  # where a file has another value than the constructor's default, on purpose
+    ("compress", "iterative_pruning"): {"amount"},
+    ("compress", "neuron_pruning"): {"granularity", "criterion"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _conf() -> Iterator[None]:
+    register_resolvers()
+    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    # outside a run there is no ${hydra:runtime.output_dir}
+    return compose("config", overrides=["output_dir=somewhere", *overrides])
+
+
+def targets(node: Any) -> Iterator[DictConfig]:
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        for child in node.values():
+            yield from targets(child)
+
+
+def test_every_group_of_the_issue_has_files() -> None:
+    assert {group for group, _ in FILES} == set(GROUPS)
+    assert {name for group, name in FILES if group == "trainer"} == {"cpu", "gpu", "ddp", "ddp_cpu"}
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=["/".join(file) for file in FILES])
+def test_every_file_composes_and_names_only_arguments_that_exist(group: str, name: str) -> None:
+    cfg = composed(f"{group}={name}", *YOURS.get((group, name), []))
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for node in targets(cfg):
+        accepted = inspect.signature(get_object(node._target_)).parameters
+        unknown = {str(key) for key in node if not str(key).startswith("_")} - set(accepted)
+        assert not unknown or any(parameter.kind == parameter.VAR_KEYWORD for parameter in accepted.values())
+
+
+@pytest.mark.parametrize("name", [name for group, name in FILES if group == "compress" and name != "none"])
+def test_technique_files_say_what_the_constructor_says(name: str) -> None:
+    cfg = composed(f"compress={name}")
+    (node,) = [callback for key, callback in cfg.callbacks.items() if key != "checkpoint"]
+    signature = inspect.signature(get_object(node._target_)).parameters
+    written = {str(key): value for key, value in OmegaConf.to_container(node).items() if key != "_target_"}
+    assert signature.keys() - written.keys() == {"example_inputs"}  # no YAML for it; all others can be overridden
+    defaults = {key: parameter.default for key, parameter in signature.items() if key in written}
+    differ = {key for key, value in written.items() if value != defaults[key] and (value, defaults[key]) != ([], ())}
+    assert differ == DELIBERATE["compress", name]
+
+
+@pytest.mark.parametrize("name", ["digits_conv", "lenet300", "lenet5", "resnet20"])
+def test_model_files_make_networks_that_fit_their_data(name: str) -> None:
+    shape = {"digits_conv": (1, 8, 8), "resnet20": (3, 32, 32)}.get(name, (1, 28, 28))
+    assert build_module(composed(f"model={name}"))(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_resnet20_has_width_and_channels() -> None:
+    module = build_module(composed("model=resnet20", "model.network.width=4", "model.network.in_channels=1"))
+    assert module.network.conv.weight.shape == (4, 1, 3, 3)
+
+
+def test_any_module_and_its_arguments() -> None:
+    module = build_module(composed("model=module", "model._target_=support.small.SmallModule", "+model.optimizer=adam"))
+    assert type(module).__name__ == "SmallModule"
+    assert module.optimizer == "adam"
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"), [("torch.nn.Linear", "Linear"), ("collections.OrderedDict", "OrderedDict")]
+)
+def test_a_target_that_is_no_module_is_quoted_with_what_to_write(target: str, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\._target_='{target}' is no LightningModule.*{kind}") as error:
+        build_module(composed("model=module", f"model._target_={target}"))
+    assert f"model=classifier model.network._target_={target}" in str(error.value)
+
+
+def test_a_factory_function_is_judged_by_what_it_makes() -> None:
+    assert isinstance(build_module(composed("model=module", "model._target_=support.pieces.make_module")), SmallModule)
+    with pytest.raises(ValueError, match=r"data\._target_=.* is no LightningDataModule"):
+        build_datamodule(composed("data=datamodule", "data._target_=support.pieces.make_module"))
+
+
+def test_callbacks_are_a_dict_that_the_command_line_reaches() -> None:
+    callbacks = build_named(composed("callbacks.pruning.amount=0.75", "callbacks.pruning.target=[fc*]").callbacks)
+    assert list(callbacks) == ["checkpoint", "pruning"]
+    assert callbacks["pruning"].amount == 0.75
+    assert type(callbacks["pruning"].target) is list  # OmegaConf's own list could not be saved in a checkpoint
+
+
+def test_stop_is_written_as_a_dict() -> None:
+    cfg = composed("callbacks.pruning.stop={monitor:val_acc,max_drop:0.01}")
+    assert isinstance(build_named(cfg.callbacks)["pruning"], IterativePruningCallback)
+
+
+def test_a_callback_set_to_null_is_left_out() -> None:
+    assert list(build_named(composed("callbacks.checkpoint=null").callbacks)) == ["pruning"]
+
+
+def test_compress_takes_none_one_or_a_list() -> None:
+    assert list(composed("compress=none").callbacks) == ["checkpoint"]
+    assert list(composed("compress=[neuron_pruning,iterative_pruning]").callbacks) == [
+        "checkpoint",
+        "neuron_pruning",
+        "pruning",
+    ]
+
+
+def test_pruning_the_same_weights_twice_is_refused_with_the_reason() -> None:
+    cfg = composed("compress=[iterative_pruning,neuron_pruning]")
+    with pytest.raises(ValueError, match=r"callbacks\.pruning and callbacks\.neuron_pruning both prune network\.conv1"):
+        check_together(build_module(cfg), build_named(cfg.callbacks))
+
+
+def test_pruning_twice_with_nothing_in_common_is_fine() -> None:
+    cfg = composed(
+        "compress=[iterative_pruning,neuron_pruning]",
+        "callbacks.pruning.target=network.fc",
+        "callbacks.neuron_pruning.target=network.conv*",
+    )
+    check_together(build_module(cfg), build_named(cfg.callbacks))
+
+
+def test_wrappers_nest_in_their_order_the_first_innermost() -> None:
+    target = "_target_:support.pieces.Wrapper"
+    cfg = composed(f"+wrappers.a={{{target},name:first}}", f"+wrappers.b={{{target},name:second}}")
+    module = SmallModule()
+    outer = build_wrapped(cfg.wrappers, module)
+    assert (outer.name, outer.module.name, outer.module.module) == ("second", "first", module)
+
+
+def test_a_callback_below_wrappers_is_refused() -> None:
+    cfg = composed("+wrappers.pruning._target_=lightning_compress.IterativePruningCallback")
+    with pytest.raises(ValueError, match=r"wrappers\.pruning\._target_=.* is no LightningModule.*below callbacks"):
+        build_wrapped(cfg.wrappers, SmallModule())
+
+
+def test_the_trainer_takes_further_arguments() -> None:
+    trainer = build_trainer_factory(composed("trainer.max_epochs=7"))(logger=False, enable_checkpointing=False)
+    assert isinstance(trainer, Trainer)
+    assert trainer.max_epochs == 7
+
+
+def test_an_experiment_is_defaults_plus_deltas_and_the_command_line_wins() -> None:
+    cfg = composed("experiment=lenet300_12x", "trainer.max_epochs=3")
+    assert cfg.model.network._target_.endswith("LeNet300")
+    assert cfg.data._target_.endswith(".MNIST")
+    assert cfg.trainer.max_epochs == 3
+    assert cfg.callbacks.pruning.schedule == "cubic"  # untouched by the experiment
+
+
+@pytest.mark.parametrize(("name", "left"), [("lenet300_12x", 22_183), ("lenet5_12x", 36_000)])
+def test_experiments_leave_as_many_weights_as_the_paper(name: str, left: int) -> None:
+    cfg = composed(f"experiment={name}")
+    weights = sum(p.numel() for p in build_module(cfg).parameters() if p.dim() > 1)
+    remaining = weights - round(cfg.callbacks.pruning.amount * weights)
+    assert left - 100 < remaining <= left
+
+
+def test_a_misspelt_key_is_refused() -> None:
+    with pytest.raises(ConfigCompositionException, match="amont"):
+        composed("callbacks.pruning.amont=0.5")
+
+
+def test_a_run_writes_into_the_folder_of_what_it_goes_on_with(tmp_path: Path) -> None:
+    checkpoint, compressed = tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "run" / "compressed.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    compressed.touch()
+    run = str(tmp_path / "run")
+    assert run_folder("run", str(checkpoint), None, "new") == run
+    assert run_folder("export", None, str(compressed), "new") == run
+    assert run_folder("export", str(checkpoint), None, "new") == run
+    assert run_folder("run", None, str(compressed), "new") == "new"
+    assert run_folder("inspect", None, str(compressed), "new") == "new"
+    assert run_folder("run", str(tmp_path / "typo" / "last.ckpt"), None, "new") == "new"

@@ -1,0 +1,54 @@
+"""LightningCLI reads the same constructor: from the command line, from YAML, and with its types checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+from support.small import SmallModule
+
+from lightning_compress import IterativePruningCallback
+
+QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+
+
+def parse(*arguments: str) -> IterativePruningCallback:
+    cli = LightningCLI(SmallModule, run=False, save_config_callback=None, args=[*QUIET, *arguments])
+    (found,) = [one for one in cli.trainer.callbacks if isinstance(one, IterativePruningCallback)]
+    return found
+
+
+def test_the_command_line_makes_the_callback() -> None:
+    callback = parse(
+        "--trainer.callbacks+=IterativePruningCallback",
+        "--trainer.callbacks.amount=0.8",
+        "--trainer.callbacks.criterion=taylor",
+        "--trainer.callbacks.target=[net.conv, net.hidden]",
+        '--trainer.callbacks.stop={"monitor": "val_acc", "max_drop": 0.01}',
+    )
+    expected = IterativePruningCallback(
+        0.8, criterion="taylor", target=["net.conv", "net.hidden"], stop={"monitor": "val_acc", "max_drop": 0.01}
+    )
+    assert callback.state_key == expected.state_key  # all settings are in it
+
+
+def test_yaml_makes_the_callback(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  callbacks:\n"
+        "    - class_path: lightning_compress.IterativePruningCallback\n"
+        "      init_args: {amount: 0.6, granularity: neuron, end_epoch: 3.5, exclude: net.head}\n"
+    )
+    expected = IterativePruningCallback(0.6, granularity="neuron", end_epoch=3.5, exclude="net.head")
+    assert parse(f"--config={config}").state_key == expected.state_key
+
+
+@pytest.mark.parametrize(
+    ("argument", "quoted"),
+    [("criterion=size", "size"), ("granularity=layer", "layer"), ("amount=much", "much"), ("amont=0.5", "amont")],
+)
+def test_wrong_types_and_names_are_rejected(argument: str, quoted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--trainer.callbacks+=IterativePruningCallback", f"--trainer.callbacks.{argument}")
+    assert quoted in capsys.readouterr().err
