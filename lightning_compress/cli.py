@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +23,7 @@ from lightning_compress.hydra import (
     build_named,
     build_trainer_factory,
     build_wrapped,
+    check_choices,
     check_together,
     register_resolvers,
     run_folder,
@@ -49,6 +51,7 @@ def _main(cfg: DictConfig) -> None:
     tasks = {"run": run, "inspect": inspect, "compare": compare, "export": export}
     if cfg.task not in tasks:
         raise ValueError(f"task={cfg.task!r} is unknown; expected {', '.join(tasks)}.")
+    check_choices(HydraConfig.get().overrides.task)
     tasks[cfg.task](cfg)
 
 

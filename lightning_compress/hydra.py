@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -90,6 +91,23 @@ def build_trainer_factory(cfg: DictConfig) -> Callable[..., Trainer]:
     """Return `cfg.trainer` as a function that takes further arguments."""
     factory: Callable[..., Trainer] = instantiate(cfg.trainer, _partial_=True, _convert_="all")
     return factory
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Refuse a technique that is chosen twice, which Hydra would merge into one.
+
+    Args:
+        overrides: The command line, as Hydra keeps it.
+
+    Raises:
+        ValueError: `compress` lists a technique twice.
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        chosen = override.value()
+        if override.key_or_group == "compress" and isinstance(chosen, list) and len(set(chosen)) < len(chosen):
+            raise ValueError(
+                f"{override.input_line} chooses a technique twice, and there would be one of it: say it once."
+            )
 
 
 def check_together(module: LightningModule, callbacks: Mapping[str, Any]) -> None:

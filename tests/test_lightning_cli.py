@@ -13,6 +13,11 @@ from lightning_compress import IterativePruningCallback
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 
 
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])  # LightningCLI warns of arguments beside args=
+
+
 def parse(*arguments: str) -> IterativePruningCallback:
     cli = LightningCLI(SmallModule, run=False, save_config_callback=None, args=[*QUIET, *arguments])
     (found,) = [one for one in cli.trainer.callbacks if isinstance(one, IterativePruningCallback)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import select_parameters
-from lightning_compress.core.swap import Projection
 from lightning_compress.pruning.groups import Neurons
-from lightning_compress.pruning.masks import Scope, expand, prune_neurons, prune_weights
+from lightning_compress.pruning.masked import MaskedParameters
+from lightning_compress.pruning.masks import Scope, prune_neurons, prune_weights
 from lightning_compress.pruning.neurons import find_neurons
 from lightning_compress.pruning.scoring import (
     STATIC,
@@ -137,13 +138,11 @@ class IterativePruningCallback(CompressionCallback):
         self.network = network
         self.example_inputs = example_inputs
 
-        self.masks: dict[str, Tensor] = {}
         self.current_amount = 0.0
-        self._keep: dict[str, Tensor] | None = None
+        self._masked: MaskedParameters | None = None
         self._ramp: Ramp | None = None
-        self._parameters: dict[str, nn.Parameter] = {}
+        self._targets: list[str] = []
         self._neurons: list[Neurons] | None = None
-        self._factors: dict[str, Tensor] = {}
         self._statistic: Statistic | None = None
         self._stopped = False
         self._masks_gradients = False
@@ -156,22 +155,25 @@ class IterativePruningCallback(CompressionCallback):
         return self._stopped or (self._ramp is not None and self._ramp.finished)
 
     @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks in force (True stays), by parameter name."""
+        return {} if self._masked is None else self._masked.masks
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the targeted entries, or channels, that is masked now."""
-        keep = self._keep or {}
-        total = sum(mask.numel() for mask in keep.values())
-        return 1.0 - sum(int(mask.sum()) for mask in keep.values()) / total if total else 0.0
+        return 0.0 if self._masked is None else self._masked.sparsity
 
     # ------------------------------------------------------------------ the fit
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_averages(trainer)
-        self._parameters = select_parameters(pl_module, self.target, exclude=self.exclude)
+        self._targets = list(select_parameters(pl_module, self.target, exclude=self.exclude))
         # What is masked for good must not count in the norm that clipping compares with its threshold.
         clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
         self._masks_gradients = clips and not self.regrow
         network = resolve_network(pl_module, self.network)
-        targets: list[str] | list[Neurons] = list(self._parameters)
+        targets: list[str] | list[Neurons] = self._targets
         if self.granularity == "neuron":
             targets = self._neurons = self._free_neurons(trainer, pl_module, network)
         if self._ramp is None and (self._loaded is None or self._loaded["ramp"] is None):
@@ -192,7 +194,10 @@ class IterativePruningCallback(CompressionCallback):
                 network=network,
                 generator=self.generator,
             )
-        self._renew(pl_module, self._keep, {} if self.projection is None else self.projection.latent)
+        earlier = self._masked  # of a fit before, perhaps on another device
+        self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)
+        if earlier is not None:
+            self._mask(earlier.keep, latent=earlier.latent)
 
     def _check_averages(self, trainer: Trainer) -> None:
         if self._stop is not None and next(averaged_modules(trainer), None) is not None:
@@ -219,7 +224,7 @@ class IterativePruningCallback(CompressionCallback):
 
     def _free_neurons(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> list[Neurons]:
         inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
-        layers = [name.rpartition(".")[0] for name in self._parameters]
+        layers = [name.rpartition(".")[0] for name in self._targets]
         with torch.compiler.set_stance("force_eager"):
             found = find_neurons(pl_module, inputs, layers, network=network)
         free = [layer for layer in found if layer.frozen is None]
@@ -262,9 +267,8 @@ class IterativePruningCallback(CompressionCallback):
         if amount > 0:
             if self._stop is not None:
                 self._stop.before_pruning()
-            self._keep = self._decide(amount)
+            self._mask(self._decide(amount))
             self.current_amount = amount
-            self._apply(pl_module)
             for name, mask in self.masks.items():
                 if not mask.any():
                     warnings.warn(f"Every entry of {name} is pruned: nothing passes through it.", stacklevel=2)
@@ -273,8 +277,9 @@ class IterativePruningCallback(CompressionCallback):
 
     @torch.no_grad()
     def _decide(self, amount: float) -> dict[str, Tensor]:
-        alive = None if self.regrow else self._keep
-        weights = {name: self._value(name) for name in self._parameters}
+        assert self._masked is not None
+        alive = None if self.regrow else self._masked.keep
+        weights = {name: self._masked.value(name) for name in self._targets}
         statistic, absolute = self._statistic, False
         if statistic is not None:
             statistic.reduce(all_reduce_sum)
@@ -291,50 +296,17 @@ class IterativePruningCallback(CompressionCallback):
             keep = prune_neurons(scores, amount, scope=self.scope, alive=alive)
         else:
             keep = prune_weights(scores, amount, scope=self.scope, alive=alive, absolute=absolute)
-        device = next(iter(self._parameters.values())).device
+        device = next(iter(weights.values())).device
         return {name: broadcast(mask.to(device).contiguous()) for name, mask in keep.items()}
 
-    def _value(self, name: str) -> Tensor:
-        latent = self.projection.latent if self.projection is not None else {}
-        return latent.get(name, self._parameters[name].detach())
-
-    # ------------------------------------------------------------------ the projection
-
-    def _renew(
-        self, pl_module: LightningModule, keep: Mapping[str, Tensor] | None, latent: Mapping[str, Tensor]
-    ) -> None:
-        """Take masks and latent values from elsewhere: a checkpoint, an earlier moment, or a fit on another device."""
-        self._keep = None if keep is None else {name: mask.to(pl_module.device) for name, mask in keep.items()}
-        self._apply(pl_module, anew=True)
-        if self.projection is not None:
-            self.projection.load_latent(latent)
-
-    def _apply(self, pl_module: LightningModule, *, anew: bool = False) -> None:
-        """Make the module obey `_keep`."""
-        if self._keep is None:
-            self.masks, self.projection = {}, None
-            return
-        parameters = dict(pl_module.named_parameters())
-        if self._neurons is not None:
-            self.masks = expand(self._neurons, self._keep, parameters)
-        else:
-            self.masks = {name: mask.to(parameters[name].device) for name, mask in self._keep.items()}
-        # Multiplying by a mask of floats takes a tenth of the time of a boolean one.
-        self._factors = {name: mask.to(parameters[name].dtype) for name, mask in self.masks.items()}
-        if anew or self.projection is None:
-            self.projection = Projection(
-                {name: parameters[name] for name in self.masks}, self._mask, keep_latent=self.regrow
-            )
-        self.projection.project()
-
-    def _mask(self, tensors: Mapping[str, Tensor]) -> None:
-        torch._foreach_mul_(list(tensors.values()), [self._factors[name] for name in tensors])
+    def _mask(self, keep: dict[str, Tensor] | None, *, latent: dict[str, Tensor] | None = None) -> None:
+        assert self._masked is not None
+        self._masked.set(keep, latent=latent)
+        self.projection = self._masked.projection
 
     def project_copy(self, module: nn.Module) -> None:
-        if self.projection is not None:
-            copies = dict(module.named_parameters())
-            for name, mask in self.masks.items():
-                copies[name].data.mul_(mask.to(copies[name]))
+        if self._masked is not None:
+            self._masked.mask_copy(module)
 
     # ------------------------------------------------------------------ until the metric drops
 
@@ -352,13 +324,9 @@ class IterativePruningCallback(CompressionCallback):
                 count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {self._stop.rule.monitor}")
 
     def _snapshot(self, pl_module: LightningModule) -> dict[str, Any]:
-        latent = self.projection.latent if self.projection is not None else {}
-        return {
-            "module": {name: value.detach().clone() for name, value in pl_module.state_dict().items()},
-            "keep": None if self._keep is None else {name: mask.clone() for name, mask in self._keep.items()},
-            "latent": {name: value.clone() for name, value in latent.items()},
-            "amount": self.current_amount,
-        }
+        assert self._masked is not None
+        state = {"module": dict(pl_module.state_dict()), "keep": self._masked.keep, "latent": self._masked.latent}
+        return copy.deepcopy(state) | {"amount": self.current_amount}
 
     def _go_back(self, pl_module: LightningModule) -> None:
         """Restore the newest state that kept the metric; it is final."""
@@ -371,14 +339,14 @@ class IterativePruningCallback(CompressionCallback):
         rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
         pl_module.load_state_dict(kept["module"])
         self.current_amount = kept["amount"]
-        self._renew(pl_module, kept["keep"], kept["latent"])
+        self._mask(kept["keep"], latent=kept["latent"])
 
     # ------------------------------------------------------------------ checkpoints
 
     def technique_state(self) -> dict[str, Any]:
         return {
-            "keep": self._keep,
-            "latent": {} if self.projection is None else self.projection.latent,
+            "keep": None if self._masked is None else self._masked.keep,
+            "latent": {} if self._masked is None else self._masked.latent,
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),
             "statistic": None if self._statistic is None else self._statistic.state_dict(),
@@ -397,7 +365,7 @@ class IterativePruningCallback(CompressionCallback):
         elif self._statistic is not None:
             self._statistic.load_state_dict(state["statistic"])
             self._leave_sums_to_rank_zero(self._statistic)
-        self._renew(pl_module, state["keep"], state["latent"])
+        self._mask(state["keep"], latent=state["latent"])
 
     def synchronize(self) -> None:
         if self._statistic is not None:
@@ -424,10 +392,8 @@ class IterativePruningCallback(CompressionCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._masks_gradients and self.projection is not None:
-            for name, parameter in self.projection.parameters.items():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self._factors[name])
+        if self._masks_gradients and self._masked is not None:
+            self._masked.mask_gradients()
         if (statistic := self._watching()) is not None:
             statistic.before_step()
 

@@ -167,9 +167,7 @@ def _reason_to_stay(name: str, layer: nn.Linear | _ConvNd, wiring: _Wiring, at_o
         return "its weight is shared: " + ", ".join(owners)
     for norm in wiring.norms(name):
         if norm.function in SHIFTING_NORMS and None in (norm.affine.values() or [None]):
-            return (
-                f"{norm.function} without a scale per channel follows, and makes other values of the zeros of a channel"
-            )
+            return f"a {norm.function} without a scale per channel follows, which makes a silent channel speak again"
     return None
 
 

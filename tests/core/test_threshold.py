@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_equals_sorting(data: st.DataObject) -> None:
     scores = data.draw(st.lists(tensors(), max_size=4))
     sizes = [score.numel() for score in scores]
@@ -108,23 +109,23 @@ def awkward(kind: str) -> Tensor:
     }[kind]
 
 
-@pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "normal",
-        "all equal",
-        "half zero",
-        "half zero, in one block",
-        "three values",
-        "ascending",
-        "descending",
-        "periodic",
-        "one outlier",
-        "tiny",
-        "infinite",
-    ],
+AWKWARD = (
+    "normal",
+    "all equal",
+    "half zero",
+    "half zero, in one block",
+    "three values",
+    "ascending",
+    "descending",
+    "periodic",
+    "one outlier",
+    "tiny",
+    "infinite",
 )
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("kind", AWKWARD)
 def test_awkward_inputs_that_need_several_rounds(kind: str, absolute: bool) -> None:
     score = awkward(kind)
     order = (score.abs() if absolute else score).double().sort(stable=True).indices
@@ -133,6 +134,38 @@ def test_awkward_inputs_that_need_several_rounds(kind: str, absolute: bool) -> N
         reference[order[:n_drop]] = False
         masks = keep_largest(list(score.split([40_000, 1, 0, 19_999])), n_drop, absolute=absolute)
         assert torch.equal(torch.cat(masks), reference), n_drop
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_one_pass_that_collects_little_is_enough(monkeypatch: pytest.MonkeyPatch, kind: str, absolute: bool) -> None:
+    passes: list[int] = []
+    split = threshold._split
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        n_above, between = split(*args, **kwargs)
+        passes.append(sum(len(chunk.at) for chunk in between))
+        return n_above, between
+
+    monkeypatch.setattr(threshold, "_split", count)
+    score = awkward(kind)
+    alive = [torch.rand(part.shape, generator=torch.Generator().manual_seed(2)) < 0.2 for part in score.split(20_000)]
+    alive[0] |= True  # the dead stand at the end
+    n_dead = N - sum(int(living.sum()) for living in alive)
+    for options, low in (({}, 0), ({"alive": alive}, n_dead)):
+        for n_drop in (low, low + (N - low) // 3, low + (N - low) // 2, N - 100):
+            passes.clear()
+            keep_largest(list(score.split(20_000)), n_drop, absolute=absolute, **options)
+            assert len(passes) <= 2, "a pass was repeated"  # the second over what the first collected
+            assert passes[0] < 0.25 * N
+
+
+def test_every_number_with_cuts_that_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threshold, "_SORTABLE", 0)
+    monkeypatch.setattr(threshold, "_SPREAD", 0.05)
+    scores = [awkward("normal")[:50], awkward("three values")[:70]]
+    for n_drop in range(121):
+        assert flat(keep_largest(scores, n_drop)) == expected(scores, n_drop)
 
 
 @pytest.mark.parametrize("chunk", [1_000, 4_096, 70_000])
@@ -239,7 +272,9 @@ for kind in ("random", "constant", "transposed", "half dead"):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak")
 def test_needs_little_memory_besides_the_masks() -> None:
-    run = subprocess.run([sys.executable, "-c", MEASURE, threshold.__file__], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, threshold.__file__], capture_output=True, text=True, check=True
+    )
     megabytes = {kind: int(extra) for kind, extra in (line.split(",") for line in run.stdout.splitlines())}
     assert len(megabytes) == 4
     assert max(megabytes.values()) < 30, megabytes  # one copy of the scores would be 80
