@@ -60,7 +60,7 @@ def kthvalue(modules: list[nn.Module]) -> list[Tensor]:
 
 
 METHODS: dict[str, Callable[[list[nn.Module]], list[Tensor]]] = {
-    "torch.nn.utils.prune.global_unstructured": torch_prune,
+    "prune.global_unstructured": torch_prune,
     "concatenate + kthvalue": kthvalue,
     "keep_largest": ours,
 }

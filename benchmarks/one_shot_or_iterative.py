@@ -22,7 +22,7 @@ from lightning_compress.hydra import build_datamodule, build_module, build_train
 from lightning_compress.tasks.recorder import Recorder
 
 LEFT = {"12x": 22_183, "56x": 4_753}
-WEIGHTS, EPOCHS = 266_200, 20
+WEIGHTS, EPOCHS = 266_200, 12
 
 
 def pruned(cfg: DictConfig, dense: LightningModule, left: int, *, one_shot: bool) -> tuple[float, float]:

@@ -24,10 +24,10 @@ from lightning_compress.hydra import (
     build_trainer_factory,
     build_wrapped,
     check_choices,
-    check_together,
     register_resolvers,
     run_folder,
 )
+from lightning_compress.pruning.callback import check_disjoint
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.inspect import inspection_tables
@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> None:
     seed_everything(cfg.seed, workers=True, verbose=False)
     module = build_module(cfg)
     callbacks = build_named(cfg.callbacks)
-    check_together(module, callbacks)
+    check_disjoint(module, callbacks.values())
     job = Run(
         datamodule=build_datamodule(cfg),
         make_trainer=build_trainer_factory(cfg),
@@ -92,7 +92,7 @@ def inspect(cfg: DictConfig) -> None:
     """Show what would be pruned, frozen and skipped, and why; nothing is trained."""
     seed_everything(cfg.seed, workers=True, verbose=False)
     module, callbacks = build_module(cfg), build_named(cfg.callbacks)
-    check_together(module, callbacks)
+    check_disjoint(module, callbacks.values())
     if cfg.weights is not None:
         load_weights(module, cfg.weights)
     console = Console()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +12,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
-
-from lightning_compress.core.select import select_parameters
-from lightning_compress.pruning.callback import IterativePruningCallback
 
 T = TypeVar("T")
 
@@ -108,25 +105,6 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise ValueError(
                 f"{override.input_line} chooses a technique twice, and there would be one of it: say it once."
             )
-
-
-def check_together(module: LightningModule, callbacks: Mapping[str, Any]) -> None:
-    """Refuse what makes no sense together.
-
-    Raises:
-        ValueError: Two pruning callbacks share a parameter.
-    """
-    owners: dict[str, str] = {}
-    for name, callback in callbacks.items():
-        if not isinstance(callback, IterativePruningCallback):
-            continue
-        for parameter in select_parameters(module, callback.target, exclude=callback.exclude):
-            if parameter in owners:
-                raise ValueError(
-                    f"callbacks.{owners[parameter]} and callbacks.{name} both prune {parameter}, and each would undo "
-                    f"what the other counts: choose one of them, or give them targets that share nothing."
-                )
-            owners[parameter] = name
 
 
 def _build(node: DictConfig, *args: Any) -> Any:

@@ -24,10 +24,10 @@ from lightning_compress.hydra import (
     build_named,
     build_trainer_factory,
     build_wrapped,
-    check_together,
     register_resolvers,
     run_folder,
 )
+from lightning_compress.pruning.callback import check_disjoint
 
 CONF = next(path for place in lightning_compress.__path__ if (path := Path(place) / "conf").is_dir())
 GROUPS = ["model", "data", "trainer", "logger", "compress", "experiment", "hydra"]
@@ -149,8 +149,8 @@ def test_compress_takes_none_one_or_a_list() -> None:
 
 def test_pruning_the_same_weights_twice_is_refused_with_the_reason() -> None:
     cfg = composed("compress=[iterative_pruning,neuron_pruning]")
-    with pytest.raises(ValueError, match=r"callbacks\.pruning and callbacks\.neuron_pruning both prune network\.conv1"):
-        check_together(build_module(cfg), build_named(cfg.callbacks))
+    with pytest.raises(ValueError, match=r"Two IterativePruningCallbacks prune network\.conv1\.weight"):
+        check_disjoint(build_module(cfg), build_named(cfg.callbacks).values())
 
 
 def test_pruning_twice_with_nothing_in_common_is_fine() -> None:
@@ -159,7 +159,7 @@ def test_pruning_twice_with_nothing_in_common_is_fine() -> None:
         "callbacks.pruning.target=network.fc",
         "callbacks.neuron_pruning.target=network.conv*",
     )
-    check_together(build_module(cfg), build_named(cfg.callbacks))
+    check_disjoint(build_module(cfg), build_named(cfg.callbacks).values())
 
 
 def test_wrappers_nest_in_their_order_the_first_innermost() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,6 +168,7 @@ class IterativePruningCallback(CompressionCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_averages(trainer)
+        check_disjoint(pl_module, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         self._targets = list(select_parameters(pl_module, self.target, exclude=self.exclude))
         # What is masked for good must not count in the norm that clipping compares with its threshold.
         clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
@@ -248,7 +249,9 @@ class IterativePruningCallback(CompressionCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        pl_module.log("sparsity", self.sparsity, prog_bar=True, sync_dist=True)
+        pruning = [one for one in trainer.callbacks if isinstance(one, IterativePruningCallback)]  # type: ignore[attr-defined]
+        number = pruning.index(self)
+        pl_module.log(f"sparsity_{number + 1}" if number else "sparsity", self.sparsity, prog_bar=True, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._ramp is not None
@@ -419,3 +422,21 @@ class IterativePruningCallback(CompressionCallback):
             return None
         in_interval = self._steps >= self._ramp.start - self._ramp.interval
         return self._statistic if in_interval or self._statistic.needs_training else None
+
+
+def check_disjoint(module: nn.Module, callbacks: Iterable[Any]) -> None:
+    """Refuse pruning callbacks that share a parameter: each would undo what the other counts.
+
+    Raises:
+        ValueError: Two of them do.
+    """
+    owners: dict[str, IterativePruningCallback] = {}
+    for callback in callbacks:
+        if isinstance(callback, IterativePruningCallback):
+            for name in select_parameters(module, callback.target, exclude=callback.exclude):
+                if name in owners:
+                    raise ValueError(
+                        f"Two IterativePruningCallbacks prune {name}: {owners[name].state_key} and "
+                        f"{callback.state_key}. Choose one of them, or give them targets that share nothing."
+                    )
+                owners[name] = callback

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.trainer.inputs import _inputs_of as inputs_of
+from lightning_compress.trainer.inputs import inputs_of
 
 
 def example_inputs(module: LightningModule, datamodule: LightningDataModule, *, batch_size: int) -> ExampleInputs:

@@ -54,7 +54,7 @@ class Run:
     metric: str | None = "test_acc"
     val_metric: str = "val_acc"
     batch_size: int = 64
-    repeats: int = 30
+    repeats: int = 200
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def compress(

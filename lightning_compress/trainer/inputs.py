@@ -41,7 +41,7 @@ def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network
     if given is None:
         given = getattr(pl_module, "example_input_array", None)
     if given is None:
-        given = _inputs_of(_peek(trainer), network)
+        given = inputs_of(_peek(trainer), network)
     return trainer.strategy.batch_to_device(given)
 
 
@@ -57,7 +57,7 @@ def _peek(trainer: Trainer) -> Any:
             loader.load_state_dict(position)
 
 
-def _inputs_of(batch: Any, network: nn.Module) -> Any:
+def inputs_of(batch: Any, network: nn.Module) -> Any:
     if isinstance(batch, dict):
         accepted = inspect.signature(network.forward).parameters
         return {key: value for key, value in batch.items() if key in accepted}

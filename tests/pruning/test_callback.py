@@ -364,9 +364,26 @@ def test_a_checkpoint_from_other_settings(tmp_path: Path) -> None:
 def test_two_callbacks_with_different_settings_live_in_one_trainer() -> None:
     first = IterativePruningCallback(0.5, target="net.hidden", end_epoch=1.0)
     second = IterativePruningCallback(0.25, target="net.head", end_epoch=2.0)
-    module = run(first, second)
+    logged: dict[str, float] = {}
+
+    class Metrics(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    module = run(first, second, Metrics())
+    assert (logged["sparsity"], logged["sparsity_2"]) == (0.5, 0.25)
     assert int((module.net.hidden.weight == 0).sum()) == 576
     assert int((module.net.head.weight == 0).sum()) == 12
+
+
+def test_two_callbacks_that_share_a_parameter_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Two IterativePruningCallbacks prune net\.hidden\.weight"):
+        run(IterativePruningCallback(0.5), IterativePruningCallback(0.25, target="net.hidden"))
+
+
+def test_the_same_callback_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="two IterativePruningCallback with the same settings"):
+        run(IterativePruningCallback(0.5), IterativePruningCallback(0.5))
 
 
 def test_a_callback_that_pruned_another_module_is_refused() -> None:
