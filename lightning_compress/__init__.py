@@ -2,9 +2,10 @@
 
 from pathlib import Path as _Path
 
+from lightning_compress.core.footprint import Footprint, footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
 
-__all__ = ["IterativePruningCallback"]
+__all__ = ["Footprint", "IterativePruningCallback", "footprint"]
 __version__ = "0.1.0"
 
 _here = _Path(__file__).parent

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, seed_everything
 from torch import nn
 
-from lightning_compress.core.footprint import footprint
+from lightning_compress import footprint
 
 
 class YourModule(LightningModule):

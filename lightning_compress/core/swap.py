@@ -43,7 +43,7 @@ class Projection:
         self.keep_latent = keep_latent
         self.latent: dict[str, Tensor] = {}
         self._open: dict[str, nn.Parameter] = {}
-        self._shares: dict[int, dict[str, nn.Parameter]] = {}
+        self._shares: dict[int, tuple[int, dict[str, nn.Parameter]]] = {}
         if keep_latent:
             self.latent = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
@@ -102,9 +102,10 @@ class Projection:
     def _share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
         if optimizer is None:
             return self.parameters
-        share = self._shares.get(id(optimizer))
-        if share is None:
+        count = sum(len(group["params"]) for group in optimizer.param_groups)  # groups may be added during a fit
+        seen, share = self._shares.get(id(optimizer), (-1, {}))
+        if seen != count:
             stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
             share = {name: parameter for name, parameter in self.parameters.items() if id(parameter) in stepped}
-            self._shares[id(optimizer)] = share
+            self._shares[id(optimizer)] = count, share
         return share

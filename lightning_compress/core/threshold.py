@@ -113,7 +113,7 @@ def _write_masks(parts: Sequence[_Part], n_keep: int, n_alive: int, *, absolute:
     spread = _SPREAD
     while True:
         low, high = _cuts(ranked, positions, n_keep / max(n_alive, 1), spread)
-        n_above, chunks = _split(parts, low, high, ranked.dtype, absolute=absolute)
+        n_above, chunks = _split(parts, low, high, torch.promote_types(ranked.dtype, torch.float32), absolute=absolute)
         between = torch.cat([chunk.score for chunk in chunks])
         if n_above <= n_keep <= n_above + len(between):
             break
@@ -169,49 +169,66 @@ def _split(
     parts: Sequence[_Part], low: _Cut, high: _Cut, dtype: torch.dtype, *, absolute: bool
 ) -> tuple[int, list[_Between]]:
     """Write `keep` where an entry is at least `high`; return how many are, and the entries between the cuts."""
-    size = min(_CHUNK, max(part.keep.numel() for part in parts))
-    scores = torch.empty(size, dtype=dtype, device=parts[0].keep.device)  # one for all: the heap would fragment
-    flags = torch.empty(size, dtype=torch.bool, device=parts[0].keep.device)
+    size, device = min(_CHUNK, max(part.keep.numel() for part in parts)), parts[0].keep.device
+    scores, flags = torch.empty((2, size), dtype=dtype, device=device)
+    undecided = torch.empty(size, dtype=torch.bool, device=device)
     n_above, between = 0, []
     for part in parts:
         start = 0
-        for chunk in _chunks(part.score):
-            end = start + chunk.numel()
-            score, keep, undecided = scores[: end - start], part.keep[start:end], flags[: end - start]
+        for chunk in _chunks(part.score, size):
+            n = chunk.numel()
+            score, keep, flag, undec = scores[:n], part.keep[start : start + n], flags[:n], undecided[:n]
             score.view(chunk.shape).copy_(chunk)
             if absolute:
                 score.abs_()
-            _at_least(high, score, part.start + start, out=keep)
-            _at_least(low, score, part.start + start, out=undecided)
-            undecided.bitwise_xor_(keep)  # what is at least high is at least low
+            _at_least(high, score, part.start + start, out=flag)
+            keep.copy_(flag)
+            _at_least(low, score, part.start + start, out=flag)
+            undec.copy_(flag)
+            undec.bitwise_xor_(keep)  # what is at least high is at least low
             if part.alive is not None:
-                keep.bitwise_and_(part.alive[start:end])
-                undecided.bitwise_and_(part.alive[start:end])
+                living = part.alive[start : start + n]
+                keep.bitwise_and_(living)
+                undec.bitwise_and_(living)
             n_above += int(keep.count_nonzero())
-            at = undecided.nonzero().squeeze(1)
+            at = _nonzero(undec)
             between.append(_Between(score[at], at, keep))
-            start = end
+            start += n
     return n_above, between
+
+
+WORDS = True
+
+
+def _nonzero(flags):
+    if not WORDS or len(flags) % 8:
+        return flags.nonzero().squeeze(1)
+    near = (flags.view(torch.int64).nonzero() * 8 + torch.arange(8)).view(-1)
+    return near[flags[near]]
 
 
 def _at_least(cut: _Cut, score: Tensor, start: int, *, out: Tensor) -> None:
     """Write whether (score, position) >= cut, for entries whose positions count up from `start`."""
-    before = min(max(cut.position - start, 0), len(score))
-    torch.gt(score[:before], cut.score, out=out[:before])
-    torch.ge(score[before:], cut.score, out=out[before:])
+    before = cut.position - start
+    if before >= len(score):
+        torch.gt(score, cut.score, out=out)
+    else:
+        torch.ge(score, cut.score, out=out)
+        if before > 0:
+            torch.gt(score[:before], cut.score, out=out[:before])
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield views of at most `_CHUNK` entries that follow each other in row-major order."""
+def _chunks(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield views of at most `size` entries that follow each other in row-major order."""
     if tensor.is_contiguous():
-        yield from torch.split(tensor.view(-1), _CHUNK)
-    elif tensor.numel() <= _CHUNK:
+        yield from torch.split(tensor.view(-1), size)
+    elif tensor.numel() <= size:
         yield tensor
     elif len(tensor) == 1:
-        yield from _chunks(tensor[0])
+        yield from _chunks(tensor[0], size)
     else:
-        for rows in torch.split(tensor, max(1, _CHUNK * len(tensor) // tensor.numel())):
-            yield from _chunks(rows)
+        for rows in torch.split(tensor, max(1, size * len(tensor) // tensor.numel())):
+            yield from _chunks(rows, size)
 
 
 def _check(scores: Sequence[Tensor], alive: Sequence[Tensor | None], names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
-from lightning_compress.core.select import select_parameters
+from lightning_compress.core.select import WEIGHT_LAYERS, select_parameters
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, prune_neurons, prune_weights
@@ -57,6 +57,8 @@ class IterativePruningCallback(CompressionCallback):
         end_epoch: Where the ramp ends; by default after two thirds of the planned steps, so that recovery follows.
         every_n_steps: Optimizer steps between events; by default one epoch.
         target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution.
+            Packed weights that are no layer of their own, such as `in_proj_weight` of `nn.MultiheadAttention`, are
+            pruned when a pattern names them.
         exclude: Patterns to leave out.
         regrow: Pruned entries go on training behind the mask and come back when they have grown (dynamic network
             surgery, Guo et al. 2016) until the ramp ends.
@@ -98,8 +100,9 @@ class IterativePruningCallback(CompressionCallback):
         network: str = "",
         example_inputs: Any = None,
     ) -> None:
+        start_epoch, end_epoch = float(start_epoch), None if end_epoch is None else float(end_epoch)
         super().__init__(
-            amount=amount,
+            amount=float(amount),
             granularity=granularity,
             criterion=criterion,
             scope=scope,
@@ -146,6 +149,7 @@ class IterativePruningCallback(CompressionCallback):
         self._statistic: Statistic | None = None
         self._stopped = False
         self._masks_gradients = False
+        self._emptied: set[str] = set()
 
     # ------------------------------------------------------------------ what has been reached
 
@@ -166,10 +170,10 @@ class IterativePruningCallback(CompressionCallback):
 
     # ------------------------------------------------------------------ the fit
 
-    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_averages(trainer)
-        check_disjoint(pl_module, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        self._check_stop(trainer)
         self._targets = list(select_parameters(pl_module, self.target, exclude=self.exclude))
+        check_disjoint(pl_module, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         # What is masked for good must not count in the norm that clipping compares with its threshold.
         clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
         self._masks_gradients = clips and not self.regrow
@@ -177,7 +181,12 @@ class IterativePruningCallback(CompressionCallback):
         targets: list[str] | list[Neurons] = self._targets
         if self.granularity == "neuron":
             targets = self._neurons = self._free_neurons(trainer, pl_module, network)
-        if self._ramp is None and (self._loaded is None or self._loaded["ramp"] is None):
+        if state is not None:
+            self._ramp = None if state["ramp"] is None else Ramp(**state["ramp"])
+            self.current_amount, self._stopped = state["amount"], state["stopped"]
+            if self._stop is not None:
+                self._stop.load_state_dict(state["stop"])
+        if self._ramp is None:
             at_once = self.schedule == "one_shot"
             self._ramp = Ramp.plan(
                 trainer,
@@ -185,6 +194,7 @@ class IterativePruningCallback(CompressionCallback):
                 end_epoch=self.start_epoch if at_once else self.end_epoch,
                 every_n_steps=self.every_n_steps,
             )
+        self._statistic = None
         if self.amount > 0 and not self.finished:
             self._check_watching(trainer, pl_module)
             self._statistic = make_statistic(
@@ -195,16 +205,28 @@ class IterativePruningCallback(CompressionCallback):
                 network=network,
                 generator=self.generator,
             )
+        if state is not None and state["statistic"] is not None and self._statistic is not None:
+            self._statistic.load_state_dict(state["statistic"])
+            self._leave_sums_to_rank_zero(self._statistic)
         earlier = self._masked  # of a fit before, perhaps on another device
         self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)
-        if earlier is not None:
+        if state is not None:
+            self._mask(state["keep"], latent=state["latent"])
+        elif earlier is not None:
+            self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
 
-    def _check_averages(self, trainer: Trainer) -> None:
-        if self._stop is not None and next(averaged_modules(trainer), None) is not None:
+    def _check_stop(self, trainer: Trainer) -> None:
+        if self._stop is None:
+            return
+        if next(averaged_modules(trainer), None) is not None:
             raise ValueError(
                 "stop= judges the metric of the averaged weights but would go back to the others: use one of stop= and "
                 "a WeightAveraging callback."
+            )
+        if not trainer.enable_validation:
+            raise ValueError(
+                f"stop= monitors {self._stop.rule.monitor!r}, but this fit has no validation: pass val_dataloaders."
             )
 
     def _check_watching(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,11 +247,22 @@ class IterativePruningCallback(CompressionCallback):
 
     def _free_neurons(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> list[Neurons]:
         inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
-        layers = [name.rpartition(".")[0] for name in self._targets]
+        if not self.network and not is_overridden("forward", pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no forward to find its channels with: pass network= with the path of "
+                f"the submodule whose output is the prediction."
+            )
+        layers: list[str] = []
+        shared: list[str] = []
+        for name in self._targets:
+            layer = name.rpartition(".")[0]
+            is_own = self.target is not None or isinstance(pl_module.get_submodule(layer), WEIGHT_LAYERS)
+            (layers if is_own else shared).append(layer)
         with torch.compiler.set_stance("force_eager"):
             found = find_neurons(pl_module, inputs, layers, network=network)
         free = [layer for layer in found if layer.frozen is None]
         reasons = [f"{layer.name}: {layer.frozen}" for layer in found if layer.frozen is not None]
+        reasons += [f"{layer}: its weight is shared" for layer in shared]
         if not free:
             raise ValueError(f"No targeted layer has channels that may be pruned ({'; '.join(reasons)}).")
         if reasons:
@@ -255,7 +288,7 @@ class IterativePruningCallback(CompressionCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._ramp is not None
-        if self._stop is not None and not self._stopped and (self._stop.last_failed or self._stop.awaits_validation):
+        if self._stop is not None and not self._stopped and self._stop.must_go_back(self.current_amount):
             self._go_back(pl_module)
         elif self.amount > 0 and not self.finished:
             warnings.warn(
@@ -269,11 +302,12 @@ class IterativePruningCallback(CompressionCallback):
     def _prune(self, pl_module: LightningModule, amount: float) -> None:
         if amount > 0:
             if self._stop is not None:
-                self._stop.before_pruning()
+                self._stop.awaits_validation = True
             self._mask(self._decide(amount))
             self.current_amount = amount
             for name, mask in self.masks.items():
-                if not mask.any():
+                if name not in self._emptied and not mask.any():
+                    self._emptied.add(name)
                     warnings.warn(f"Every entry of {name} is pruned: nothing passes through it.", stacklevel=2)
         if self._statistic is not None:
             self._statistic.reset()
@@ -336,9 +370,7 @@ class IterativePruningCallback(CompressionCallback):
         assert self._stop is not None
         self._stopped = True
         kept = self._stop.kept
-        if kept is None:
-            warnings.warn("stop: no validated network kept the metric, so there is none to go back to.", stacklevel=2)
-            return
+        assert kept is not None
         rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
         pl_module.load_state_dict(kept["module"])
         self.current_amount = kept["amount"]
@@ -356,19 +388,6 @@ class IterativePruningCallback(CompressionCallback):
             "stop": None if self._stop is None else self._stop.state_dict(),
             "stopped": self._stopped,
         }
-
-    def load_technique_state(self, state: dict[str, Any], pl_module: LightningModule) -> None:
-        if state["ramp"] is not None:
-            self._ramp = Ramp(**state["ramp"])
-        self.current_amount, self._stopped = state["amount"], state["stopped"]
-        if self._stop is not None:
-            self._stop.load_state_dict(state["stop"])
-        if state["statistic"] is None:
-            self._statistic = None
-        elif self._statistic is not None:
-            self._statistic.load_state_dict(state["statistic"])
-            self._leave_sums_to_rank_zero(self._statistic)
-        self._mask(state["keep"], latent=state["latent"])
 
     def synchronize(self) -> None:
         if self._statistic is not None:
@@ -398,7 +417,7 @@ class IterativePruningCallback(CompressionCallback):
         if self._masks_gradients and self._masked is not None:
             self._masked.mask_gradients()
         if (statistic := self._watching()) is not None:
-            statistic.before_step()
+            statistic.before_step(optimizer if len(trainer.optimizers) > 1 else None)
 
     def after_optimizer_step(self) -> None:
         if (statistic := self._watching()) is not None:
@@ -433,7 +452,10 @@ def check_disjoint(module: nn.Module, callbacks: Iterable[Any]) -> None:
     owners: dict[str, IterativePruningCallback] = {}
     for callback in callbacks:
         if isinstance(callback, IterativePruningCallback):
-            for name in select_parameters(module, callback.target, exclude=callback.exclude):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # each callback says itself which of its patterns match nothing
+                names = select_parameters(module, callback.target, exclude=callback.exclude)
+            for name in names:
                 if name in owners:
                     raise ValueError(
                         f"Two IterativePruningCallbacks prune {name}: {owners[name].state_key} and "

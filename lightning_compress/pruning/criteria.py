@@ -76,9 +76,11 @@ class Taylor(WeightStatistic):
     rank_local = False
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        groups = [] if optimizer is None else optimizer.param_groups
+        stepped = {id(parameter) for group in groups for parameter in group["params"]}
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
+            if parameter.grad is not None and (optimizer is None or id(parameter) in stepped):
                 self.add(name, (parameter.grad * parameter).abs_(), 1)
 
     def scores(self) -> dict[str, Tensor]:
@@ -214,7 +216,7 @@ class Si(WeightStatistic):
         self.start: dict[str, Tensor] = {}
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def before_step(self) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         if not self.start:
             self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._before = {

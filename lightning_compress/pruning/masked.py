@@ -79,6 +79,19 @@ class MaskedParameters:
             self.projection.load_latent(latent or {})
         self.projection.project()
 
+    def check_masked(self, masks: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError if the parameters are not those that the masks were made for.
+
+        Behind a mask of an earlier fit every weight is zero; anything else was trained or loaded since.
+        """
+        for name, mask in masks.items():
+            parameter = self._parameters[name].detach()
+            if bool(parameter[~mask.to(parameter.device)].any()):
+                raise ValueError(
+                    f"{name} has weights where an earlier fit with this callback has pruned them. To prune this "
+                    f"network from the beginning, make a new callback."
+                )
+
     def mask_gradients(self) -> None:
         """Zero the gradients of what is masked."""
         for name, factor in self._factors.items():

@@ -73,6 +73,7 @@ def static_scores(
     criterion: Criterion, weights: Mapping[str, Tensor], neurons: Sequence[Neurons] | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Score weights, or whole neurons where they are given, by a criterion that needs no data."""
+    assert criterion in STATIC, f"{criterion} needs a statistic"
     if neurons is not None:
         if criterion == "random":
             return {unit.name: torch.rand(unit.size, generator=generator) for unit in neurons}

@@ -84,8 +84,11 @@ class Statistic:
     def before_backward(self, loss: Tensor) -> None:
         """Between forward and backward; `loss` is the live training loss, and the ordinary backward follows."""
 
-    def before_step(self) -> None:
-        """Before the optimizer steps: `p.grad` is averaged over accumulation and ranks, and not yet clipped."""
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Before an optimizer steps: `p.grad` is averaged over accumulation and ranks, and not yet clipped.
+
+        `optimizer` is named where there are several: the gradients of the others' parameters are left over.
+        """
 
     def after_step(self) -> None:
         """After the optimizer has stepped, before anything is masked."""

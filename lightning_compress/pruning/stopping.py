@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,29 +85,21 @@ class StopWatch:
         self.baseline = rule.baseline
         self.kept: dict[str, Any] | None = None
         self.kept_amount = 0.0
-        self.awaits_validation = False
+        self.awaits_validation = rule.baseline is None  # nothing goes before it is known how good the dense network is
         self.last_failed = False
-
-    def before_pruning(self) -> None:
-        """Note that the network is about to change, so that the next validation judges it.
-
-        Raises:
-            ValueError: It is not known how good the dense network is.
-        """
-        if self.baseline is None:
-            raise ValueError(
-                f"stop needs the dense network's {self.rule.monitor!r}, and no validation ran before the first "
-                f"pruning: start later (start_epoch=1.0 leaves one epoch), or pass stop={{..., 'baseline': value}}."
-            )
-        self.awaits_validation = True
 
     def judge(self, value: float, amount: float) -> Literal["better", "as good", "failed"]:
         """Judge the network that was validated with `amount` removed.
+
+        Raises:
+            ValueError: The metric is NaN.
 
         Returns:
             "failed" when the metric dropped too far, "better" when it held at a larger amount than ever before, else
             "as good".
         """
+        if math.isnan(value):
+            raise ValueError(f"stop monitors {self.rule.monitor!r}, which is NaN: the training has diverged.")
         self.awaits_validation = False
         if amount == 0.0 and self.rule.baseline is None:
             self.baseline = value
@@ -117,6 +110,11 @@ class StopWatch:
         grew = amount > self.kept_amount
         self.kept_amount = amount
         return "better" if grew else "as good"
+
+    def must_go_back(self, amount: float) -> bool:
+        """Whether the network at the end of a fit is not known to have kept the metric, and an earlier one is."""
+        unknown = self.awaits_validation and amount > self.kept_amount
+        return self.kept is not None and (self.last_failed or unknown)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs."""

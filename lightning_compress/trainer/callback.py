@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,15 +23,13 @@ class CompressionCallback(Callback):
     """A technique as a callback: subclasses say what happens, this class when, and that a resume is exact.
 
     A subclass passes its constructor arguments on as settings and supplies `prepare`, `at_step`, `technique_state` and
-    `load_technique_state`; it puts its `Projection` into `self.projection`. Everything that happens is tied to the
+    `project_copy`; it puts its `Projection` into `self.projection`. Everything that happens is tied to the
     number of optimizer steps, because that survives every kind of resume.
 
     Args:
         settings: The constructor arguments. They make up the `state_key`, so that two callbacks of one class can live
             in one Trainer, and a checkpoint from other settings is recognised.
     """
-
-    changes_shapes: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
         self._state_key = self._generate_state_key(**settings)  # read by the Trainer's profiler at every hook
@@ -40,15 +38,18 @@ class CompressionCallback(Callback):
         self._steps = 0
         self._offset = 0
         self._fitted: weakref.ref[LightningModule] | None = None
-        self._loaded: dict[str, Any] | None = None
-        self._rng: list[dict[str, Any]] | None = None
-        self._resumes_inside_epoch = False
-        self._handles: list[RemovableHandle] = []
+        self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
+        self._loads_state = True
+        self._handles: dict[int, RemovableHandle] = {}  # by the id of the optimizer
 
     # ------------------------------------------------------------------ what a technique supplies
 
-    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the parameters and build the projection. The module is on its device; the loaders exist."""
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        """Find the parameters, go on from `state` where there is one, and build the projection.
+
+        The module is on its device, and the loaders exist. `state` is what `technique_state` returned for a checkpoint;
+        without one, an earlier fit of this module goes on.
+        """
         raise NotImplementedError
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -59,8 +60,8 @@ class CompressionCallback(Callback):
         """Return tensors, numbers, strings, lists and dicts that a resume needs."""
         raise NotImplementedError
 
-    def load_technique_state(self, state: dict[str, Any], pl_module: LightningModule) -> None:
-        """Take what `technique_state` returned. Called after `prepare`."""
+    def project_copy(self, module: torch.nn.Module) -> None:
+        """Project an averaged copy of the LightningModule, in place."""
         raise NotImplementedError
 
     def synchronize(self) -> None:
@@ -90,40 +91,52 @@ class CompressionCallback(Callback):
                 f"{name} does not support {type(strategy).__name__}: it is tested with a single device and with "
                 f"strategy='ddp' or 'ddp_find_unused_parameters_true'."
             )
-        start = getattr(strategy, "_start_method", "popen")
-        if self.changes_shapes and start != "popen":
-            raise ValueError(
-                f"{name} changes shapes, which a {start!r} launch can't bring back into the parent process: "
-                f"use strategy='ddp' in a script."
-            )
 
     # ------------------------------------------------------------------ the fit's beginning and end
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError(
-                    f"{type(self).__name__} does not support LBFGS, which evaluates the loss several times within one "
-                    f"step. Use SGD, Adam or another first-order optimizer."
-                )
+            self._check_optimizer(optimizer)
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        name, kind = type(self).__name__, type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                f"{name} does not support LBFGS, which evaluates the loss several times within one step. Use SGD, Adam "
+                f"or another first-order optimizer."
+            )
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"{name} does not support {kind}: its train() and eval() exchange the weights where the projection "
+                f"does not see it, as schedule-free optimizers do. Use SGD, Adam or another first-order optimizer."
+            )
+        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise ValueError(
+                f"{name} needs to act after every step of {kind}, which has no step hooks: its class does not call "
+                f"torch.optim.Optimizer.__init__."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_counting(trainer, pl_module)
-        self.generator.manual_seed(torch.initial_seed() + rank())
-        self.prepare(trainer, pl_module)
-        if self._loaded is not None:
-            self.load_technique_state(self._loaded, pl_module)
-            self._loaded = None
+        loaded, self._loaded = self._loaded, None
+        self._begin_counting(trainer, pl_module, loaded)
+        random_state = None if loaded is None else self._random_state(loaded["rng"])
+        if random_state is None:
+            self.generator.manual_seed(torch.initial_seed() + rank())
+        else:
+            self.generator.set_state(random_state["own"].cpu())
+        self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
         for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._hook(optimizer)
         self.at_step(trainer, pl_module, self._steps)
         self._project_averages(trainer)
-        if self._rng is not None:
-            self._restore_rng(trainer, self._rng)
-            self._rng = None
+        if loaded is not None and random_state is not None:
+            rng.restore(random_state["global"])
+            self._match_batches(trainer, inside_epoch=loaded["inside_epoch"])
 
-    def _begin_counting(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._loaded is None and self._fitted is not None:
+    def _begin_counting(self, trainer: Trainer, pl_module: LightningModule, loaded: dict[str, Any] | None) -> None:
+        if loaded is not None:
+            self._offset = loaded["offset"]
+        elif self._fitted is not None:
             if self._fitted() is not pl_module:
                 raise ValueError(
                     f"This {type(self).__name__} has compressed another module in an earlier fit: make a new one."
@@ -141,15 +154,21 @@ class CompressionCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._handles:
-            self._handles.pop().remove()
+            self._handles.popitem()[1].remove()
 
     # ------------------------------------------------------------------ the projection, around every optimizer step
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        self._hook(optimizer)  # one that was exchanged during the fit
         if self.projection is not None:
             self.projection.open(optimizer)
+
+    def _hook(self, optimizer: torch.optim.Optimizer) -> None:
+        raw = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
+        if id(raw) not in self._handles:
+            self._handles[id(raw)] = raw.register_step_post_hook(self._after_step)
 
     def after_optimizer_step(self) -> None:
         """Act when an optimizer has stepped, before its parameters are projected again."""
@@ -177,10 +196,6 @@ class CompressionCallback(Callback):
         if self.projection is not None:
             self.projection.settle()  # so that a checkpoint of this moment holds the projected values
 
-    def project_copy(self, module: torch.nn.Module) -> None:
-        """Project an averaged copy of the LightningModule, in place."""
-        raise NotImplementedError
-
     def _project_averages(self, trainer: Trainer) -> None:
         for module in averaged_modules(trainer):
             self.project_copy(module)
@@ -198,22 +213,20 @@ class CompressionCallback(Callback):
         if together:
             self.synchronize()
         mine = {"global": rng.capture(), "own": self.generator.get_state()}
-        state = self.technique_state() if self._loaded is None else self._loaded
-        checkpoint.setdefault("callbacks", {})[self.state_key] = {
-            "technique": state,
+        checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
+            "technique": self.technique_state(),
             "rng": gather(mine) if together else [mine],
             "offset": self._offset,
             "inside_epoch": not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict["technique"]
-        self._rng = state_dict["rng"]
-        self._offset = state_dict["offset"]
-        self._resumes_inside_epoch = state_dict["inside_epoch"]
+        if self._loads_state:
+            self._loaded = state_dict
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != "fit":
+        self._loads_state = trainer.state.fn == "fit"  # Lightning restores callbacks for validate and test as well
+        if not self._loads_state:
             return
         states = checkpoint["callbacks"]
         mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
@@ -224,17 +237,19 @@ class CompressionCallback(Callback):
                 f"Resume with the same settings, or start a new fit from the weights alone."
             )
 
-    def _restore_rng(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
-        if rank() >= len(states):
-            warnings.warn(
-                f"The checkpoint holds the random states of {len(states)} process(es) and not of rank {rank()}: "
-                f"random decisions such as dropout will differ from the uninterrupted run's.",
-                stacklevel=2,
-            )
-            return
-        self.generator.set_state(states[rank()]["own"].cpu())
-        rng.restore(states[rank()]["global"])
-        if not self._resumes_inside_epoch:
+    def _random_state(self, states: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if rank() < len(states):
+            return states[rank()]
+        warnings.warn(
+            f"The checkpoint holds the random states of {len(states)} process(es) and not of rank {rank()}: random "
+            f"decisions such as dropout will differ from the uninterrupted run's.",
+            stacklevel=2,
+        )
+        return None
+
+    def _match_batches(self, trainer: Trainer, *, inside_epoch: bool) -> None:
+        """See to it that the resumed run draws the batches that the uninterrupted one would have drawn."""
+        if not inside_epoch:
             # The uninterrupted run would draw the next epoch's shuffling seeds now; Lightning made the resumed run's
             # iterator before the random state was back.
             fetcher = trainer.fit_loop._data_fetcher

@@ -42,7 +42,7 @@ def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network
         given = getattr(pl_module, "example_input_array", None)
     if given is None:
         given = inputs_of(_peek(trainer), network)
-    return trainer.strategy.batch_to_device(given)
+    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(given))
 
 
 def _peek(trainer: Trainer) -> Any:

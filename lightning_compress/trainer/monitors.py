@@ -30,7 +30,7 @@ def _reset_checkpoint(callback: ModelCheckpoint, reason: str) -> None:
     callback.kth_best_model_path = ""
     callback.kth_value = torch.tensor(_worst(callback.mode))
     callback.current_score = None
-    kept = f"; the best file until now, {earlier}, stays on disk" if earlier else ""
+    kept = f"; {earlier}, the best until now, stays on disk beside what best_model_path will name" if earlier else ""
     rank_zero_info(f"ModelCheckpoint(monitor={callback.monitor!r}) counts anew: {reason}{kept}.")
 
 

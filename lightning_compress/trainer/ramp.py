@@ -44,6 +44,8 @@ class Ramp:
             raise ValueError("The fit has no planned end (max_epochs=-1 and max_steps=-1): set end_epoch.")
         else:
             end = max(round(planned * (1 - RECOVERY_SHARE)), 1)
+            if end <= start and trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+                end = start + 1
             if end <= start:
                 raise ValueError(
                     f"start_epoch={start_epoch} is step {start}, but with end_epoch=None the ramp ends at two thirds "

@@ -17,11 +17,12 @@ def steps_done(trainer: Trainer) -> int:
     assert trainer.lightning_module is not None
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
-    return int(trainer.fit_loop.total_batch_idx) + 1
+    processed: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+    return processed
 
 
 def steps_at(trainer: Trainer, epoch: float) -> int:
-    """Return the number of optimizer steps that `epoch` epochs take, from the first epoch on.
+    """Return the number of optimizer steps that `epoch` epochs take, from the first epoch on; at least 1 after 0.
 
     Raises:
         ValueError: The length of an epoch is unknown (an iterable dataset) and `epoch` is not 0.
@@ -30,19 +31,22 @@ def steps_at(trainer: Trainer, epoch: float) -> int:
         return 0
     if math.isinf(trainer.num_training_batches):
         raise ValueError(
-            f"Epoch {epoch} can't be turned into steps: the training loader has no length. Give it one, or set "
-            f"Trainer(limit_train_batches=...) to a number of batches."
+            f"Epoch {epoch} can't be turned into steps: the training loader has no length. Give it one, set "
+            f"Trainer(limit_train_batches=...) to a number of batches, or count in steps: every_n_steps=..., with "
+            f"start_epoch and end_epoch left out and Trainer(max_steps=...)."
         )
     whole = int(epoch)
     steps = sum(_steps_in_epoch(trainer, index) for index in range(whole))
-    return steps + round((epoch - whole) * _steps_in_epoch(trainer, whole))
+    return max(1, steps + round((epoch - whole) * _steps_in_epoch(trainer, whole)))
 
 
 def planned_steps(trainer: Trainer) -> int | None:
     """Return the number of steps after which this fit ends by its own limits, or None where it has no limit."""
     limits = []
     if trainer.max_steps is not None and trainer.max_steps >= 0:
-        limits.append(trainer.max_steps)
+        # Manual optimization: max_steps counts the steps of every optimizer, we count the batches.
+        per_batch = 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
+        limits.append(trainer.max_steps // per_batch)
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(trainer.num_training_batches):
         limits.append(steps_at(trainer, float(trainer.max_epochs)))
     return min(limits, default=None)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
+from support.small import BATCH, CLASSES, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
 from torch import Tensor, nn
 
 from lightning_compress import IterativePruningCallback
@@ -291,10 +291,18 @@ def test_stop_reaches_the_end_where_the_metric_holds() -> None:
     assert callback.current_amount == 0.9
 
 
-def test_stop_without_a_dense_metric_is_an_error() -> None:
-    callback = IterativePruningCallback(0.9, schedule="one_shot", stop={"monitor": "val_acc", "max_drop": 0.05})
-    with pytest.raises(ValueError, match=r"no validation ran before the first pruning: start later"):
-        run(callback)
+def test_stop_waits_for_the_dense_networks_validation() -> None:
+    record = Record()
+    stop = {"monitor": "val_acc", "max_drop": 1.0}
+    run(IterativePruningCallback(0.9, schedule="one_shot", stop=stop), record)
+    assert record.zeros[EPOCH - 1] == 0
+    assert record.zeros[-1] == round(0.9 * TARGETED)
+
+
+def test_stop_without_a_validation_is_an_error() -> None:
+    callback = IterativePruningCallback(0.9, stop={"monitor": "val_acc", "max_drop": 0.05})
+    with pytest.raises(ValueError, match="this fit has no validation"):
+        quiet_trainer(callbacks=[callback]).fit(SmallModule(), shuffled())
 
 
 def test_stop_names_the_metrics_there_are() -> None:
@@ -429,6 +437,185 @@ def test_unstepped_raw_optimizers_are_refused_under_regrow() -> None:
 
     with pytest.raises(RuntimeError, match="use_pl_optimizer=True"):
         run(IterativePruningCallback(0.5, regrow=True), module=Raw())
+
+
+# ---------------------------------------------------------------------- fits that follow a fit, and odd ones
+
+
+class Join(Callback):
+    """Lets the hidden layer join the optimizer after two epochs, as BackboneFinetuning does."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 2:
+            trainer.optimizers[0].add_param_group({"params": list(pl_module.net.hidden.parameters()), "lr": 0.05})
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_parameters_that_join_the_optimizer_during_the_fit_stay_masked(regrow: bool) -> None:
+    class Late(SmallModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([*self.net.conv.parameters(), *self.net.head.parameters()], lr=0.05, momentum=0.9)
+
+    record = Record()
+    run(IterativePruningCallback(0.8, end_epoch=1.0, regrow=regrow), Join(), record, module=Late(), max_epochs=5)
+    assert record.zeros[-1] == round(0.8 * TARGETED)
+    assert not torch.equal(record.weights[-1], record.weights[2 * EPOCH - 1])
+
+
+def test_an_optimizer_that_is_exchanged_during_the_fit_is_followed() -> None:
+    class Exchange(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                trainer.strategy.optimizers = [torch.optim.Adam(pl_module.parameters(), lr=1e-2)]
+
+    class NoSchedule(SmallModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    record = Record()
+    run(IterativePruningCallback(0.8, end_epoch=1.0), Exchange(), record, module=NoSchedule())
+    assert record.zeros[-1] == round(0.8 * TARGETED)
+
+
+def test_one_callback_resumes_from_an_earlier_checkpoint_as_a_new_one_does(tmp_path: Path) -> None:
+    def save() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+
+    options: dict[str, Any] = {"criterion": "taylor", "end_epoch": 3.0, "every_n_steps": 4}
+    torch.manual_seed(0)
+    callback, module = IterativePruningCallback(0.7, **options), SmallModule()
+    quiet_trainer(callbacks=[callback, save()], enable_checkpointing=True).fit(module, shuffled(), plain())
+    weights = []
+    for resumed in (callback, IterativePruningCallback(0.7, **options)):
+        trainer = quiet_trainer(callbacks=[resumed])
+        trainer.fit(module, shuffled(), plain(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+        weights.append({name: value.clone() for name, value in module.state_dict().items()})
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name])
+
+
+def test_a_validation_of_a_checkpoint_changes_nothing_of_the_callback(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    callback = IterativePruningCallback(0.8, end_epoch=3.0)
+    module = SmallModule()
+    trainer = quiet_trainer(callbacks=[callback, checkpoint], enable_checkpointing=True)
+    trainer.fit(module, shuffled(), plain())
+    final = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer.validate(module, plain(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
+    module.load_state_dict(final)
+    quiet_trainer(callbacks=[callback], max_epochs=1).fit(module, shuffled(), plain())
+    assert callback.sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_weights_that_were_loaded_behind_an_earlier_mask_are_not_cut_silently() -> None:
+    callback, module = IterativePruningCallback(0.8, end_epoch=1.0), SmallModule()
+    quiet_trainer(callbacks=[callback], max_epochs=2).fit(module, shuffled(), plain())
+    module.load_state_dict(SmallModule().state_dict())
+    with pytest.raises(ValueError, match="make a new callback"):
+        quiet_trainer(callbacks=[callback], max_epochs=1).fit(module, shuffled(), plain())
+
+
+def test_the_learning_rate_finder_leaves_the_criterion_alone(tmp_path: Path) -> None:
+    from lightning.pytorch.tuner import Tuner
+
+    module = SmallModule("adam")
+    module.lr = 1e-2
+    callback = IterativePruningCallback(0.5, criterion="taylor", end_epoch=2.0, every_n_steps=4)
+    trainer = quiet_trainer(callbacks=[callback], default_root_dir=tmp_path)
+    Tuner(trainer).lr_find(module, shuffled(), plain(), num_training=8)
+    trainer.fit(module, shuffled(), plain())  # a criterion without its statistic would fail an assertion
+    assert callback.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"start_epoch": 1.0}, {"start_epoch": 1.0, "schedule": "one_shot"}], ids=str)
+def test_fast_dev_run_takes_ordinary_settings(options: dict[str, Any]) -> None:
+    run(IterativePruningCallback(0.9, **options), fast_dev_run=True)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_neurons_under_true_precisions(precision: Any) -> None:
+    callback = IterativePruningCallback(0.5, granularity="neuron", end_epoch=1.0)
+    run(callback, precision=precision, max_epochs=2)
+    assert callback.sparsity == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_default_ramp_of_two_optimizers_ends_within_max_steps() -> None:
+    callback = IterativePruningCallback(0.5, every_n_steps=1)
+    run(callback, module=ManualModule(), max_steps=24)
+    assert callback.finished
+
+
+def test_taylor_counts_each_step_for_the_parameters_of_its_optimizer_alone() -> None:
+    from lightning_compress.pruning.criteria import Taylor
+
+    counts: list[dict[str, int]] = []
+
+    class Count(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            statistic = callback._statistic
+            assert isinstance(statistic, Taylor)
+            counts.append(dict(statistic.counts))
+
+    callback = IterativePruningCallback(0.5, criterion="taylor", start_epoch=0.5, end_epoch=3.0, every_n_steps=100)
+    run(callback, Count(), module=ManualModule(), max_epochs=2)
+    assert set(counts[0].values()) == {2 * EPOCH - EPOCH // 2}  # one per batch since the ramp's start
+
+
+def test_optimizers_that_exchange_weights_themselves_are_refused() -> None:
+    class ScheduleFree(torch.optim.SGD):
+        def train(self) -> None: ...
+
+        def eval(self) -> None: ...
+
+    class Free(SmallModule):
+        def configure_optimizers(self) -> Any:
+            return ScheduleFree(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="does not support ScheduleFree"):
+        run(IterativePruningCallback(0.5), module=Free())
+
+
+def test_a_module_without_forward_needs_the_path_of_its_network() -> None:
+    class Bare(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SmallModule().net
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match=r"Bare has no forward .*network="):
+        quiet_trainer(callbacks=[IterativePruningCallback(0.5, granularity="neuron")]).fit(Bare(), shuffled())
+    named = IterativePruningCallback(0.5, granularity="neuron", network="net", end_epoch=1.0)
+    quiet_trainer(callbacks=[named], max_epochs=2).fit(Bare(), shuffled())
+    assert named.sparsity == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_weight_shared_with_an_embedding_keeps_its_neurons() -> None:
+    class Tied(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = nn.Embedding(CLASSES, 8), nn.Linear(12, 8)
+            self.head = nn.Linear(8, CLASSES, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.body(x)))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Tied()
+    callback = IterativePruningCallback(0.5, granularity="neuron", end_epoch=1.0)
+    quiet_trainer(callbacks=[callback], max_epochs=2).fit(module, shuffled())
+    assert (module.body.weight == 0).all(1).sum() == 4
+    assert (module.table.weight != 0).all()
 
 
 # ---------------------------------------------------------------------- compiled, wrapped, iterated
