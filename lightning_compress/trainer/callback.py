@@ -119,12 +119,11 @@ class CompressionCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaded, self._loaded = self._loaded, None
         self._begin_counting(trainer, pl_module, loaded)
-        random_state = None if loaded is None else self._random_state(loaded["rng"])
-        if random_state is None:
-            self.generator.manual_seed(torch.initial_seed() + rank())
-        else:
-            self.generator.set_state(random_state["own"].cpu())
+        self.generator.manual_seed(torch.initial_seed() + rank())
         self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
+        random_state = None if loaded is None else self._random_state(loaded["rng"])
+        if random_state is not None:
+            self.generator.set_state(random_state["own"].cpu())
         for optimizer in trainer.optimizers:
             self._hook(optimizer)
         self.at_step(trainer, pl_module, self._steps)
