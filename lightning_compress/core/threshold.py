@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CHUNK = 2**19  # entries at a time: few enough to stay in a core's cache, enough to hide the cost of a call
+# Entries at a time. On a CPU: as many as torch leaves to the calling thread, since the barriers of a parallel operator
+# cost much of what they save, and on a busy machine many times more. Elsewhere: enough to hide the cost of a launch.
+_CHUNK_CPU, _CHUNK_ELSEWHERE = 2**15, 2**22
 _SORTABLE = 4096  # entries: sorting these takes less time than one more round
-_SPREAD = 4.0  # standard deviations from the wanted rank to either cut: one round in 10^4 has to be repeated
+_SPREAD = 3.0  # standard deviations from the wanted rank to either cut: 3 rounds in 1000 have to be repeated
 
 
 @torch.no_grad()
@@ -169,66 +171,63 @@ def _split(
     parts: Sequence[_Part], low: _Cut, high: _Cut, dtype: torch.dtype, *, absolute: bool
 ) -> tuple[int, list[_Between]]:
     """Write `keep` where an entry is at least `high`; return how many are, and the entries between the cuts."""
-    size, device = min(_CHUNK, max(part.keep.numel() for part in parts)), parts[0].keep.device
-    scores, flags = torch.empty((2, size), dtype=dtype, device=device)
-    undecided = torch.empty(size, dtype=torch.bool, device=device)
+    device = parts[0].keep.device
+    size = min(_chunk_size(device), max(part.keep.numel() for part in parts))
+    all_scores, all_above = torch.empty(size, dtype=dtype, device=device), torch.empty(size, dtype=dtype, device=device)
+    all_open = torch.empty(size, dtype=torch.bool, device=device)
     n_above, between = 0, []
     for part in parts:
         start = 0
-        for chunk in _chunks(part.score, size):
+        for chunk in _chunks(part.score):
             n = chunk.numel()
-            score, keep, flag, undec = scores[:n], part.keep[start : start + n], flags[:n], undecided[:n]
+            score, above, undecided = all_scores[:n], all_above[:n], all_open[:n]
+            keep = part.keep[start : start + n]
             score.view(chunk.shape).copy_(chunk)
             if absolute:
                 score.abs_()
-            _at_least(high, score, part.start + start, out=flag)
-            keep.copy_(flag)
-            _at_least(low, score, part.start + start, out=flag)
-            undec.copy_(flag)
-            undec.bitwise_xor_(keep)  # what is at least high is at least low
+            keep.copy_(_at_least(high, score, part.start + start, out=above))
+            undecided.copy_(_at_least(low, score, part.start + start, out=above))
+            undecided.bitwise_xor_(keep)  # what is at least high is at least low
             if part.alive is not None:
-                living = part.alive[start : start + n]
-                keep.bitwise_and_(living)
-                undec.bitwise_and_(living)
+                keep.bitwise_and_(part.alive[start : start + n])
+                undecided.bitwise_and_(part.alive[start : start + n])
             n_above += int(keep.count_nonzero())
-            at = _nonzero(undec)
+            at = undecided.nonzero().squeeze(1)
             between.append(_Between(score[at], at, keep))
             start += n
     return n_above, between
 
 
-WORDS = True
+def _at_least(cut: _Cut, score: Tensor, start: int, *, out: Tensor) -> Tensor:
+    """Write 1 where (score, position) >= cut and 0 elsewhere, for entries whose positions count up from `start`.
 
-
-def _nonzero(flags):
-    if not WORDS or len(flags) % 8:
-        return flags.nonzero().squeeze(1)
-    near = (flags.view(torch.int64).nonzero() * 8 + torch.arange(8)).view(-1)
-    return near[flags[near]]
-
-
-def _at_least(cut: _Cut, score: Tensor, start: int, *, out: Tensor) -> None:
-    """Write whether (score, position) >= cut, for entries whose positions count up from `start`."""
+    Torch compares floats several times faster into floats, and copies them into a mask, than directly into a mask.
+    """
     before = cut.position - start
     if before >= len(score):
-        torch.gt(score, cut.score, out=out)
-    else:
-        torch.ge(score, cut.score, out=out)
-        if before > 0:
-            torch.gt(score[:before], cut.score, out=out[:before])
+        return torch.gt(score, cut.score, out=out)
+    torch.ge(score, cut.score, out=out)
+    if before > 0:
+        torch.gt(score[:before], cut.score, out=out[:before])
+    return out
 
 
-def _chunks(tensor: Tensor, size: int) -> Iterator[Tensor]:
-    """Yield views of at most `size` entries that follow each other in row-major order."""
+def _chunk_size(device: torch.device) -> int:
+    return _CHUNK_CPU if device.type == "cpu" else _CHUNK_ELSEWHERE
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield views of some of the entries each, one after the other in row-major order."""
+    size = _chunk_size(tensor.device)
     if tensor.is_contiguous():
         yield from torch.split(tensor.view(-1), size)
     elif tensor.numel() <= size:
         yield tensor
     elif len(tensor) == 1:
-        yield from _chunks(tensor[0], size)
+        yield from _chunks(tensor[0])
     else:
         for rows in torch.split(tensor, max(1, size * len(tensor) // tensor.numel())):
-            yield from _chunks(rows, size)
+            yield from _chunks(rows)
 
 
 def _check(scores: Sequence[Tensor], alive: Sequence[Tensor | None], names: Sequence[str]) -> None:
@@ -243,7 +242,7 @@ def _check(scores: Sequence[Tensor], alive: Sequence[Tensor | None], names: Sequ
     found = [
         f"{int(score.isnan().sum())} of {score.numel()} in {name}"
         for score, name in zip(scores, names, strict=True)
-        if score.numel() and score.amax().isnan()  # amax passes a NaN on, and makes no copy as isnan and max do
+        if score.numel() > 0 and any(bool(chunk.amax().isnan()) for chunk in _chunks(score))  # amax passes a NaN on
     ]
     if found:
         raise ValueError(f"Scores are NaN: {', '.join(found)}. Look for a diverged loss or gradient, or an empty mean.")

@@ -77,8 +77,8 @@ def test_equals_sorting(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans(), label="many rounds"):
             patch.setattr(threshold, "_SORTABLE", data.draw(st.integers(0, 6)))
-            patch.setattr(threshold, "_CHUNK", data.draw(st.integers(1, 9)))
-            patch.setattr(threshold, "_SPREAD", data.draw(st.sampled_from([0.01, 0.5, 4.0])))
+            patch.setattr(threshold, "_CHUNK_CPU", data.draw(st.integers(1, 9)))
+            patch.setattr(threshold, "_SPREAD", data.draw(st.sampled_from([0.01, 0.5, 3.0])))
         masks = keep_largest(scores, n_drop, absolute=absolute, alive=alive)
 
     assert flat(masks) == expected(scores, n_drop, absolute=absolute, alive=alive)
@@ -173,7 +173,7 @@ def test_every_number_with_cuts_that_miss(monkeypatch: pytest.MonkeyPatch) -> No
 def test_chunks_and_cuts_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, chunk: int, spread: float) -> None:
     score = awkward("half zero").view(200, 300).t()
     reference = keep_largest([score], N // 3)
-    monkeypatch.setattr(threshold, "_CHUNK", chunk)
+    monkeypatch.setattr(threshold, "_CHUNK_CPU", chunk)
     monkeypatch.setattr(threshold, "_SPREAD", spread)
     assert torch.equal(keep_largest([score], N // 3)[0], reference[0])
 
