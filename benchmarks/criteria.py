@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--root", default="data/mnist")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     arguments = parser.parse_args()
     silence()
     errors: dict[tuple[str, str, str], list[float]] = {}
@@ -45,7 +46,7 @@ def main() -> None:
             dense = build_module(cfg)
             errors.setdefault((task, "dense", ""), []).append(fit(cfg, dense, [], max_epochs=epochs)["error"])
             for granularity in ("weight", "neuron"):
-                for criterion in CRITERIA:
+                for criterion in arguments.criteria:
                     if granularity == "weight" and criterion in ("apoz", "mean_activation"):
                         continue
                     pruning = IterativePruningCallback(
@@ -62,7 +63,7 @@ def main() -> None:
 
     columns = [(task, kind) for task in arguments.tasks for kind in ("weight", "neuron")]
     table = Table("error %", *(f"{task}, {AMOUNTS[task, kind]:.0%} of the {kind}s" for task, kind in columns))
-    for criterion in CRITERIA:
+    for criterion in arguments.criteria:
         cells = [errors.get((task, kind, criterion)) for task, kind in columns]
         table.add_row(criterion, *("-" if cell is None else f"{statistics.median(cell):.2f}" for cell in cells))
     dense_cells = [statistics.median(errors[task, "dense", ""]) for task, _ in columns]

@@ -38,8 +38,8 @@ def keep_largest(
     """Return boolean masks that are False at exactly the `n_drop` smallest scores of all the tensors together.
 
     Equal scores are ordered by position: the earlier tensor, and within it the earlier row-major index, is dropped
-    first. So the masks are the same on every machine and device. N entries take N bytes for the masks, and a few MB
-    and 100 N^(2/3) bytes to find them (about 30 MB for 100 million entries).
+    first. So the masks are the same on every machine and device. They take a byte per entry; finding them takes some
+    30 MB more for 100 million entries, 200 MB more for a billion.
 
     Args:
         scores: Tensors of any shapes and layouts on one device, float16, bfloat16, float32 or float64. Infinities are
@@ -93,11 +93,10 @@ class _Cut(NamedTuple):
 
 
 class _Between(NamedTuple):
-    """The entries of one chunk that the cuts leave open."""
+    """The entries of one part that the cuts leave open."""
 
     score: Tensor
-    at: Tensor  # indices into keep
-    keep: Tensor
+    at: Tensor  # indices into the part
 
 
 def _parts(scores: Sequence[Tensor], alive: Sequence[Tensor | None], masks: Sequence[Tensor]) -> list[_Part]:
@@ -115,20 +114,20 @@ def _write_masks(parts: Sequence[_Part], n_keep: int, n_alive: int, *, absolute:
     spread = _SPREAD
     while True:
         low, high = _cuts(ranked, positions, n_keep / max(n_alive, 1), spread)
-        n_above, chunks = _split(parts, low, high, torch.promote_types(ranked.dtype, torch.float32), absolute=absolute)
-        between = torch.cat([chunk.score for chunk in chunks])
-        if n_above <= n_keep <= n_above + len(between):
+        n_above, between = _split(parts, low, high, absolute=absolute)
+        score = torch.cat([some.score for some in between])
+        if n_above <= n_keep <= n_above + len(score):
             break
         spread *= 2  # a wider bracket holds the rank in the end: the widest leaves all the living entries open
 
-    n_drop = n_above + len(between) - n_keep
-    if len(between) <= _SORTABLE or len(between) > n_total // 2:  # the second: this sample does not get us further
-        survives = torch.zeros_like(between, dtype=torch.bool)
-        survives[_order(between)[n_drop:]] = True
+    n_drop = n_above + len(score) - n_keep
+    if len(score) <= _SORTABLE or len(score) > n_total // 2:  # the second: this sample does not get us further
+        survives = torch.zeros_like(score, dtype=torch.bool)
+        survives[_order(score)[n_drop:]] = True
     else:
-        (survives,) = keep_largest([between], n_drop)
-    for chunk, survivors in zip(chunks, torch.split(survives, [len(chunk.at) for chunk in chunks]), strict=True):
-        chunk.keep[chunk.at] = survivors
+        (survives,) = keep_largest([score], n_drop)
+    for part, some, survivors in zip(parts, between, torch.split(survives, [len(b.at) for b in between]), strict=True):
+        part.keep[some.at] = survivors
 
 
 def _sample(parts: Sequence[_Part], n_total: int, *, absolute: bool) -> tuple[Tensor, Tensor]:
@@ -167,17 +166,16 @@ def _cuts(ranked: Tensor, positions: Tensor, fraction_kept: float, spread: float
     )
 
 
-def _split(
-    parts: Sequence[_Part], low: _Cut, high: _Cut, dtype: torch.dtype, *, absolute: bool
-) -> tuple[int, list[_Between]]:
+def _split(parts: Sequence[_Part], low: _Cut, high: _Cut, *, absolute: bool) -> tuple[int, list[_Between]]:
     """Write `keep` where an entry is at least `high`; return how many are, and the entries between the cuts."""
     device = parts[0].keep.device
+    dtype = torch.float64 if any(part.score.dtype == torch.float64 for part in parts) else torch.float32
     size = min(_chunk_size(device), max(part.keep.numel() for part in parts))
     all_scores, all_above = torch.empty(size, dtype=dtype, device=device), torch.empty(size, dtype=dtype, device=device)
     all_open = torch.empty(size, dtype=torch.bool, device=device)
     n_above, between = 0, []
     for part in parts:
-        start = 0
+        scores, indices, start = [], [], 0
         for chunk in _chunks(part.score):
             n = chunk.numel()
             score, above, undecided = all_scores[:n], all_above[:n], all_open[:n]
@@ -193,8 +191,10 @@ def _split(
                 undecided.bitwise_and_(part.alive[start : start + n])
             n_above += int(keep.count_nonzero())
             at = undecided.nonzero().squeeze(1)
-            between.append(_Between(score[at], at, keep))
+            scores.append(score[at])
+            indices.append(at.add_(start))
             start += n
+        between.append(_Between(torch.cat(scores), torch.cat(indices)))
     return n_above, between
 
 

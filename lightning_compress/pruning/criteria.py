@@ -4,7 +4,7 @@
     l2          w^2
     random      uniform
     taylor      mean over steps of |g w|
-    obd         h w^2 / 2, with h the diagonal of the Hessian
+    obd         |h| w^2 / 2, with h the diagonal of the Hessian
     si          (sum over steps of -g dw) / ((w - w_start)^2 + xi)
 
 with w a weight and g its gradient. A neuron's score is the sum over the weights of its output channel, except that it
@@ -88,11 +88,11 @@ class Taylor(WeightStatistic):
 
 
 class Obd(WeightStatistic):
-    """Second-order change of the loss when a weight goes: h w^2 / 2, with h the diagonal of the Hessian.
+    """Second-order change of the loss when a weight goes: |h| w^2 / 2, with h the diagonal of the Hessian.
 
     Hutchinson's estimate: the mean over batches of v * (H v), with v drawn anew from {-1, +1} for each, has the
-    expectation diag(H). Costs a second backward pass, and memory for its graph, per batch. Scores may be negative,
-    where the loss curves downwards.
+    expectation diag(H). Near a minimum h is small, and the sign of its estimate is mostly chance: with the sign, large
+    weights would go first. Costs a second backward pass, and memory for its graph, per batch.
 
     LeCun et al. 1990, "Optimal Brain Damage", section 2.2; Hutchinson 1990 for the estimate.
 
@@ -145,7 +145,8 @@ class Obd(WeightStatistic):
         )
 
     def scores(self) -> dict[str, Tensor]:
-        return self.collect({name: score / 2 for name, score in self.times_square(self.means()).items()})
+        changes = self.times_square({name: h.abs() for name, h in self.means().items()})
+        return self.collect({name: change / 2 for name, change in changes.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "generator": self.generator.get_state()}

@@ -144,7 +144,7 @@ def test_one_pass_that_collects_little_is_enough(monkeypatch: pytest.MonkeyPatch
 
     def count(*args: Any, **kwargs: Any) -> Any:
         n_above, between = split(*args, **kwargs)
-        passes.append(sum(len(chunk.at) for chunk in between))
+        passes.append(sum(len(some.at) for some in between))
         return n_above, between
 
     monkeypatch.setattr(threshold, "_split", count)
