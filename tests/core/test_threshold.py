@@ -160,12 +160,35 @@ def test_one_pass_that_collects_little_is_enough(monkeypatch: pytest.MonkeyPatch
             assert passes[0] < 0.25 * N
 
 
-def test_every_number_with_cuts_that_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["normal", "all equal", "three values", "half zero"])
+def test_cuts_that_miss_on_either_side(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(threshold, "_SORTABLE", 0)
-    monkeypatch.setattr(threshold, "_SPREAD", 0.05)
-    scores = [awkward("normal")[:50], awkward("three values")[:70]]
-    for n_drop in range(121):
+    monkeypatch.setattr(threshold, "_SPREAD", 0.01)
+    monkeypatch.setattr(threshold, "_CHUNK_CPU", 64)
+    score = awkward(kind)[:3000]
+    order = score.sort(stable=True).indices
+    for n_drop in range(0, 3001, 50):
+        reference = torch.ones(3000, dtype=torch.bool)
+        reference[order[:n_drop]] = False
+        assert torch.equal(torch.cat(keep_largest(list(score.split([1000, 2000])), n_drop)), reference)
+
+
+@pytest.mark.parametrize("kind", ["all equal", "three values"])
+def test_every_number_in_chunks_of_two(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(threshold, "_SORTABLE", 0)
+    monkeypatch.setattr(threshold, "_SPREAD", 0.01)
+    monkeypatch.setattr(threshold, "_CHUNK_CPU", 2)
+    scores = [awkward(kind)[:31], awkward(kind)[:29]]
+    for n_drop in range(61):
         assert flat(keep_largest(scores, n_drop)) == expected(scores, n_drop)
+
+
+def test_differences_that_only_float64_holds() -> None:
+    fine = 1 + 1e-12 * torch.randperm(10_000, generator=torch.Generator().manual_seed(3)).double()
+    coarse = torch.tensor([0.5, 2.0], dtype=torch.bfloat16)
+    masks = keep_largest([coarse, fine], 4_001)
+    assert masks[0].tolist() == [False, True]
+    assert torch.equal(masks[1], fine >= fine.sort().values[4_000])
 
 
 @pytest.mark.parametrize("chunk", [1_000, 4_096, 70_000])
