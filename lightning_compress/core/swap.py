@@ -47,20 +47,17 @@ class Projection:
         if keep_latent:
             self.latent = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    @torch.no_grad()
     def project(self) -> None:
         """Project every parameter anew, from its latent value where there is one: after the projection has changed."""
         self._rewrite(self.parameters)
 
-    @torch.no_grad()
     def open(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the latent values back, of all parameters or of those that `optimizer` steps."""
         if not self.keep_latent:
             return
         self.settle()
         self._open = self._share(optimizer)
-        for name, parameter in self._open.items():
-            parameter.copy_(self.latent[name])
+        self._restore(self._open)
 
     @torch.no_grad()
     def close(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -79,9 +76,8 @@ class Projection:
             self._open = {}
             for name, parameter in share.items():
                 self.latent[name].copy_(parameter)
-        self._project({name: parameter.data for name, parameter in share.items()})
+        self._project(share)
 
-    @torch.no_grad()
     def settle(self) -> None:
         """Project what `open` left open because the step never came, as when a gradient scaler skips it."""
         if self._open:
@@ -93,11 +89,16 @@ class Projection:
         for name, value in latent.items():
             self.latent[name].copy_(value)
 
+    @torch.no_grad()
+    def _restore(self, share: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in share.items():
+            parameter.copy_(self.latent[name])
+
+    @torch.no_grad()
     def _rewrite(self, share: Mapping[str, nn.Parameter]) -> None:
         if self.keep_latent:
-            for name, parameter in share.items():
-                parameter.copy_(self.latent[name])
-        self._project({name: parameter.data for name, parameter in share.items()})
+            self._restore(share)
+        self._project(share)
 
     def _share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
         if optimizer is None:
