@@ -1,0 +1,292 @@
+"""Multi-head attention that still runs after channels or heads have been cut out of it.
+
+torch's nn.MultiheadAttention takes every shape from one number: embed_dim is the width of the query, the number of
+heads times their width, and the input width of out_proj. Cut one of the three alone, and its forward pass fails. Here
+the weights say each for itself. With H heads of width D (values: V), queries of width E and outputs of width O:
+
+    in_proj_weight   (3 H D, E)                 or, with kdim or vdim:  q_proj_weight  (H D, E)
+    in_proj_bias     (3 H D) or (2 H D + H V)                           k_proj_weight  (H D, kdim)
+    bias_k, bias_v   (1, 1, H D), (1, 1, H V)                           v_proj_weight  (H V, vdim)
+    out_proj         (O, H V), (O)
+
+A packed in_proj_weight falls into three equal parts, so there V = D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SliceableMultiheadAttention(nn.MultiheadAttention):
+    """Computes out_proj(concat_h(softmax(scale Q_h K_h^T + mask) V_h)) over as many heads as the weights have rows for.
+
+    It is put on a module by `make_sliceable`, not constructed. `head_dim`, `value_head_dim` and `scale` are all that
+    the forward pass takes from attributes about shapes; `scale` stays that of the original heads, so that narrower
+    heads lose their missing channels' share of the scores and nothing else. Weights averaged over heads are averaged
+    over the heads that are left, and a 3-D `attn_mask` has N * H entries for the H that is left.
+
+    The fast paths of nn.TransformerEncoderLayer and nn.MultiheadAttention are never taken. A nested tensor, which
+    nn.TransformerEncoder makes of padded input for their sake, is padded again and handed back nested.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(8, num_heads=4, batch_first=True)
+        >>> undo = make_sliceable(attention)
+        >>> heads = torch.tensor([0, 3])  # keep the first and the last
+        >>> rows = torch.arange(24).view(3, 4, 2)[:, heads].flatten()
+        >>> attention.in_proj_weight = nn.Parameter(attention.in_proj_weight[rows])
+        >>> attention.in_proj_bias = nn.Parameter(attention.in_proj_bias[rows])
+        >>> attention.out_proj.weight = nn.Parameter(attention.out_proj.weight[:, rows[:4]])
+        >>> attention.refresh(); attention.embed_dim, attention.num_heads, attention.head_dim
+        (8, 2, 2)
+        >>> x = torch.randn(1, 5, 8)
+        >>> attention(x, x, x)[0].shape
+        torch.Size([1, 5, 8])
+    """
+
+    scale: float
+    value_head_dim: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("Build a torch.nn.MultiheadAttention and put this class on it with make_sliceable.")
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # What TransformerEncoderLayer asks before it hands our weights to a fused kernel that knows dense shapes only.
+        # A property goes before the module's own entry of that name, which stays as it is for the way back.
+        return False
+
+    def refresh(self, *, head_dim: int | None = None) -> None:
+        """Set the attributes to what the weights' shapes say, after a cut: H = rows of the query's part / head_dim.
+
+        Sets embed_dim (the width of the query), kdim, vdim, num_heads, head_dim, value_head_dim (rows of the value's
+        part / H) and the two sizes of out_proj.
+
+        Args:
+            head_dim: The width of the query's and the key's heads, where it has changed: shapes alone do not tell
+                fewer heads from narrower ones.
+
+        Raises:
+            ValueError: The shapes do not fit each other; the attributes stay as they are.
+        """
+        head_dim = self.head_dim if head_dim is None else head_dim
+        (q_rows, embed_dim), (k_rows, kdim), (v_rows, vdim) = (weight.shape for weight in self._in_weights())
+        num_heads = q_rows // head_dim if head_dim > 0 else 0
+        if num_heads == 0 or num_heads * head_dim != q_rows:
+            raise ValueError(
+                f"{q_rows} rows for the query do not make heads of width {head_dim}. Cut whole heads and leave one, or "
+                "as many rows out of every head, and then say refresh(head_dim=...)."
+            )
+        value_head_dim = v_rows // num_heads
+        outputs, inputs = self.out_proj.weight.shape
+        sizes = {  # what is there, what fits
+            "rows for the key": (k_rows, q_rows),
+            "rows for the value": (v_rows, num_heads * max(value_head_dim, 1)),
+            "columns of out_proj": (inputs, v_rows),
+        }
+        for name, vector, rows in (
+            ("in_proj_bias", self.in_proj_bias, q_rows + k_rows + v_rows),
+            ("bias_k", self.bias_k, k_rows),
+            ("bias_v", self.bias_v, v_rows),
+            ("out_proj.bias", self.out_proj.bias, outputs),
+        ):
+            if vector is not None:
+                sizes[f"entries of {name}"] = vector.shape[-1], rows
+        wrong = [f"{there} {name} instead of {fits}" for name, (there, fits) in sizes.items() if there != fits]
+        if wrong:
+            raise ValueError(
+                f"The shapes do not fit the query's {num_heads} heads of width {head_dim}: {', '.join(wrong)}. Cut the "
+                "same heads out of all of them."
+            )
+        self.embed_dim, self.kdim, self.vdim = embed_dim, kdim, vdim
+        self.num_heads, self.head_dim, self.value_head_dim = num_heads, head_dim, value_head_dim
+        self.out_proj.in_features, self.out_proj.out_features = inputs, outputs
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what nn.MultiheadAttention returns for the same arguments."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            if key_padding_mask is not None or attn_mask is not None or not (query is key is value):
+                raise ValueError("Nested tensors are for self-attention without masks; pad them for anything else.")
+            return self._forward_nested(query, need_weights, average_attn_weights)
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True only says that attn_mask is the causal one: give attn_mask as well.")
+        if query.dim() not in (2, 3) or not (query.dim() == key.dim() == value.dim()):
+            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+            raise ValueError(f"query, key and value must all be 3-D, or all 2-D without a batch; got {shapes}.")
+
+        q, k, v = self._project(query, key, value)
+        q, k, v = self._split(q, self.head_dim), self._split(k, self.head_dim), self._split(v, self.value_head_dim)
+        if is_causal and key_padding_mask is None and not need_weights:
+            mask = None  # the kernel has its own
+        else:
+            mask = _merge(attn_mask, key_padding_mask, q, k)
+            is_causal = False
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = _append(k, self.bias_k), _append(v, self.bias_v)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        appended = int(self.bias_k is not None) + int(self.add_zero_attn)
+        if mask is not None and appended:  # what is appended is never masked
+            mask = F.pad(mask, (0, appended))
+
+        weights = None
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+            if dropout > 0:
+                weights = F.dropout(weights, dropout)
+            heads = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if query.dim() == 3 else weights.squeeze(0)
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
+
+        heads = heads.transpose(1, 2)
+        if query.dim() == 2:
+            heads = heads.squeeze(0)
+        elif not self.batch_first:
+            heads = heads.transpose(0, 1)
+        # the weight and not the layer, as in torch: a hook on out_proj does not run there either
+        return F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
+
+    def _forward_nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
+        lengths = [len(sample) for sample in x.unbind()]
+        padded = torch.nested.to_padded_tensor(x, 0.0)
+        positions = torch.arange(padded.shape[1], device=padded.device)
+        missing = positions >= torch.tensor(lengths, device=padded.device).unsqueeze(1)
+        out, weights = self.forward(padded, padded, padded, missing, need_weights, average_attn_weights=average)
+        if weights is not None:  # as the fast path has it
+            weights = weights.masked_fill(missing[:, :, None] if average else missing[:, None, :, None], 0.0)
+        return torch.nested.as_nested_tensor([y[:length] for y, length in zip(out, lengths, strict=True)]), weights
+
+    def _in_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        packed: Tensor | None = self.in_proj_weight
+        if packed is None:
+            return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        q, k, v = packed.chunk(3)
+        return q, k, v
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        packed: Tensor | None = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
+        if packed is not None and query is key is value:
+            q, k, v = F.linear(query, packed, bias).chunk(3, dim=-1)
+            return q, k, v
+        w_q, w_k, w_v = self._in_weights()
+        b_q = b_k = b_v = None
+        if bias is not None:
+            b_q, b_k, b_v = torch.split(bias, [w_q.shape[0], w_k.shape[0], w_v.shape[0]])
+        return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+
+    def _split(self, x: Tensor, width: int) -> Tensor:
+        """(N, L, H * width), (L, N, H * width) or (L, H * width) to (N, H, L, width)."""
+        x = torch.unflatten(x, -1, (-1, width))
+        if x.dim() == 3:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        return x.transpose(1, 2)
+
+
+def make_sliceable(module: nn.MultiheadAttention) -> Callable[[], None]:
+    """Turn the module, in place, into one that can be cut, and return what turns it back (see `make_plain`).
+
+    Parameters, their names, hooks and outputs stay the same. A module that is sliceable already stays so.
+
+    Raises:
+        TypeError: The module is of another subclass, whose own forward pass would be lost.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(8, num_heads=2)
+        >>> undo = make_sliceable(attention); type(attention).__name__
+        'SliceableMultiheadAttention'
+        >>> undo(); type(attention).__name__
+        'MultiheadAttention'
+    """
+    if isinstance(module, SliceableMultiheadAttention):
+        return lambda: None
+    if type(module) is not nn.MultiheadAttention:
+        raise TypeError(
+            "make_sliceable replaces the forward pass of torch.nn.MultiheadAttention itself, and "
+            f"{type(module).__name__} may have its own. Make parametrizations permanent; leave other subclasses out."
+        )
+    module.__class__ = SliceableMultiheadAttention
+    assert isinstance(module, SliceableMultiheadAttention)
+    module.scale, module.value_head_dim = module.head_dim**-0.5, module.head_dim
+    return lambda: make_plain(module)
+
+
+def make_plain(module: nn.MultiheadAttention) -> None:
+    """Turn a sliceable module back, in place, into a torch.nn.MultiheadAttention; a plain one stays as it is.
+
+    After a cut this works where E = H * D, D = V and D is what it was: as many channels went as whole heads had.
+
+    Raises:
+        ValueError: nn.MultiheadAttention could not run the module's shapes; the module stays sliceable.
+    """
+    if type(module) is not SliceableMultiheadAttention:
+        return
+    module.refresh()
+    width, same_scale = module.num_heads * module.head_dim, module.head_dim**-0.5 == module.scale
+    if not (module.embed_dim == width and module.head_dim == module.value_head_dim and same_scale):
+        raise ValueError(
+            f"nn.MultiheadAttention cannot run these shapes: queries of width {module.embed_dim}, {module.num_heads} "
+            f"heads of width {module.head_dim} (values: {module.value_head_dim}) with scores scaled by "
+            f"{module.scale:.4g}. Leave the module sliceable."
+        )
+    del module.scale, module.value_head_dim
+    module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+
+
+def _append(x: Tensor, bias: Tensor) -> Tensor:
+    """(N, H, S, width) and (1, 1, H * width) to (N, H, S + 1, width)."""
+    row = torch.unflatten(bias, -1, (-1, x.shape[-1])).transpose(1, 2)
+    return torch.cat([x, row.expand(x.shape[0], -1, -1, -1)], dim=2)
+
+
+def _merge(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """The sum of the masks, -inf where nothing is to be seen, in a shape that broadcasts to (N, H, L, S)."""
+    (batch, heads, length), keys = q.shape[:3], k.shape[2]
+    mask = None
+    if attn_mask is not None:
+        expected = (length, keys) if attn_mask.dim() == 2 else (batch * heads, length, keys)
+        if attn_mask.shape != expected:
+            raise ValueError(
+                f"attn_mask has shape {tuple(attn_mask.shape)}, expected ({length}, {keys}) or, for {batch} samples "
+                f"and {heads} heads, ({batch * heads}, {length}, {keys})."
+            )
+        mask = _additive(attn_mask, q.dtype)
+        mask = mask if mask.dim() == 2 else torch.unflatten(mask, 0, (batch, -1))
+    if key_padding_mask is not None:
+        padding = key_padding_mask.unsqueeze(0) if key_padding_mask.dim() == 1 else key_padding_mask
+        if padding.shape != (batch, keys):
+            raise ValueError(
+                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected ({batch}, {keys}), or ({keys},) "
+                "without a batch."
+            )
+        padding = _additive(padding, q.dtype)[:, None, None, :]
+        mask = padding if mask is None else mask + padding
+    return mask if mask is None or mask.dtype == q.dtype else mask.to(q.dtype)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise ValueError(f"A mask must be boolean or floating point; got {mask.dtype}.")
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

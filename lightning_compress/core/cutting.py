@@ -1,0 +1,115 @@
+"""Cut channels out of a model, or zero what makes them; and tell whether two outputs agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_compress.core.groups import Attribute, ChannelGroup
+from lightning_compress.core.slicing import Slices
+
+Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
+
+
+@contextmanager
+def silenced(model: nn.Module, drop: Drop) -> Iterator[None]:
+    """Zeros in everything that produces some channels, for the length of a `with` block."""
+    tensors = named_tensors(model)
+    before: dict[str, Tensor] = {}
+    try:
+        for group, units in drop:
+            for member in (one for one in group.members if one.produces):
+                tensor = tensors[member.tensor]
+                if member.tensor not in before:
+                    before[member.tensor] = tensor.data
+                    tensor.data = tensor.data.clone()
+                positions = member.index[units].reshape(-1).to(tensor.device)
+                tensor.data.index_fill_(member.dim, positions, 0)
+        yield
+    finally:
+        for name, data in before.items():
+            tensors[name].data = data
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def take(
+    slices: Slices,
+    model: nn.Module,
+    drop: Drop,
+    *,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+) -> None:
+    """Cut units of groups out of a model."""
+    tensors = named_tensors(model)
+    stay: dict[str, dict[int, Tensor]] = {}
+    counts: dict[tuple[str, str, int | None], int] = {}
+    for group, units in drop:
+        for member in group.members:
+            size = tensors[member.tensor].shape[member.dim]
+            here = stay.setdefault(member.tensor, {}).setdefault(member.dim, torch.ones(size, dtype=torch.bool))
+            here[member.index[units].reshape(-1)] = False
+        for one in group.attributes:
+            key = (one.module, one.name, one.place)
+            before = _get(model, one)
+            count = counts.get(key, before)
+            whole = one.index.numel() == before  # then groups that cross each take their share
+            counts[key] = count * (group.size - len(units)) // group.size if whole else count - one.index[units].numel()
+    for (module, name, place), count in counts.items():
+        owner = model.get_submodule(module)
+        if hasattr(owner, name):
+            value: Any = count
+            if place is not None:
+                value = tuple(count if at == place else size for at, size in enumerate(getattr(owner, name)))
+            slices.set(owner, name, value)
+    kept = {name: {dim: mask.nonzero().squeeze(1) for dim, mask in dims.items()} for name, dims in stay.items()}
+    slices.take(model, kept, optimizers=optimizers)
+
+
+def _get(model: nn.Module, attribute: Attribute) -> int:
+    value: Any = getattr(model.get_submodule(attribute.module), attribute.name, 0)
+    return int(value if attribute.place is None else value[attribute.place])
+
+
+def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
+    """None if two lists of tensors agree, or where they do not."""
+    if [one.shape for one in got] != [one.shape for one in expected]:
+        shapes = ([tuple(one.shape) for one in some] for some in (got, expected))
+        return "its output has shapes {}, not {}".format(*shapes)
+    for one, other in zip(got, expected, strict=True):
+        if not one.is_floating_point():
+            if not torch.equal(one, other):
+                return "its integer output differs"
+            continue
+        finite = other.isfinite()
+        if not torch.equal(one.masked_fill(finite, 0).nan_to_num(), other.masked_fill(finite, 0).nan_to_num()):
+            return "its output has other infinite values"
+        scale = float(other[finite].abs().max()) if bool(finite.any()) else 0.0
+        difference = float((one[finite] - other[finite]).abs().max()) if bool(finite.any()) else 0.0
+        if difference > tolerance * max(scale, math.ulp(1.0)):
+            return f"its output differs by {difference / scale if scale else math.inf:.2g} of its size"
+    return None
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    return [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def drop_of(groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]) -> list[tuple[ChannelGroup, Tensor]]:
+    """Turn what stays of every group into what leaves."""
+    drop = []
+    for name, units in keep.items():
+        gone = torch.ones(groups[name].size, dtype=torch.bool)
+        gone[units] = False
+        if bool(gone.any()):
+            drop.append((groups[name], gone.nonzero().squeeze(1)))
+    return drop

@@ -1,0 +1,198 @@
+"""The network as graphs of ATen operators, and the walk that labels every tensor in them."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.operators import Average, Call, run_rule, unknown, values_in
+from lightning_compress.core.units import Layer, Units, Value
+
+READINGS = 3  # of what a reshape takes apart: (3, heads, width), (heads, 3, width) and (heads, width, 3) are in use
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The nodes of one dimension of a parameter or buffer."""
+
+    tensor: str
+    dim: int
+    nodes: Tensor
+
+
+class Places:
+    """The nodes of all parameters and floating-point buffers; tensors that are one and the same have one name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        units = Units()
+        self.by_name: dict[str, list[Place]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        first: dict[int, str] = {}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, tensor in named:
+            self.shapes[name] = tuple(tensor.shape)
+            if id(tensor) in first:
+                self.by_name[name] = self.by_name[first[id(tensor)]]
+                continue
+            first[id(tensor)] = name
+            sizes = tensor.shape if tensor.is_floating_point() or name in self.parameters else ()
+            self.by_name[name] = [Place(name, dim, units.new(n)) for dim, n in enumerate(sizes) if n > 1]
+        self.names = list(first.values())
+        self.count = units.count
+
+    def all(self) -> list[Place]:
+        """Every dimension of every tensor, in order."""
+        return [place for name in self.names for place in self.by_name[name]]
+
+    def value(self, name: str) -> Value:
+        """The tensor as the graph sees it."""
+        shape = self.shapes[name]
+        layers = []
+        for place in self.by_name[name]:
+            view = [1] * len(shape)
+            view[place.dim] = shape[place.dim]
+            layers.append(Layer(place.nodes.reshape(view), True))
+        return Value(shape, tuple(layers), parameter=True)
+
+
+def export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
+    """Export the model in its present mode.
+
+    Raises:
+        ValueError: The model cannot be exported.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    else:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported, so its channel groups cannot be found: {first_line} "
+            f"Take data-dependent control flow out of the forward, or pass a submodule that has none."
+        ) from error
+
+
+class Walk:
+    """One walk through an exported graph, with one reading of what is taken apart."""
+
+    def __init__(self, program: ExportedProgram, places: Places, units: Units, reading: int) -> None:
+        self._places, self._units, self._reading = places, units, reading
+        self.averages: dict[str, list[Average]] = {}  # by the name of the graph's node
+        self.seen: set[str] = set()
+        inputs: list[Any] = []
+        used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+        for spec in program.graph_signature.input_specs:
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                assert spec.target is not None
+                if spec.arg.name in used:
+                    self.seen |= {place.tensor for place in places.by_name[spec.target]}
+                inputs.append(places.value(spec.target))
+            else:
+                inputs.append(None)
+        outputs = self._run(program.graph_module, inputs)
+        for value in values_in(outputs):
+            for layer in value.layers:
+                units.freeze(layer.nodes, "it is an output of the network")
+
+    def _run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
+        known: dict[fx.Node, Any] = {}
+        incoming = iter(inputs)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                given = next(incoming)
+                known[node] = _blank_like(node.meta.get("val")) if given is None else given
+            elif node.op == "get_attr":
+                target = getattr(module, node.target, None)
+                known[node] = (
+                    target if isinstance(target, fx.GraphModule) else _blank_like(node.meta.get("val", target))
+                )
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], lambda one: known[one])
+            else:
+                arguments = fx.map_arg((node.args, node.kwargs), lambda one: known[one])
+                known[node] = self._call(node, *arguments)
+        raise AssertionError("the graph has no output")
+
+    def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target = node.target
+        if target is operator.getitem:
+            return args[0][args[1]]
+        inner = next((arg for arg in args if isinstance(arg, fx.GraphModule)), None)
+        if inner is not None:  # under torch.no_grad or torch.autocast
+            place = args.index(inner)
+            return self._run(inner, list(args[place + 1 :]))
+        if not isinstance(target, torch._ops.OpOverload):
+            return _blank_like(node.meta.get("val"))
+        schema = target._schema
+        names = [argument.name for argument in schema.arguments]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        shape = _shape(node.meta.get("val"))
+        name = schema.name.partition("::")[2]
+        is_inplace = name.endswith("_") and not name.endswith("__")
+        if is_inplace:
+            name = name[:-1]
+        call = Call(name, arguments, shape, _module_of(node), self._units, self._reading)
+        call.operate = target
+        if is_inplace and _is_view(node.args[0]):
+            return unknown(call, f"{call.where} writes into a part of another tensor")
+        result = run_rule(call)
+        if call.averages:
+            self.averages.setdefault(node.name, []).extend(call.averages)
+        return result
+
+
+def _is_view(node: Any) -> bool:
+    """Whether a node's value is a part of another tensor, which an operator in place would change as well."""
+    views = {
+        "slice",
+        "select",
+        "narrow",
+        "chunk",
+        "split",
+        "unbind",
+        "transpose",
+        "permute",
+        "view",
+        "split_with_sizes",
+    }
+    if isinstance(node, fx.Node) and node.target is operator.getitem:
+        node = node.args[0]
+    target = getattr(node, "target", None)
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.name.partition("::")[2] not in views:
+        return False
+    base = node.args[0]
+    return isinstance(base, fx.Node) and len(base.users) > 1
+
+
+def _module_of(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _shape(val: Any) -> Any:
+    if isinstance(val, Tensor):
+        return val.shape
+    return [_shape(one) for one in val] if isinstance(val, list | tuple) else None
+
+
+def _blank_like(val: Any) -> Any:
+    if isinstance(val, Tensor):
+        return Value(tuple(val.shape))
+    return [_blank_like(one) for one in val] if isinstance(val, list | tuple) else val

@@ -1,0 +1,110 @@
+"""What a channel group is: slices of tensors that must leave a network together."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The slices of one tensor that belong to the channels of a group.
+
+    Attributes:
+        tensor: Qualified name of a parameter or buffer, such as `"conv.weight"`.
+        dim: The dimension that is cut.
+        index: Shape (size, k): row i holds the k positions along `dim` that belong to channel i.
+        produces: Whether the slice makes the channel's value (a weight's output side, a bias, a norm's scale and
+            shift), so that with zeros in all of them the channel is zero; the others read the channel or count it.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    produces: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """A number that a module's code reads and that counts channels: positions `index` (size, k) of what it counts.
+
+    `place` is the position in a tuple, or None for a plain number.
+    """
+
+    module: str
+    name: str
+    place: int | None
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels of which any non-empty subset may stay.
+
+    Attributes:
+        name: Unique; the module, or bare parameter, that makes the channels.
+        size: Number of channels, or of whole units such as attention heads.
+        members: The slices of all tensors that belong to them.
+        attributes: Numbers in the modules that follow.
+        exact: Whether cutting channels equals zeroing what produces them.
+        frozen: None, or why nothing may be cut, in words.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    attributes: tuple[Attribute, ...] = ()
+    exact: bool = True
+    frozen: str | None = None
+    note: str | None = None  # why it is not exact
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules whose tensors are cut."""
+        return list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in self.members))
+
+
+class ChannelGroups(list[ChannelGroup]):
+    """Channel groups that print as a table."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("group", "channels", "tensors", "may be cut")
+        for group in self:
+            cut = group.frozen or ("yes" if group.exact else f"only inexactly: {group.note}")
+            table.add_row(group.name, str(group.size), str(len(group.members)), cut)
+        yield table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def to_json(self) -> str:
+        """All there is to know, as JSON."""
+        return json.dumps(
+            [
+                {
+                    "name": group.name,
+                    "size": group.size,
+                    "exact": group.exact,
+                    "note": group.note,
+                    "frozen": group.frozen,
+                    "modules": group.modules,
+                    "members": [
+                        {"tensor": one.tensor, "dim": one.dim, "produces": one.produces, "index": one.index.tolist()}
+                        for one in group.members
+                    ],
+                    "attributes": [
+                        {"module": one.module, "name": one.name, "place": one.place, "index": one.index.tolist()}
+                        for one in group.attributes
+                    ],
+                }
+                for group in self
+            ],
+            indent=1,
+        )

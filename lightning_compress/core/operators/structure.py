@@ -1,0 +1,193 @@
+"""Operators that rearrange entries: they act on the labels as they act on the values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.core.operators.call import Call, rule, values_in
+from lightning_compress.core.operators.elementwise import broadcast, combine
+from lightning_compress.core.units import FIXED, Layer, Value, compress, restructure, split_apart
+
+
+@rule(
+    "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T squeeze unsqueeze expand expand_as "
+    "movedim moveaxis swapaxes swapdims slice narrow flip roll repeat tile repeat_interleave "
+    "pixel_shuffle pixel_unshuffle channel_shuffle unfold select diagonal view_as reshape_as mT"
+)
+def structure(call: Call) -> Value:
+    source = next(iter(values_in(call.arguments)))
+    layers = []
+    for layer in source.layers:
+        nodes = restructure(source, layer, _operation(call))
+        varying = [dim for dim, size in enumerate(nodes.shape) if size > 1]
+        if len(varying) > len(layer.dims):
+            nodes = split_apart(nodes, varying, call.reading, call.units, f"{call.where} takes channels apart")
+            varying = [dim for dim, size in enumerate(nodes.shape) if size > 1]
+        if varying:
+            layers.append(Layer(nodes, layer.silent))
+        else:
+            call.units.freeze(nodes, f"{call.where} picks out single channels")
+    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
+
+
+def _operation(call: Call) -> Callable[[Tensor], Tensor]:
+    def operate(nodes: Tensor) -> Tensor:
+        first = next(name for name, value in call.arguments.items() if isinstance(value, Value))
+        arguments = {
+            name: torch.empty(value.shape, device="meta") if isinstance(value, Value) else value
+            for name, value in call.arguments.items()
+        }
+        arguments[first] = nodes
+        assert call.operate is not None
+        result: Tensor = call.operate(**arguments)
+        return result
+
+    return operate
+
+
+@rule("chunk split split_with_sizes tensor_split unbind unsafe_chunk unsafe_split unsafe_split_with_sizes")
+def pieces(call: Call) -> list[Value]:
+    source: Value = call["self"]
+    dim = (call["dim"] or 0) % len(source.shape)
+    layers = list(source.layers)
+    sizes = [1 if call.name == "unbind" else shape[dim] for shape in call.shape]
+    equal = len(set(sizes)) == 1
+    for index, layer in enumerate(layers):
+        if equal and dim in layer.dims and call.name != "unbind":
+            # Code that asks for so many equal pieces gets them from thinner channels only if every piece gives as many.
+            stacked = torch.unflatten(layer.nodes, dim, (len(sizes), sizes[0]))
+            first = stacked.narrow(dim, 0, 1)
+            call.units.tie(stacked, first, f"{call.where} takes channels apart")
+            layers[index] = Layer(first.expand(stacked.shape).flatten(dim, dim + 1), layer.silent)
+    results = []
+    for place, shape in enumerate(call.shape):
+        found = []
+        for layer in layers:
+            if dim not in layer.dims:
+                nodes = layer.nodes if call.name != "unbind" else layer.nodes.squeeze(dim)
+            else:
+                nodes = layer.nodes.narrow(dim, sum(sizes[:place]), sizes[place])
+                nodes = compress(nodes.squeeze(dim) if call.name == "unbind" else nodes)
+            if any(size > 1 for size in nodes.shape):
+                found.append(Layer(nodes, layer.silent))
+            else:
+                call.units.freeze(nodes, f"{call.where} picks out single channels")
+        results.append(Value(tuple(shape), tuple(found), source.uniform, source.parameter))
+    return results
+
+
+@rule("cat stack concat")
+def join(call: Call) -> Value:
+    parts: list[Value] = list(call["tensors"])
+    dim = (call["dim"] or 0) % len(call.shape)
+    if call.name == "stack":
+        parts = [
+            Value(
+                (*part.shape[:dim], 1, *part.shape[dim:]),
+                tuple(Layer(layer.nodes.unsqueeze(dim), layer.silent) for layer in part.layers),
+                part.uniform,
+                part.parameter,
+            )
+            for part in parts
+        ]
+    parts = [part for part in parts if part.shape != (0,)]  # an empty cache
+    joined = [part.along(dim) for part in parts]
+    layers = []
+    if any(joined):
+        nodes = []
+        for part, found in zip(parts, joined, strict=True):
+            shape = broadcast([tuple(layer.nodes.shape) for some in joined for layer in some])
+            shape[dim] = part.shape[dim]
+            for extra in found[1:]:
+                call.units.tie(extra.nodes, found[0].nodes, call.where)
+            own = found[0].nodes if found else torch.tensor(FIXED).reshape([1] * len(shape))
+            size = [1 if place != dim and own.shape[place] == 1 else shape[place] for place in range(len(shape))]
+            nodes.append(own.expand([max(a, b) for a, b in zip(size, shape, strict=True)]))
+        silent = all(layer.silent for found in joined for layer in found)
+        layers.append(Layer(compress(torch.cat(nodes, dim)), silent))
+    others = [
+        Value(
+            (*part.shape[:dim], 1, *part.shape[dim + 1 :]),
+            tuple(layer for layer in part.layers if dim not in layer.dims),
+            part.uniform,
+            part.parameter,
+        )
+        for part in parts
+    ]
+    rest = combine(call, others, lambda states: all(states) and len(states) == len(parts))
+    uniform = all(part.uniform for part in parts)
+    return Value(tuple(call.shape), (*layers, *rest.layers), uniform, rest.parameter)
+
+
+@rule("constant_pad_nd pad")
+def pad(call: Call) -> Value:
+    source: Value = call["self"]
+    amounts, value = list(call["pad"]), call["value"] or 0
+    constant_mode = call["mode"] in (None, "constant")
+    layers = []
+    for layer in source.layers:
+        nodes = layer.nodes
+        for place in range(len(amounts) // 2):
+            dim = len(source.shape) - 1 - place
+            before, after = amounts[2 * place : 2 * place + 2]
+            if dim not in layer.dims or (before == 0 and after == 0):
+                continue
+            if not constant_mode or before < 0 or after < 0:
+                call.freeze([layer], f"{call.where} pads channels by others")
+                break
+            widths = [0] * (2 * (len(source.shape) - 1 - dim)) + [before, after]
+            nodes = torch.nn.functional.pad(nodes, widths, value=FIXED)
+        else:
+            layers.append(Layer(nodes, layer.silent and (value == 0 or not constant_mode)))
+    return Value(tuple(call.shape), tuple(layers), False, source.parameter)
+
+
+@rule("index_select gather take_along_dim cumsum cumprod sort topk argsort log_cumsum_exp")
+def along_dim(call: Call) -> Any:
+    source: Value = call["self"]
+    dim = (-1 if call["dim"] is None else call["dim"]) % max(len(source.shape), 1)
+    others = [value for value in values_in(call.arguments) if value is not source]
+    for value in others:
+        call.freeze(value.layers, f"{call.where} looks places up")
+    call.freeze(source.along(dim), f"{call.where} tells channels apart by their place")
+    layers = tuple(layer for layer in source.layers if dim not in layer.dims)
+    keeps = call.name in ("index_select", "cumsum", "sort", "topk")
+    shapes = call.shape if isinstance(call.shape, list) else [call.shape]
+    found = [Value(tuple(shape), tuple(Layer(one.nodes, one.silent and keeps) for one in layers)) for shape in shapes]
+    return found if isinstance(call.shape, list) else found[0]
+
+
+@rule("index")
+def index(call: Call) -> Value:
+    source: Value = call["self"]
+    places = list(call["indices"])
+    for value in values_in(places):
+        call.freeze(value.layers, f"{call.where} looks places up")
+    looked_up = [dim for dim, place in enumerate(places) if place is not None]
+    zeros = [None if place is None else torch.zeros(place.shape, dtype=torch.long) for place in places]
+    layers = []
+    for layer in source.layers:
+        if any(dim in layer.dims for dim in looked_up):
+            call.freeze([layer], f"{call.where} looks rows up by their number")
+        else:
+            nodes = compress(torch.ops.aten.index(layer.nodes.expand(source.shape), zeros))
+            layers.append(Layer(nodes, layer.silent))
+    return Value(tuple(call.shape), tuple(layers), False, source.parameter)
+
+
+@rule("embedding")
+def embedding(call: Call) -> Value:
+    weight: Value = call["weight"]
+    call.freeze(weight.along(0), f"{call.where} looks rows up by their number")
+    call.units.consumed += [layer.nodes for layer in weight.along(0)]
+    for value in values_in(call["indices"]):
+        call.freeze(value.layers, f"{call.where} looks rows up by channels")
+    layers = []
+    for layer in weight.along(1):
+        call.units.produced.append(layer.nodes)
+        layers.append(Layer(layer.nodes.reshape([1] * (len(call.shape) - 1) + [-1]), layer.silent))
+    return Value(tuple(call.shape), tuple(layers))

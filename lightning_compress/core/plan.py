@@ -1,0 +1,136 @@
+"""What the graphs alone say of a network's channels: candidates for groups, before any trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.graphs import READINGS, Places, Walk, export
+from lightning_compress.core.groups import Attribute, ChannelGroup, Member
+from lightning_compress.core.inputs import ExampleInputs, batch_size
+from lightning_compress.core.laboratory import laboratory
+from lightning_compress.core.units import Units
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the graphs alone say: candidates for groups, which may overlap, and the walks that found them."""
+
+    places: Places
+    candidates: list[ChannelGroup]
+    walks: list[Walk]
+    example_inputs: ExampleInputs
+
+    @classmethod
+    def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
+        """Export the model, in both modes, and follow the channels."""
+        example_inputs = _two_samples(example_inputs)
+        with laboratory(model, example_inputs) as inputs:
+            programs = [export(model, inputs)]
+            model.train()
+            programs.append(export(model, inputs))
+            model.eval()
+        places = Places(model)
+        candidates: dict[tuple[object, ...], ChannelGroup] = {}
+        walks = []
+        for reading in range(READINGS):
+            units = Units(places.count)
+            both = [Walk(program, places, units, reading) for program in programs]
+            walks.append(both[0])
+            unused = set(places.names) - both[0].seen - both[1].seen
+            for place in (place for name in unused for place in places.by_name[name]):
+                units.freeze(place.nodes, "it is not used in the forward pass of the example inputs")
+            for group in _groups(places, units):
+                candidates.setdefault(_identity(group), group)
+            if not units.read:
+                break
+        return cls(places, list(candidates.values()), walks, example_inputs)
+
+    def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> Tensor:
+        """For every node whether it leaves when some units of some groups do."""
+        gone = torch.zeros(self.places.count, dtype=torch.bool)
+        nodes = {(place.tensor, place.dim): place.nodes for place in self.places.all()}
+        for group, units in drop:
+            for member in group.members:
+                gone[nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
+        return gone
+
+
+def _two_samples(example_inputs: ExampleInputs) -> ExampleInputs:
+    """Batch norms in training mode need two."""
+    if batch_size(example_inputs) > 1:
+        return example_inputs
+    doubled: ExampleInputs = torch.utils._pytree.tree_map_only(
+        Tensor,
+        lambda one: torch.cat([one, one]) if one.dim() and one.shape[0] == 1 else one,
+        example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs),
+    )
+    return doubled
+
+
+def _groups(places: Places, units: Units) -> list[ChannelGroup]:
+    """Collect units whose slices lie alike into groups."""
+    root = units.solve()
+    reasons = _reasons(root, units.frozen)
+    notes = _reasons(root, units.inexact)
+    consumed = torch.zeros(units.count, dtype=torch.bool)
+    for nodes in units.consumed:
+        consumed[nodes.reshape(-1)] = True
+    for nodes in units.produced:
+        consumed[nodes.reshape(-1)] = False
+    all_places = places.all()
+    counts: dict[int, list[tuple[int, int]]] = {}
+    for number, place in enumerate(all_places):
+        found, how_many = torch.unique(root[place.nodes], return_counts=True)
+        for unit, count in zip(found.tolist(), how_many.tolist(), strict=True):
+            counts.setdefault(unit, []).append((number, count))
+    alike: dict[tuple[tuple[tuple[int, int], ...], str | None, str | None], list[int]] = {}
+    for unit in sorted(counts):
+        alike.setdefault((tuple(counts[unit]), reasons.get(unit), notes.get(unit)), []).append(unit)
+    groups = []
+    for (signature, frozen, note), members in alike.items():
+        ordered = torch.tensor(members)
+        slices = []
+        for number, count in signature:
+            place = all_places[number]
+            index = _positions(root[place.nodes], ordered, count)
+            slices.append(Member(place.tensor, place.dim, index, not bool(consumed[place.nodes[index]].any())))
+        if not any(one.produces and one.tensor in places.parameters for one in slices):
+            continue
+        if len(members) == 1 and frozen is None:
+            single = all(count == 1 for _, count in signature)
+            frozen = "it has a single channel" if single else "all its channels depend on each other"
+        attributes = []
+        for module, name, at, nodes in units.attributes:
+            of_these = root[nodes]
+            inside = torch.isin(of_these, ordered)
+            if bool(inside.any()):
+                each = int(inside.sum()) // len(members)
+                attributes.append(Attribute(module, name, at, _positions(of_these, ordered, each)))
+        unique = {(one.module, one.name, one.place): one for one in attributes}
+        groups.append(ChannelGroup("", len(members), tuple(slices), tuple(unique.values()), note is None, frozen, note))
+    return groups
+
+
+def _positions(units_of: Tensor, ordered: Tensor, count: int) -> Tensor:
+    """For each of the sorted units, the positions where it stands: shape (units, count)."""
+    at = torch.isin(units_of, ordered).nonzero().squeeze(1)
+    by_unit = torch.argsort(units_of[at], stable=True)
+    return at[by_unit].reshape(len(ordered), count)
+
+
+def _reasons(root: Tensor, said: Sequence[tuple[Tensor, str]]) -> dict[int, str]:
+    """The first thing said of every unit."""
+    found: dict[int, str] = {}
+    for nodes, reason in said:
+        for unit in torch.unique(root[nodes]).tolist():
+            found.setdefault(unit, reason)
+    return found
+
+
+def _identity(group: ChannelGroup) -> tuple[object, ...]:
+    """Equal for groups that hold the same units, whichever reading found them."""
+    return tuple((one.tensor, one.dim, tuple(one.index.sort(1).values.reshape(-1).tolist())) for one in group.members)

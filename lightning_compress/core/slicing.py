@@ -1,0 +1,143 @@
+"""Take slices out of a model's tensors, in place: the same Parameter objects, thinner, and everything can be undone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Kept = Mapping[str, Mapping[int, Tensor]]  # tensor name -> dim -> the positions that stay
+Undo = Callable[[], None]
+
+
+class Slices:
+    """Slices that have been taken; `undo` puts everything back."""
+
+    def __init__(self) -> None:
+        self._undo: list[Undo] = []
+
+    def undo(self) -> None:
+        """Put everything back, the last first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def take(self, model: nn.Module, kept: Kept, *, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Slice parameters with their gradients, buffers, optimizer state, and the sizes that modules note of them.
+
+        Raises:
+            ValueError: An optimizer keeps state that cannot be sliced like its parameter.
+        """
+        try:
+            modules = dict(model.named_modules(remove_duplicate=False))
+            for name, dims in kept.items():
+                module, _, attribute = name.rpartition(".")
+                tensor = getattr(modules[module], attribute)
+                if isinstance(tensor, nn.Parameter):
+                    for optimizer in optimizers:
+                        self._slice_state(optimizer, tensor, dims)
+                self._slice(tensor, dims)
+            for module in dict.fromkeys(name.rpartition(".")[0] for name in kept):
+                self._refresh(modules[module])
+        except BaseException:
+            self.undo()
+            raise
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute."""
+        old = getattr(owner, name)
+        self._undo.append(lambda: setattr(owner, name, old))
+        setattr(owner, name, value)
+
+    def _slice(self, tensor: Tensor, dims: Mapping[int, Tensor]) -> None:
+        data, gradient = tensor.data, tensor.grad
+
+        def undo() -> None:
+            tensor.grad = None
+            tensor.data = data
+            tensor.grad = gradient
+
+        self._undo.append(undo)
+        tensor.grad = None
+        tensor.data = select(data, dims)
+        if gradient is not None:
+            tensor.grad = select(gradient, dims)
+
+    def _slice_state(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dims: Mapping[int, Tensor]
+    ) -> None:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
+        state = optimizer.state.get(parameter)
+        if not state:
+            return
+        old = dict(state)
+
+        def undo() -> None:
+            state.clear()
+            state.update(old)
+
+        self._undo.append(undo)
+        for name, value in old.items():
+            if isinstance(value, Tensor) and value.numel() > 1:
+                where = _dims_of_state(tuple(value.shape), tuple(parameter.shape))
+                if where is None:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a parameter of "
+                        f"shape {tuple(parameter.shape)}, which cannot be cut like it. Use SGD, Adam, AdamW or "
+                        f"Adafactor, or cut before the optimizer is made."
+                    )
+                state[name] = select(value, {where[dim]: keep for dim, keep in dims.items() if dim in where})
+
+    def _refresh(self, module: nn.Module) -> None:
+        """Set the sizes that a module of torch notes of its tensors."""
+        for name, value in sizes(module).items():
+            if getattr(module, name) != value:
+                self.set(module, name, value)
+
+
+def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """Keep some positions along some dimensions."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    for dim, keep in dims.items():
+        tensor = tensor.index_select(dim, keep.to(tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _dims_of_state(shape: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
+    """Which dimension of an optimizer's tensor belongs to which of the parameter; None if that can't be told."""
+    if len(shape) == len(parameter) and all(a in (b, 1) for a, b in zip(shape, parameter, strict=True)):
+        return {dim: dim for dim, size in enumerate(shape) if size == parameter[dim]}
+    if shape == parameter[:-1]:  # factored second moments: a row's
+        return {dim: dim for dim in range(len(shape))}
+    if len(parameter) > 1 and shape == (*parameter[:-2], parameter[-1]):  # and a column's
+        return {dim: dim for dim in range(len(shape) - 1)} | {len(parameter) - 1: len(shape) - 1}
+    return None
+
+
+def sizes(module: nn.Module) -> dict[str, Any]:
+    """What a module's size attributes should be, by the shapes of its tensors."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return {}
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        first, second = weight.shape[0], weight.shape[1] * module.groups
+        names = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        return dict(zip(names, (first, second), strict=True))
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"num_features": weight.shape[0]}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": tuple(weight.shape)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": weight.shape[0]}
+    if isinstance(module, nn.Embedding):
+        return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight.shape[0]}
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and isinstance(module, conv1d):
+        return {"nx": weight.shape[0], "nf": weight.shape[1]}
+    return {}

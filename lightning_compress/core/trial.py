@@ -1,0 +1,168 @@
+"""The trial cut: a group is free only after the network's own code has run without half of its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.attributes import VARIANTS, with_attributes
+from lightning_compress.core.cutting import Drop, compare, silenced, take, tensors_of
+from lightning_compress.core.graphs import export
+from lightning_compress.core.groups import ChannelGroup
+from lightning_compress.core.inputs import ExampleInputs, call
+from lightning_compress.core.plan import Plan
+from lightning_compress.core.reference import Reference
+from lightning_compress.core.slicing import Slices
+
+TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, an error far above
+
+
+class Trial:
+    """Cuts candidates of a plan, inside a laboratory, and compares with the dense network without those channels."""
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> None:
+        self._model, self._inputs, self._plan = model, example_inputs, plan
+        self._averages: dict[str, list[Any]] = {}
+        for walk in plan.walks:
+            for name, averages in walk.averages.items():
+                self._averages.setdefault(name, []).extend(averages)
+        self._program: Any = None
+
+    def survivors(self) -> list[ChannelGroup]:
+        """The groups that may be cut, in any combination, and the frozen ones that say why not."""
+        free = [group for group in self._plan.candidates if group.frozen is None]
+        frozen = [group for group in self._plan.candidates if group.frozen is not None]
+        chosen = _compatible(free)
+        if self._error(chosen) is not None:
+            tried = [self._tried(kind) for kind in _kinds(free)]
+            free = [group for kind in tried for group in kind if group.frozen is None]
+            frozen += [group for kind in tried for group in kind if group.frozen is not None]
+            chosen = _compatible(free)
+            if self._error(chosen) is not None:
+                chosen, more = self._one_by_one(chosen)
+                frozen += more
+        order = {name: number for number, name in enumerate(self._plan.places.names)}
+
+        def position(group: ChannelGroup) -> tuple[int, int, int]:
+            return min((order[one.tensor], one.dim, int(one.index.min())) for one in group.members if one.produces)
+
+        return sorted(chosen + _telling(frozen, chosen), key=position)
+
+    def _tried(self, kind: list[ChannelGroup]) -> list[ChannelGroup]:
+        """Free or freeze the groups of one kind, with attributes that follow where the code needs it."""
+        error: str | None = None
+        for variant in VARIANTS:
+            groups = [with_attributes(group, self._model, variant) for group in kind]
+            if variant and all(new is old for new, old in zip(groups, kind, strict=True)):
+                continue
+            found = self._error(groups)
+            if found is None:
+                return groups
+            error = error or found
+        if len(kind) > 1 and self._tried(kind[:1])[0].frozen is None:  # not the first; then which?
+            return [group for one in kind for group in self._tried([one])]
+        return [replace(group, frozen=f"the network's code does not survive a cut: {error}") for group in kind]
+
+    def _one_by_one(self, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
+        free: list[ChannelGroup] = []
+        frozen = []
+        for group in groups:
+            error = self._error([*free, group])
+            if error is None:
+                free.append(group)
+            else:
+                frozen.append(replace(group, frozen=f"the network's code does not survive a cut with others: {error}"))
+        return free, frozen
+
+    def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
+        """Cut about half of every group; None, or what went wrong."""
+        generator = torch.Generator().manual_seed(len(groups))
+        drop = []
+        for group in groups:
+            count = max(1, group.size // 2)
+            drop.append((group, torch.randperm(group.size, generator=generator)[:count]))
+        expected = self.reference(drop)
+        slices = Slices()
+        try:
+            take(slices, self._model, drop)
+            got = tensors_of(call(self._model, self._inputs))
+        except Exception as error:  # whatever the network's code raises
+            return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        finally:
+            slices.undo()
+        return compare(got, expected, TOLERANCE)
+
+    def reference(self, drop: Drop) -> list[Tensor]:
+        """The output of the dense network without some channels."""
+        with silenced(self._model, drop):
+            if all(group.exact for group, _ in drop):
+                return tensors_of(call(self._model, self._inputs))
+            if self._program is None:
+                self._program = export(self._model, self._inputs)
+            reference = Reference(self._program, self._averages, self._plan.removed(drop))
+            return reference.outputs(self._model, self._inputs)
+
+
+# ---------------------------------------------------------------------- candidates
+
+
+def _compatible(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Of groups that overlap, those that can be cut in any combination; finer ones first."""
+    chosen: list[ChannelGroup] = []
+    for group in sorted(groups, key=lambda one: -one.size):
+        if all(_crosses(group, other) for other in chosen):
+            chosen.append(group)
+    return chosen
+
+
+def _crosses(a: ChannelGroup, b: ChannelGroup) -> bool:
+    """Whether two groups are disjoint, or as rows are to columns."""
+    others = {(one.tensor, one.dim): one for one in b.members}
+    for one in a.members:
+        other = others.get((one.tensor, one.dim))
+        if other is None:
+            continue
+        size = int(max(one.index.max(), other.index.max())) + 1
+        row, column = torch.full((size,), -1), torch.full((size,), -1)
+        row[one.index] = torch.arange(a.size)[:, None].expand_as(one.index)
+        column[other.index] = torch.arange(b.size)[:, None].expand_as(other.index)
+        if not bool(((row >= 0) & (column >= 0)).any()):
+            continue
+        if not torch.equal(row >= 0, column >= 0):
+            return False
+        both = (row * b.size + column)[row >= 0].bincount(minlength=a.size * b.size)
+        if int(both.min()) == 0 or int(both.min()) != int(both.max()):
+            return False
+    return True
+
+
+def _telling(frozen: Sequence[ChannelGroup], free: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+    """Of the frozen groups those that say something of slices of which nothing was said, larger ones first."""
+    told: list[ChannelGroup] = []
+    said = {place for group in free for place in _made(group)}
+    for group in sorted(frozen, key=lambda one: -one.size):
+        if not _made(group) <= said:
+            told.append(group)
+            said |= _made(group)
+    return told
+
+
+def _made(group: ChannelGroup) -> set[tuple[str, int, int]]:
+    """Every position that a group's producing slices cover."""
+    makers = (one for one in group.members if one.produces)
+    return {(one.tensor, one.dim, at) for one in makers for at in one.index.reshape(-1).tolist()}
+
+
+def _kinds(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups that look alike: the same tensors of the same shapes, at other places in the network."""
+    kinds: dict[tuple[object, ...], list[ChannelGroup]] = {}
+    for group in groups:
+        key = tuple(
+            ("".join(x for x in one.tensor if not x.isdigit()), one.dim, one.index.shape) for one in group.members
+        )
+        kinds.setdefault((group.size, key), []).append(group)
+    return list(kinds.values())
