@@ -38,6 +38,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
         ValueError: The model cannot be exported.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10))
         >>> for group in channel_groups(net, torch.zeros(2, 1, 4, 4)):
         ...     print(group.name, group.size, [one.tensor for one in group.members if one.produces], group.frozen)
@@ -46,7 +47,9 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     """
     plan = Plan.make(model, example_inputs)
     with laboratory(model, plan.example_inputs) as inputs:
-        return _named(Trial(model, inputs, plan).survivors())
+        groups = _named(Trial(model, inputs, plan).survivors())
+    groups.plan = plan
+    return groups
 
 
 def _named(groups: Sequence[ChannelGroup]) -> ChannelGroups:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_compress.core.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +73,13 @@ class ChannelGroup:
 
 
 class ChannelGroups(list[ChannelGroup]):
-    """Channel groups that print as a table."""
+    """Channel groups that print as a table. `plan` is what a cut needs to check itself."""
+
+    plan: Plan | None = None
+
+    def free(self, *, inexact: bool = False) -> list[ChannelGroup]:
+        """The groups that may be cut, exactly or, if asked for, inexactly as well."""
+        return [group for group in self if group.frozen is None and (group.exact or inexact)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("group", "channels", "tensors", "may be cut")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from lightning_compress.core.graphs import READINGS, Places, Walk, export
 from lightning_compress.core.groups import Attribute, ChannelGroup, Member
@@ -22,6 +23,7 @@ class Plan:
     places: Places
     candidates: list[ChannelGroup]
     walks: list[Walk]
+    program: ExportedProgram
     example_inputs: ExampleInputs
 
     @classmethod
@@ -47,7 +49,7 @@ class Plan:
                 candidates.setdefault(_identity(group), group)
             if not units.read:
                 break
-        return cls(places, list(candidates.values()), walks, example_inputs)
+        return cls(places, list(candidates.values()), walks, programs[0], example_inputs)
 
     def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> Tensor:
         """For every node whether it leaves when some units of some groups do."""

@@ -11,8 +11,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.cutting import Drop, silenced, tensors_of
+from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.core.operators import Average
+from lightning_compress.core.plan import Plan
 
 
 class Reference(fx.Interpreter):
@@ -98,3 +100,21 @@ def _widen(result: Tensor, thin: Mapping[int, Tensor], full: Tensor) -> Tensor:
         shape[dim] = full.shape[dim]
         result = result.new_zeros(shape).index_copy(dim, kept, result)
     return result
+
+
+def dense_without(
+    model: nn.Module, example_inputs: ExampleInputs, drop: Drop, plan: Plan | None = None
+) -> list[Tensor]:
+    """Return the output of the dense network with zeros in place of some channels.
+
+    Where averages count the channels, they count those that stay: that needs the plan, and the model in the laboratory.
+    """
+    with silenced(model, drop):
+        if all(group.exact for group, _ in drop):
+            return tensors_of(call(model, example_inputs))
+        assert plan is not None, "inexact groups need the plan"
+        averages: dict[str, list[Average]] = {}
+        for walk in plan.walks:
+            for name, some in walk.averages.items():
+                averages.setdefault(name, []).extend(some)
+        return Reference(plan.program, averages, plan.removed(drop)).outputs(model, example_inputs)

@@ -45,6 +45,10 @@ class Slices:
             self.undo()
             raise
 
+    def on_undo(self, undo: Undo) -> None:
+        """Have something else undone as well."""
+        self._undo.append(undo)
+
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute."""
         old = getattr(owner, name)

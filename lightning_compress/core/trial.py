@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress.core.attributes import VARIANTS, with_attributes
-from lightning_compress.core.cutting import Drop, compare, silenced, take, tensors_of
-from lightning_compress.core.graphs import export
+from lightning_compress.core.cutting import compare, take, tensors_of
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.core.plan import Plan
-from lightning_compress.core.reference import Reference
+from lightning_compress.core.reference import dense_without
 from lightning_compress.core.slicing import Slices
 
 TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, an error far above
@@ -26,11 +24,6 @@ class Trial:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> None:
         self._model, self._inputs, self._plan = model, example_inputs, plan
-        self._averages: dict[str, list[Any]] = {}
-        for walk in plan.walks:
-            for name, averages in walk.averages.items():
-                self._averages.setdefault(name, []).extend(averages)
-        self._program: Any = None
 
     def survivors(self) -> list[ChannelGroup]:
         """The groups that may be cut, in any combination, and the frozen ones that say why not."""
@@ -85,7 +78,7 @@ class Trial:
         for group in groups:
             count = max(1, group.size // 2)
             drop.append((group, torch.randperm(group.size, generator=generator)[:count]))
-        expected = self.reference(drop)
+        expected = dense_without(self._model, self._inputs, drop, self._plan)
         slices = Slices()
         try:
             take(slices, self._model, drop)
@@ -95,16 +88,6 @@ class Trial:
         finally:
             slices.undo()
         return compare(got, expected, TOLERANCE)
-
-    def reference(self, drop: Drop) -> list[Tensor]:
-        """The output of the dense network without some channels."""
-        with silenced(self._model, drop):
-            if all(group.exact for group, _ in drop):
-                return tensors_of(call(self._model, self._inputs))
-            if self._program is None:
-                self._program = export(self._model, self._inputs)
-            reference = Reference(self._program, self._averages, self._plan.removed(drop))
-            return reference.outputs(self._model, self._inputs)
 
 
 # ---------------------------------------------------------------------- candidates

@@ -1,0 +1,202 @@
+"""Cut channels out of a network for good, in place: the same Parameters, thinner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.channels import channel_groups
+from lightning_compress.core.cutting import Drop, compare, drop_of, named_tensors, take, tensors_of
+from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.groups import ChannelGroup, ChannelGroups
+from lightning_compress.core.inputs import ExampleInputs, call
+from lightning_compress.core.laboratory import laboratory
+from lightning_compress.core.reference import dense_without
+from lightning_compress.core.reshaping import follow_checkpoints
+from lightning_compress.core.slicing import Slices
+from lightning_compress.core.trial import TOLERANCE
+
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest
+
+
+def cut(
+    model: nn.Module,
+    keep: Mapping[str, Tensor | Sequence[int]],
+    example_inputs: ExampleInputs,
+    *,
+    allow_inexact: bool = False,
+    groups: ChannelGroups | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+) -> nn.Module:
+    """Keep some channels of some groups, and cut the others out.
+
+    Parameters stay the same objects, with their `requires_grad`, gradients and hooks; buffers, the sizes that modules
+    note, and the optimizers' state follow. The thin network is compared with the dense one without those channels on
+    the example inputs; if they differ, everything is put back.
+
+    Args:
+        model: The network, changed in place.
+        keep: By group name the indices that stay, in ascending order or not; groups that are not named stay whole.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; batch first.
+        allow_inexact: Whether groups may be cut whose channels are counted by a norm or a softmax. The network
+            then computes what it would if these averaged over the channels that stay.
+        groups: What `channel_groups` returned for this model, to save the time of asking again.
+        optimizers: Optimizers of the model's parameters.
+        copies: Modules with the same parameters that are cut alike, such as a moving average.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: A group is unknown or frozen, inexact without `allow_inexact`, or left with nothing; indices are out
+            of range; or the thin network does not compute what it should. The model is as it was then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> cut(net, {"0": [0, 3, 5]}, torch.zeros(2, 3))
+        Sequential(
+          (0): Linear(in_features=3, out_features=3, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=3, out_features=2, bias=True)
+        )
+    """
+    groups = channel_groups(model, example_inputs) if groups is None else groups
+    named = {group.name: group for group in groups}
+    checked = {name: _checked(named, name, indices, allow_inexact) for name, indices in keep.items()}
+    drop = drop_of(named, checked)
+    if not drop:
+        return model
+    exact = all(group.exact for group, _ in drop)
+    if not exact:
+        _try(model, groups, drop)
+    slices = Slices()
+    with evaluating(model):
+        expected = dense_without(model, example_inputs, drop) if exact else None
+        try:
+            for module in (model, *copies):
+                for handle in follow_checkpoints(module, groups):
+                    slices.on_undo(handle.remove)
+                take(slices, module, drop, optimizers=optimizers if module is model else ())
+            got = tensors_of(call(model, example_inputs))
+        except Exception as error:
+            slices.undo()
+            raise ValueError(f"{_describe(drop)} could not be cut, and nothing was: {error}") from error
+    if expected is not None:
+        dtype = next((one.dtype for one in expected if one.is_floating_point()), torch.float32)
+        _check(slices, drop, compare(got, expected, _TOLERANCES.get(dtype, 1e-3)))
+    return model
+
+
+def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
+    """Compare in double precision, with random parameters, and put everything back."""
+    assert groups.plan is not None, "channel_groups made them"
+    slices = Slices()
+    with laboratory(model, groups.plan.example_inputs) as inputs:
+        expected = dense_without(model, inputs, drop, groups.plan)
+        try:
+            take(slices, model, drop)
+            got = tensors_of(call(model, inputs))
+        except Exception as error:
+            raise ValueError(f"{_describe(drop)} could not be cut, and nothing was: {error}") from error
+        finally:
+            slices.undo()
+    _check(slices, drop, compare(got, expected, TOLERANCE))
+
+
+def _check(slices: Slices, drop: Drop, wrong: str | None) -> None:
+    if wrong is not None:
+        slices.undo()
+        raise ValueError(
+            f"Without {_describe(drop)} the network does not compute what the dense one computes with zeros in their "
+            f"place, so nothing was cut: {wrong}."
+        )
+
+
+def _checked(
+    named: Mapping[str, ChannelGroup], name: str, indices: Tensor | Sequence[int], allow_inexact: bool
+) -> Tensor:
+    if name not in named:
+        raise ValueError(f"There is no channel group {name!r}; there are {', '.join(map(repr, named))}.")
+    group = named[name]
+    units = torch.as_tensor(indices, device="cpu").reshape(-1)
+    if units.dtype == torch.bool or units.is_floating_point():
+        raise ValueError(f"keep for {name!r} must be indices, that is integers; got {units.dtype}.")
+    units = torch.unique(units.long()) if units.numel() else units.long()
+    if units.numel() == 0:
+        raise ValueError(f"Nothing would be left of {name!r}: at least one of its {group.size} channels must stay.")
+    if int(units.min()) < 0 or int(units.max()) >= group.size:
+        raise ValueError(
+            f"keep for {name!r} must lie in 0 to {group.size - 1}; got {int(units.min())} to {int(units.max())}."
+        )
+    if len(units) < group.size and group.frozen is not None:
+        raise ValueError(f"{name!r} cannot be cut: {group.frozen}.")
+    if len(units) < group.size and not group.exact and not allow_inexact:
+        raise ValueError(
+            f"Cutting {name!r} changes the function, because {group.note}: pass allow_inexact=True to do so."
+        )
+    return units
+
+
+def _describe(drop: Drop) -> str:
+    parts = [f"{len(units)} of {group.size} channels of {group.name!r}" for group, units in drop[:3]]
+    return ", ".join(parts) + (f" and {len(drop) - 3} more groups" if len(drop) > 3 else "")
+
+
+def masked_channels(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """By group name, which channels are not masked: those with something other than zero in what produces them."""
+    tensors = named_tensors(model)
+    alive = {}
+    for group in groups:
+        speaks = torch.zeros(group.size, dtype=torch.bool)
+        for member in (one for one in group.members if one.produces):
+            tensor = tensors[member.tensor].detach()
+            positions = (tensor != 0).movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1).any(1)
+            speaks |= positions.cpu()[member.index].any(1)
+        alive[group.name] = speaks
+    return alive
+
+
+def shrink(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    groups: ChannelGroups | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+) -> nn.Module:
+    """Cut out every channel that is masked: zero in everything that produces it.
+
+    Only exact groups are cut. A network without masked channels stays as it is, so that shrinking twice does no harm.
+
+    Args:
+        model: The network, changed in place.
+        example_inputs: As for `cut`.
+        groups: As for `cut`.
+        optimizers: As for `cut`.
+        copies: As for `cut`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: All channels of a group are masked, or the cut fails; the model is as it was then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net[0].weight.data[2:] = 0; net[0].bias.data[2:] = 0
+        >>> shrink(net, torch.zeros(2, 3))[0]
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    groups = channel_groups(model, example_inputs) if groups is None else groups
+    keep = {}
+    for name, speaks in masked_channels(model, groups.free()).items():
+        if not bool(speaks.any()):
+            raise ValueError(
+                f"All channels of {name!r} are masked: nothing would pass through it. At least one must stay."
+            )
+        if not bool(speaks.all()):
+            keep[name] = speaks.nonzero().squeeze(1)
+    return cut(model, keep, example_inputs, groups=groups, optimizers=optimizers, copies=copies)
