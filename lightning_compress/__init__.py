@@ -4,8 +4,9 @@ from pathlib import Path as _Path
 
 from lightning_compress.core.footprint import Footprint, footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
+from lightning_compress.pruning.group_lasso import GroupLassoCallback
 
-__all__ = ["Footprint", "IterativePruningCallback", "footprint"]
+__all__ = ["Footprint", "GroupLassoCallback", "IterativePruningCallback", "footprint"]
 __version__ = "0.1.0"
 
 _here = _Path(__file__).parent

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.core.attention import make_sliceable
 from lightning_compress.core.groups import Attribute, ChannelGroup
 from lightning_compress.core.slicing import Slices
 
@@ -50,6 +51,10 @@ def take(
     optimizers: Iterable[torch.optim.Optimizer] = (),
 ) -> None:
     """Cut units of groups out of a model."""
+    for path in {member.tensor.rpartition(".")[0] for group, _ in drop for member in group.members}:
+        attention = model.get_submodule(path)
+        if type(attention) is nn.MultiheadAttention:
+            slices.on_undo(make_sliceable(attention))
     tensors = named_tensors(model)
     stay: dict[str, dict[int, Tensor]] = {}
     counts: dict[tuple[str, str, int | None], int] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_compress.core.attention import make_sliceable
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.inputs import ExampleInputs
 
@@ -23,7 +24,7 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[Exam
     generator = torch.Generator().manual_seed(0)
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     before = [(tensor, tensor.data, tensor.grad) for tensor in tensors]
-    with evaluating(model):
+    with evaluating(model), all_sliceable(model):
         try:
             for name, parameter in model.named_parameters():
                 parameter.grad = None
@@ -40,6 +41,17 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[Exam
                 tensor.grad = None
                 tensor.data = data
                 tensor.grad = gradient
+
+
+@contextmanager
+def all_sliceable(model: nn.Module) -> Iterator[None]:
+    """Torch's attention modules in the form that survives a cut."""
+    undo = [make_sliceable(one) for one in model.modules() if type(one) is nn.MultiheadAttention]
+    try:
+        yield
+    finally:
+        for one in undo:
+            one()
 
 
 def _as_tree(example_inputs: ExampleInputs) -> ExampleInputs:

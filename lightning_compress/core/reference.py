@@ -76,6 +76,10 @@ class Reference(fx.Interpreter):
         if not thin:
             return n.target(**arguments)
         assert full is not None
+        if "num_groups" in arguments:  # whole groups may have left as well
+            (kept,) = thin.values()
+            each = full.shape[1] // arguments["num_groups"]
+            arguments["num_groups"] = len(torch.unique(kept // each))
         for dim, kept in thin.items():
             arguments = {name: _narrow(value, dim, kept, full, name) for name, value in arguments.items()}
         result = n.target(**arguments)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.attention import SliceableMultiheadAttention, make_sliceable
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.slicing import sizes
 
@@ -31,6 +32,9 @@ class _NoteNumbers:
             module = model.get_submodule(path)
             if hasattr(module, name):
                 found.setdefault(path, {})[name] = getattr(module, name)
+        for path, module in model.named_modules():
+            if isinstance(module, SliceableMultiheadAttention):
+                found.setdefault(path, {})["head_dim"] = module.head_dim
         return found
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -117,12 +121,16 @@ def adopt_shapes(
             tensor.grad = None
             tensor.data = tensor.data.new_empty(shapes[name])
     for name, values in numbers.items():
+        if type(modules[name]) is nn.MultiheadAttention:
+            make_sliceable(modules[name])
         for attribute, value in values.items():
             setattr(modules[name], attribute, tuple(value) if isinstance(value, list) else value)
     for module in modules.values():
         for attribute, value in sizes(module).items():
             if getattr(module, attribute) != value:
                 setattr(module, attribute, value)
+        if isinstance(module, SliceableMultiheadAttention):
+            module.refresh(head_dim=module.head_dim)
 
 
 def _incoming(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:

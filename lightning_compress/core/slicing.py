@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_compress.core.attention import SliceableMultiheadAttention
 
 Kept = Mapping[str, Mapping[int, Tensor]]  # tensor name -> dim -> the positions that stay
 Undo = Callable[[], None]
@@ -41,6 +44,11 @@ class Slices:
                 self._slice(tensor, dims)
             for module in dict.fromkeys(name.rpartition(".")[0] for name in kept):
                 self._refresh(modules[module])
+            for one in modules.values():
+                if isinstance(one, SliceableMultiheadAttention):
+                    before = dict(vars(one))
+                    self._undo.append(partial(vars(one).update, before))
+                    one.refresh(head_dim=one.head_dim)
         except BaseException:
             self.undo()
             raise

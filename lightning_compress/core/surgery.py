@@ -75,15 +75,16 @@ def cut(
     slices = Slices()
     with evaluating(model):
         expected = dense_without(model, example_inputs, drop) if exact else None
-        try:
-            for module in (model, *copies):
-                for handle in follow_checkpoints(module, groups):
-                    slices.on_undo(handle.remove)
-                take(slices, module, drop, optimizers=optimizers if module is model else ())
+    try:
+        for module in (model, *copies):
+            for handle in follow_checkpoints(module, groups):
+                slices.on_undo(handle.remove)
+            take(slices, module, drop, optimizers=optimizers if module is model else ())
+        with evaluating(model):
             got = tensors_of(call(model, example_inputs))
-        except Exception as error:
-            slices.undo()
-            raise ValueError(f"{_describe(drop)} could not be cut, and nothing was: {error}") from error
+    except Exception as error:
+        slices.undo()
+        raise ValueError(f"{_describe(drop)} could not be cut, and nothing was: {error}") from error
     if expected is not None:
         dtype = next((one.dtype for one in expected if one.is_floating_point()), torch.float32)
         _check(slices, drop, compare(got, expected, _TOLERANCES.get(dtype, 1e-3)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,67 +13,82 @@ from lightning_compress.core.operators.elementwise import combine, plus_bias
 from lightning_compress.core.units import Layer, Value
 
 
+@dataclass(frozen=True, eq=False)
+class _Laid:
+    """A layer of one factor, laid out over all letters of the equation."""
+
+    nodes: Tensor
+    layer: Layer
+    factor: int
+    letters: frozenset[str]  # along which it varies
+
+
 def contract(call: Call, equation: str, a: Value, b: Value, *, arguments: tuple[str, str] = ("", "")) -> Value:
-    """Tie what `torch.einsum(equation, a, b)` sums over, and carry the rest on."""
+    """Tie what `torch.einsum(equation, a, b)` sums over, and carry the rest on.
+
+    `arguments` are the names of the operator's arguments that a and b are.
+    """
     left, right = equation.split("->")
-    letters_a, letters_b = left.split(",")
-    order = sorted(set(letters_a + letters_b))
-    position = {letter: place for place, letter in enumerate(order)}
-
-    def lay(layer: Layer, letters: str) -> Tensor:
-        shape = [1] * len(order)
-        for letter, size in zip(letters, layer.nodes.shape, strict=True):
-            shape[position[letter]] = size
-        permutation = sorted(range(len(letters)), key=lambda place: position[letters[place]])
-        return layer.nodes.permute(permutation).reshape(shape)
-
-    summed = {letter for letter in order if letter not in right}
-    size_a, size_b = dict(zip(letters_a, a.shape, strict=True)), dict(zip(letters_b, b.shape, strict=True))
-    laid: list[tuple[Tensor, Layer, Value, str, set[str]]] = []
-    for value, letters, argument in ((a, letters_a, arguments[0]), (b, letters_b, arguments[1])):
-        for layer in value.layers:
-            varying = {letters[dim] for dim in layer.dims}
-            laid.append((lay(layer, letters), layer, value, argument, varying))
+    factors, spelled = (a, b), left.split(",")
+    order = sorted(set("".join(spelled)))
+    laid = [
+        _Laid(_lay(layer, letters, order), layer, number, frozenset(letters[dim] for dim in layer.dims))
+        for number, (value, letters) in enumerate(zip(factors, spelled, strict=True))
+        for layer in value.layers
+    ]
+    sizes = [dict(zip(letters, value.shape, strict=True)) for value, letters in zip(factors, spelled, strict=True)]
+    shared = {letter for letter in order if all(size.get(letter, 1) > 1 for size in sizes)}
     results: list[tuple[Tensor, bool]] = []
     done: set[int] = set()
-    for place, (nodes, layer, value, argument, varying) in enumerate(laid):
-        if place in done:
+    why = f"{call.where} meets values that are no channels, such as an input, a place or a constant"
+    for one in laid:
+        if id(one) in done:
             continue
-        partners = [(p, other) for p, other in enumerate(laid) if other[2] is not value and other[4] & varying]
-        shared = {x for x in varying if size_a.get(x, 1) > 1 and size_b.get(x, 1) > 1}
-        why = f"{call.where} meets values that are no channels, such as an input, a place or a constant"
-        met = set[str]().union(*(other[4] for _, other in partners))
-        if shared - met and not (b if value is a else a).uniform:
-            call.units.freeze(nodes, why)
-        best = nodes
-        for p, other in partners:
-            done.add(p)
-            call.units.tie(nodes, other[0], why)
-            if other[0].numel() < best.numel():
-                best = other[0]
-        inner = varying & summed
-        if inner and varying - summed:
-            call.units.freeze(nodes, f"{call.where} mixes channels with places")
-            continue
+        partners = [other for other in laid if other.factor != one.factor and other.letters & one.letters]
+        done |= {id(other) for other in partners}
+        sides = [one, *partners]
+        for other in partners:
+            call.units.tie(one.nodes, other.nodes, why)
+        inner = one.letters - set(right)
         if inner:
-            sides = [(layer, value, argument), *((other[1], other[2], other[3]) for _, other in partners)]
-            read = [one for one, owner, _ in sides if owner.parameter]
-            made_of_parameters = a.parameter and b.parameter
-            call.units.consumed += [one.nodes for one in read[made_of_parameters:]]
-            if not made_of_parameters and not any(one.silent for one, owner, _ in sides if not owner.parameter):
-                data = next((side for side in sides if not side[1].parameter), sides[0])
-                for dim in data[0].dims:
-                    why = f"{call.where} reads channels that are not zero when what makes them is"
-                    call.inexact(data[2], dim, [data[0]], why, zero=True)
-            continue
-        silent = layer.silent or any(other[1].silent for _, other in partners)
-        results.append((best, silent))
+            _sum_over(call, sides, factors, arguments)
+        if (one.letters & shared) - frozenset[str]().union(*(other.letters for other in partners)):
+            if not factors[1 - one.factor].uniform:
+                call.units.freeze(one.nodes, why)
+        elif inner and one.letters - inner:
+            call.units.freeze(one.nodes, f"{call.where} mixes channels with places")
+        elif not inner:
+            makers = [] if a.parameter and b.parameter else [side for side in sides if factors[side.factor].parameter]
+            call.units.produced += [side.nodes for side in makers]
+            smallest = min((side.nodes for side in sides), key=Tensor.numel)
+            results.append((smallest, any(side.layer.silent for side in sides)))
+    position = {letter: place for place, letter in enumerate(order)}
     layers = []
     for nodes, silent in results:
         kept = nodes.permute([position[x] for x in right] + [position[x] for x in order if x not in right])
         layers.append(Layer(kept.reshape(kept.shape[: len(right)]), silent))
-    sizes = size_a | {letter: size for letter, size in size_b.items() if size > 1}
-    return Value(tuple(sizes[x] for x in right), tuple(layers), False, a.parameter and b.parameter)
+    shape = tuple(max(size.get(letter, 1) for size in sizes) for letter in right)
+    return Value(shape, tuple(layers), False, a.parameter and b.parameter)
+
+
+def _lay(layer: Layer, letters: str, order: Sequence[str]) -> Tensor:
+    ordered = layer.nodes.permute(sorted(range(len(letters)), key=lambda place: order.index(letters[place])))
+    sizes = dict(zip(sorted(letters), ordered.shape, strict=True))
+    return ordered.reshape([sizes.get(letter, 1) for letter in order])
+
+
+def _sum_over(call: Call, sides: Sequence[_Laid], factors: Sequence[Value], arguments: tuple[str, str]) -> None:
+    """Note who reads the channels, and whether a channel that is left out differs from one that is zero."""
+    weights = [side for side in sides if factors[side.factor].parameter]
+    data = [side for side in sides if not factors[side.factor].parameter]
+    if all(value.parameter for value in factors):
+        call.units.consumed += [side.nodes for side in weights[1:]]
+        return
+    call.units.consumed += [side.nodes for side in weights]
+    if data and not any(side.layer.silent for side in data):
+        why = f"{call.where} reads channels that are not zero when what makes them is"
+        for dim in data[0].layer.dims:
+            call.inexact(arguments[data[0].factor], dim, [data[0].layer], why, zero=True)
 
 
 def _letters(count: int, start: int = 0) -> str:

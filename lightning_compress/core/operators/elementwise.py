@@ -69,14 +69,20 @@ def combine(call: Call, operands: Sequence[Value], silent: Callable[[list[bool]]
             full = len(value.shape) >= len(shape) - dim and value.shape[dim - len(shape)] > 1
             if full and not found and not value.uniform:
                 call.freeze(present, why)
-        kept = min(present, key=lambda layer: layer.nodes.numel())
-        for layer in present:
-            if layer is not kept:
-                call.units.tie(layer.nodes, kept.nodes, why)
-        states = [all(layer.silent for layer in found) if found else False for found in here]
-        layers.append(Layer(kept.nodes, silent(states)))
+                break
+        else:
+            layers.append(_tie(call, here, why, silent))
     parameter = all(value.parameter for value in operands)
     return Value(tuple(shape), tuple(layers), all(value.uniform for value in operands), parameter)
+
+
+def _tie(call: Call, here: Sequence[Sequence[Layer]], why: str, silent: Callable[[list[bool]], bool]) -> Layer:
+    present = [layer for found in here for layer in found]
+    kept = min(present, key=lambda layer: layer.nodes.numel())
+    for layer in present:
+        if layer is not kept:
+            call.units.tie(layer.nodes, kept.nodes, why)
+    return Layer(kept.nodes, silent([bool(found) and all(layer.silent for layer in found) for found in here]))
 
 
 def broadcast(shapes: Sequence[tuple[int, ...]]) -> list[int]:

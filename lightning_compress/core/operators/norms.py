@@ -20,7 +20,9 @@ def batch_norm(call: Call) -> Any:
     for value in state:
         call.units.consumed += [layer.nodes for layer in value.layers]
     vectors = [broadcast_at(value, 1, len(x.shape)) for value in affine + state]
-    result = combine(call, [x, *vectors], lambda states: len(affine) == 2)
+    # By the statistics of the input itself a silent channel stays silent; by running ones it does not.
+    own_mean = call["use_input_stats"] is True
+    result = combine(call, [x, *vectors], lambda states: len(affine) == 2 or (own_mean and not affine and states[0]))
     if not affine:
         _note_attribute(call, "num_features", x.along(1))
     if isinstance(call.shape, list):

@@ -42,6 +42,8 @@ def _operation(call: Call) -> Callable[[Tensor], Tensor]:
             for name, value in call.arguments.items()
         }
         arguments[first] = nodes
+        if call.name in ("view", "_unsafe_view"):  # the labels, expanded, may need a copy where the values do not
+            return nodes.reshape(list(call["size"]))
         assert call.operate is not None
         result: Tensor = call.operate(**arguments)
         return result
@@ -78,6 +80,21 @@ def pieces(call: Call) -> list[Value]:
                 call.units.freeze(nodes, f"{call.where} picks out single channels")
         results.append(Value(tuple(shape), tuple(found), source.uniform, source.parameter))
     return results
+
+
+@rule("glu")
+def glu(call: Call) -> Value:
+    source: Value = call["self"]
+    dim = (-1 if call["dim"] is None else call["dim"]) % len(source.shape)
+    layers = []
+    for layer in source.layers:
+        if dim not in layer.dims:
+            layers.append(Layer(layer.nodes, layer.silent))
+            continue
+        value, gate = layer.nodes.chunk(2, dim)
+        call.units.tie(value, gate, f"{call.where} multiplies one half of the channels by the other")
+        layers.append(Layer(value, layer.silent))
+    return Value(tuple(call.shape), tuple(layers))
 
 
 @rule("cat stack concat")

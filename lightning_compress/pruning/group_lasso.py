@@ -1,0 +1,222 @@
+"""Group lasso as a callback: structured sparsity learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_compress.core.channels import channel_groups
+from lightning_compress.core.groups import ChannelGroup
+from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
+from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.inputs import resolve_example_inputs, resolve_network
+
+LassoGranularity = Literal["filter", "channel", "shape", "group"]
+
+_ZERO = 1e-8  # a norm at which a group counts as zero
+
+
+class GroupLassoCallback(CompressionCallback):
+    """Trains with a penalty that drives whole groups of weights to zero: filters, channels, shapes, or units.
+
+    R(w) = strength * sum over groups g of ||w_g||_2. Its gradient, strength * w_g / ||w_g||, is added to the loss's
+    once per optimizer step: after accumulation and after the ranks' gradients are averaged, before clipping. A
+    stochastic gradient takes groups close to zero, but not to it; with `proximal=True` nothing is added, and after
+    every optimizer step w_g <- w_g * max(0, 1 - lr * strength / ||w_g||), so that groups become exactly zero. lr is the
+    learning rate of the parameter's group in the optimizer, scaled by no moments.
+
+    The norms are summed plainly, as in the paper, without Yuan and Lin's factor sqrt(size of g).
+    `group_sparsity`, the fraction of groups whose norm is at most 1e-8, is logged once an epoch.
+
+    Args:
+        strength: Factor of the penalty, 0 or more; 0 changes nothing.
+        granularity: "filter" takes all weights of an output channel, "channel" all that read an input channel,
+            "shape" all that stand at one position (input channel, row, column) of the filters; for linear layers these
+            are rows, columns, and columns. "group" takes everything that produces a channel, in all tensors (weights,
+            biases, scale and shift of norms), so that what is zero can be cut out; only channels whose cut is exact.
+        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution. With
+            "group", a channel group is taken when one of the tensors that produce it is named.
+        exclude: Patterns to leave out.
+        proximal: Whether groups are shrunk after the step, instead of a gradient added before it.
+        example_inputs: What the network is traced with, for "group": a tensor, a tuple of positional arguments, or a
+            dict of keyword arguments, batch first. By default `example_input_array`, else one peeked batch.
+        network: Dotted path of the submodule that is traced, for "group"; by default the LightningModule.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    References:
+        Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks", section 3. It penalizes filters and
+        channels together: two callbacks do.
+        Parikh and Boyd 2014, "Proximal Algorithms", section 6.5.1, for the proximal step.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> lasso = GroupLassoCallback(1e-3, granularity="group", proximal=True)
+        >>> trainer = Trainer(callbacks=[lasso], max_epochs=9, logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        granularity: LassoGranularity = "filter",
+        target: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        proximal: bool = False,
+        example_inputs: Any = None,
+        network: str = "",
+    ) -> None:
+        strength = float(strength)
+        super().__init__(
+            strength=strength,
+            granularity=granularity,
+            target=target if target is None or isinstance(target, str) else list(target),
+            exclude=exclude if isinstance(exclude, str) else list(exclude),
+            proximal=proximal,
+            network=network,
+        )
+        if not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(f"strength must be a finite number, 0 or more; got {strength!r}.")
+        if granularity not in get_args(LassoGranularity):
+            raise ValueError(f"granularity must be 'filter', 'channel', 'shape' or 'group'; got {granularity!r}.")
+        self.strength = strength
+        self.granularity: LassoGranularity = granularity
+        self.target = target
+        self.exclude = exclude
+        self.proximal = proximal
+        self.example_inputs = example_inputs
+        self.network = network
+        self._groups: list[WeightGroups] = []
+        self._left_out: dict[str, str] = {}
+        self._announced: torch.optim.Optimizer | None = None
+
+    @property
+    def group_sparsity(self) -> float:
+        """Fraction of the groups whose norm is at most 1e-8 now."""
+        norms = [one.norms() for one in self._groups]
+        zero = sum(int((one <= _ZERO).sum()) for one in norms)
+        return zero / sum(one.numel() for one in norms) if norms else 0.0
+
+    # ------------------------------------------------------------------ refusals
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        for other in callbacks[callbacks.index(self) + 1 :]:
+            if isinstance(other, CompressionCallback) and not isinstance(other, GroupLassoCallback):
+                raise ValueError(
+                    f"{type(other).__name__} must stand before GroupLassoCallback in Trainer(callbacks=[...]): it "
+                    f"watches the loss's gradients, and the penalty is for the weights that it leaves."
+                )
+        for other in callbacks:
+            if self.proximal and getattr(other, "regrow", False):
+                raise ValueError(
+                    f"{type(other).__name__}(regrow=True) trains hidden weights, which proximal=True would not shrink: "
+                    f"use regrow=False or proximal=False."
+                )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            # The gradients that the hook sees are then still multiplied with the loss scale.
+            if trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+                raise ValueError(
+                    f"With precision='16-mixed', a fused {type(optimizer).__name__} unscales the gradients inside its "
+                    f"step, where GroupLassoCallback cannot add to them: use fused=False, or precision='bf16-mixed'."
+                )
+
+    # ------------------------------------------------------------------ the groups
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        self._groups = self._find(trainer, pl_module)
+
+    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        if any(one.stale for one in self._groups):  # channels were cut out of the network
+            self._groups = self._find(trainer, pl_module)
+
+    def technique_state(self) -> dict[str, Any]:
+        return {}  # the weights are all there is
+
+    def project_copy(self, module: nn.Module) -> None:
+        pass  # an average of shrunk weights stays an average
+
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> list[WeightGroups]:
+        if self.granularity != "group":
+            return weight_groups(pl_module, self.granularity, target=self.target, exclude=self.exclude)
+        found, left_out = unit_groups(
+            pl_module, self._channels(trainer, pl_module), target=self.target, exclude=self.exclude
+        )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        if not found:
+            raise ValueError(
+                f"target={self.target!r} with exclude={self.exclude!r} names no channels that can be cut out exactly "
+                f"({reasons or 'the network has none there'}): use granularity='filter' or another target."
+            )
+        if left_out and left_out != self._left_out:
+            rank_zero_info(f"Channels without a penalty: {reasons}.")
+        self._left_out = left_out
+        return found
+
+    def _channels(self, trainer: Trainer, pl_module: LightningModule) -> list[ChannelGroup]:
+        """The network's channel groups, with names as the LightningModule has them."""
+        if not self.network and not is_overridden("forward", pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no forward to find its channels with: pass network= with the path of "
+                f"the submodule whose output is the prediction."
+            )
+        network = resolve_network(pl_module, self.network)
+        inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
+        with torch.compiler.set_stance("force_eager"):
+            groups = channel_groups(network, inputs)
+        prefix = f"{self.network}." if self.network else ""
+        return [
+            replace(
+                one,
+                name=prefix + one.name,
+                members=tuple(replace(member, tensor=prefix + member.tensor) for member in one.members),
+            )
+            for one in groups
+        ]
+
+    # ------------------------------------------------------------------ around every optimizer step
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._announced = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
+        if not self.proximal:
+            add_gradient(self._groups, self.strength, optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        super()._after_step(optimizer, args, kwargs)
+        announced, self._announced = self._announced, None
+        if self.proximal:
+            shrink_groups(self._groups, self.strength, optimizer)
+        elif self.strength > 0 and announced is not optimizer and self._steps_mine(optimizer):
+            raise RuntimeError(
+                "An optimizer stepped without on_before_optimizer_step, so its gradients lack the penalty. Step it "
+                "through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
+            )
+
+    def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return any(id(part.parameter) in stepped for one in self._groups for part in one.parts)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        lassos = [one for one in trainer.callbacks if isinstance(one, GroupLassoCallback)]  # type: ignore[attr-defined]
+        number = lassos.index(self)
+        name = f"group_sparsity_{number + 1}" if number else "group_sparsity"
+        pl_module.log(name, self.group_sparsity, prog_bar=True, sync_dist=True)
