@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor
@@ -77,6 +79,19 @@ class ChannelGroups(list[ChannelGroup]):
 
     plan: Plan | None = None
 
+    def prefixed(self, prefix: str) -> ChannelGroups:
+        """The same groups seen from a module that has the network as its child `prefix`; an empty one: the network."""
+        start = f"{prefix}." if prefix else ""
+        return ChannelGroups(
+            replace(
+                group,
+                name=start + group.name,
+                members=tuple(replace(one, tensor=start + one.tensor) for one in group.members),
+                attributes=tuple(replace(one, module=(start + one.module).rstrip(".")) for one in group.attributes),
+            )
+            for group in self
+        )
+
     def free(self, *, inexact: bool = False) -> list[ChannelGroup]:
         """The groups that may be cut, exactly or, if asked for, inexactly as well."""
         return [group for group in self if group.frozen is None and (group.exact or inexact)]
@@ -118,3 +133,46 @@ class ChannelGroups(list[ChannelGroup]):
             ],
             indent=1,
         )
+
+
+def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
+    """The groups of a network after a cut: fewer units, at the places where their slices are then.
+
+    Args:
+        groups: The groups before the cut.
+        keep: By group name a mask of the units that stay; groups that are not named stay whole.
+
+    Example:
+        >>> def group(name, *rows):
+        ...     return ChannelGroup(name, len(rows), (Member("w", 0, torch.tensor(rows)),))
+        >>> both = ChannelGroups([group("a", [0], [1]), group("b", [2], [3])])
+        >>> [one.members[0].index.tolist() for one in thinned(both, {"a": torch.tensor([False, True])})]
+        [[[0]], [[1], [2]]]
+    """
+    after: dict[tuple[object, ...], Tensor] = {}  # by axis the new position of every old one, -1 for what has left
+    for group in groups:
+        for axis, index in _axes(group):
+            gone = after.setdefault(axis, torch.zeros(0, dtype=torch.bool))
+            missing = int(index.max()) + 1 - len(gone)
+            after[axis] = gone = torch.cat([gone, torch.zeros(max(0, missing), dtype=torch.bool)])
+            if group.name in keep:
+                gone[index[~keep[group.name]].reshape(-1)] = True
+    after = {axis: ((~gone).cumsum(0) - 1).masked_fill(gone, -1) for axis, gone in after.items()}
+    found = ChannelGroups()
+    for group in groups:
+        kept = keep.get(group.name, torch.ones(group.size, dtype=torch.bool))
+        indices = []
+        for axis, index in _axes(group):
+            moved = after[axis][index[kept]]
+            indices.append(moved[moved >= 0].reshape(len(moved), -1))
+        n = len(group.members)
+        members = tuple(replace(one, index=index) for one, index in zip(group.members, indices[:n], strict=True))
+        attributes = tuple(replace(one, index=index) for one, index in zip(group.attributes, indices[n:], strict=True))
+        found.append(replace(group, size=int(kept.sum()), members=members, attributes=attributes))
+    return found
+
+
+def _axes(group: ChannelGroup) -> list[tuple[tuple[object, ...], Tensor]]:
+    """What is counted, tensors' dimensions and modules' numbers, with the units' positions there."""
+    members = [((one.tensor, one.dim), one.index) for one in group.members]
+    return [*members, *(((one.module, one.name, one.place), one.index) for one in group.attributes)]

@@ -6,7 +6,7 @@ state dict's metadata, which survives checkpoints of weights alone and a strict 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,95 +19,118 @@ from lightning_compress.core.slicing import sizes
 RECORD = "lightning_compress"  # the key in the metadata of the root module
 
 
-class _NoteNumbers:
-    """On saving: note the numbers that follow a cut."""
+class _Shapes:
+    """What is known of a network whose shapes may change: its groups, and its shapes and numbers before any cut."""
 
-    def __init__(self, groups: Iterable[ChannelGroup]) -> None:
-        self._attributes = [(one.module, one.name) for group in groups for one in group.attributes]
+    def __init__(self, model: nn.Module) -> None:
+        self.groups: list[ChannelGroup] | None = None
+        self.dense_shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        self.dense_numbers: dict[str, dict[str, Any]] = {}
+
+    def learn(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
+        """Take the groups, once."""
+        if self.groups is None:
+            self.groups = [group for group in groups if group.frozen is None]
+            self.dense_shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+            self.dense_numbers = self.numbers(model)
 
     def numbers(self, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """The attributes, by module; ordinary ones are told by shapes."""
+        """The attributes that follow a cut, by module; ordinary ones are told by shapes."""
         found: dict[str, dict[str, Any]] = {}
-        for path, name in self._attributes:
-            module = model.get_submodule(path)
-            if hasattr(module, name):
-                found.setdefault(path, {})[name] = getattr(module, name)
+        for one in (attribute for group in self.groups or () for attribute in group.attributes):
+            module = model.get_submodule(one.module)
+            if hasattr(module, one.name):
+                found.setdefault(one.module, {})[one.name] = getattr(module, one.name)
         for path, module in model.named_modules():
             if isinstance(module, SliceableMultiheadAttention):
                 found.setdefault(path, {})["head_dim"] = module.head_dim
         return found
 
+    def check(self, incoming: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ValueError if no cut of the dense network has these shapes."""
+        claims: dict[tuple[str, int], list[tuple[ChannelGroup, int]]] = {}
+        for group in self.groups or ():
+            for member in group.members:
+                claims.setdefault((member.tensor, member.dim), []).append((group, member.index.shape[1]))
+        left: dict[str, tuple[int, str]] = {}
+        for name, shape in incoming.items():
+            dense = self.dense_shapes[name]
+            differ = [dim for dim, (a, b) in enumerate(zip(shape, dense, strict=False)) if a != b]
+            if len(shape) != len(dense) or any((name, dim) not in claims for dim in differ):
+                raise ValueError(
+                    f"{name} has shape {shape} in the state dict and {dense} in the dense network: no cut of its "
+                    f"channels leads from one to the other."
+                )
+            for dim in range(len(dense)):
+                holders = claims.get((name, dim), [])
+                if len(holders) != 1:
+                    continue
+                ((group, each),) = holders
+                dropped, rest = divmod(dense[dim] - shape[dim], each)
+                known, where = left.setdefault(group.name, (dropped, name))
+                if rest or not 0 <= dropped < group.size or dropped != known:
+                    raise ValueError(
+                        f"{name} has {shape[dim]} of {dense[dim]} positions in the state dict, which is no cut of "
+                        f"{group.name!r}, whose channels hold {each} each: {where} says that {known} of its "
+                        f"{group.size} channels are gone."
+                    )
+
+
+class _OnSave:
+    """Notes the numbers."""
+
+    def __init__(self, shapes: _Shapes) -> None:
+        self.shapes = shapes
+
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        local_metadata[RECORD] = self.numbers(module)
+        local_metadata[RECORD] = self.shapes.numbers(module)
 
 
-class _FollowShapes:
-    """On loading: take the shapes, if they are those of some cut of this network."""
+class _OnLoad:
+    """Takes the shapes, if they are those of some cut of this network."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], dense: dict[str, dict[str, Any]]) -> None:
-        self._groups, self._dense = groups, dense
-        self._dense_shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    def __init__(self, shapes: _Shapes) -> None:
+        self.shapes = shapes
 
     def __call__(
         self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         incoming = _incoming(module, state_dict, prefix)
-        self._check(incoming)
+        if self.shapes.groups is not None:
+            self.shapes.check(incoming)
         numbers = local_metadata.get(RECORD)
+        dense = self.shapes.dense_numbers
         if (
             numbers is None
-            and self._dense
-            and any(shape != self._dense_shapes[name] for name, shape in incoming.items())
+            and dense
+            and any(shape != self.shapes.dense_shapes[name] for name, shape in incoming.items())
         ):
             raise ValueError(
                 f"The state dict has thinner tensors, but no record of the numbers that go with them "
-                f"({_told(self._dense)}): its metadata was lost. Load the checkpoint as it was saved."
+                f"({_told(dense)}): its metadata was lost. Load the checkpoint as it was saved."
             )
-        adopt_shapes(module, incoming, self._dense if numbers is None else numbers)
-
-    def _check(self, incoming: Mapping[str, tuple[int, ...]]) -> None:
-        claims: dict[tuple[str, int], list[ChannelGroup]] = {}
-        for group in self._groups:
-            for member in group.members:
-                claims.setdefault((member.tensor, member.dim), []).append(group)
-        left: dict[str, tuple[int, str]] = {}
-        for name, shape in incoming.items():
-            dense = self._dense_shapes[name]
-            for dim in range(max(len(shape), len(dense))):
-                if len(shape) == len(dense) and shape[dim] == dense[dim]:
-                    count = 0
-                elif len(shape) != len(dense) or (name, dim) not in claims:
-                    raise ValueError(
-                        f"{name} has shape {shape} in the state dict and {dense} in the dense network: no cut of its "
-                        f"channels leads from one to the other."
-                    )
-                else:
-                    count = dense[dim] - shape[dim]
-                for group in claims.get((name, dim), ()):
-                    (member,) = (one for one in group.members if (one.tensor, one.dim) == (name, dim))
-                    if len(claims[name, dim]) > 1:
-                        continue
-                    each = member.index.shape[1]
-                    dropped = count // each
-                    known, where = left.setdefault(group.name, (dropped, name))
-                    if count % each or not 0 <= dropped < group.size or dropped != known:
-                        raise ValueError(
-                            f"{name} has {shape[dim]} of {dense[dim]} positions in the state dict, which is no cut of "
-                            f"{group.name!r}, whose channels hold {each} each: {where} says that {known} of its "
-                            f"{group.size} channels are gone."
-                        )
+        adopt_shapes(module, incoming, dense if numbers is None else numbers)
 
 
-def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup]) -> list[Any]:
-    """Make a model take the shapes of what is loaded into it; returns handles that undo it. Once is enough."""
-    if any(isinstance(hook, _NoteNumbers) for hook in model._state_dict_hooks.values()):
+def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None = None) -> list[Any]:
+    """Make a model take the shapes of what is loaded into it, thinner or wider, and note its numbers when it is saved.
+
+    Args:
+        model: The model; its shapes are those of the dense network when the groups become known.
+        groups: Its channel groups: what is loaded must be a cut of them then. Without, any shapes are taken.
+
+    Returns:
+        Handles that undo it; none if it had been done before.
+    """
+    known = [hook.shapes for hook in model._state_dict_hooks.values() if isinstance(hook, _OnSave)]
+    shapes = known[0] if known else _Shapes(model)
+    if groups is not None:
+        shapes.learn(model, groups)
+    if known:
         return []
-    free = [group for group in groups if group.frozen is None]
-    note = _NoteNumbers(free)
-    follow = _FollowShapes(model, free, note.numbers(model))
     return [
-        model.register_state_dict_post_hook(note),  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_pre_hook(follow),  # type: ignore[no-untyped-call]
+        model.register_state_dict_post_hook(_OnSave(shapes)),  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_OnLoad(shapes)),  # type: ignore[no-untyped-call]
     ]
 
 
@@ -152,7 +175,10 @@ def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: Keys are missing or unexpected, as `load_state_dict` says.
     """
-    metadata = getattr(state_dict, "_metadata", {}).get("", {})
-    adopt_shapes(model, _incoming(model, state_dict, ""), metadata.get(RECORD, {}))
+    numbers = {}
+    for prefix, entry in getattr(state_dict, "_metadata", {}).items():
+        for path, values in entry.get(RECORD, {}).items():
+            numbers[f"{prefix}.{path}".strip(".")] = values
+    adopt_shapes(model, _incoming(model, state_dict, ""), numbers)
     with torch.no_grad():
         model.load_state_dict(state_dict)

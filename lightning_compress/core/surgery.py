@@ -30,6 +30,7 @@ def cut(
     groups: ChannelGroups | None = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
+    follow: bool = True,
 ) -> nn.Module:
     """Keep some channels of some groups, and cut the others out.
 
@@ -46,6 +47,7 @@ def cut(
         groups: What `channel_groups` returned for this model, to save the time of asking again.
         optimizers: Optimizers of the model's parameters.
         copies: Modules with the same parameters that are cut alike, such as a moving average.
+        follow: Whether the model takes the shapes of what is loaded into it from now on, thinner or wider.
 
     Returns:
         The model.
@@ -77,7 +79,7 @@ def cut(
         expected = dense_without(model, example_inputs, drop) if exact else None
     try:
         for module in (model, *copies):
-            for handle in follow_checkpoints(module, groups):
+            for handle in follow_checkpoints(module, groups) if follow else ():
                 slices.on_undo(handle.remove)
             take(slices, module, drop, optimizers=optimizers if module is model else ())
         with evaluating(model):

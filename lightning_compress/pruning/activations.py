@@ -6,14 +6,16 @@ Shape suffixes: B samples, C channels; positions are pixels, frames or tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.pruning.groups import Neurons
+from lightning_compress.core.groups import Member
+from lightning_compress.pruning.groups import Neurons, channel_sums
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.tracing import Activation, ActivationTrace
 
@@ -30,11 +32,24 @@ class ActivationStatistic(Statistic):
 
     def __init__(self, model: nn.Module, neurons: Sequence[Neurons]) -> None:
         super().__init__()
-        free = [layer for layer in neurons if layer.frozen is None]
-        self._trace = ActivationTrace(model, [layer.name for layer in free], on_activation=self.observe)
-        parameters = dict(model.named_parameters())
-        for layer in free:
-            self.track(layer.name, parameters[layer.members[0].tensor].new_zeros(layer.size))
+        self._neurons = [layer for layer in neurons if layer.frozen is None]
+        sizes = {
+            _layer(model, layer, member): int(model.get_parameter(member.tensor).shape[member.dim])
+            for layer in self._neurons
+            for member in layer.weights
+        }
+        self._trace = ActivationTrace(model, list(sizes), on_activation=self.observe)
+        for name, size in sizes.items():
+            self.track(name, model.get_parameter(f"{name}.weight").new_zeros(size))
+
+    def of_units(self, of_channels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over all layers' channels that a unit consists of."""
+        scores = {}
+        for layer in self._neurons:
+            parts = [channel_sums(of_channels[one.tensor.removesuffix(".weight")], one) for one in layer.weights]
+            n_channels = sum(one.index.shape[1] for one in layer.weights)
+            scores[layer.name] = torch.stack(parts).sum(0) / n_channels
+        return scores
 
     def observe(self, activation: Activation) -> None:
         """Take what is needed of an activation, in the midst of the forward pass."""
@@ -72,7 +87,7 @@ class Apoz(ActivationStatistic):
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
     >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
     >>> x = torch.tensor([[1.0], [2.0], [3.0], [-4.0]])
-    >>> estimate(Apoz(net, find_neurons(net, x, ["0"])), net, lambda net, x: net(x).mean(), [x])
+    >>> estimate(Apoz(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
     {'0': tensor([0.7500, 0.2500])}
     """
 
@@ -98,7 +113,7 @@ class Apoz(ActivationStatistic):
                 "non-linearities that make no zeros",
                 stacklevel=2,
             )
-        return scores
+        return self.of_units(scores)
 
 
 class MeanActivation(ActivationStatistic):
@@ -120,7 +135,7 @@ class MeanActivation(ActivationStatistic):
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
     >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
     >>> x = torch.tensor([[1.0], [2.0], [3.0], [-4.0]])
-    >>> estimate(MeanActivation(net, find_neurons(net, x, ["0"])), net, lambda net, x: net(x).mean(), [x])
+    >>> estimate(MeanActivation(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
     {'0': tensor([1.5000, 1.0000])}
     """
 
@@ -133,7 +148,7 @@ class MeanActivation(ActivationStatistic):
         self.add(activation.layer, total, a.numel() // a.shape[activation.dim])
 
     def scores(self) -> dict[str, Tensor]:
-        return self.means()
+        return self.of_units(self.means())
 
 
 class TaylorNeuron(ActivationStatistic):
@@ -159,7 +174,7 @@ class TaylorNeuron(ActivationStatistic):
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
     >>> net[0].weight.data, net[2].weight.data = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 2.0]])
     >>> x = torch.tensor([[1.0], [2.0]])
-    >>> estimate(TaylorNeuron(net, find_neurons(net, x, ["0"])), net, lambda net, x: net(x).mean(), [x])
+    >>> estimate(TaylorNeuron(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
     {'0': tensor([0.6000, 0.8000])}
     """
 
@@ -180,9 +195,21 @@ class TaylorNeuron(ActivationStatistic):
         self.add(activation.layer, theta_BC.abs().sum(0), len(theta_BC))
 
     def scores(self) -> dict[str, Tensor]:
-        return {
-            name: theta / theta.norm().clamp_min(torch.finfo(theta.dtype).tiny) for name, theta in self.means().items()
-        }
+        tiny = torch.finfo(torch.float32).tiny
+        return self.of_units({name: theta / theta.norm().clamp_min(tiny) for name, theta in self.means().items()})
+
+
+def _layer(model: nn.Module, neurons: Neurons, member: Member) -> str:
+    """The name of the layer whose activation shows the channels."""
+    name = member.tensor.removesuffix(".weight")
+    layer = model.get_submodule(name) if name != member.tensor else None
+    plain = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not (layer.transposed and layer.groups > 1))
+    if not plain:
+        raise ValueError(
+            f"The channels of {neurons.name!r} are made by {member.tensor}, which is no linear layer or convolution "
+            f"whose activation could be watched: choose magnitude, l2 or random, or exclude it."
+        )
+    return name
 
 
 def _batched(activation: Activation) -> tuple[Tensor, tuple[int, ...]]:

@@ -13,17 +13,22 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_compress.core.costs import Cost
+from lightning_compress.core.reshaping import follow_checkpoints
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
-from lightning_compress.core.select import WEIGHT_LAYERS, select_parameters
+from lightning_compress.core.select import select_parameters
+from lightning_compress.pruning.channels import PrunableChannels
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, prune_neurons, prune_weights
-from lightning_compress.pruning.neurons import find_neurons
 from lightning_compress.pruning.scoring import (
     STATIC,
     Criterion,
     Granularity,
+    Shrink,
     check_criterion,
+    check_shrink,
+    check_widths,
     make_statistic,
     static_scores,
 )
@@ -35,6 +40,7 @@ from lightning_compress.trainer.distributed import all_reduce_sum, broadcast, ra
 from lightning_compress.trainer.inputs import is_compiled, resolve_example_inputs, resolve_network
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.ramp import Ramp
+from lightning_compress.trainer.surgery import refuse_forks, rewrapped
 
 
 class IterativePruningCallback(CompressionCallback):
@@ -47,8 +53,8 @@ class IterativePruningCallback(CompressionCallback):
     Args:
         amount: Final fraction of the targeted entries (weights), or of the channels of the targeted layers (neurons),
             that is removed; 0 to 1.
-        granularity: "weight" masks single weights; "neuron" masks whole output channels with everything they own
-            (weight, bias, scale and shift of the norm). The output layer's channels are never masked.
+        granularity: "weight" masks single weights; "neuron" masks, and then removes, whole channels with everything
+            that makes them (weights, biases, scale and shift of norms). The output layer's channels always stay.
         criterion: What makes an entry important; the method card has the formulas. All but magnitude, l2 and random
             watch the training since the event before.
         scope: "global" compares all entries, "layer" removes the same fraction of each layer.
@@ -65,6 +71,13 @@ class IterativePruningCallback(CompressionCallback):
         stop: `{"monitor": "val_acc", "max_drop": 0.01}` prunes on only while the metric stays that close to the dense
             network's, then goes back to the largest amount that kept it and ends the fit. Further keys: `mode`
             ("max" or "min") and `baseline` (the dense metric, where none is validated before the first event).
+        shrink: When masked neurons leave the network for good, for granularity="neuron": "on_fit_end"; "during_fit", at
+            once, so that the rest of the training gets faster; or "never". Only channels are cut whose removal changes
+            nothing.
+        cost: What the scores of neurons are divided by before groups are compared (scope="global"): the "parameters",
+            "macs" or "latency" (measured) of one channel.
+        min_channels: How many channels of each group stay at least.
+        round_to: The number of channels that stay is rounded up to a multiple of it, such as 8 for tensor cores.
         network: Dotted path of the submodule whose output is the prediction, for neurons and for ewc and mas.
         example_inputs: What the network is traced with, for neurons: a tensor, a tuple of positional arguments, or a
             dict of keyword arguments, batch first. By default `example_input_array`, else one peeked batch.
@@ -96,6 +109,10 @@ class IterativePruningCallback(CompressionCallback):
         target: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         regrow: bool = False,
+        shrink: Shrink = "on_fit_end",
+        cost: Cost = "parameters",
+        min_channels: int = 1,
+        round_to: int = 1,
         stop: Mapping[str, Any] | None = None,
         network: str = "",
         example_inputs: Any = None,
@@ -113,6 +130,10 @@ class IterativePruningCallback(CompressionCallback):
             target=target if target is None or isinstance(target, str) else list(target),
             exclude=exclude if isinstance(exclude, str) else list(exclude),
             regrow=regrow,
+            shrink=shrink,
+            cost=cost,
+            min_channels=min_channels,
+            round_to=round_to,
             stop=None if stop is None else dict(stop),
             network=network,
         )
@@ -126,6 +147,8 @@ class IterativePruningCallback(CompressionCallback):
             raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")
+        check_shrink(shrink, granularity, criterion, regrow=regrow, stop=stop is not None)
+        check_widths(cost, min_channels, round_to)
         self.amount = amount
         self.granularity: Granularity = granularity
         self.criterion: Criterion = criterion
@@ -137,6 +160,10 @@ class IterativePruningCallback(CompressionCallback):
         self.target = target
         self.exclude = exclude
         self.regrow = regrow
+        self.shrink: Shrink = shrink
+        self.cost: Cost = cost
+        self.min_channels = min_channels
+        self.round_to = round_to
         self._stop = None if stop is None else StopWatch(StopRule.from_dict(stop))
         self.network = network
         self.example_inputs = example_inputs
@@ -145,7 +172,9 @@ class IterativePruningCallback(CompressionCallback):
         self._masked: MaskedParameters | None = None
         self._ramp: Ramp | None = None
         self._targets: list[str] = []
-        self._neurons: list[Neurons] | None = None
+        self._channels: PrunableChannels | None = None
+        self._costs: dict[str, float] | None = None
+        self._kept: dict[str, Tensor] | None = None  # of the dense network's channels, once some have left for good
         self._statistic: Statistic | None = None
         self._stopped = False
         self._masks_gradients = False
@@ -166,9 +195,22 @@ class IterativePruningCallback(CompressionCallback):
     @property
     def sparsity(self) -> float:
         """Fraction of the targeted entries, or channels, that is masked now."""
+        if self._kept is not None:
+            total = sum(mask.numel() for mask in self._kept.values())
+            return 1.0 - sum(int(mask.sum()) for mask in self._kept.values()) / total
         return 0.0 if self._masked is None else self._masked.sparsity
 
+    @property
+    def _neurons(self) -> list[Neurons] | None:
+        return None if self._channels is None else self._channels.neurons
+
     # ------------------------------------------------------------------ the fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.granularity == "neuron" and self.shrink != "never":
+            refuse_forks(trainer, self)
+            follow_checkpoints(pl_module)  # a checkpoint may hold a thinner network, or a wider one
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._check_stop(trainer)
@@ -180,7 +222,8 @@ class IterativePruningCallback(CompressionCallback):
         network = resolve_network(pl_module, self.network)
         targets: list[str] | list[Neurons] = self._targets
         if self.granularity == "neuron":
-            targets = self._neurons = self._free_neurons(trainer, pl_module, network)
+            self._channels = self._find_channels(trainer, pl_module, network)
+            targets = self._channels.neurons
         if state is not None:
             self._ramp = None if state["ramp"] is None else Ramp(**state["ramp"])
             self.current_amount, self._stopped = state["amount"], state["stopped"]
@@ -194,27 +237,36 @@ class IterativePruningCallback(CompressionCallback):
                 end_epoch=self.start_epoch if at_once else self.end_epoch,
                 every_n_steps=self.every_n_steps,
             )
+        if state is not None and state["kept"] is not None:
+            self._kept = state["kept"]
+        if self._kept is not None and self._channels is not None:
+            self._channels.resume(self._kept)
         self._statistic = None
         if self.amount > 0 and not self.finished:
             self._check_watching(trainer, pl_module)
-            self._statistic = make_statistic(
-                self.criterion,
-                pl_module,
-                targets,
-                granularity=self.granularity,
-                network=network,
-                generator=self.generator,
-            )
+            self._statistic = self._watch(pl_module, targets)
         if state is not None and state["statistic"] is not None and self._statistic is not None:
             self._statistic.load_state_dict(state["statistic"])
             self._leave_sums_to_rank_zero(self._statistic)
         earlier = self._masked  # of a fit before, perhaps on another device
         self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)
+        if self._kept is not None:
+            return
         if state is not None:
             self._mask(state["keep"], latent=state["latent"])
         elif earlier is not None:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
+
+    def _watch(self, pl_module: LightningModule, targets: list[str] | list[Neurons]) -> Statistic | None:
+        return make_statistic(
+            self.criterion,
+            pl_module,
+            targets,
+            granularity=self.granularity,
+            network=resolve_network(pl_module, self.network),
+            generator=self.generator,
+        )
 
     def _check_stop(self, trainer: Trainer) -> None:
         if self._stop is None:
@@ -245,36 +297,27 @@ class IterativePruningCallback(CompressionCallback):
                 f"module itself and compile it afterwards, or use 'magnitude', or 'taylor' or 'si' for weights."
             )
 
-    def _free_neurons(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> list[Neurons]:
+    def _find_channels(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> PrunableChannels:
         inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
         if not self.network and not is_overridden("forward", pl_module):
             raise ValueError(
                 f"{type(pl_module).__name__} has no forward to find its channels with: pass network= with the path of "
                 f"the submodule whose output is the prediction."
             )
-        layers: list[str] = []
-        shared: list[str] = []
-        for name in self._targets:
-            layer = name.rpartition(".")[0]
-            is_own = self.target is not None or isinstance(pl_module.get_submodule(layer), WEIGHT_LAYERS)
-            (layers if is_own else shared).append(layer)
         with torch.compiler.set_stance("force_eager"):
-            found = find_neurons(pl_module, inputs, layers, network=network)
-        free = [layer for layer in found if layer.frozen is None]
-        reasons = [f"{layer.name}: {layer.frozen}" for layer in found if layer.frozen is not None]
-        reasons += [f"{layer}: its weight is shared" for layer in shared]
-        if not free:
-            raise ValueError(f"No targeted layer has channels that may be pruned ({'; '.join(reasons)}).")
-        if reasons:
-            rank_zero_info(f"Channels that are not pruned: {'; '.join(reasons)}.")
-        return free
+            channels = PrunableChannels(pl_module, self.network, inputs, self._targets)
+            if self.scope == "global" and self._costs is None:
+                self._costs = channels.costs(self.cost)
+        if channels.reasons:
+            rank_zero_info(f"Channels that are not pruned: {'; '.join(channels.reasons)}.")
+        return channels
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._ramp is not None
         waits = self._stop is not None and self._stop.awaits_validation
         if self.amount == 0 or self._stopped or waits or not self._ramp.take(step):
             return
-        self._prune(pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
+        self._prune(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
         if self._ramp.finished:
             self._statistic = None
             if self._stop is None:
@@ -296,14 +339,22 @@ class IterativePruningCallback(CompressionCallback):
                 f"is {self.sparsity:.4g}, not {self.amount}.",
                 stacklevel=2,
             )
+        kept = None if self._masked is None else self._masked.keep
+        if self.granularity == "neuron" and self.shrink == "on_fit_end" and self.finished and kept is not None:
+            self._statistic = None
+            self._cut(trainer, pl_module, kept)
 
     # ------------------------------------------------------------------ an event
 
-    def _prune(self, pl_module: LightningModule, amount: float) -> None:
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         if amount > 0:
             if self._stop is not None:
                 self._stop.awaits_validation = True
-            self._mask(self._decide(amount))
+            keep = self._decide(amount)
+            if self.granularity == "neuron" and self.shrink == "during_fit":
+                self._cut(trainer, pl_module, keep)
+            else:
+                self._mask(keep)
             self.current_amount = amount
             for name, mask in self.masks.items():
                 if name not in self._emptied and not mask.any():
@@ -315,7 +366,7 @@ class IterativePruningCallback(CompressionCallback):
     @torch.no_grad()
     def _decide(self, amount: float) -> dict[str, Tensor]:
         assert self._masked is not None
-        alive = None if self.regrow else self._masked.keep
+        alive = self._kept or (None if self.regrow else self._masked.keep)
         weights = {name: self._masked.value(name) for name in self._targets}
         statistic, absolute = self._statistic, False
         if statistic is not None:
@@ -329,8 +380,17 @@ class IterativePruningCallback(CompressionCallback):
             scores, absolute = weights, True  # the score is |w|: no copy of the weights is made
         else:
             scores = static_scores(self.criterion, weights, self._neurons, self.generator)
-        if self._neurons is not None:
-            keep = prune_neurons(scores, amount, scope=self.scope, alive=alive)
+        if self._channels is not None:
+            device = next(iter(scores.values())).device
+            keep = prune_neurons(
+                self._channels.of_dense(scores),
+                amount,
+                scope=self.scope,
+                alive=None if alive is None else {name: mask.to(device) for name, mask in alive.items()},
+                costs=self._costs,
+                min_channels=self.min_channels,
+                round_to=self.round_to,
+            )
         else:
             keep = prune_weights(scores, amount, scope=self.scope, alive=alive, absolute=absolute)
         device = next(iter(weights.values())).device
@@ -340,6 +400,17 @@ class IterativePruningCallback(CompressionCallback):
         assert self._masked is not None
         self._masked.set(keep, latent=latent)
         self.projection = self._masked.projection
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]) -> None:
+        """Take channels out for good: of the module, the optimizers' state, averages, and the ranks' wrapper."""
+        assert self._channels is not None
+        self._mask(None)
+        with rewrapped(trainer), torch.compiler.set_stance("force_eager"):
+            self._channels.cut(keep, optimizers=trainer.optimizers, copies=list(averaged_modules(trainer)))
+        self._kept = self._channels.keep
+        if self._statistic is not None:
+            self._statistic.end()
+            self._statistic = self._watch(pl_module, self._channels.neurons)
 
     def project_copy(self, module: nn.Module) -> None:
         if self._masked is not None:
@@ -381,6 +452,7 @@ class IterativePruningCallback(CompressionCallback):
     def technique_state(self) -> dict[str, Any]:
         return {
             "keep": None if self._masked is None else self._masked.keep,
+            "kept": self._kept,
             "latent": {} if self._masked is None else self._masked.latent,
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),

@@ -14,7 +14,7 @@ accumulation), the scores are too, all by the same factor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,18 +49,24 @@ def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-def neuron_norm(weight: Tensor, neurons: Neurons, order: int) -> Tensor:
-    """Score a layer's channels by the l1 or l2 norm (`order` 1 or 2) of their incoming weights: shape (size,).
+def neuron_norm(weights: Mapping[str, Tensor], neurons: Neurons, order: int) -> Tensor:
+    """Score channels by the l1 or l2 norm (`order` 1 or 2) of all weights that make them: shape (size,).
 
     Li et al. 2017, "Pruning Filters for Efficient ConvNets", section 3.1, for the l1 norm.
 
+    Args:
+        weights: The layers' weights, by name.
+        neurons: The channels.
+        order: 1 or 2.
+
     Example:
-        >>> from lightning_compress.pruning.groups import Member
+        >>> from lightning_compress.core.groups import Member
         >>> layer = Neurons("fc", 2, (Member("fc.weight", 0, torch.tensor([[0], [1]])),))
-        >>> neuron_norm(torch.tensor([[3.0, -4.0], [1.0, 0.0]]), layer, 2)
+        >>> neuron_norm({"fc.weight": torch.tensor([[3.0, -4.0], [1.0, 0.0]])}, layer, 2)
         tensor([5., 1.])
     """
-    return channel_sums(weight.detach().abs().pow(order), neurons.members[0]).pow(1 / order)
+    sums = [channel_sums(weights[one.tensor].detach().abs().pow(order), one) for one in neurons.weights]
+    return torch.stack(sums).sum(0).pow(1 / order)
 
 
 class Taylor(WeightStatistic):

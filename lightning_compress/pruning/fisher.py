@@ -85,7 +85,7 @@ class Fisher(SampleStatistic):
     def summed(self) -> Mapping[str, Tensor]:
         if not self.neurons:
             return self.parameters
-        return {layer.name: self.parameters[layer.members[0].tensor].new_zeros(layer.size) for layer in self.neurons}
+        return {layer.name: self.parameters[layer.weights[0].tensor].new_zeros(layer.size) for layer in self.neurons}
 
     def before_backward(self, loss: Tensor) -> None:
         self.differentiate(loss)
@@ -98,10 +98,13 @@ class Fisher(SampleStatistic):
             return
         products = self.layers.channel_products(calls)
         for layer in self.neurons:
-            member = layer.members[0]
-            if member.tensor in products:
-                changes = n_samples * products[member.tensor][:, member.index.to(calls[0].x.device)].sum(2)
-                self.add(layer.name, changes.square().sum(0), n_samples)
+            changes = [
+                n_samples * products[one.tensor][:, one.index.to(calls[0].x.device)].sum(2)
+                for one in layer.weights
+                if one.tensor in products
+            ]
+            if changes:
+                self.add(layer.name, torch.stack(changes).sum(0).square().sum(0), n_samples)
 
     def scores(self) -> dict[str, Tensor]:
         if self.neurons:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -142,6 +143,9 @@ class GroupLassoCallback(CompressionCallback):
         self._groups = self._find(trainer, pl_module)
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        pass  # it acts within the steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if any(one.stale for one in self._groups):  # channels were cut out of the network
             self._groups = self._find(trainer, pl_module)
 
@@ -177,8 +181,10 @@ class GroupLassoCallback(CompressionCallback):
             )
         network = resolve_network(pl_module, self.network)
         inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
+        # A copy, because the planner exchanges the parameters' data for a moment: in another dtype that resets their
+        # gradient accumulators, and with them the hooks by which DDP averages the gradients.
         with torch.compiler.set_stance("force_eager"):
-            groups = channel_groups(network, inputs)
+            groups = channel_groups(copy.deepcopy(network), inputs)
         prefix = f"{self.network}." if self.network else ""
         return [
             replace(

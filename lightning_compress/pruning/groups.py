@@ -1,4 +1,4 @@
-"""What a neuron is: one output channel of a layer, and the slices of tensors that belong to it."""
+"""What a neuron is for pruning: a unit of a channel group, the slices that make it, and the weights that score it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """The slices of one tensor that belong to the channels of a layer.
-
-    `index` has shape (size, k): row i holds the k positions along `dim` of `tensor` (a qualified name, such as
-    `"conv.weight"`) that are channel i.
-    """
-
-    tensor: str
-    dim: int
-    index: Tensor
+from lightning_compress.core.groups import Member
 
 
 @dataclass(frozen=True, eq=False)
 class Neurons:
-    """The output channels of one layer: `size` units, each a slice of every member.
+    """The channels of one group: `size` units, each a slice of every member.
 
-    `name` is the layer's qualified name; the first member is its weight. `frozen` is None, or says in words why
-    none of these channels may be removed.
+    Attributes:
+        name: The group's name.
+        size: How many there are.
+        members: The slices that make the channels; with zeros in all of them a channel is silent.
+        frozen: None, or why none of them may be removed, in words.
+        weights: The slices of layers' weights among them, by which criteria score; by default the first member.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     frozen: str | None = None
+    weights: tuple[Member, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            object.__setattr__(self, "weights", self.members[:1])
 
 
 def channel_sums(score: Tensor, member: Member) -> Tensor:

@@ -73,7 +73,7 @@ def inspect_neurons(
     target: str | Sequence[str] | None = None,
     *,
     exclude: str | Sequence[str] = (),
-    network: nn.Module | None = None,
+    network: str = "",
 ) -> list[Verdict]:
     """Return what neuron pruning with these patterns would do with every parameter, in the module's order.
 
@@ -98,16 +98,22 @@ def inspect_neurons(
         2.bias 0 skipped | not targeted
     """
     chosen = select_parameters(module, target, exclude=exclude)
-    found = find_neurons(module, example_inputs, [name.rpartition(".")[0] for name in chosen], network=network)
+    found = find_neurons(module, example_inputs, chosen, network=network)
     skipped = _reasons_to_skip(module, target, exclude)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     verdicts = {name: Verdict(name, shape, 0, "skipped", skipped.get(name, "")) for name, shape in shapes.items()}
+    for name in chosen:
+        verdicts[name] = Verdict(name, shapes[name], 0, "frozen", "its channels are not used as such in the network")
     for layer in found:
-        weight, *others = [member.tensor for member in layer.members]
+        first, *others = layer.weights
         action: Literal["pruned", "frozen"] = "pruned" if layer.frozen is None else "frozen"
-        verdicts[weight] = Verdict(weight, shapes[weight], layer.size, action, layer.frozen or "")
-        for other in others if layer.frozen is None else ():
-            verdicts[other] = Verdict(other, shapes[other], 0, "follows", f"with {weight}")
+        verdicts[first.tensor] = Verdict(first.tensor, shapes[first.tensor], layer.size, action, layer.frozen or "")
+        followers = layer.members if layer.frozen is None else others
+        for other in {one.tensor for one in followers} - {first.tensor}:
+            if layer.frozen is None:
+                verdicts[other] = Verdict(other, shapes[other], 0, "follows", f"with {first.tensor}")
+            elif other in chosen:
+                verdicts[other] = Verdict(other, shapes[other], 0, "frozen", f"with {first.tensor}")
     return list(verdicts.values())
 
 

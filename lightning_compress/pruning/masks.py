@@ -56,32 +56,55 @@ def prune_neurons(
     *,
     scope: Scope = "global",
     alive: Mapping[str, Tensor] | None = None,
+    costs: Mapping[str, float] | None = None,
+    min_channels: int = 1,
+    round_to: int = 1,
 ) -> dict[str, Tensor]:
-    """Return a mask (True stays) over the channels of each layer; the best channel of a layer always stays.
+    """Return a mask (True stays) over the channels of each group; the best channels of a group always stay.
 
     Args:
-        scores: Importance per channel, by layer name, each of shape (channels,).
-        amount: Fraction of all these channels that is dropped afterwards.
+        scores: Importance per channel, by group name, each of shape (channels,).
+        amount: Fraction of all these channels that is dropped afterwards; fewer where `round_to` keeps more.
         scope: As for `prune_weights`.
         alive: As for `prune_weights`.
+        costs: What one channel of each group costs: the importance is divided by it before groups are compared.
+        min_channels: How many of each group stay at least.
+        round_to: The number that stays is rounded up to a multiple of it.
 
     Example:
         >>> scores = {"conv1": torch.tensor([1.0, 2.0, 3.0]), "conv2": torch.tensor([0.1, 0.2, 9.0])}
         >>> {name: mask.int().tolist() for name, mask in prune_neurons(scores, 0.5).items()}
         {'conv1': [0, 1, 1], 'conv2': [0, 0, 1]}
+        >>> {name: mask.int().tolist() for name, mask in prune_neurons(scores, 0.5, min_channels=2).items()}
+        {'conv1': [0, 1, 1], 'conv2': [0, 1, 1]}
     """
-    guarded = {}
+    guarded, protected = {}, {}
     for name, score in scores.items():
+        least = min(max(min_channels, 1), score.numel())
         present = score if alive is None else score.masked_fill(~alive[name], -torch.inf)
-        guarded[name] = score.clone()
-        guarded[name][present.argmax()] = torch.inf
+        guarded[name] = score / (costs[name] if costs is not None and scope == "global" else 1.0)
+        guarded[name][present.argsort(descending=True, stable=True)[:least]] = torch.inf
+        protected[name] = least
+    masks: dict[str, Tensor] = {}
     if scope == "layer":
-        masks: dict[str, Tensor] = {}
         for name, score in guarded.items():
-            masks |= _keep({name: score}, _all_but(1, amount, score.numel(), name), False, alive)
-        return masks
-    channels = sum(score.numel() for score in guarded.values())
-    return _keep(guarded, _all_but(len(guarded), amount, channels, "all layers"), False, alive)
+            masks |= _keep({name: score}, _all_but(protected[name], amount, score.numel(), name), False, alive)
+    else:
+        channels = sum(score.numel() for score in guarded.values())
+        masks = _keep(guarded, _all_but(sum(protected.values()), amount, channels, "all layers"), False, alive)
+    if round_to > 1:
+        for name, mask in masks.items():
+            masks[name] = _rounded_up(mask, guarded[name], None if alive is None else alive[name], round_to)
+    return masks
+
+
+def _rounded_up(mask: Tensor, score: Tensor, alive: Tensor | None, multiple: int) -> Tensor:
+    """Give back the best of what was dropped, until the number that stays is a multiple."""
+    candidates = score.masked_fill(mask | (~alive if alive is not None else torch.zeros_like(mask)), -torch.inf)
+    missing = min(-int(mask.sum()) % multiple, int((candidates > -torch.inf).sum()))
+    mask = mask.clone()
+    mask[candidates.argsort(descending=True, stable=True)[:missing]] = True
+    return mask
 
 
 def expand(neurons: Sequence[Neurons], keep: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,8 +144,8 @@ def _all_but(protected: int, amount: float, total: int, where: str) -> int:
     wanted, possible = _count(amount, total), total - protected
     if wanted > possible:
         warnings.warn(
-            f"amount={amount} asks for {wanted} of {total} channels of {where}; {possible} are removed, because one "
-            f"channel of every layer stays.",
+            f"amount={amount} asks for {wanted} of {total} channels of {where}; {possible} are removed, because "
+            f"some channels of every layer stay.",
             stacklevel=3,
         )
     return min(wanted, possible)

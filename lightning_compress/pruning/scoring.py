@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.costs import Cost
 from lightning_compress.pruning.activations import Apoz, MeanActivation, TaylorNeuron
 from lightning_compress.pruning.criteria import Obd, Si, Taylor, l2, magnitude, neuron_norm, random
 from lightning_compress.pruning.fisher import Ewc, Fisher, Mas
@@ -17,6 +18,7 @@ from lightning_compress.pruning.statistics import Statistic
 Criterion = Literal[
     "magnitude", "l2", "random", "apoz", "mean_activation", "taylor", "obd", "fisher", "ewc", "si", "mas"
 ]
+Shrink = Literal["never", "on_fit_end", "during_fit"]
 Granularity = Literal["weight", "neuron"]
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -39,6 +41,32 @@ def check_criterion(criterion: str, granularity: str, *, regrow: bool) -> None:
             f"criterion={criterion!r} sees nothing of a masked channel, so regrow=True could bring none back: use "
             f"'magnitude', 'l2', 'obd', 'ewc' or 'mas', or regrow=False."
         )
+
+
+def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion, *, regrow: bool, stop: bool) -> None:
+    """Raise a ValueError unless channels may leave at that moment."""
+    if shrink not in get_args(Shrink):
+        raise ValueError(f"shrink must be one of {', '.join(get_args(Shrink))}; got {shrink!r}.")
+    if shrink != "during_fit":
+        return
+    if granularity == "weight":
+        raise ValueError("shrink='during_fit' removes channels: it needs granularity='neuron', got 'weight'.")
+    if regrow or stop:
+        wants = "regrow=True" if regrow else "stop="
+        raise ValueError(
+            f"shrink='during_fit' removes channels for good, but {wants} wants them back: use shrink='on_fit_end'."
+        )
+    if criterion == "si":
+        raise ValueError("criterion='si' looks at the whole training of a weight: use it with shrink='on_fit_end'.")
+
+
+def check_widths(cost: Cost, min_channels: int, round_to: int) -> None:
+    """Raise a ValueError unless the limits make sense."""
+    if cost not in get_args(Cost):
+        raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}; got {cost!r}.")
+    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
 
 
 def make_statistic(
@@ -78,7 +106,7 @@ def static_scores(
         if criterion == "random":
             return {unit.name: torch.rand(unit.size, generator=generator) for unit in neurons}
         order = 1 if criterion == "magnitude" else 2
-        return {unit.name: neuron_norm(weights[unit.members[0].tensor], unit, order) for unit in neurons}
+        return {unit.name: neuron_norm(weights, unit, order) for unit in neurons}
     if criterion == "random":
         return {name: random(weight, generator) for name, weight in weights.items()}
     score = magnitude if criterion == "magnitude" else l2

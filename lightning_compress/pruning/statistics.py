@@ -156,7 +156,8 @@ class WeightStatistic(Statistic):
     def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Neurons]) -> None:
         super().__init__()
         self.neurons = [target for target in targets if isinstance(target, Neurons)]
-        names = [target.members[0].tensor if isinstance(target, Neurons) else target for target in targets]
+        names = [target for target in targets if not isinstance(target, Neurons)]
+        names += [member.tensor for layer in self.neurons for member in layer.weights]
         self.parameters = {name: self._parameter(model, name) for name in names}
         for name, like in self.summed().items():
             self.track(name, like)
@@ -181,7 +182,10 @@ class WeightStatistic(Statistic):
         """Turn scores of weights into scores of the targets: themselves, or their sums over channels."""
         if not self.neurons:
             return dict(scores)
-        return {layer.name: channel_sums(scores[layer.members[0].tensor], layer.members[0]) for layer in self.neurons}
+        return {
+            layer.name: torch.stack([channel_sums(scores[one.tensor], one) for one in layer.weights]).sum(0)
+            for layer in self.neurons
+        }
 
     def times_square(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Multiply by w^2, with w the weights of now."""

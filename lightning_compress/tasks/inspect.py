@@ -31,8 +31,8 @@ def inspect_pruning(
         datamodule.prepare_data()
         datamodule.setup("fit")
         inputs = example_inputs(module, datamodule, batch_size=2)
-    network = resolve_network(module, callback.network)
-    return inspect_neurons(module, inputs, callback.target, exclude=callback.exclude, network=network)
+    resolve_network(module, callback.network)
+    return inspect_neurons(module, inputs, callback.target, exclude=callback.exclude, network=callback.network)
 
 
 def inspection_table(name: str, callback: IterativePruningCallback, verdicts: list[Verdict]) -> Table:

@@ -1,0 +1,114 @@
+"""The channels of a network in training: which of the original ones are left, and how the others leave for good."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.channels import channel_groups
+from lightning_compress.core.costs import Cost, channel_costs
+from lightning_compress.core.groups import ChannelGroups, thinned
+from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.reshaping import follow_checkpoints
+from lightning_compress.core.surgery import cut
+from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.neurons import find_neurons
+
+
+class PrunableChannels:
+    """The channels that the named weights make, counted as the dense network had them.
+
+    Args:
+        model: The module that the names are relative to.
+        network: Dotted path of the submodule that makes the prediction.
+        example_inputs: What it takes; batch first.
+        weights: Qualified names of the weights whose channels may go.
+
+    Attributes:
+        neurons: The free ones, as they are in the network now.
+        reasons: Why others have to stay, in words.
+        keep: By name a mask over the dense network's channels: those that are left. Changed by `cut` alone.
+
+    Raises:
+        ValueError: There are none.
+    """
+
+    def __init__(self, model: nn.Module, network: str, example_inputs: ExampleInputs, weights: Collection[str]) -> None:
+        self._model, self._network, self._inputs, self._weights = model, network, example_inputs, weights
+        self._groups: ChannelGroups = channel_groups(model.get_submodule(network), example_inputs)
+        found = self._find()
+        self.reasons = [f"{layer.name}: {layer.frozen}" for layer in found if layer.frozen is not None]
+        met = {one.tensor for layer in found for one in layer.weights}
+        self.reasons += [f"{name}: its channels are not used as such" for name in weights if name not in met]
+        if not self.neurons:
+            raise ValueError(f"No targeted layer has channels that may be pruned ({'; '.join(self.reasons)}).")
+        self.keep = {layer.name: torch.ones(layer.size, dtype=torch.bool) for layer in self.neurons}
+
+    def _find(self) -> list[Neurons]:
+        found = find_neurons(self._model, self._inputs, self._weights, network=self._network, groups=self._groups)
+        self.neurons = [layer for layer in found if layer.frozen is None]
+        return found
+
+    def resume(self, keep: Mapping[str, Tensor]) -> None:
+        """Go on from a network that has been cut already.
+
+        Raises:
+            ValueError: It has not the channels that `keep` says.
+        """
+        sizes = {layer.name: layer.size for layer in self.neurons}
+        for name, mask in keep.items():
+            left = int(mask.sum())
+            if sizes.get(name, 1) != left:  # a group with one channel is no longer free
+                raise ValueError(
+                    f"The checkpoint has {left} of {mask.numel()} channels of {name!r}, the network {sizes[name]}."
+                )
+        self.keep = {name: mask.cpu() for name, mask in keep.items()}
+
+    def of_dense(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores of the channels that are left, laid out over the dense network's; zero for the others."""
+        laid = {}
+        for name, mask in self.keep.items():
+            score = scores.get(name)
+            laid[name] = torch.zeros(mask.numel()) if score is None else score.new_zeros(mask.numel())
+            if score is not None:
+                laid[name][mask.to(score.device)] = score
+        return laid
+
+    def costs(self, cost: Cost) -> dict[str, float]:
+        """What one channel of each group costs."""
+        start = f"{self._network}." if self._network else ""
+        mine = {layer.name.removeprefix(start) for layer in self.neurons}
+        groups = [group for group in self._groups if group.name in mine]
+        found = channel_costs(self._model.get_submodule(self._network), groups, self._inputs, cost=cost)
+        return {start + name: value for name, value in found.items()}
+
+    def cut(
+        self,
+        keep: Mapping[str, Tensor],
+        *,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+        copies: Iterable[nn.Module] = (),
+    ) -> None:
+        """Take channels out of the network: `keep` masks the dense network's channels, by name.
+
+        Raises:
+            ValueError: As `cut`; the network is as it was then.
+        """
+        start = f"{self._network}." if self._network else ""
+        here = {name.removeprefix(start): mask.cpu()[self.keep[name]] for name, mask in keep.items()}
+        here = {name: mask for name, mask in here.items() if not bool(mask.all())}
+        follow_checkpoints(self._model, self._groups.prefixed(self._network))
+        cut(
+            self._model.get_submodule(self._network),
+            {name: mask.nonzero().squeeze(1) for name, mask in here.items()},
+            self._inputs,
+            groups=self._groups,
+            optimizers=optimizers,
+            copies=[copy.get_submodule(self._network) for copy in copies],
+            follow=False,
+        )
+        self._groups = thinned(self._groups, here)
+        self.keep = {name: keep[name].cpu() if name in keep else mask for name, mask in self.keep.items()}
+        self._find()
