@@ -16,6 +16,8 @@ from support.ranks import TESTS, RankPair
 from support.registry import REGISTRY
 from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
 
+from lightning_compress.core.reshaping import adopt_state
+
 ENTRIES = list(REGISTRY)
 EPOCH = SAMPLES // BATCH  # optimizer steps
 
@@ -98,6 +100,10 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
     checkpoint = torch.load(tmp_path / f"step={4 * EPOCH}.ckpt", weights_only=True)
     module = SmallModule()
     assert list(checkpoint["state_dict"]) == list(module.state_dict())
+    if "during-fit" in entry:  # thinner than the plain class
+        adopt_state(module, checkpoint["state_dict"])
+        assert module.net.hidden.out_features == module.net.head.in_features < 16
+        return
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     weights = torch.cat([p.flatten() for name, p in module.named_parameters() if name.endswith("weight")])
     assert (weights == 0).float().mean() > 0.3

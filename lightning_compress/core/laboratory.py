@@ -22,14 +22,23 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[Exam
     and a difference is either rounding or an error. Yields the example inputs in double precision.
     """
     generator = torch.Generator().manual_seed(0)
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    before = [(tensor, tensor.data, tensor.grad) for tensor in tensors]
+    owners = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # Others in their place: the network's own carry hooks, such as DistributedDataParallel's, which a new dtype drops.
+    others: dict[int, nn.Parameter] = {}
+    for _, _, parameter in owners:
+        if id(parameter) not in others:
+            others[id(parameter)] = _random_parameter(names[id(parameter)], parameter, generator)
+    buffers = [(buffer, buffer.data) for buffer in model.buffers()]
     with evaluating(model), all_sliceable(model):
         try:
-            for name, parameter in model.named_parameters():
-                parameter.grad = None
-                if parameter.is_floating_point():
-                    parameter.data = _random(name, parameter, generator)
+            for module, name, parameter in owners:
+                setattr(module, name, others[id(parameter)])
             for name, buffer in model.named_buffers():
                 if buffer.is_floating_point():
                     buffer.data = _random(name, buffer, generator) if "running_" in name else buffer.data.double()
@@ -37,10 +46,16 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[Exam
                 Tensor, lambda one: one.double() if one.is_floating_point() else one, _as_tree(example_inputs)
             )
         finally:
-            for tensor, data, gradient in before:
-                tensor.grad = None
-                tensor.data = data
-                tensor.grad = gradient
+            for buffer, data in buffers:
+                buffer.data = data
+            for module, name, parameter in owners:
+                setattr(module, name, parameter)
+
+
+def _random_parameter(name: str, parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
+    if not parameter.is_floating_point():
+        return parameter
+    return nn.Parameter(_random(name, parameter, generator), requires_grad=parameter.requires_grad)
 
 
 @contextmanager

@@ -195,10 +195,13 @@ class IterativePruningCallback(CompressionCallback):
     @property
     def sparsity(self) -> float:
         """Fraction of the targeted entries, or channels, that is masked now."""
-        if self._kept is not None:
-            total = sum(mask.numel() for mask in self._kept.values())
-            return 1.0 - sum(int(mask.sum()) for mask in self._kept.values()) / total
-        return 0.0 if self._masked is None else self._masked.sparsity
+        total = sum(mask.numel() for mask in (self._keep or {}).values())
+        return 1.0 - sum(int(mask.sum()) for mask in (self._keep or {}).values()) / total if total else 0.0
+
+    @property
+    def _keep(self) -> dict[str, Tensor] | None:
+        """What stays of the dense network's entries or channels; None before the first event."""
+        return self._kept or (None if self._masked is None else self._masked.keep)
 
     @property
     def _neurons(self) -> list[Neurons] | None:
@@ -237,10 +240,7 @@ class IterativePruningCallback(CompressionCallback):
                 end_epoch=self.start_epoch if at_once else self.end_epoch,
                 every_n_steps=self.every_n_steps,
             )
-        if state is not None and state["kept"] is not None:
-            self._kept = state["kept"]
-        if self._kept is not None and self._channels is not None:
-            self._channels.resume(self._kept)
+        self._resume_thin(pl_module, state)
         self._statistic = None
         if self.amount > 0 and not self.finished:
             self._check_watching(trainer, pl_module)
@@ -257,6 +257,19 @@ class IterativePruningCallback(CompressionCallback):
         elif earlier is not None:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
+
+    def _resume_thin(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        """Go on from a network that has been cut, by this fit or by an earlier one."""
+        if state is not None:
+            self._kept = state["keep"] if state["thin"] else None
+        if self._kept is None or self._channels is None:
+            return
+        if self._channels.is_dense(self._kept):  # the dense network, masked, was loaded back since
+            masked = MaskedParameters(pl_module, neurons=self._neurons)
+            masked.set(self._kept)
+            self._masked, self._kept = masked, None
+        else:
+            self._channels.resume(self._kept)
 
     def _watch(self, pl_module: LightningModule, targets: list[str] | list[Neurons]) -> Statistic | None:
         return make_statistic(
@@ -339,10 +352,10 @@ class IterativePruningCallback(CompressionCallback):
                 f"is {self.sparsity:.4g}, not {self.amount}.",
                 stacklevel=2,
             )
-        kept = None if self._masked is None else self._masked.keep
-        if self.granularity == "neuron" and self.shrink == "on_fit_end" and self.finished and kept is not None:
+        masks = None if self._kept is not None else self._keep
+        if self.granularity == "neuron" and self.shrink == "on_fit_end" and self.finished and masks is not None:
             self._statistic = None
-            self._cut(trainer, pl_module, kept)
+            self._cut(trainer, pl_module, masks)
 
     # ------------------------------------------------------------------ an event
 
@@ -366,7 +379,7 @@ class IterativePruningCallback(CompressionCallback):
     @torch.no_grad()
     def _decide(self, amount: float) -> dict[str, Tensor]:
         assert self._masked is not None
-        alive = self._kept or (None if self.regrow else self._masked.keep)
+        alive = None if self.regrow else self._keep
         weights = {name: self._masked.value(name) for name in self._targets}
         statistic, absolute = self._statistic, False
         if statistic is not None:
@@ -451,8 +464,8 @@ class IterativePruningCallback(CompressionCallback):
 
     def technique_state(self) -> dict[str, Any]:
         return {
-            "keep": None if self._masked is None else self._masked.keep,
-            "kept": self._kept,
+            "keep": self._keep,
+            "thin": self._kept is not None,
             "latent": {} if self._masked is None else self._masked.latent,
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),

@@ -51,6 +51,10 @@ class PrunableChannels:
         self.neurons = [layer for layer in found if layer.frozen is None]
         return found
 
+    def is_dense(self, keep: Mapping[str, Tensor]) -> bool:
+        """Whether the network has all the channels that `keep` masks, those that it drops too."""
+        return all(layer.size == keep[layer.name].numel() for layer in self.neurons) and len(self.neurons) == len(keep)
+
     def resume(self, keep: Mapping[str, Tensor]) -> None:
         """Go on from a network that has been cut already.
 

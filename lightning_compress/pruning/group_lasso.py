@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.inputs import resolve_example_inputs, resolve_network
+from lightning_compress.trainer.surgery import rewrapped
 
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
 
@@ -34,8 +34,8 @@ class GroupLassoCallback(CompressionCallback):
     every optimizer step w_g <- w_g * max(0, 1 - lr * strength / ||w_g||), so that groups become exactly zero. lr is the
     learning rate of the parameter's group in the optimizer, scaled by no moments.
 
-    The norms are summed plainly, as in the paper, without Yuan and Lin's factor sqrt(size of g).
-    `group_sparsity`, the fraction of groups whose norm is at most 1e-8, is logged once an epoch.
+    The norms are summed plainly, as in the paper, without Yuan and Lin's factor sqrt(size of g). `group_sparsity` is
+    logged once an epoch.
 
     Args:
         strength: Factor of the penalty, 0 or more; 0 changes nothing.
@@ -50,6 +50,9 @@ class GroupLassoCallback(CompressionCallback):
         example_inputs: What the network is traced with, for "group": a tensor, a tuple of positional arguments, or a
             dict of keyword arguments, batch first. By default `example_input_array`, else one peeked batch.
         network: Dotted path of the submodule that is traced, for "group"; by default the LightningModule.
+
+    Attributes:
+        group_sparsity: Fraction of the groups whose norm was at most 1e-8 when the last epoch ended.
 
     Raises:
         ValueError: An argument is out of range.
@@ -96,16 +99,11 @@ class GroupLassoCallback(CompressionCallback):
         self.proximal = proximal
         self.example_inputs = example_inputs
         self.network = network
+
+        self.group_sparsity = 0.0
         self._groups: list[WeightGroups] = []
         self._left_out: dict[str, str] = {}
         self._announced: torch.optim.Optimizer | None = None
-
-    @property
-    def group_sparsity(self) -> float:
-        """Fraction of the groups whose norm is at most 1e-8 now."""
-        norms = [one.norms() for one in self._groups]
-        zero = sum(int((one <= _ZERO).sum()) for one in norms)
-        return zero / sum(one.numel() for one in norms) if norms else 0.0
 
     # ------------------------------------------------------------------ refusals
 
@@ -141,13 +139,18 @@ class GroupLassoCallback(CompressionCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._groups = self._find(trainer, pl_module)
+        if not self._groups:
+            raise ValueError(
+                f"target={self.target!r} with exclude={self.exclude!r} names no channels that can be cut out exactly "
+                f"({_listed(self._left_out) or 'the network has none there'}): use granularity='filter' or another "
+                f"target."
+            )
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         pass  # it acts within the steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if any(one.stale for one in self._groups):  # channels were cut out of the network
-            self._groups = self._find(trainer, pl_module)
+        self._refresh(trainer, pl_module)
 
     def technique_state(self) -> dict[str, Any]:
         return {}  # the weights are all there is
@@ -155,20 +158,18 @@ class GroupLassoCallback(CompressionCallback):
     def project_copy(self, module: nn.Module) -> None:
         pass  # an average of shrunk weights stays an average
 
+    def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if any(one.stale for one in self._groups):  # channels were cut out of the network
+            self._groups = self._find(trainer, pl_module)
+
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> list[WeightGroups]:
         if self.granularity != "group":
             return weight_groups(pl_module, self.granularity, target=self.target, exclude=self.exclude)
         found, left_out = unit_groups(
             pl_module, self._channels(trainer, pl_module), target=self.target, exclude=self.exclude
         )
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        if not found:
-            raise ValueError(
-                f"target={self.target!r} with exclude={self.exclude!r} names no channels that can be cut out exactly "
-                f"({reasons or 'the network has none there'}): use granularity='filter' or another target."
-            )
         if left_out and left_out != self._left_out:
-            rank_zero_info(f"Channels without a penalty: {reasons}.")
+            rank_zero_info(f"Channels without a penalty: {_listed(left_out)}.")
         self._left_out = left_out
         return found
 
@@ -181,10 +182,10 @@ class GroupLassoCallback(CompressionCallback):
             )
         network = resolve_network(pl_module, self.network)
         inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
-        # A copy, because the planner exchanges the parameters' data for a moment: in another dtype that resets their
-        # gradient accumulators, and with them the hooks by which DDP averages the gradients.
-        with torch.compiler.set_stance("force_eager"):
-            groups = channel_groups(copy.deepcopy(network), inputs)
+        # The planner lends the parameters data of another dtype, which resets their gradient accumulators, and with
+        # them the hooks by which the ranks average their gradients: these are set anew.
+        with rewrapped(trainer), torch.compiler.set_stance("force_eager"):
+            groups = channel_groups(network, inputs)
         prefix = f"{self.network}." if self.network else ""
         return [
             replace(
@@ -222,7 +223,14 @@ class GroupLassoCallback(CompressionCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        self._refresh(trainer, pl_module)
+        zero = [one.norms() <= _ZERO for one in self._groups]
+        self.group_sparsity = sum(int(one.sum()) for one in zero) / max(1, sum(one.numel() for one in zero))
         lassos = [one for one in trainer.callbacks if isinstance(one, GroupLassoCallback)]  # type: ignore[attr-defined]
         number = lassos.index(self)
         name = f"group_sparsity_{number + 1}" if number else "group_sparsity"
         pl_module.log(name, self.group_sparsity, prog_bar=True, sync_dist=True)
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

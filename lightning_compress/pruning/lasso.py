@@ -72,10 +72,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class WeightGroups:
-    """Groups of weights of one kind, such as the filters of a layer: each is a slice of every part.
-
-    `name` is that of the parameter or of the channel group.
-    """
+    """Groups of weights of one kind, such as the filters of a layer: each is a slice of every part."""
 
     name: str
     parts: tuple[Part, ...]

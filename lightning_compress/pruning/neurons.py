@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.groups import ChannelGroup, ChannelGroups, Member
+from lightning_compress.core.groups import ChannelGroups, Member
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.select import WEIGHT_LAYERS
 from lightning_compress.pruning.groups import Neurons
@@ -45,37 +47,53 @@ def find_neurons(
         0 4 ['0.weight', '0.bias', '1.weight', '1.bias'] None
         4 10 ['4.weight', '4.bias'] it is an output of the network
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first_name: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        first_name.setdefault(id(parameter), name)
+    unknown = [name for name in weights if name not in parameters]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]!r} is no parameter of {type(model).__name__}: channels are named by the weights that make "
+            f"them, such as {next(iter(parameters), 'none')!r}."
+        )
+    named = {first_name[id(parameters[name])] for name in weights}
     if groups is None:
         groups = channel_groups(model.get_submodule(network), example_inputs)
+    prefix = f"{network}." if network else ""
     found = []
     for group in groups:
-        neurons = _neurons(model, group, f"{network}." if network else "")
-        named = [one.tensor for one in neurons.weights if one.tensor in weights]
-        others = [one.tensor for one in neurons.weights if one.tensor not in weights]
-        if not named:
+        makers = [replace(one, tensor=prefix + one.tensor) for one in group.members if one.produces]
+        buffers = [one.tensor for one in makers if one.tensor not in parameters]
+        members = [
+            replace(one, tensor=first_name[id(parameters[one.tensor])]) for one in makers if one.tensor in parameters
+        ]
+        sides = [_side(model, one) for one in members]
+        layers = [one for one, side in zip(members, sides, strict=True) if side == "output"]
+        others = [one for one, side in zip(members, sides, strict=True) if side is None]
+        matrices = [one for one in others if parameters[one.tensor].dim() > 1]
+        scored = layers or matrices or others
+        if not any(one.tensor in named for one in scored):
             continue
         frozen = group.frozen
+        left_out = [one.tensor for one in scored if one.tensor not in named]
         if frozen is None and not group.exact:
             frozen = f"without them the network computes something else: {group.note}"
-        elif frozen is None and others:
-            frozen = f"they are those of {others[0]} as well, which is no target"
-        found.append(replace(neurons, frozen=frozen))
+        elif frozen is None and buffers:
+            frozen = f"the buffer {buffers[0]} makes them as well, and only parameters are pruned"
+        elif frozen is None and left_out:
+            frozen = f"they are those of {left_out[0]} as well, which is no target"
+        found.append(Neurons(prefix + group.name, group.size, tuple(members), frozen, tuple(scored)))
     return found
 
 
-def _neurons(model: nn.Module, group: ChannelGroup, prefix: str) -> Neurons:
-    members = tuple(replace(one, tensor=prefix + one.tensor) for one in group.members if one.produces)
-    layers = tuple(one for one in members if _is_layers_weight(model, one))
-    matrices = tuple(one for one in members if _dims(model, one) > 1)
-    return Neurons(prefix + group.name, group.size, members, group.frozen, layers or matrices or members[:1])
-
-
-def _is_layers_weight(model: nn.Module, member: Member) -> bool:
+def _side(model: nn.Module, member: Member) -> Literal["output", "input"] | None:
+    """Which side of a layer's weight the slices are; None if the tensor is no layer's weight."""
     module, _, name = member.tensor.rpartition(".")
-    return name == "weight" and isinstance(model.get_submodule(module), WEIGHT_LAYERS)
-
-
-def _dims(model: nn.Module, member: Member) -> int:
-    module, _, name = member.tensor.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(module), name)
-    return tensor.dim()
+    layer = model.get_submodule(module)
+    if name != "weight" or not isinstance(layer, WEIGHT_LAYERS):
+        return None
+    output = (0,)
+    if isinstance(layer, _ConvNd) and layer.transposed:
+        output = (1,) if layer.groups == 1 else (0, 1)
+    return "output" if member.dim in output else "input"

@@ -188,7 +188,7 @@ def test_regrow_brings_weights_back_under_every_criterion_that_multiplies_by_the
 
 
 def test_neurons_fall_silent_in_everything_they_own() -> None:
-    callback = IterativePruningCallback(0.5, granularity="neuron", scope="layer", end_epoch=2.0)
+    callback = IterativePruningCallback(0.5, granularity="neuron", scope="layer", end_epoch=2.0, shrink="never")
     module = run(callback)
     net = module.net.eval()
     gone = (net.conv.weight == 0).flatten(1).all(1)
@@ -612,7 +612,7 @@ def test_a_weight_shared_with_an_embedding_keeps_its_neurons() -> None:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     module = Tied()
-    callback = IterativePruningCallback(0.5, granularity="neuron", end_epoch=1.0)
+    callback = IterativePruningCallback(0.5, granularity="neuron", end_epoch=1.0, shrink="never")
     quiet_trainer(callbacks=[callback], max_epochs=2).fit(module, shuffled())
     assert (module.body.weight == 0).all(1).sum() == 4
     assert (module.table.weight != 0).all()

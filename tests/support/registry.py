@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from lightning_compress import IterativePruningCallback
+from lightning_compress import GroupLassoCallback, IterativePruningCallback
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,14 @@ def pruning(**options: Any) -> Entry:
     )
 
 
+def lasso(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"strength": 0.05} | options
+    return Entry(
+        make=lambda: GroupLassoCallback(**settings),
+        nothing=lambda: GroupLassoCallback(**(settings | {"strength": 0.0})),
+    )
+
+
 REGISTRY: dict[str, Entry] = {
     "pruning": pruning(),
     "pruning-layer-random": pruning(criterion="random", scope="layer", schedule="linear"),
@@ -42,5 +50,10 @@ REGISTRY: dict[str, Entry] = {
     "pruning-neurons-apoz": pruning(granularity="neuron", amount=0.5, criterion="apoz"),
     "pruning-neurons-taylor": pruning(granularity="neuron", amount=0.5, criterion="taylor"),
     "pruning-neurons-fisher": pruning(granularity="neuron", amount=0.5, criterion="fisher"),
+    "pruning-neurons-masked": pruning(granularity="neuron", amount=0.5, shrink="never"),
+    "pruning-neurons-during-fit": pruning(granularity="neuron", amount=0.5, shrink="during_fit", criterion="taylor"),
     "pruning-stop": pruning(start_epoch=1.0, stop={"monitor": "val_acc", "max_drop": 0.4}, every_n_steps=None),
+    "group-lasso": lasso(),
+    "group-lasso-shape-proximal": lasso(granularity="shape", proximal=True),
+    "group-lasso-units-proximal": lasso(granularity="group", proximal=True, strength=0.2),
 }
