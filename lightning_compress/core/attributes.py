@@ -15,7 +15,10 @@ from torch import nn
 from lightning_compress.core.groups import Attribute, ChannelGroup
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "num_key_value_heads")
-_HEAD_WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "d_head", "d_kv", "key_dim")
+_HEAD_WIDTHS = (
+    *("head_dim", "attention_head_size", "head_size", "dim_head", "d_head", "d_kv"),
+    *("key_dim", "qk_dim", "v_dim", "value_dim"),
+)
 _INNER_WIDTHS = ("all_head_size", "inner_dim", "split_size", "attn_dim", "attention_dim", "proj_dim")
 _WIDTHS = (
     *_INNER_WIDTHS,

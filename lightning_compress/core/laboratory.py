@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,8 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[Exam
     """Evaluation mode, random parameters and double precision; afterwards everything is as before.
 
     Every branch of the network matters then, also one that a tiny layer scale or a norm that starts at zero would hide,
-    and a difference is either rounding or an error. Yields the example inputs in double precision.
+    and a difference is either rounding or an error. Yields the example inputs in double precision, with
+    noise added.
     """
     generator = torch.Generator().manual_seed(0)
     owners = [
@@ -42,9 +44,7 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[Exam
             for name, buffer in model.named_buffers():
                 if buffer.is_floating_point():
                     buffer.data = _random(name, buffer, generator) if "running_" in name else buffer.data.double()
-            yield tree_map_only(
-                Tensor, lambda one: one.double() if one.is_floating_point() else one, _as_tree(example_inputs)
-            )
+            yield tree_map_only(Tensor, lambda one: _noisy(one, generator), _as_tree(example_inputs))
         finally:
             for buffer, data in buffers:
                 buffer.data = data
@@ -67,6 +67,18 @@ def all_sliceable(model: nn.Module) -> Iterator[None]:
     finally:
         for one in undo:
             one()
+
+
+def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Double precision, and noise of the values' own size: example inputs are often zeros, which hide errors."""
+    if not tensor.is_floating_point():
+        return tensor
+    values = tensor.double()
+    spread = float(values.std()) if values.numel() > 1 else 0.0
+    if not math.isfinite(spread):
+        return values
+    noise = torch.randn(tensor.shape, dtype=torch.float64, generator=generator).to(tensor.device)
+    return values + noise * (spread or 1.0)
 
 
 def _as_tree(example_inputs: ExampleInputs) -> ExampleInputs:

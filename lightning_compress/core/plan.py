@@ -22,6 +22,7 @@ class Plan:
 
     places: Places
     candidates: list[ChannelGroup]
+    readings: dict[tuple[object, ...], set[int]]  # by the group's identity: where it was found
     walks: list[Walk]
     program: ExportedProgram
     example_inputs: ExampleInputs
@@ -37,6 +38,7 @@ class Plan:
             model.eval()
         places = Places(model)
         candidates: dict[tuple[object, ...], ChannelGroup] = {}
+        readings: dict[tuple[object, ...], set[int]] = {}
         walks = []
         for reading in range(READINGS):
             units = Units(places.count)
@@ -47,17 +49,22 @@ class Plan:
                 units.freeze(place.nodes, "it is not used in the forward pass of the example inputs")
             for group in _groups(places, units):
                 candidates.setdefault(_identity(group), group)
+                readings.setdefault(_identity(group), set()).add(reading)
             if not units.read:
                 break
-        return cls(places, list(candidates.values()), walks, programs[0], example_inputs)
+        return cls(places, list(candidates.values()), readings, walks, programs[0], example_inputs)
 
-    def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> Tensor:
-        """For every node whether it leaves when some units of some groups do."""
-        gone = torch.zeros(self.places.count, dtype=torch.bool)
+    def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> list[Tensor]:
+        """For every reading, and every node, whether it leaves when some units of some groups do.
+
+        A reading sees rows or columns of what is taken apart: where only some rows leave, all columns stay.
+        """
+        gone = [torch.zeros(self.places.count, dtype=torch.bool) for _ in self.walks]
         nodes = {(place.tensor, place.dim): place.nodes for place in self.places.all()}
         for group, units in drop:
-            for member in group.members:
-                gone[nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
+            for reading in self.readings[_identity(group)]:
+                for member in group.members:
+                    gone[reading][nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
         return gone
 
 
@@ -105,15 +112,21 @@ def _groups(places: Places, units: Units) -> list[ChannelGroup]:
         if len(members) == 1 and frozen is None:
             single = all(count == 1 for _, count in signature)
             frozen = "it has a single channel" if single else "all its channels depend on each other"
-        attributes = []
+        attributes: dict[tuple[str, str, int | None], Attribute] = {}
         for module, name, at, nodes in units.attributes:
             of_these = root[nodes]
-            inside = torch.isin(of_these, ordered)
-            if bool(inside.any()):
-                each = int(inside.sum()) // len(members)
-                attributes.append(Attribute(module, name, at, _positions(of_these, ordered, each)))
-        unique = {(one.module, one.name, one.place): one for one in attributes}
-        groups.append(ChannelGroup("", len(members), tuple(slices), tuple(unique.values()), note is None, frozen, note))
+            inside = of_these[torch.isin(of_these, ordered)]
+            if len(inside) == 0:
+                continue
+            each = torch.bincount(inside, minlength=units.count)[ordered]
+            if int(each.min()) != int(each.max()):
+                frozen = frozen or f"{name} of {module!r} counts its channels unevenly"
+                continue
+            index = _positions(of_these, ordered, int(each[0]))
+            attributes[module, name, at] = Attribute(module, name, at, index)
+        groups.append(
+            ChannelGroup("", len(members), tuple(slices), tuple(attributes.values()), note is None, frozen, note)
+        )
     return groups
 
 

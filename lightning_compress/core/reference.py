@@ -25,10 +25,12 @@ class Reference(fx.Interpreter):
     Args:
         program: The exported network.
         averages: By the name of the graph's node, what it averages over.
-        removed: For every node of the units whether it is dropped.
+        removed: For every reading, and every node, whether it is dropped.
     """
 
-    def __init__(self, program: ExportedProgram, averages: Mapping[str, Sequence[Average]], removed: Tensor) -> None:
+    def __init__(
+        self, program: ExportedProgram, averages: Mapping[str, Sequence[Average]], removed: Sequence[Tensor]
+    ) -> None:
         super().__init__(program.graph_module)
         self._program, self._averages, self._removed = program, averages, removed
 
@@ -65,21 +67,18 @@ class Reference(fx.Interpreter):
         thin: dict[int, Tensor] = {}
         for average in averages:
             value = arguments[average.argument]
-            dropped = self._removed[average.nodes.reshape(-1)]
+            dropped = self._removed[average.reading][average.nodes.reshape(-1)]
             if average.zero:
                 shape = [1] * value.dim()
                 shape[average.dim] = -1
                 arguments[average.argument] = value * (~dropped).reshape(shape)
-            elif full is None or value.shape[average.dim] == len(dropped):
-                full = value if full is None else full
-                thin[average.dim] = (~dropped).nonzero().squeeze(1)
+            elif bool(dropped.any()):
+                full = value
+                before = thin.get(average.dim, torch.arange(len(dropped)))
+                thin[average.dim] = before[~dropped[before]]
         if not thin:
             return n.target(**arguments)
         assert full is not None
-        if "num_groups" in arguments:  # whole groups may have left as well
-            (kept,) = thin.values()
-            each = full.shape[1] // arguments["num_groups"]
-            arguments["num_groups"] = len(torch.unique(kept // each))
         for dim, kept in thin.items():
             arguments = {name: _narrow(value, dim, kept, full, name) for name, value in arguments.items()}
         result = n.target(**arguments)

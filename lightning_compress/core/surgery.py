@@ -125,9 +125,10 @@ def _checked(
         raise ValueError(f"There is no channel group {name!r}; there are {', '.join(map(repr, named))}.")
     group = named[name]
     units = torch.as_tensor(indices, device="cpu").reshape(-1)
+    units = units.long() if units.numel() == 0 else units
     if units.dtype == torch.bool or units.is_floating_point():
         raise ValueError(f"keep for {name!r} must be indices, that is integers; got {units.dtype}.")
-    units = torch.unique(units.long()) if units.numel() else units.long()
+    units = torch.tensor(sorted(set(units.tolist())), dtype=torch.long)
     if units.numel() == 0:
         raise ValueError(f"Nothing would be left of {name!r}: at least one of its {group.size} channels must stay.")
     if int(units.min()) < 0 or int(units.max()) >= group.size:

@@ -16,6 +16,7 @@ from lightning_compress.core.plan import Plan
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.slicing import Slices
 
+TURNS = 3  # sizes that every group is tried with
 TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, an error far above
 
 
@@ -72,11 +73,15 @@ class Trial:
         return free, frozen
 
     def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Cut about half of every group; None, or what went wrong."""
-        generator = torch.Generator().manual_seed(len(groups))
+        """Cut all groups, several times with other sizes for each; None, or what went wrong."""
+        return next(filter(None, (self._error_once(groups, turn) for turn in range(TURNS))), None)
+
+    def _error_once(self, groups: Sequence[ChannelGroup], turn: int) -> str | None:
+        generator = torch.Generator().manual_seed(turn)
         drop = []
-        for group in groups:
-            count = max(1, group.size // 2)
+        for number, group in enumerate(groups):
+            # About half, all but one, one: a number that stands in the code fits one of them at most.
+            count = (max(1, group.size // 2), group.size - 1, 1)[(number + turn) % TURNS]
             drop.append((group, torch.randperm(group.size, generator=generator)[:count]))
         expected = dense_without(self._model, self._inputs, drop, self._plan)
         slices = Slices()

@@ -206,8 +206,9 @@ def _layer(model: nn.Module, neurons: Neurons, member: Member) -> str:
     plain = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not (layer.transposed and layer.groups > 1))
     if not plain:
         raise ValueError(
-            f"The channels of {neurons.name!r} are made by {member.tensor}, which is no linear layer or convolution "
-            f"whose activation could be watched: choose magnitude, l2 or random, or exclude it."
+            f"The channels of {neurons.name!r} are made by {member.tensor}, and no activation shows them one by one: "
+            f"that is known for linear layers, and for convolutions that are not both transposed and grouped. Choose "
+            f"magnitude, l2 or random, or exclude it."
         )
     return name
 

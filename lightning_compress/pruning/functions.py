@@ -6,7 +6,6 @@ Functions go by their names without underscores: add, add_, __add__ and torch.op
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,22 +16,13 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-NORMS = _names(
-    """batch_norm batch_norm_elemt group_norm instance_norm layer_norm native_batch_norm native_group_norm
-    native_layer_norm rms_norm"""
-)
-# The scale and shift of these span the input's last dimensions, those of the others its dimension 1.
-OVER_LAST_DIMENSIONS = _names("layer_norm native_layer_norm rms_norm")
-# Without scale and shift, these make a constant or worse of a channel of zeros.
-SHIFTING_NORMS = NORMS - _names("instance_norm rms_norm")
-
 # What these make of their first argument has the same channels.
 CARRIERS = (
-    NORMS
-    | _names(
-        """alpha_dropout bfloat16 clone contiguous cpu cuda double dropout dropout1d dropout2d dropout3d
-        feature_alpha_dropout feature_dropout float half interpolate local_response_norm masked_fill native_dropout neg
-        negative positive to type type_as"""
+    _names(
+        """alpha_dropout batch_norm batch_norm_elemt bfloat16 clone contiguous cpu cuda double dropout dropout1d
+        dropout2d dropout3d feature_alpha_dropout feature_dropout float group_norm half instance_norm interpolate
+        layer_norm local_response_norm masked_fill native_batch_norm native_dropout native_group_norm native_layer_norm
+        neg negative positive rms_norm to type type_as"""
     )
     | {f"{kind}_pool{n}d" for kind in ("avg", "max", "lp", "adaptive_avg", "adaptive_max") for n in (1, 2, 3)}
     | {f"{kind}_pool{n}d_with_indices" for kind in ("max", "adaptive_max") for n in (1, 2, 3)}
@@ -52,15 +42,6 @@ QUERIES = _names(
     """batch_norm_stats detach dim empty_like get is_contiguous is_floating_point new_empty new_full new_ones new_tensor
     new_zeros numel ones_like rand_like randn_like register_hook requires_grad retain_grad size zeros_like"""
 )
-
-# These always hold weights of their own.
-WEIGHTED = _names(
-    """bilinear conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution embedding
-    embedding_bag gru gru_cell linear lstm lstm_cell multi_head_attention_forward rnn_relu rnn_relu_cell rnn_tanh
-    rnn_tanh_cell"""
-)
-# These do where one of their arguments is a parameter.
-CONTRACTIONS = _names("addbmm addmm addmv baddbmm bmm chain_matmul dot einsum inner matmul mm mv rmatmul tensordot")
 
 
 def function_name(func: Callable[..., Any]) -> str:
@@ -89,10 +70,10 @@ def outputs_of(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested sequences, mappings and dataclasses, in order.
+    """The tensors in nested sequences, in order.
 
     >>> import torch
-    >>> [tensor.item() for tensor in tensors_in({"a": torch.tensor(1), "b": (torch.tensor(2), None, 3)})]
+    >>> [tensor.item() for tensor in tensors_in([torch.tensor(1), (torch.tensor(2), None, 3)])]
     [1, 2]
     """
     if isinstance(value, Tensor):
@@ -103,12 +84,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
                 yield item
             elif not isinstance(item, int | float | str | None):
                 yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
 
 
 def _raw_name(func: Callable[..., Any]) -> str:

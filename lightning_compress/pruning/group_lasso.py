@@ -18,7 +18,6 @@ from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.inputs import resolve_example_inputs, resolve_network
-from lightning_compress.trainer.surgery import rewrapped
 
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
 
@@ -32,7 +31,9 @@ class GroupLassoCallback(CompressionCallback):
     once per optimizer step: after accumulation and after the ranks' gradients are averaged, before clipping. A
     stochastic gradient takes groups close to zero, but not to it; with `proximal=True` nothing is added, and after
     every optimizer step w_g <- w_g * max(0, 1 - lr * strength / ||w_g||), so that groups become exactly zero. lr is the
-    learning rate of the parameter's group in the optimizer, scaled by no moments.
+    learning rate of the parameter's group in the optimizer, scaled by no moments: over a fit it takes at most
+    strength * (sum of lr) from the norm of a group, which says how to choose strength. Adam divides an added gradient
+    by its own size, so that there strength says little without `proximal`.
 
     The norms are summed plainly, as in the paper, without Yuan and Lin's factor sqrt(size of g). `group_sparsity` is
     logged once an epoch.
@@ -182,9 +183,7 @@ class GroupLassoCallback(CompressionCallback):
             )
         network = resolve_network(pl_module, self.network)
         inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
-        # The planner lends the parameters data of another dtype, which resets their gradient accumulators, and with
-        # them the hooks by which the ranks average their gradients: these are set anew.
-        with rewrapped(trainer), torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             groups = channel_groups(network, inputs)
         prefix = f"{self.network}." if self.network else ""
         return [

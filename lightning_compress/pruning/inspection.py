@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.select import select_parameters
+from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons
 
 
@@ -21,9 +22,9 @@ class Verdict:
     Attributes:
         name: Qualified name of the parameter.
         shape: Its shape.
-        units: What `amount` counts: entries, or output channels; 0 where the parameter is not a target.
-        action: "pruned", "follows" (with another parameter), "frozen" (a target that has to stay)
-            or "skipped" (no target).
+        units: What `amount` counts: entries, or channels; 0 where they are counted with another parameter or none.
+        action: "pruned" (its channels perhaps only in part), "follows" (another parameter with the same channels),
+            "frozen" (a target that has to stay) or "skipped" (no target).
         reason: Why, in words; empty for what is pruned.
     """
 
@@ -94,27 +95,45 @@ def inspect_neurons(
         ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
         0.weight 4 pruned | -
         0.bias 0 follows | with 0.weight
-        2.weight 2 frozen | its output is the network's output
+        2.weight 2 frozen | it is an output of the network
         2.bias 0 skipped | not targeted
     """
     chosen = select_parameters(module, target, exclude=exclude)
-    found = find_neurons(module, example_inputs, chosen, network=network)
     skipped = _reasons_to_skip(module, target, exclude)
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    verdicts = {name: Verdict(name, shape, 0, "skipped", skipped.get(name, "")) for name, shape in shapes.items()}
-    for name in chosen:
-        verdicts[name] = Verdict(name, shapes[name], 0, "frozen", "its channels are not used as such in the network")
-    for layer in found:
-        first, *others = layer.weights
-        action: Literal["pruned", "frozen"] = "pruned" if layer.frozen is None else "frozen"
-        verdicts[first.tensor] = Verdict(first.tensor, shapes[first.tensor], layer.size, action, layer.frozen or "")
-        followers = layer.members if layer.frozen is None else others
-        for other in {one.tensor for one in followers} - {first.tensor}:
-            if layer.frozen is None:
-                verdicts[other] = Verdict(other, shapes[other], 0, "follows", f"with {first.tensor}")
-            elif other in chosen:
-                verdicts[other] = Verdict(other, shapes[other], 0, "frozen", f"with {first.tensor}")
-    return list(verdicts.values())
+    pruned, frozen = _Channels(), _Channels()
+    for neurons in find_neurons(module, example_inputs, chosen, network=network):
+        (pruned if neurons.frozen is None else frozen).add(neurons, chosen)
+
+    def verdict(name: str, shape: tuple[int, ...]) -> Verdict:
+        if name in pruned.units:
+            return Verdict(name, shape, pruned.units[name], "pruned")
+        if name in pruned.followed:
+            return Verdict(name, shape, 0, "follows", f"with {pruned.followed[name]}")
+        if name not in chosen:
+            return Verdict(name, shape, 0, "skipped", skipped[name])
+        if name in frozen.units:
+            return Verdict(name, shape, frozen.units[name], "frozen", frozen.reasons[name])
+        if name in frozen.followed:
+            return Verdict(name, shape, 0, "frozen", f"with {frozen.followed[name]}")
+        return Verdict(name, shape, 0, "frozen", "no channels go by its name")
+
+    return [verdict(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()]
+
+
+class _Channels:
+    """Channels by the tensors that make them: the first target stands for the others. Groups may share a tensor."""
+
+    def __init__(self) -> None:
+        self.units: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}
+        self.followed: dict[str, str] = {}
+
+    def add(self, neurons: Neurons, targets: Collection[str]) -> None:
+        first = next(one.tensor for one in neurons.weights if one.tensor in targets)
+        self.units[first] = self.units.get(first, 0) + neurons.size
+        self.reasons.setdefault(first, neurons.frozen or "")
+        for member in neurons.members:
+            self.followed.setdefault(member.tensor, first)
 
 
 def _reasons_to_skip(

@@ -212,13 +212,10 @@ def penalty(groups: Iterable[WeightGroups], strength: float) -> Tensor:
         (0.5, tensor([[0.0600, 0.0800],
                 [0.0000, 0.0000]]))
     """
-    norms = []
-    for one in groups:
-        squares = one.squares()
-        positive = squares > 0
-        root = squares.where(positive, torch.ones_like(squares)).sqrt()  # sqrt has no gradient at 0
-        norms.append(root.where(positive, torch.zeros_like(root)).sum())
-    return strength * torch.stack(norms).sum()
+    squares = torch.cat([one.squares() for one in groups])
+    positive = squares > 0
+    roots = squares.where(positive, torch.ones_like(squares)).sqrt()  # sqrt has no gradient at 0
+    return strength * roots.where(positive, torch.zeros_like(roots)).sum()
 
 
 @torch.no_grad()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -28,6 +27,7 @@ def find_neurons(
 
     Channels that several layers make together, as those of a residual stream, are one group. It is free if all the
     layers' weights in it are named, if it is a free group of the network, and if cutting it is exact.
+    Tensors go by their first name in the model.
 
     Args:
         model: The module that the names are relative to.
@@ -37,7 +37,7 @@ def find_neurons(
         groups: What `channel_groups` says of the network, to save the time of asking again.
 
     Raises:
-        ValueError: The network cannot be exported.
+        ValueError: A name is no parameter's, or the network cannot be exported.
 
     Example:
         >>> import torch
@@ -48,52 +48,54 @@ def find_neurons(
         4 10 ['4.weight', '4.bias'] it is an output of the network
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    first_name: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        first_name.setdefault(id(parameter), name)
-    unknown = [name for name in weights if name not in parameters]
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]!r} is no parameter of {type(model).__name__}: channels are named by the weights that make "
-            f"them, such as {next(iter(parameters), 'none')!r}."
-        )
-    named = {first_name[id(parameters[name])] for name in weights}
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name in weights:
+        if name not in parameters:
+            raise ValueError(
+                f"{name!r} is no parameter of {type(model).__name__}: name the weights that make the channels, such as "
+                f"{next(iter(parameters), 'none')!r}."
+            )
+    named = {first_names[id(parameters[name])] for name in weights}
     if groups is None:
         groups = channel_groups(model.get_submodule(network), example_inputs)
-    prefix = f"{network}." if network else ""
     found = []
-    for group in groups:
-        makers = [replace(one, tensor=prefix + one.tensor) for one in group.members if one.produces]
+    for group in groups.prefixed(network):
+        makers = [one for one in group.members if one.produces]
         buffers = [one.tensor for one in makers if one.tensor not in parameters]
         members = [
-            replace(one, tensor=first_name[id(parameters[one.tensor])]) for one in makers if one.tensor in parameters
+            replace(one, tensor=first_names[id(parameters[one.tensor])]) for one in makers if one.tensor in parameters
         ]
-        sides = [_side(model, one) for one in members]
-        layers = [one for one, side in zip(members, sides, strict=True) if side == "output"]
-        others = [one for one, side in zip(members, sides, strict=True) if side is None]
-        matrices = [one for one in others if parameters[one.tensor].dim() > 1]
-        scored = layers or matrices or others
-        if not any(one.tensor in named for one in scored):
+        scored = _scored(model, members)
+        others = [one.tensor for one in scored if one.tensor not in named]
+        if len(others) == len(scored):
             continue
         frozen = group.frozen
-        left_out = [one.tensor for one in scored if one.tensor not in named]
         if frozen is None and not group.exact:
             frozen = f"without them the network computes something else: {group.note}"
         elif frozen is None and buffers:
             frozen = f"the buffer {buffers[0]} makes them as well, and only parameters are pruned"
-        elif frozen is None and left_out:
-            frozen = f"they are those of {left_out[0]} as well, which is no target"
-        found.append(Neurons(prefix + group.name, group.size, tuple(members), frozen, tuple(scored)))
+        elif frozen is None and others:
+            frozen = f"they are those of {others[0]} as well, which is no target"
+        found.append(Neurons(group.name, group.size, tuple(members), frozen, tuple(scored)))
     return found
 
 
-def _side(model: nn.Module, member: Member) -> Literal["output", "input"] | None:
-    """Which side of a layer's weight the slices are; None if the tensor is no layer's weight."""
-    module, _, name = member.tensor.rpartition(".")
-    layer = model.get_submodule(module)
-    if name != "weight" or not isinstance(layer, WEIGHT_LAYERS):
-        return None
-    output = (0,)
+def _scored(model: nn.Module, members: Sequence[Member]) -> list[Member]:
+    """The layers' weights among the members; where there are none, all matrices, or the first vector."""
+    layers, others = [], []
+    for member in members:
+        module, _, name = member.tensor.rpartition(".")
+        layer = model.get_submodule(module)
+        if name != "weight" or not isinstance(layer, WEIGHT_LAYERS):
+            others.append(member)
+        elif member.dim in _output_dims(layer):  # the other side belongs to another layer's channels
+            layers.append(member)
+    matrices = [one for one in others if model.get_parameter(one.tensor).dim() > 1]
+    return layers or matrices or others[:1]
+
+
+def _output_dims(layer: nn.Module) -> tuple[int, ...]:
+    """The dimensions of a layer's weight that hold its output channels: with groups, those of a transposed one both."""
     if isinstance(layer, _ConvNd) and layer.transposed:
-        output = (1,) if layer.groups == 1 else (0, 1)
-    return "output" if member.dim in output else "input"
+        return (1,) if layer.groups == 1 else (0, 1)
+    return (0,)

@@ -165,12 +165,7 @@ class ActivationTrace(TorchFunctionMode):
         else:
             self.discard()
 
-    @property
-    def called(self) -> frozenset[str]:
-        """The layers that have been called since ``begin``."""
-        return frozenset(call.layer for call in self._calls)
-
-    def origins(self, tensor: Tensor) -> frozenset[LayerCall | None]:
+    def _origins(self, tensor: Tensor) -> frozenset[LayerCall | None]:
         """The calls whose channels ``tensor`` holds, with None among them if other values have been mixed in."""
         return self._tags.get(tensor) or frozenset()
 
@@ -180,7 +175,7 @@ class ActivationTrace(TorchFunctionMode):
         kwargs = kwargs or {}
         name = function_name(func)
         inputs = [] if name in QUERIES else list(tensors_in((*args, *kwargs.values())))
-        origins = [self.origins(x) for x in inputs]
+        origins = [self._origins(x) for x in inputs]
         values = self._values_in(inputs)
         if not values and not any(origins):
             return func(*args, **kwargs)

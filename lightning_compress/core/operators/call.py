@@ -21,6 +21,7 @@ class Average(NamedTuple):
     dim: int
     nodes: Tensor
     zero: bool  # the reference sets dropped channels to zero before the operator, instead of leaving them out
+    reading: int
 
 
 class Call:
@@ -49,7 +50,7 @@ class Call:
         """Note that the operator depends on how many channels there are."""
         for layer in layers:
             self.units.mark_inexact(layer.nodes, why)
-            self.averages.append(Average(argument, dim, layer.nodes, zero))
+            self.averages.append(Average(argument, dim, layer.nodes, zero, self.reading))
 
 
 Rule = Callable[[Call], Any]

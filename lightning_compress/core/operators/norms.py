@@ -54,27 +54,25 @@ def group_norm(call: Call) -> Value:
     groups = call["num_groups"]
     affine = [call[name] for name in ("weight", "bias") if call[name] is not None]
     each = x.shape[1] // groups
+    whole = each == 1 or (groups > 1 and call.reading > 0)  # whole groups leave, or channels out of every group
     layers = []
     for layer in x.layers:
         if 1 not in layer.dims:
             call.freeze([layer], f"{call.where} averages over places that are channels")
             continue
         call.units.read = True
-        if each > 1 and (groups == 1 or call.reading == 0):  # channels out of every group
-            nodes = torch.unflatten(layer.nodes, 1, (groups, each))
-            first = nodes.narrow(1, 0, 1)
-            call.units.tie(nodes, first, f"{call.where} has groups of one size")
-            call.inexact("input", 1, [layer], f"{call.where} averages over the channels of a group")
-        else:  # whole groups
-            nodes = torch.unflatten(layer.nodes, 1, (groups, each))
-            first = nodes.narrow(2, 0, 1)
-            call.units.tie(nodes, first, f"{call.where} has groups of one size")
+        nodes = torch.unflatten(layer.nodes, 1, (groups, each))
+        first = nodes.narrow(2 if whole else 1, 0, 1)
+        call.units.tie(nodes, first, f"{call.where} has groups of one size")
+        if whole:
             _note_attribute(call, "num_groups", [Layer(first, True)])
+        else:
+            call.inexact("input", 1, [layer], f"{call.where} averages over the channels of a group")
         layers.append(Layer(first.expand(nodes.shape).flatten(1, 2), layer.silent))
     _note_attribute(call, "num_channels", [Layer(layer.nodes, True) for layer in layers])
     x = Value(x.shape, tuple(layers))
     vectors = [broadcast_at(value, 1, len(x.shape)) for value in affine]
-    return combine(call, [x, *vectors], lambda states: len(affine) == 2)
+    return combine(call, [x, *vectors], lambda states: len(affine) == 2 or (whole and not affine and states[0]))
 
 
 def _note_attribute(call: Call, name: str, layers: Sequence[Layer], place: int | None = None) -> None:

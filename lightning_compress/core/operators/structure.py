@@ -15,7 +15,7 @@ from lightning_compress.core.units import FIXED, Layer, Value, compress, restruc
 
 @rule(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T squeeze unsqueeze expand expand_as "
-    "movedim moveaxis swapaxes swapdims slice narrow flip roll repeat tile repeat_interleave "
+    "movedim moveaxis swapaxes swapdims slice narrow flip repeat tile repeat_interleave "
     "pixel_shuffle pixel_unshuffle channel_shuffle unfold select diagonal view_as reshape_as mT"
 )
 def structure(call: Call) -> Value:
@@ -32,6 +32,19 @@ def structure(call: Call) -> Value:
         else:
             call.units.freeze(nodes, f"{call.where} picks out single channels")
     return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
+
+
+@rule("roll")
+def roll(call: Call) -> Value:
+    source: Value = call["self"]
+    dims = [dim % len(source.shape) for dim in call["dims"] or range(len(source.shape))]
+    layers = []
+    for layer in source.layers:
+        if any(dim in layer.dims for dim in dims):
+            call.freeze([layer], f"{call.where} moves channels around")
+        else:
+            layers.append(layer)
+    return Value(source.shape, tuple(layers), source.uniform, source.parameter)
 
 
 def _operation(call: Call) -> Callable[[Tensor], Tensor]:

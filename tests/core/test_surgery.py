@@ -1,0 +1,314 @@
+"""Channels leave in place: the same Parameters, the optimizer's state alike, and all or nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_compress.core.channels import channel_groups
+from lightning_compress.core.reshaping import adopt_state
+from lightning_compress.core.surgery import cut, shrink
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+KEEP = {"conv1": [0, 2, 5], "conv2": [1, 2, 3, 7], "body": [0, 4]}
+
+
+class Net(nn.Module):
+    """A conv net with all that has to follow: batch norms, a depthwise convolution, a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.conv2, self.norm2 = nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8)
+        self.body, self.head = nn.Linear(8 * 16, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(F.relu(self.norm1(self.conv1(x))))
+        x = F.relu(self.norm2(self.conv2(x)))
+        return self.head(torch.tanh(self.body(x.flatten(1))))
+
+
+def make(dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(1)
+    net = Net().to(dtype)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return net
+
+
+def snapshot(net: nn.Module) -> tuple[dict[str, Tensor], list[Any]]:
+    attributes = [{k: v for k, v in vars(one).items() if isinstance(v, int | tuple | bool)} for one in net.modules()]
+    return {name: value.clone() for name, value in net.state_dict().items()}, attributes
+
+
+def assert_untouched(net: nn.Module, before: tuple[dict[str, Tensor], list[Any]]) -> None:
+    state, attributes = snapshot(net)
+    assert all(torch.equal(state[name], value) for name, value in before[0].items())
+    assert state.keys() == before[0].keys()
+    assert attributes == before[1]
+    assert not net._load_state_dict_pre_hooks
+
+
+def test_parameters_modes_hooks_and_requires_grad_stay() -> None:
+    net = make()
+    net.norm1.eval()
+    net.conv2.bias.requires_grad_(False)
+    seen: list[tuple[int, ...]] = []
+    net.body.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    before, modes = dict(net.named_parameters()), [one.training for one in net.modules()]
+    assert cut(net, KEEP, X) is net
+    seen.clear()
+    net(X)
+    assert seen == [(4, 2)]
+    assert [one.training for one in net.modules()] == modes
+    assert all(before[name] is parameter for name, parameter in net.named_parameters())
+    assert not net.conv2.bias.requires_grad
+    assert (net.conv1.out_channels, net.depthwise.groups, net.depthwise.in_channels, net.conv2.in_channels) == (3,) * 4
+    assert (net.norm2.num_features, net.body.in_features, net.body.out_features) == (4, 4 * 16, 2)
+
+
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    "amsgrad": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0, amsgrad=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_on_after_a_cut_equals_training_on_behind_masks(name: str) -> None:
+    nets = [make(torch.float64), make(torch.float64)]
+    optimizers = [OPTIMIZERS[name](net.parameters()) for net in nets]
+    x, y = torch.randn(60, 8, 3, 8, 8, dtype=torch.float64), torch.randint(4, (60, 8))
+    groups = channel_groups(nets[0], x[0])
+    masks = {key: torch.ones_like(value) for key, value in nets[0].named_parameters()}
+    for group in groups.free():
+        gone = torch.tensor([unit for unit in range(group.size) if unit not in KEEP[group.name]])
+        for member in (one for one in group.members if one.produces):
+            masks[member.tensor].index_fill_(member.dim, member.index[gone].flatten(), 0)
+
+    def step(number: int, which: int) -> None:
+        optimizers[which].zero_grad()
+        F.cross_entropy(nets[which](x[number]), y[number]).backward()
+        optimizers[which].step()
+        if which == 0 and number >= 10:
+            mask()
+
+    @torch.no_grad()
+    def mask() -> None:
+        for key, parameter in nets[0].named_parameters():
+            parameter.mul_(masks[key])
+
+    for number in range(10):
+        for which in (0, 1):
+            step(number, which)
+    mask()
+    cut(nets[1], KEEP, x[0], optimizers=optimizers[1:], groups=channel_groups(nets[1], x[0]))
+    for number in range(10, 60):
+        for which in (0, 1):
+            step(number, which)
+    cut(nets[0], KEEP, x[0], groups=groups)
+    for (key, masked), thin in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(masked, thin, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def test_factored_moments_follow() -> None:
+    net = make()
+    optimizer = torch.optim.Adafactor(net.parameters(), lr=0.01)
+    F.cross_entropy(net(X), torch.tensor([0, 1, 2, 3])).backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state[net.body.weight])
+    cut(net, KEEP, X, optimizers=[optimizer])
+    after = optimizer.state[net.body.weight]
+    columns = (torch.tensor(KEEP["conv2"])[:, None] * 16 + torch.arange(16)).flatten()
+    assert torch.equal(after["row_var"], before["row_var"][KEEP["body"]])
+    assert torch.equal(after["col_var"], before["col_var"][:, columns])
+    net.zero_grad()
+    F.cross_entropy(net(X), torch.tensor([0, 1, 2, 3])).backward()
+    optimizer.step()
+
+
+def test_gradients_follow() -> None:
+    net = make()
+    net(X).sum().backward()
+    expected = net.conv1.weight.grad[KEEP["conv1"]].clone()
+    cut(net, KEEP, X)
+    assert torch.equal(net.conv1.weight.grad, expected)
+
+
+def test_a_copy_is_cut_alike() -> None:
+    net, average = make(), make()
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.mul_(2)
+    cut(net, KEEP, X, copies=[average])
+    assert torch.equal(average.conv2.weight, 2 * net.conv2.weight)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"conv3": [0]}, "There is no channel group 'conv3'; there are 'conv1', 'conv2', 'body', 'head'"),
+        ({"conv1": []}, "Nothing would be left of 'conv1': at least one of its 6 channels must stay"),
+        ({"conv1": [0, 6]}, "keep for 'conv1' must lie in 0 to 5; got 0 to 6"),
+        ({"conv1": [0.5]}, "must be indices"),
+        ({"conv1": [True, False, True, True, True, True]}, "must be indices"),
+        ({"head": [0, 1]}, "'head' cannot be cut: it is an output of the network"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(keep: dict[str, Any], message: str) -> None:
+    net = make()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=message):
+        cut(net, keep, X)
+    assert_untouched(net, before)
+
+
+def test_inexact_groups_need_a_word() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=r"layer_norm in '1' averages over channels: pass allow_inexact=True"):
+        cut(net, {"0": [0, 1]}, torch.randn(2, 4))
+    assert_untouched(net, before)
+    assert cut(net, {"0": [0, 1]}, torch.randn(2, 4), allow_inexact=True)[1].normalized_shape == (2,)
+
+
+def test_an_optimizer_that_cannot_follow_stops_the_cut() -> None:
+    class Odd(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["sketch"] = torch.zeros(7)
+            return super().step(closure)
+
+    net = make()
+    optimizer = Odd(net.parameters(), lr=0.1)
+    net(X).sum().backward()
+    optimizer.step()
+    net.zero_grad()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=r"Odd keeps 'sketch' of shape \(7,\)"):
+        cut(net, KEEP, X, optimizers=[optimizer])
+    assert_untouched(net, before)
+
+
+def test_code_that_computes_something_else_undoes_the_cut() -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(h) + (1.0 if h.shape[-1] == 3 else 0.0)
+
+    net = Moody()
+    groups = channel_groups(net, torch.randn(2, 4))
+    (free,) = [group for group in groups if group.name == "first"]
+    assert free.frozen is not None
+    assert "does not survive a cut" in free.frozen
+
+
+def test_shrink_takes_what_is_masked_and_nothing_else() -> None:
+    net = make()
+    with torch.no_grad():
+        for tensor in (net.conv1.weight, net.conv1.bias, net.norm1.weight, net.norm1.bias, net.depthwise.weight):
+            tensor[[1, 3, 4]] = 0
+        net.conv2.weight[0] = 0  # its bias still speaks
+    expected = copy.deepcopy(net).eval()(X)
+    shrink(net, X)
+    assert (net.conv1.out_channels, net.conv2.out_channels) == (3, 8)
+    torch.testing.assert_close(net.eval()(X), expected)
+    before = {name: id(value) for name, value in net.named_parameters()}
+    shrink(net, X)  # nothing is left to do
+    assert {name: id(value) for name, value in net.named_parameters()} == before
+
+
+def test_a_group_that_is_masked_as_a_whole_is_refused() -> None:
+    net = make()
+    with torch.no_grad():
+        net.body.weight.zero_()
+        net.body.bias.zero_()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match="All channels of 'body' are masked"):
+        shrink(net, X)
+    assert_untouched(net, before)
+
+
+def test_a_network_that_cannot_be_exported_is_refused_by_name() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match="Branching cannot be exported, so its channel groups cannot be found"):
+        channel_groups(Branching(), torch.randn(2, 4))
+
+
+# ---------------------------------------------------------------------- shapes follow what is loaded
+
+
+def test_thin_and_dense_state_dicts_load_into_a_cut_module() -> None:
+    net, dense = make(), make()
+    wide = copy.deepcopy(net.state_dict())
+    cut(net, KEEP, X)
+    thin = copy.deepcopy(net.state_dict())
+    expected = net.eval()(X)
+    net.load_state_dict(wide)
+    assert net.depthwise.groups == 6
+    torch.testing.assert_close(net(X), dense.eval()(X))
+    net.load_state_dict(thin)
+    assert net.depthwise.groups == 3
+    torch.testing.assert_close(net(X), expected)
+
+
+def test_a_thin_file_rebuilds_the_dense_class(tmp_path: Any) -> None:
+    net = cut(make(), KEEP, X).eval()
+    torch.save(net.state_dict(), tmp_path / "thin.pt")
+    other = Net().eval()
+    adopt_state(other, torch.load(tmp_path / "thin.pt", weights_only=True))
+    torch.testing.assert_close(other(X), net(X))
+
+
+def test_shapes_that_fit_no_cut_are_refused() -> None:
+    net = cut(make(), KEEP, X)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = copy.deepcopy(net.state_dict())
+    state["norm1.weight"] = torch.ones(4)
+    with pytest.raises(ValueError, match="which is no cut of 'conv1'"):
+        net.load_state_dict(state)
+    state = copy.deepcopy(net.state_dict())
+    state["conv1.weight"] = torch.ones(3, 3, 5, 5)
+    with pytest.raises(ValueError, match="no cut of its channels leads from one to the other"):
+        net.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_heads_are_told_by_the_record() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True, dropout=0.0).eval()
+    net = nn.Sequential(nn.Linear(5, 12), layer, nn.Linear(12, 2)).eval()
+    x = torch.randn(2, 7, 5)
+    heads = next(group for group in channel_groups(net, x).free() if group.size == 3)
+    cut(net, {heads.name: [0, 2]}, x)
+    state = copy.deepcopy(net.state_dict())
+    again = nn.Sequential(
+        nn.Linear(5, 12), nn.TransformerEncoderLayer(12, 3, 20, batch_first=True, dropout=0.0), nn.Linear(12, 2)
+    ).eval()
+    adopt_state(again, state)
+    torch.testing.assert_close(again(x), net(x))
+    del state._metadata
+    with pytest.raises(ValueError, match="no record of the numbers"):
+        net.load_state_dict(state)
