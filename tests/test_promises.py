@@ -19,6 +19,7 @@ from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quie
 from lightning_compress.core.reshaping import adopt_state
 
 ENTRIES = list(REGISTRY)
+MASKING = [entry for entry in ENTRIES if entry.startswith("pruning")]  # the others promise no masks
 EPOCH = SAMPLES // BATCH  # optimizer steps
 
 
@@ -78,7 +79,7 @@ def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path)
     second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own
     for part in ("weights", "optimizers"):
         assert differences(first[part], second[part]) == []
-    assert differences(first["technique"]["keep"], second["technique"]["keep"]) == []
+    assert differences(first["technique"].get("keep"), second["technique"].get("keep")) == []
 
     resume = str(folder / f"step={2 * EPOCH // 2}.ckpt")
     # A save brings the ranks' sums together, in floating point, so both runs must save at the same steps.
@@ -106,7 +107,8 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
         return
     module.load_state_dict(checkpoint["state_dict"], strict=True)
     weights = torch.cat([p.flatten() for name, p in module.named_parameters() if name.endswith("weight")])
-    assert (weights == 0).float().mean() > 0.3
+    if entry in MASKING:
+        assert (weights == 0).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -127,7 +129,7 @@ def test_trainer_options(entry: str, options: dict[str, object]) -> None:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_manual_optimization_with_two_optimizers(entry: str) -> None:
     result = fit(entry, module=ManualModule())
-    assert result["technique"]["keep"] is not None
+    assert result["technique"].get("keep") is not None or entry not in MASKING
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -146,10 +148,12 @@ def test_every_verb_after_a_fit_and_a_second_fit(entry: str, tmp_path: Path) -> 
     trainer.test(module, plain(), ckpt_path="best", verbose=False, weights_only=True)
     best = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
     assert differences(dict(module.state_dict()), dict(best)) == []
-    masks = {name: mask.clone() for name, mask in callback.masks.items()}
+    masks = {name: mask.clone() for name, mask in callback.masks.items()} if entry in MASKING else {}
 
     module.load_state_dict(before)
     quiet_trainer(callbacks=[callback], max_epochs=1).fit(module, shuffled(), plain())
+    if entry not in MASKING:
+        return
     assert callback.finished
     assert differences(masks, callback.masks) == []
     for name, mask in masks.items():

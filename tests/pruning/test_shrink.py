@@ -1,0 +1,196 @@
+"""Masked channels leave the network: at the fit's end or during it, and everything that a Trainer offers goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support.small import SmallModule, SmallNet, plain, quiet_trainer, shuffled
+from torch import Tensor, nn
+
+from lightning_compress import IterativePruningCallback
+from lightning_compress.core.reshaping import adopt_state
+
+X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+
+
+def pruning(amount: float = 0.5, **options: Any) -> IterativePruningCallback:
+    settings: dict[str, Any] = {"granularity": "neuron", "end_epoch": 2.0, "every_n_steps": 6} | options
+    return IterativePruningCallback(amount, **settings)
+
+
+def run(
+    callback: IterativePruningCallback, *others: Any, make: Callable[[], LightningModule] = SmallModule, **options: Any
+) -> Any:
+    seed_everything(1, verbose=False)
+    module = make()
+    trainer = quiet_trainer(callbacks=[*others, callback], **options)
+    trainer.fit(module, shuffled(), plain())
+    return trainer, module
+
+
+def widths(module: Any) -> tuple[int, int]:
+    return module.net.conv.out_channels, module.net.hidden.out_features
+
+
+def test_the_thin_network_computes_what_the_masked_one_does() -> None:
+    _, masked = run(pruning(shrink="never"))
+    _, thin = run(pruning(shrink="on_fit_end"))
+    assert widths(masked) == (6, 16)
+    assert sum(widths(thin)) == 11  # half of 22
+    torch.testing.assert_close(thin.eval()(X), masked.eval()(X))
+    assert type(thin.net) is SmallNet
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_during_the_fit_is_the_same_training(optimizer: str) -> None:
+    """Channels that are gone take no part; those that stay train as they do beside masked ones."""
+
+    class Module(SmallModule):
+        def __init__(self) -> None:
+            super().__init__(optimizer)
+            self.net.dropout.p = 0.0  # draws as many numbers as there are neurons
+            self.double()
+
+        def configure_optimizers(self) -> Any:
+            kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
+            options = {} if optimizer == "adam" else {"momentum": 0.9}
+            return kind(self.parameters(), lr=0.01, **options)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0].double()), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    # One event: a second one would score weights that read silent channels, which only the masked network still has.
+    options: dict[str, Any] = {
+        "schedule": "one_shot",
+        "start_epoch": 1.0,
+        "end_epoch": None,
+        "example_inputs": X.double(),
+    }
+    _, late = run(pruning(shrink="on_fit_end", **options), make=Module)
+    _, early = run(pruning(shrink="during_fit", **options), make=Module)
+    assert widths(late) == widths(early)
+    for (name, one), other in zip(late.state_dict().items(), early.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("shrink", ["on_fit_end", "during_fit"])
+def test_what_comes_after(shrink: str, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True, monitor="val_loss")
+    callback = pruning(shrink=shrink)
+    trainer, module = run(callback, checkpoint, enable_checkpointing=True)
+    before, reached = module.eval()(X), widths(module)
+    trainer.test(module, plain(), verbose=False)
+    torch.save(module.net, tmp_path / "net.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "net.pt", weights_only=False)(X), before)
+    torch.testing.assert_close(torch.compile(module.net, backend="eager")(X), before)
+    torch.testing.assert_close(copy.deepcopy(module)(X), before)
+    trainer.test(module, plain(), ckpt_path="best", verbose=False, weights_only=True)
+
+    trainer.save_checkpoint(tmp_path / "thin.ckpt")
+    thin = torch.load(tmp_path / "thin.ckpt", weights_only=True)
+    fresh = SmallModule().eval()
+    adopt_state(fresh, thin["state_dict"])
+    torch.testing.assert_close(fresh(X), module.eval()(X))
+
+    new = SmallModule()
+    seed_everything(1, verbose=False)
+    again = quiet_trainer(callbacks=[pruning(shrink=shrink)], max_epochs=6)
+    again.fit(new, shuffled(), plain(), ckpt_path=checkpoint.last_model_path, weights_only=True)
+    assert widths(new) == reached
+
+
+def test_a_new_process_tests_a_thin_checkpoint(tmp_path: Path) -> None:
+    trainer, module = run(pruning(shrink="during_fit"))
+    trainer.save_checkpoint(tmp_path / "thin.ckpt")
+    dense = SmallModule()
+    tester = quiet_trainer(callbacks=[pruning(shrink="during_fit")])
+    (first,) = tester.test(dense, plain(), ckpt_path=tmp_path / "thin.ckpt", verbose=False, weights_only=True)
+    (second,) = quiet_trainer().test(module, plain(), verbose=False)
+    assert first == second
+    assert widths(dense) == widths(module)
+
+
+def test_moving_averages_are_cut_alike() -> None:
+    averaging = EMAWeightAveraging(decay=0.5)
+    _, module = run(pruning(shrink="during_fit"), averaging)
+    assert sum(widths(module)) == 11
+    average = averaging._average_model
+    assert average is None or widths(average.module) == widths(module)
+
+
+def test_a_fit_that_ends_before_its_ramp_does_not_shrink() -> None:
+    with pytest.warns(UserWarning, match="before the pruning ramp did"):
+        _, module = run(pruning(end_epoch=50.0), max_epochs=2)
+    assert widths(module) == (6, 16)
+
+
+def test_limits_on_the_width() -> None:
+    _, module = run(pruning(0.8, min_channels=3, round_to=4, scope="layer"))
+    assert widths(module) == (4, 4)
+
+
+def test_gradient_accumulation_and_clipping_go_on() -> None:
+    _, module = run(pruning(shrink="during_fit"), accumulate_grad_batches=2, gradient_clip_val=0.5)
+    assert sum(widths(module)) == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shrink": "later"}, "shrink must be one of never, on_fit_end, during_fit; got 'later'"),
+        ({"shrink": "during_fit", "granularity": "weight"}, "needs granularity='neuron'"),
+        ({"shrink": "during_fit", "regrow": True}, "wants them back"),
+        ({"shrink": "during_fit", "criterion": "si"}, "use it with shrink='on_fit_end'"),
+        ({"cost": "energy"}, "cost must be one of parameters, macs, latency; got 'energy'"),
+        ({"min_channels": 0}, "min_channels must be a whole number, 1 or more; got 0"),
+        ({"round_to": 2.5}, "round_to must be a whole number, 1 or more; got 2.5"),
+    ],
+)
+def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pruning(**options)
+
+
+def test_strategies_that_bring_weights_back_are_refused() -> None:
+    trainer = quiet_trainer(callbacks=[pruning()], strategy="ddp_fork", devices=2)
+    with pytest.raises(ValueError, match="changes the network's shapes, which strategy='ddp_fork'"):
+        trainer.callbacks[0].setup(trainer, SmallModule(), "fit")
+
+
+@pytest.mark.parametrize("cost", ["macs", "latency"])
+def test_costs_weigh_groups(cost: str) -> None:
+    callback = pruning(cost=cost)
+    _, module = run(callback, max_epochs=3)
+    assert sum(widths(module)) == 11
+
+
+def test_a_residual_stream_goes_together() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner = nn.Linear(12, 8), nn.Linear(8, 10)
+            self.outer, self.head = nn.Linear(10, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(F.relu(x + self.outer(F.relu(self.inner(x)))))
+
+    class Module(SmallModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Residual()  # type: ignore[assignment]
+
+    _, module = run(pruning(scope="layer"), make=Module)
+    net = module.net
+    assert (net.stem.out_features, net.outer.out_features, net.head.in_features, net.inner.in_features) == (4, 4, 4, 4)
+    assert net.inner.out_features == net.outer.in_features == 5
