@@ -2,11 +2,25 @@
 
 from pathlib import Path as _Path
 
+from lightning_compress.core.channels import ChannelGroup, ChannelGroups, channel_groups
+from lightning_compress.core.checkpoints import load_compressed
 from lightning_compress.core.footprint import Footprint, footprint
+from lightning_compress.core.surgery import cut, shrink
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.group_lasso import GroupLassoCallback
 
-__all__ = ["Footprint", "GroupLassoCallback", "IterativePruningCallback", "footprint"]
+__all__ = [
+    "ChannelGroup",
+    "ChannelGroups",
+    "Footprint",
+    "GroupLassoCallback",
+    "IterativePruningCallback",
+    "channel_groups",
+    "cut",
+    "footprint",
+    "load_compressed",
+    "shrink",
+]
 __version__ = "0.1.0"
 
 _here = _Path(__file__).parent

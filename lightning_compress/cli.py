@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_compress.core.checkpoints import load_compressed
 from lightning_compress.core.files import replacing
 from lightning_compress.deploy import capture, save_onnx, save_program
 from lightning_compress.hydra import (
@@ -122,7 +123,7 @@ def export(cfg: DictConfig) -> None:
         cfg = recorded
     module, datamodule = build_module(cfg), build_datamodule(cfg)
     module = build_wrapped(cfg.wrappers, module)
-    load_weights(module, source)
+    load_compressed(source, module)
     datamodule.prepare_data()
     datamodule.setup("fit")
     program = capture(module, example_inputs(module, datamodule, batch_size=2))

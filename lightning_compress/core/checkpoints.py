@@ -1,0 +1,95 @@
+"""Weights in files: read them, and rebuild a thin network in the user's dense class."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.reshaping import adopt_state
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the state dict of a Lightning checkpoint, or a plain one, to the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no file of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no weights at {path} (looked for in {path.absolute().parent}).")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds objects beside tensors and plain values: save the state_dict alone."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} is neither a Lightning checkpoint nor a state dict; it holds a {type(state).__name__}."
+        )
+    return state
+
+
+def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
+    """Load a Lightning checkpoint, or a state dict, of a network whose channels were cut.
+
+    Args:
+        path: The file.
+        model: A dense network of the class that was cut. It gets the file's shapes and weights, and is returned;
+            without it the state dict is.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no file of tensors, or not of a thinner network of this class; the model is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_compress.core.surgery import cut
+        >>> def make():
+        ...     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> path = Path(tempfile.mkdtemp()) / "thin.pt"
+        >>> torch.save(cut(make(), {"0": [0, 3, 5]}, torch.zeros(2, 3)).state_dict(), path)
+        >>> load_compressed(path, make())[0]
+        Linear(in_features=3, out_features=3, bias=True)
+    """
+    state = read_state(path)
+    if model is None:
+        return state
+    problems = misfits(state, model, thinner=True)
+    if problems:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {problems}.")
+    adopt_state(model, state)
+    return model
+
+
+def misfits(state: dict[str, Tensor], model: nn.Module, *, thinner: bool) -> str:
+    """Say in words what of a state dict does not fit a module; empty where all does."""
+    mine = model.state_dict()
+    problems = [
+        f"it has no {_some(mine.keys() - state.keys())}" if mine.keys() - state.keys() else "",
+        f"it has {_some(state.keys() - mine.keys())}, which the module has not" if state.keys() - mine.keys() else "",
+        *(
+            f"{name} is {tuple(state[name].shape)} in it and {tuple(mine[name].shape)} in the module"
+            for name in mine.keys() & state.keys()
+            if not _fits(tuple(state[name].shape), tuple(mine[name].shape), thinner=thinner)
+        ),
+    ]
+    return "; ".join(filter(None, problems))
+
+
+def _fits(shape: tuple[int, ...], mine: tuple[int, ...], *, thinner: bool) -> bool:
+    if shape == mine:
+        return True
+    return thinner and len(shape) == len(mine) and all(0 < a <= b for a, b in zip(shape, mine, strict=True))
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
