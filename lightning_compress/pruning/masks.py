@@ -71,6 +71,9 @@ def prune_neurons(
         min_channels: How many of each group stay at least.
         round_to: The number that stays is rounded up to a multiple of it.
 
+    Raises:
+        ValueError: A score is NaN.
+
     Example:
         >>> scores = {"conv1": torch.tensor([1.0, 2.0, 3.0]), "conv2": torch.tensor([0.1, 0.2, 9.0])}
         >>> {name: mask.int().tolist() for name, mask in prune_neurons(scores, 0.5).items()}
@@ -80,10 +83,12 @@ def prune_neurons(
     """
     guarded, protected = {}, {}
     for name, score in scores.items():
-        least = min(max(min_channels, 1), score.numel())
+        n_alive = score.numel() if alive is None else int(alive[name].sum())
+        least = min(max(min_channels, 1), n_alive)
         present = score if alive is None else score.masked_fill(~alive[name], -torch.inf)
-        guarded[name] = score / (costs[name] if costs is not None and scope == "global" else 1.0)
-        guarded[name][present.argsort(descending=True, stable=True)[:least]] = torch.inf
+        best = present.argsort(descending=True, stable=True)[:least]
+        worth = score / (costs[name] if costs is not None and scope == "global" else 1.0)
+        guarded[name] = worth.index_fill(0, best, torch.inf).where(~score.isnan(), score)  # NaN is told, not kept
         protected[name] = least
     masks: dict[str, Tensor] = {}
     if scope == "layer":
