@@ -22,7 +22,6 @@ from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, prune_neurons, prune_weights
 from lightning_compress.pruning.scoring import (
-    STATIC,
     Criterion,
     Granularity,
     Shrink,
@@ -34,16 +33,16 @@ from lightning_compress.pruning.scoring import (
 )
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.stopping import StopRule, StopWatch
+from lightning_compress.pruning.watching import WatchingCallback
 from lightning_compress.trainer.averages import averaged_modules
-from lightning_compress.trainer.callback import CompressionCallback
-from lightning_compress.trainer.distributed import all_reduce_sum, broadcast, rank
-from lightning_compress.trainer.inputs import is_compiled, resolve_example_inputs, resolve_network
+from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
+from lightning_compress.trainer.inputs import resolve_example_inputs, resolve_network
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.ramp import Ramp
 from lightning_compress.trainer.surgery import refuse_forks, rewrapped
 
 
-class IterativePruningCallback(CompressionCallback):
+class IterativePruningCallback(WatchingCallback):
     """Prunes a growing fraction of the weights or neurons while the network trains, and keeps them at zero.
 
     At every event the entries with the lowest score s are masked, so that a fraction a(p) of the ORIGINAL entries is
@@ -294,22 +293,6 @@ class IterativePruningCallback(CompressionCallback):
                 f"stop= monitors {self._stop.rule.monitor!r}, but this fit has no validation: pass val_dataloaders."
             )
 
-    def _check_watching(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what a data-driven criterion could not watch."""
-        if self.criterion in STATIC:
-            return
-        if trainer.precision == "16-mixed":
-            raise ValueError(
-                f"criterion={self.criterion!r} watches gradients, which are infinite whenever precision='16-mixed' "
-                f"skips a step: use precision='bf16-mixed' or '32-true', or criterion='magnitude'."
-            )
-        gradients_only = self.criterion == "si" or (self.criterion == "taylor" and self.granularity == "weight")
-        if not gradients_only and is_compiled(pl_module):
-            raise ValueError(
-                f"criterion={self.criterion!r} looks inside the forward pass, which torch.compile hides: fit the "
-                f"module itself and compile it afterwards, or use 'magnitude', or 'taylor' or 'si' for weights."
-            )
-
     def _find_channels(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> PrunableChannels:
         inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
         if not self.network and not is_overridden("forward", pl_module):
@@ -474,26 +457,7 @@ class IterativePruningCallback(CompressionCallback):
             "stopped": self._stopped,
         }
 
-    def synchronize(self) -> None:
-        if self._statistic is not None:
-            self._statistic.reduce(all_reduce_sum)
-            self._leave_sums_to_rank_zero(self._statistic)
-
-    @staticmethod
-    def _leave_sums_to_rank_zero(statistic: Statistic) -> None:
-        """A checkpoint holds the sums over all ranks; the first rank goes on from them and the others from nothing."""
-        if statistic.rank_local and rank() > 0:
-            statistic.reset()
-
-    # ------------------------------------------------------------------ what the criterion watches
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if (statistic := self._watching()) is not None:
-            statistic.begin()
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if (statistic := self._watching()) is not None:
-            statistic.before_backward(loss)
+    # ------------------------------------------------------------------ around the optimizer's step
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -501,31 +465,9 @@ class IterativePruningCallback(CompressionCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._masks_gradients and self._masked is not None:
             self._masked.mask_gradients()
-        if (statistic := self._watching()) is not None:
-            statistic.before_step(optimizer if len(trainer.optimizers) > 1 else None)
 
-    def after_optimizer_step(self) -> None:
-        if (statistic := self._watching()) is not None:
-            statistic.after_step()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._statistic is not None:
-            self._statistic.end()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        if self._statistic is not None:
-            self._statistic.end()
-
-    def _watching(self) -> Statistic | None:
-        """The statistic, where this step lies in an interval that ends in an event."""
-        if self._statistic is None or self._ramp is None:
-            return None
-        in_interval = self._steps >= self._ramp.start - self._ramp.interval
-        return self._statistic if in_interval or self._statistic.needs_training else None
+    def leads_to_an_event(self) -> bool:
+        return self._ramp is not None and self._steps >= self._ramp.start - self._ramp.interval
 
 
 def check_disjoint(module: nn.Module, callbacks: Iterable[Any]) -> None:
