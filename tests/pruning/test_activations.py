@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from support.ranks import RankPair
 from torch import Tensor, nn
 
+from lightning_compress.core.groups import Member
 from lightning_compress.pruning.activations import ActivationStatistic, Apoz, MeanActivation, TaylorNeuron
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons
@@ -83,14 +84,19 @@ def untouched(name: str, activation: Tensor) -> Tensor:
     return activation
 
 
+def of_layer(net: nn.Module, name: str) -> Neurons:
+    """The channels of one layer alone, each a unit."""
+    size = net.get_submodule(name).weight.shape[0]
+    return Neurons(name, size, (Member(f"{name}.weight", 0, torch.arange(size)[:, None]),))
+
+
 def make(kind: type[Net], dtype: torch.dtype = torch.float32) -> tuple[Net, list[Neurons], list[Batch]]:
-    """A network, its neurons (the hand-written pass knows the activations of these), and batches of unequal size."""
+    """A network, the channels of every layer whose activation the hand-written pass knows, and unequal batches."""
     torch.manual_seed(0)
     net = kind().to(dtype)
     shape = (2, 6, 6) if kind is ConvNet else (5, 4)
     batches = [(torch.randn(n, *shape, dtype=dtype), torch.randint(0, 3, (n,))) for n in (4, 7, 2)]
-    names = list(net.activations(batches[0][0], untouched)[0])
-    return net, find_neurons(net, batches[0][0], names), batches
+    return net, [of_layer(net, name) for name in net.activations(batches[0][0], untouched)[0]], batches
 
 
 def loss_fn(net: nn.Module, batch: Batch) -> Tensor:
@@ -194,14 +200,14 @@ def test_taylor_of_a_layer_without_influence_is_zero() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     nn.init.zeros_(net[2].weight)
     x = torch.randn(5, 3)
-    scores = estimate(TaylorNeuron(net, find_neurons(net, x, ["0"])), net, lambda net, x: net(x).sum(), [x])
+    scores = estimate(TaylorNeuron(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).sum(), [x])
     torch.testing.assert_close(scores, {"0": torch.zeros(4)})
 
 
 def test_all_calls_of_a_layer_in_one_step_are_pooled() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 1))
     a, b = torch.randn(4, 3), torch.randn(2, 3)
-    neurons = find_neurons(net, a, ["0"])
+    neurons = [of_layer(net, "0")]
 
     def both(net: nn.Module, batch: Any) -> Tensor:
         return net(a).sum() + net(b).sum()
@@ -217,7 +223,7 @@ def test_all_calls_of_a_layer_in_one_step_are_pooled() -> None:
 def test_one_sample_without_a_batch_dimension() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(3)
-    neurons = find_neurons(net, x, ["0"])
+    neurons = find_neurons(net, x, ["0.weight"])
     for statistic in statistics(net, neurons):
         alone = estimate(statistic, net, lambda net, x: net(x).sum(), [x])
         batched = estimate(type(statistic)(net, neurons), net, lambda net, x: net(x).sum(), [x[None]])
@@ -227,8 +233,114 @@ def test_one_sample_without_a_batch_dimension() -> None:
 def test_frozen_layers_have_no_score() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(5, 3)
-    for statistic in statistics(net, find_neurons(net, x, ["0", "2"])):
+    for statistic in statistics(net, find_neurons(net, x, ["0.weight", "2.weight"])):
         assert list(estimate(statistic, net, lambda net, x: net(x).sum(), [x])) == ["0"]
+
+
+# ------------------------------------------------------------------ groups
+
+
+def of_groups(scores: dict[str, Tensor], groups: dict[str, list[tuple[str, list[list[int]]]]]) -> dict[str, Tensor]:
+    """The mean of what the layers' channels score; `groups` has the channels of every unit, layer by layer."""
+    expected = {}
+    for name, layers in groups.items():
+        units = [
+            [float(scores[layer][c]) for layer, of in layers for c in of[unit]] for unit in range(len(layers[0][1]))
+        ]
+        expected[name] = torch.tensor(
+            [sum(unit) / len(unit) for unit in units], dtype=next(iter(scores.values())).dtype
+        )
+    return expected
+
+
+KINDS = [Apoz, MeanActivation, TaylorNeuron]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_of_a_group_is_the_mean_over_its_layers(kind: type[ActivationStatistic]) -> None:
+    net, by_layer, batches = make(ConvNet)
+    net.eval()
+    found = find_neurons(net, batches[0][0], [f"{name}.weight" for name in ("conv1", "conv2", "conv3", "fc", "head")])
+    each = [[channel] for channel in range(5)]
+    # conv2 and conv3 meet in a sum
+    groups = {"conv1": [("conv1", each[:3])], "conv2": [("conv2", each[:4]), ("conv3", each[:4])], "fc": [("fc", each)]}
+    expected = of_groups(estimate(kind(net, by_layer), net, loss_fn, batches), groups)
+    torch.testing.assert_close(estimate(kind(net, found), net, loss_fn, batches), expected)
+
+
+class Blocks(nn.Module):
+    """Two grouped convolutions: what feeds the second consists of columns and of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 4, 3, groups=2)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(F.relu(self.a(x))))).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_of_a_unit_is_the_mean_over_its_channels(kind: type[ActivationStatistic]) -> None:
+    torch.manual_seed(0)
+    net = Blocks()
+    batches = [(torch.randn(n, 2, 5, 5), torch.randint(0, 3, (n,))) for n in (4, 3)]
+    found = find_neurons(net, batches[0][0], ["a.weight", "b.weight"])
+    groups = {
+        "a": [("a", [[0, 3], [1, 4], [2, 5]])],
+        "a#2": [("a", [[0, 1, 2], [3, 4, 5]]), ("b", [[0, 1], [2, 3]])],
+        "b": [("b", [[0, 2], [1, 3]])],
+    }
+    by_layer = estimate(kind(net, [of_layer(net, "a"), of_layer(net, "b")]), net, loss_fn, batches)
+    torch.testing.assert_close(estimate(kind(net, found), net, loss_fn, batches), of_groups(by_layer, groups))
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_weight_that_an_embedding_shares_with_the_head_is_not_watched(head_first: bool) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = {"head": nn.Linear(4, 9, bias=False), "embedding": nn.Embedding(9, 4)}
+            for name in parts if head_first else reversed(parts):
+                self.add_module(name, parts[name])
+            self.fc = nn.Linear(4, 4)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.fc(self.embedding(x))).mean(1))
+
+    torch.manual_seed(0)
+    net, batch = Words(), (torch.randint(0, 9, (5, 3)), torch.randint(0, 9, (5,)))
+    weight = "head.weight" if head_first else "embedding.weight"
+    (group,) = (one for one in find_neurons(net, batch[0], [weight, "fc.weight"]) if one.frozen is None)
+    for kind in KINDS:
+        (found,) = estimate(kind(net, [group]), net, loss_fn, [batch]).values()
+        torch.testing.assert_close(found, estimate(kind(net, [of_layer(net, "fc")]), net, loss_fn, [batch])["fc"])
+
+
+UNWATCHED: dict[str, tuple[nn.Module, Tensor, str]] = {
+    "grouped and transposed": (
+        nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1)),
+        torch.randn(3, 4, 5, 5),
+        "0.weight",
+    ),
+    "an embedding": (nn.Sequential(nn.Embedding(9, 4), nn.ReLU(), nn.Linear(4, 2)), torch.tensor([[1, 2]]), "0.weight"),
+    "packed weights": (
+        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        torch.randn(3, 5, 4),
+        "self_attn.in_proj_weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNWATCHED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_that_no_activation_shows_are_refused(kind: type[ActivationStatistic], name: str) -> None:
+    net, x, weight = UNWATCHED[name]
+    found = [one for one in find_neurons(net, x, [weight]) if one.frozen is None]
+    assert found
+    with pytest.raises(ValueError, match=rf"channels of .* are made by {weight}, and no activation .*magnitude, l2"):
+        kind(net, found)
 
 
 # ------------------------------------------------------------------ over batches, ranks and checkpoints
@@ -313,7 +425,7 @@ def test_autocast_sums_in_float32() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(4096, 8)
-    neurons = find_neurons(net, x, ["0"])
+    neurons = find_neurons(net, x, ["0.weight"])
 
     def autocast_loss(net: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -364,7 +476,7 @@ def test_apoz_says_once_which_layers_make_no_zeros() -> None:
         nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
     )
     x = torch.randn(20, 3)
-    apoz = Apoz(net, find_neurons(net, x, ["0", "2", "4"]))
+    apoz = Apoz(net, find_neurons(net, x, ["0.weight", "2.weight", "4.weight"]))
     with pytest.warns(UserWarning, match="no activation of 0, 4 was ever zero"):
         estimate(apoz, net, lambda net, x: net(x).sum(), [x])
     with warnings.catch_warnings():
@@ -389,7 +501,7 @@ def test_taylor_without_gradients_is_an_error() -> None:
         return net[2](hidden).sum()
 
     with pytest.raises(ValueError, match="'taylor' needs gradients of activations, and has seen none of '0'"):
-        estimate(TaylorNeuron(net, find_neurons(net, x, ["0"])), net, detached, [x])
+        estimate(TaylorNeuron(net, find_neurons(net, x, ["0.weight"])), net, detached, [x])
 
 
 def test_taylor_of_an_activation_that_is_overwritten_is_an_error() -> None:
@@ -400,11 +512,11 @@ def test_taylor_of_an_activation_that_is_overwritten_is_an_error() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = F.gelu(self.fc(x))
-            y += 1
+            y *= 2
             return self.head(y)
 
     net, x = Overwrites(), torch.randn(5, 3)
-    neurons = find_neurons(net, x, ["fc"])
+    neurons = find_neurons(net, x, ["fc.weight"])
     with pytest.raises(ValueError, match=r"activation of 'fc', a tensor of shape \(5, 4\), was modified in place"):
         estimate(TaylorNeuron(net, neurons), net, lambda net, x: net(x).sum(), [x])
     assert all(parameter.grad is None for parameter in net.parameters())
