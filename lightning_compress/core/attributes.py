@@ -26,6 +26,8 @@ _WIDTHS = (
     *("channels", "num_channels", "in_channels", "out_channels", "in_features", "out_features", "num_features"),
 )
 
+NUMBERS = (*_HEADS, *_HEAD_WIDTHS, *_INNER_WIDTHS)  # what shapes alone do not tell
+
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (),
     _HEADS,

@@ -46,7 +46,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
         4 10 ['4.weight', '4.bias'] it is an output of the network
     """
     plan = Plan.make(model, example_inputs)
-    with laboratory(model, plan.example_inputs) as inputs:
+    with laboratory(model, plan.example_inputs, noise=plan.noise) as inputs:
         groups = _named(Trial(model, inputs, plan).survivors())
     groups.plan = plan
     return groups

@@ -54,8 +54,10 @@ def channel_costs(
                 found[group.name] = (whole - measure(model, example_inputs)) / max(1, len(half))
             finally:
                 slices.undo()
-    least = max(found.values(), default=1.0) / 1000 or 1.0
-    return {name: max(value, least) for name, value in found.items()}
+    largest = max(found.values(), default=0.0)
+    if largest <= 0:  # nothing but noise was measured
+        return dict.fromkeys(found, 1.0)
+    return {name: max(value, largest / 1000) for name, value in found.items()}
 
 
 def _parameters(model: nn.Module, example_inputs: ExampleInputs) -> float:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.attention import make_sliceable
 from lightning_compress.core.groups import Attribute, ChannelGroup
+from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.core.slicing import Slices
 
 Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
@@ -95,14 +96,22 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
             if not torch.equal(one, other):
                 return "its integer output differs"
             continue
+        if bool(other.isnan().any()):
+            return "the dense network's output is not a number, so that nothing can be compared"
         finite = other.isfinite()
         if not torch.equal(one.masked_fill(finite, 0).nan_to_num(), other.masked_fill(finite, 0).nan_to_num()):
             return "its output has other infinite values"
         scale = float(other[finite].abs().max()) if bool(finite.any()) else 0.0
         difference = float((one[finite] - other[finite]).abs().max()) if bool(finite.any()) else 0.0
-        if difference > tolerance * max(scale, math.ulp(1.0)):
+        if not difference <= tolerance * max(scale, math.ulp(1.0)):
             return f"its output differs by {difference / scale if scale else math.inf:.2g} of its size"
     return None
+
+
+def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
+    """The tensors of the model's output; random numbers in the forward pass are the same every time."""
+    torch.manual_seed(0)
+    return tensors_of(call(model, example_inputs))
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -135,10 +135,13 @@ class Walk:
         if target is operator.getitem:
             return args[0][args[1]]
         inner = next((arg for arg in args if isinstance(arg, fx.GraphModule)), None)
-        if inner is not None:  # under torch.no_grad or torch.autocast
+        if inner is not None and str(target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
             place = args.index(inner)
             return self._run(inner, list(args[place + 1 :]))
         if not isinstance(target, torch._ops.OpOverload):
+            for value in values_in([args, kwargs]):
+                for layer in value.layers:
+                    self._units.freeze(layer.nodes, f"the operator {target} is unknown to the planner")
             return _blank_like(node.meta.get("val"))
         schema = target._schema
         names = [argument.name for argument in schema.arguments]

@@ -161,15 +161,23 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
     found = ChannelGroups()
     for group in groups:
         kept = keep.get(group.name, torch.ones(group.size, dtype=torch.bool))
-        indices = []
-        for axis, index in _axes(group):
-            moved = after[axis][index[kept]]
-            indices.append(moved[moved >= 0].reshape(len(moved), -1))
+        moved = [_without_gone(after[axis][index[kept]]) for axis, index in _axes(group)]
+        indices = [index for index in moved if index is not None]
+        if len(indices) < len(moved):
+            continue  # a frozen group whose slices are cut by another one, unevenly
         n = len(group.members)
         members = tuple(replace(one, index=index) for one, index in zip(group.members, indices[:n], strict=True))
         attributes = tuple(replace(one, index=index) for one, index in zip(group.attributes, indices[n:], strict=True))
         found.append(replace(group, size=int(kept.sum()), members=members, attributes=attributes))
     return found
+
+
+def _without_gone(positions: Tensor) -> Tensor | None:
+    """Rows of positions without those that are -1; None if they are not equally long then, or empty."""
+    counts = (positions >= 0).sum(1)
+    if len(counts) == 0 or int(counts.min()) == 0 or int(counts.min()) != int(counts.max()):
+        return None
+    return positions[positions >= 0].reshape(len(positions), -1)
 
 
 def _axes(group: ChannelGroup) -> list[tuple[tuple[object, ...], Tensor]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.attention import make_sliceable
@@ -16,7 +20,7 @@ from lightning_compress.core.inputs import ExampleInputs
 
 
 @contextmanager
-def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[ExampleInputs]:
+def laboratory(model: nn.Module, example_inputs: ExampleInputs, *, noise: bool = True) -> Iterator[ExampleInputs]:
     """Evaluation mode, random parameters and double precision; afterwards everything is as before.
 
     Every branch of the network matters then, also one that a tiny layer scale or a norm that starts at zero would hide,
@@ -37,19 +41,65 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[Exam
         if id(parameter) not in others:
             others[id(parameter)] = _random_parameter(names[id(parameter)], parameter, generator)
     buffers = [(buffer, buffer.data) for buffer in model.buffers()]
-    with evaluating(model), all_sliceable(model):
+    dtype = torch.get_default_dtype()
+    with _entries_restored(model, owners), evaluating(model), all_sliceable(model), _Doubles():
         try:
+            torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
             for module, name, parameter in owners:
                 setattr(module, name, others[id(parameter)])
             for name, buffer in model.named_buffers():
                 if buffer.is_floating_point():
                     buffer.data = _random(name, buffer, generator) if "running_" in name else buffer.data.double()
-            yield tree_map_only(Tensor, lambda one: _noisy(one, generator), _as_tree(example_inputs))
+            change = partial(_noisy, generator=generator) if noise else _double
+            yield tree_map_only(Tensor, change, _as_tree(example_inputs))
         finally:
+            torch.set_default_dtype(dtype)
             for buffer, data in buffers:
                 buffer.data = data
             for module, name, parameter in owners:
                 setattr(module, name, parameter)
+
+
+@contextmanager
+def _entries_restored(model: nn.Module, owners: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
+    """Forget what a forward pass keeps for the next one, such as masks and tables: here it is in double precision."""
+    entries = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, before in entries:
+            mine = vars(module)
+            for name in mine.keys() - before.keys():
+                del mine[name]
+            mine.update(before)
+        for module, name, parameter in owners:  # recurrent layers keep a list of their own
+            setattr(module, name, parameter)
+
+
+class _Doubles(TorchFunctionMode):
+    """Double precision wherever the code asks for less, and no dropout, whose numbers depend on the width."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _TO_LESS:
+            return args[0].double()
+        if func in _DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        if func is F.scaled_dot_product_attention:
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "dropout_p"}
+            args = args[:4] + (0.0,) * (len(args) > 4) + args[5:]
+        args = tuple(torch.float64 if isinstance(one, torch.dtype) and one in _LESS else one for one in args)
+        kwargs = {
+            name: torch.float64 if isinstance(one, torch.dtype) and one in _LESS else one
+            for name, one in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)
+
+
+_LESS = (torch.float16, torch.bfloat16, torch.float32)
+_TO_LESS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 
 
 def _random_parameter(name: str, parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
@@ -67,6 +117,10 @@ def all_sliceable(model: nn.Module) -> Iterator[None]:
     finally:
         for one in undo:
             one()
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:

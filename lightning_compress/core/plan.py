@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.graphs import READINGS, Places, Walk, export
 from lightning_compress.core.groups import Attribute, ChannelGroup, Member
-from lightning_compress.core.inputs import ExampleInputs, batch_size
+from lightning_compress.core.inputs import ExampleInputs, batch_size, call
 from lightning_compress.core.laboratory import laboratory
 from lightning_compress.core.units import Units
 
@@ -26,12 +27,16 @@ class Plan:
     walks: list[Walk]
     program: ExportedProgram
     example_inputs: ExampleInputs
+    noise: bool  # whether the laboratory may add noise to them: a logarithm of noise is not a number
+    trains_alike: bool  # whether the code does the same in training mode, but for dropout and batch statistics
 
     @classmethod
     def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
         """Export the model, in both modes, and follow the channels."""
         example_inputs = _two_samples(example_inputs)
         with laboratory(model, example_inputs) as inputs:
+            noise = not any(bool(one.isnan().any()) for one in _dense_output(model, inputs))
+        with laboratory(model, example_inputs, noise=noise) as inputs:
             programs = [export(model, inputs)]
             model.train()
             programs.append(export(model, inputs))
@@ -52,7 +57,8 @@ class Plan:
                 readings.setdefault(_identity(group), set()).add(reading)
             if not units.read:
                 break
-        return cls(places, list(candidates.values()), readings, walks, programs[0], example_inputs)
+        alike = _operators(programs[0]) == _operators(programs[1])
+        return cls(places, list(candidates.values()), readings, walks, programs[0], example_inputs, noise, alike)
 
     def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> list[Tensor]:
         """For every reading, and every node, whether it leaves when some units of some groups do.
@@ -66,6 +72,20 @@ class Plan:
                 for member in group.members:
                     gone[reading][nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
         return gone
+
+
+def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    try:
+        return [one for one in tree_leaves(call(model, inputs)) if isinstance(one, Tensor)]
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on the example inputs in double precision, in which its channel "
+            f"groups are tried: {error}"
+        ) from error
+
+
+def _operators(program: ExportedProgram) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
 def _two_samples(example_inputs: ExampleInputs) -> ExampleInputs:

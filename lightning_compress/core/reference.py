@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.core.cutting import Drop, silenced, tensors_of
-from lightning_compress.core.inputs import ExampleInputs, call
+from lightning_compress.core.cutting import Drop, run, silenced
+from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.operators import Average
 from lightning_compress.core.plan import Plan
 
@@ -114,7 +114,7 @@ def dense_without(
     """
     with silenced(model, drop):
         if all(group.exact for group, _ in drop):
-            return tensors_of(call(model, example_inputs))
+            return run(model, example_inputs)
         assert plan is not None, "inexact groups need the plan"
         averages: dict[str, list[Average]] = {}
         for walk in plan.walks:

@@ -6,6 +6,7 @@ state dict's metadata, which survives checkpoints of weights alone and a strict 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.attention import SliceableMultiheadAttention, make_sliceable
+from lightning_compress.core.attributes import NUMBERS
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.slicing import sizes
 
@@ -26,6 +28,7 @@ class _Shapes:
         self.groups: list[ChannelGroup] | None = None
         self.dense_shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
         self.dense_numbers: dict[str, dict[str, Any]] = {}
+        self.loaded_numbers: dict[str, dict[str, Any]] = {}
 
     def learn(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
         """Take the groups, once."""
@@ -96,20 +99,53 @@ class _OnLoad:
         self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         incoming = _incoming(module, state_dict, prefix)
-        if self.shapes.groups is not None:
-            self.shapes.check(incoming)
         numbers = local_metadata.get(RECORD)
+        if self.shapes.groups is None:
+            if numbers is not None:  # without a record it is no cut of ours: a strict load tells what does not fit
+                adopt_shapes(module, incoming, numbers)
+                self.shapes.loaded_numbers = numbers
+            return
+        self.shapes.check(incoming)
         dense = self.shapes.dense_numbers
-        if (
-            numbers is None
-            and dense
-            and any(shape != self.shapes.dense_shapes[name] for name, shape in incoming.items())
-        ):
+        thin = any(shape != self.shapes.dense_shapes[name] for name, shape in incoming.items())
+        if numbers is None and dense and thin:
             raise ValueError(
                 f"The state dict has thinner tensors, but no record of the numbers that go with them "
                 f"({_told(dense)}): its metadata was lost. Load the checkpoint as it was saved."
             )
         adopt_shapes(module, incoming, dense if numbers is None else numbers)
+
+
+class _OnLoadAsLeader:
+    """Takes the shapes that are loaded into a copy, with the numbers of the module that it is a copy of."""
+
+    def __init__(self, leader: nn.Module) -> None:
+        self.leader = leader
+
+    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        shapes = next(hook.shapes for hook in self.leader._state_dict_hooks.values() if isinstance(hook, _OnSave))
+        numbers = shapes.loaded_numbers if shapes.groups is None else shapes.numbers(self.leader)
+        adopt_shapes(module, _incoming(module, state_dict, prefix), numbers)
+
+    def __deepcopy__(self, memo: Any) -> _OnLoadAsLeader:
+        return _OnLoadAsLeader(self.leader)
+
+
+def follow_leader(copy: nn.Module, leader: nn.Module) -> None:
+    """Make a copy, such as a moving average, take the shapes of what is loaded into it after its leader was loaded."""
+    if not any(
+        isinstance(getattr(hook, "hook", hook), _OnLoadAsLeader) for hook in copy._load_state_dict_pre_hooks.values()
+    ):
+        copy.register_load_state_dict_pre_hook(_OnLoadAsLeader(leader))  # type: ignore[no-untyped-call]
+
+
+def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """A state dict with the model's metadata, if it has none of its own."""
+    if hasattr(state_dict, "_metadata"):
+        return state_dict
+    found: OrderedDict[str, Tensor] = OrderedDict(state_dict)
+    found._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return found
 
 
 def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None = None) -> list[Any]:
@@ -169,16 +205,41 @@ def _told(numbers: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(f"{module}.{name}" for module, values in numbers.items() for name in values)
 
 
+def _needing_a_record(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Numbers, near tensors that are thinner, that shapes alone do not tell."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = []
+    for name, tensor in _tensors(model).items():
+        if incoming.get(name, tuple(tensor.shape)) == tuple(tensor.shape):
+            continue
+        own = name.rpartition(".")[0]
+        for owner in dict.fromkeys((own, own.rpartition(".")[0])):
+            numbers = [
+                one for one in ("groups", "num_groups", *NUMBERS) if getattr(modules[owner], one, 1) not in (1, None)
+            ]
+            found += [f"{owner}.{one}" for one in numbers]
+    return list(dict.fromkeys(found))
+
+
 def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Load a state dict, of a thin network perhaps, into a dense model: shapes, numbers and values.
 
     Raises:
         RuntimeError: Keys are missing or unexpected, as `load_state_dict` says.
+        ValueError: Shapes do not tell everything, and the record that does was lost.
     """
-    numbers = {}
+    numbers, records = {}, 0
     for prefix, entry in getattr(state_dict, "_metadata", {}).items():
+        records += RECORD in entry
         for path, values in entry.get(RECORD, {}).items():
             numbers[f"{prefix}.{path}".strip(".")] = values
-    adopt_shapes(model, _incoming(model, state_dict, ""), numbers)
+    incoming = _incoming(model, state_dict, "")
+    unclear = [] if records else _needing_a_record(model, incoming)
+    if unclear:
+        raise ValueError(
+            f"The state dict has thinner tensors, but no record of the numbers that go with them "
+            f"({', '.join(unclear)}): its metadata was lost. Load the checkpoint as it was saved."
+        )
+    adopt_shapes(model, incoming, numbers)
     with torch.no_grad():
         model.load_state_dict(state_dict)

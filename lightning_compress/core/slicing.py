@@ -93,7 +93,7 @@ class Slices:
         self._undo.append(undo)
         for name, value in old.items():
             if isinstance(value, Tensor) and value.numel() > 1:
-                where = _dims_of_state(tuple(value.shape), tuple(parameter.shape))
+                where = _dims_of_state(name, tuple(value.shape), tuple(parameter.shape))
                 if where is None:
                     raise ValueError(
                         f"{type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a parameter of "
@@ -117,11 +117,11 @@ def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _dims_of_state(shape: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
+def _dims_of_state(name: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
     """Which dimension of an optimizer's tensor belongs to which of the parameter; None if that can't be told."""
     if len(shape) == len(parameter) and all(a in (b, 1) for a, b in zip(shape, parameter, strict=True)):
         return {dim: dim for dim, size in enumerate(shape) if size == parameter[dim]}
-    if shape == parameter[:-1]:  # factored second moments: a row's
+    if shape == parameter[:-1] and "col" not in name:  # factored second moments: a row's
         return {dim: dim for dim in range(len(shape))}
     if len(parameter) > 1 and shape == (*parameter[:-2], parameter[-1]):  # and a column's
         return {dim: dim for dim in range(len(shape) - 1)} | {len(parameter) - 1: len(shape) - 1}

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lightning_compress.core.attributes import VARIANTS, with_attributes
-from lightning_compress.core.cutting import compare, take, tensors_of
+from lightning_compress.core.cutting import Drop, compare, run, take
 from lightning_compress.core.groups import ChannelGroup
-from lightning_compress.core.inputs import ExampleInputs, call
+from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.slicing import Slices
@@ -83,11 +83,23 @@ class Trial:
             # About half, all but one, one: a number that stands in the code fits one of them at most.
             count = (max(1, group.size // 2), group.size - 1, 1)[(number + turn) % TURNS]
             drop.append((group, torch.randperm(group.size, generator=generator)[:count]))
+        error = self._compared(drop)
+        if error is None and not self._plan.trains_alike:
+            exact = [(group, units) for group, units in drop if group.exact]
+            self._model.train()
+            try:
+                error = self._compared(exact)
+            finally:
+                self._model.eval()
+            error = error and f"in training mode {error}"
+        return error
+
+    def _compared(self, drop: Drop) -> str | None:
         expected = dense_without(self._model, self._inputs, drop, self._plan)
         slices = Slices()
         try:
             take(slices, self._model, drop)
-            got = tensors_of(call(self._model, self._inputs))
+            got = run(self._model, self._inputs)
         except Exception as error:  # whatever the network's code raises
             return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         finally:

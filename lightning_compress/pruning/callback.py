@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_compress.core.costs import Cost
-from lightning_compress.core.reshaping import follow_checkpoints
+from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import select_parameters
 from lightning_compress.pruning.channels import PrunableChannels
@@ -213,6 +213,8 @@ class IterativePruningCallback(WatchingCallback):
         if self.granularity == "neuron" and self.shrink != "never":
             refuse_forks(trainer, self)
             follow_checkpoints(pl_module)  # a checkpoint may hold a thinner network, or a wider one
+            for average in averaged_modules(trainer):
+                follow_leader(average, pl_module)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._check_stop(trainer)
@@ -223,6 +225,8 @@ class IterativePruningCallback(WatchingCallback):
         self._masks_gradients = clips and not self.regrow
         network = resolve_network(pl_module, self.network)
         targets: list[str] | list[Neurons] = self._targets
+        if state is not None:
+            self._costs = state["costs"]  # of the dense network
         if self.granularity == "neuron":
             self._channels = self._find_channels(trainer, pl_module, network)
             targets = self._channels.neurons
@@ -301,12 +305,19 @@ class IterativePruningCallback(WatchingCallback):
                 f"the submodule whose output is the prediction."
             )
         with torch.compiler.set_stance("force_eager"):
-            channels = PrunableChannels(pl_module, self.network, inputs, self._targets)
+            channels = PrunableChannels(
+                pl_module, self.network, inputs, self._targets, exclude=self._excluded(pl_module)
+            )
             if self.scope == "global" and self._costs is None:
                 self._costs = channels.costs(self.cost)
         if channels.reasons:
             rank_zero_info(f"Channels that are not pruned: {'; '.join(channels.reasons)}.")
         return channels
+
+    def _excluded(self, pl_module: LightningModule) -> list[str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # patterns that match nothing have been told
+            return list(select_parameters(pl_module, self.exclude)) if self.exclude else []
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._ramp is not None
@@ -445,10 +456,16 @@ class IterativePruningCallback(WatchingCallback):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.granularity == "neuron" and self.shrink != "never":
+            checkpoint["state_dict"] = with_record(checkpoint["state_dict"], pl_module)  # an average's has none
+
     def technique_state(self) -> dict[str, Any]:
         return {
             "keep": self._keep,
             "thin": self._kept is not None,
+            "costs": self._costs,
             "latent": {} if self._masked is None else self._masked.latent,
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),

@@ -25,6 +25,7 @@ class PrunableChannels:
         network: Dotted path of the submodule that makes the prediction.
         example_inputs: What it takes; batch first.
         weights: Qualified names of the weights whose channels may go.
+        exclude: Names of parameters that must not be touched.
 
     Attributes:
         neurons: The free ones, as they are in the network now.
@@ -35,7 +36,16 @@ class PrunableChannels:
         ValueError: There are none.
     """
 
-    def __init__(self, model: nn.Module, network: str, example_inputs: ExampleInputs, weights: Collection[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        network: str,
+        example_inputs: ExampleInputs,
+        weights: Collection[str],
+        *,
+        exclude: Collection[str] = (),
+    ) -> None:
+        self._exclude = exclude
         self._model, self._network, self._inputs, self._weights = model, network, example_inputs, weights
         self._groups: ChannelGroups = channel_groups(model.get_submodule(network), example_inputs)
         found = self._find()
@@ -47,7 +57,14 @@ class PrunableChannels:
         self.keep = {layer.name: torch.ones(layer.size, dtype=torch.bool) for layer in self.neurons}
 
     def _find(self) -> list[Neurons]:
-        found = find_neurons(self._model, self._inputs, self._weights, network=self._network, groups=self._groups)
+        found = find_neurons(
+            self._model,
+            self._inputs,
+            self._weights,
+            exclude=self._exclude,
+            network=self._network,
+            groups=self._groups,
+        )
         self.neurons = [layer for layer in found if layer.frozen is None]
         return found
 

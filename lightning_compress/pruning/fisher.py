@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.core.groups import Member
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.outputs import OutputCapture
 from lightning_compress.pruning.persample import Call, SampleGradients, widened
@@ -99,12 +100,25 @@ class Fisher(SampleStatistic):
         products = self.layers.channel_products(calls)
         for layer in self.neurons:
             changes = [
-                n_samples * products[one.tensor][:, one.index.to(calls[0].x.device)].sum(2)
+                n_samples * self._by_row(products[one.tensor], one)[:, one.index.to(calls[0].x.device)].sum(2)
                 for one in layer.weights
                 if one.tensor in products
             ]
             if changes:
                 self.add(layer.name, torch.stack(changes).sum(0).square().sum(0), n_samples)
+
+    def _by_row(self, product_BO: Tensor, member: Member) -> Tensor:
+        """Sums over the weights of output channels, as sums over the rows of the weight that the member counts."""
+        rows = self.parameters[member.tensor].shape[member.dim]
+        if product_BO.shape[1] == rows:
+            return product_BO
+        if member.dim == 1:  # a grouped transposed convolution: every block has a channel per row
+            return product_BO.reshape(len(product_BO), -1, rows).sum(1)
+        ((layer, _), *_) = self.layers.owners[member.tensor]
+        blocks = int(getattr(layer, "groups", 1))  # and here the rows are those of the input
+        return (
+            product_BO.reshape(len(product_BO), blocks, -1).sum(2).repeat_interleave(rows // blocks, 1) * blocks / rows
+        )
 
     def scores(self) -> dict[str, Tensor]:
         if self.neurons:

@@ -87,7 +87,8 @@ def prune_neurons(
         least = min(max(min_channels, 1), n_alive)
         present = score if alive is None else score.masked_fill(~alive[name], -torch.inf)
         best = present.argsort(descending=True, stable=True)[:least]
-        worth = score / (costs[name] if costs is not None and scope == "global" else 1.0)
+        cost = costs[name] if costs is not None and scope == "global" else 1.0
+        worth = torch.where(score >= 0, score / cost, score * cost)  # a dear channel is worth less, below zero too
         guarded[name] = worth.index_fill(0, best, torch.inf).where(~score.isnan(), score)  # NaN is told, not kept
         protected[name] = least
     masks: dict[str, Tensor] = {}

@@ -20,6 +20,7 @@ def find_neurons(
     example_inputs: ExampleInputs,
     weights: Collection[str],
     *,
+    exclude: Collection[str] = (),
     network: str = "",
     groups: ChannelGroups | None = None,
 ) -> list[Neurons]:
@@ -33,6 +34,7 @@ def find_neurons(
         model: The module that the names are relative to.
         example_inputs: As for `channel_groups`.
         weights: Qualified names of parameters.
+        exclude: Qualified names of parameters that must not be touched, whoever else makes their channels.
         network: Dotted path of the submodule that takes the inputs and makes the prediction.
         groups: What `channel_groups` says of the network, to save the time of asking again.
 
@@ -74,6 +76,8 @@ def find_neurons(
             frozen = f"without them the network computes something else: {group.note}"
         elif frozen is None and buffers:
             frozen = f"the buffer {buffers[0]} makes them as well, and only parameters are pruned"
+        elif frozen is None and (kept := [one.tensor for one in members if one.tensor in exclude]):
+            frozen = f"{kept[0]} makes them as well, which is excluded"
         elif frozen is None and others:
             frozen = f"they are those of {others[0]} as well, which is no target"
         found.append(Neurons(group.name, group.size, tuple(members), frozen, tuple(scored)))

@@ -26,7 +26,9 @@ def rewrapped(trainer: Trainer) -> Iterator[None]:
     wrapped = isinstance(strategy, DDPStrategy) and strategy.model is not trainer.lightning_module
     if wrapped:
         strategy.model = trainer.lightning_module
-    yield
-    if wrapped:
-        assert isinstance(strategy, DDPStrategy)
-        strategy.configure_ddp()
+    try:
+        yield
+    finally:
+        if wrapped:
+            assert isinstance(strategy, DDPStrategy)
+            strategy.configure_ddp()

@@ -338,7 +338,6 @@ def test_fisher_of_a_neuron_lets_all_its_weights_go_together():
     assert_equal(scores, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="its units are told by columns of the weight, the products by output channels")
 def test_fisher_of_a_transposed_convolution_with_groups():
     """A column of the weight, (in, out / groups), makes an output channel of every group."""
     torch.manual_seed(0)

@@ -628,7 +628,6 @@ def _into_view(buffer: Tensor, x: Tensor) -> Tensor:
     return buffer
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the planner's double precision meets the code's constant")
 def test_a_constant_of_single_precision_in_the_code() -> None:
     net = Plain(lambda self, x: self.b(F.relu(self.a(x))) @ torch.eye(4), a=nn.Linear(4, 6), b=nn.Linear(6, 4))
     assert free(find(net, SEQUENCE)) == ["a"]

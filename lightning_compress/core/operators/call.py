@@ -73,7 +73,10 @@ def run_rule(call: Call) -> Any:
     known = RULES.get(call.name)
     if known is None:
         return unknown(call, f"the operator {call.where} is unknown to the planner")
-    return known(call)
+    try:
+        return known(call)
+    except (IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        return unknown(call, f"the planner does not understand {call.where}: {type(error).__name__}: {error}")
 
 
 def unknown(call: Call, why: str) -> Any:
