@@ -82,8 +82,8 @@ def take(
 
 
 def _get(model: nn.Module, attribute: Attribute) -> int:
-    value: Any = getattr(model.get_submodule(attribute.module), attribute.name, 0)
-    return int(value if attribute.place is None else value[attribute.place])
+    value: Any = getattr(model.get_submodule(attribute.module), attribute.name, 0)  # a functional call notes nothing
+    return int(value[attribute.place] if isinstance(value, tuple) and attribute.place is not None else value)
 
 
 def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
