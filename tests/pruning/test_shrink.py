@@ -194,3 +194,37 @@ def test_a_residual_stream_goes_together() -> None:
     net = module.net
     assert (net.stem.out_features, net.outer.out_features, net.head.in_features, net.inner.in_features) == (4, 4, 4, 4)
     assert net.inner.out_features == net.outer.in_features == 5
+
+
+def test_a_resumed_fit_compares_groups_by_the_dense_networks_costs(tmp_path: Path) -> None:
+    callback = pruning(shrink="during_fit")
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=9, save_top_k=-1)
+    _, whole = run(callback, checkpoint, enable_checkpointing=True)
+    resumed, module = pruning(shrink="during_fit"), SmallModule()
+    trainer = quiet_trainer(callbacks=[resumed])
+    trainer.fit(module, shuffled(), plain(), ckpt_path=tmp_path / "step=9.ckpt", weights_only=True)
+    assert resumed._costs == callback._costs
+    assert widths(module) == widths(whole)
+
+
+def test_a_checkpoint_of_averages_keeps_the_record(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=9, save_top_k=-1)
+    run(pruning(shrink="during_fit"), EMAWeightAveraging(decay=0.5), checkpoint, enable_checkpointing=True)
+    state = torch.load(tmp_path / "step=9.ckpt", weights_only=True)["state_dict"]
+    assert "lightning_compress" in state._metadata[""]
+    module = SmallModule()
+    trainer = quiet_trainer(callbacks=[EMAWeightAveraging(decay=0.5), pruning(shrink="during_fit")])
+    trainer.fit(module, shuffled(), plain(), ckpt_path=tmp_path / "step=9.ckpt", weights_only=True)
+    assert sum(widths(module)) == 11
+
+
+def test_a_checkpoint_of_another_network_is_refused_as_ever(tmp_path: Path) -> None:
+    class Wider(SmallModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.hidden, self.net.head = nn.Linear(72, 20), nn.Linear(20, 3)
+
+    trainer, _ = run(pruning(0.0, shrink="never"), make=Wider)
+    trainer.save_checkpoint(tmp_path / "wider.ckpt")
+    with pytest.raises(RuntimeError, match="size mismatch for net.hidden.weight"):
+        quiet_trainer(callbacks=[pruning()]).test(SmallModule(), plain(), ckpt_path=tmp_path / "wider.ckpt")
