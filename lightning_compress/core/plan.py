@@ -23,6 +23,7 @@ class Plan:
 
     places: Places
     candidates: list[ChannelGroup]
+    halved: set[tuple[object, ...]]  # the identities of groups that slices take apart in the middle
     readings: dict[tuple[object, ...], set[int]]  # by the group's identity: where it was found
     walks: list[Walk]
     program: ExportedProgram
@@ -44,6 +45,7 @@ class Plan:
         places = Places(model)
         candidates: dict[tuple[object, ...], ChannelGroup] = {}
         readings: dict[tuple[object, ...], set[int]] = {}
+        halved: set[tuple[object, ...]] = set()
         walks = []
         for reading in range(READINGS):
             units = Units(places.count)
@@ -52,13 +54,19 @@ class Plan:
             unused = set(places.names) - both[0].seen - both[1].seen
             for place in (place for name in unused for place in places.by_name[name]):
                 units.freeze(place.nodes, "it is not used in the forward pass of the example inputs")
+            middle = torch.cat([torch.zeros(0, dtype=torch.long), *units.halved])
+            nodes = {(place.tensor, place.dim): place.nodes for place in places.all()}
             for group in _groups(places, units):
-                candidates.setdefault(_identity(group), group)
-                readings.setdefault(_identity(group), set()).add(reading)
+                if any(bool(torch.isin(nodes[one.tensor, one.dim], middle).any()) for one in group.members):
+                    halved.add(identity(group))
+                candidates.setdefault(identity(group), group)
+                readings.setdefault(identity(group), set()).add(reading)
             if not units.read:
                 break
         alike = _operators(programs[0]) == _operators(programs[1])
-        return cls(places, list(candidates.values()), readings, walks, programs[0], example_inputs, noise, alike)
+        return cls(
+            places, list(candidates.values()), halved, readings, walks, programs[0], example_inputs, noise, alike
+        )
 
     def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> list[Tensor]:
         """For every reading, and every node, whether it leaves when some units of some groups do.
@@ -68,7 +76,7 @@ class Plan:
         gone = [torch.zeros(self.places.count, dtype=torch.bool) for _ in self.walks]
         nodes = {(place.tensor, place.dim): place.nodes for place in self.places.all()}
         for group, units in drop:
-            for reading in self.readings[_identity(group)]:
+            for reading in self.readings[identity(group)]:
                 for member in group.members:
                     gone[reading][nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
         return gone
@@ -166,6 +174,6 @@ def _reasons(root: Tensor, said: Sequence[tuple[Tensor, str]]) -> dict[int, str]
     return found
 
 
-def _identity(group: ChannelGroup) -> tuple[object, ...]:
+def identity(group: ChannelGroup) -> tuple[object, ...]:
     """Equal for groups that hold the same units, whichever reading found them."""
     return tuple((one.tensor, one.dim, tuple(one.index.sort(1).values.reshape(-1).tolist())) for one in group.members)

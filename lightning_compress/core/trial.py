@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from lightning_compress.core.attributes import VARIANTS, with_attributes
 from lightning_compress.core.cutting import Drop, compare, run, take
+from lightning_compress.core.graphs import export
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.core.plan import Plan
+from lightning_compress.core.plan import Plan, identity
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.slicing import Slices
 
@@ -39,6 +42,11 @@ class Trial:
             if self._error(chosen) is not None:
                 chosen, more = self._one_by_one(chosen)
                 frozen += more
+        halved = [group for group in chosen if identity(group) in self._plan.halved]
+        if halved and not self._halves_move(halved):
+            chosen = [group for group in chosen if group not in halved]
+            why = "its slices begin and end at places that the network's code names"
+            frozen += [replace(group, frozen=why) for group in halved]
         order = {name: number for number, name in enumerate(self._plan.places.names)}
 
         def position(group: ChannelGroup) -> tuple[int, int, int]:
@@ -60,6 +68,17 @@ class Trial:
         if len(kind) > 1 and self._tried(kind[:1])[0].frozen is None:  # not the first; then which?
             return [group for one in kind for group in self._tried([one])]
         return [replace(group, frozen=f"the network's code does not survive a cut: {error}") for group in kind]
+
+    def _halves_move(self, groups: Sequence[ChannelGroup]) -> bool:
+        """Whether slices of fewer channels are halves again: what they do with them may not show in the output."""
+        slices = Slices()
+        try:
+            take(slices, self._model, [(group, torch.arange(max(1, group.size // 2))) for group in groups])
+            return _slices(export(self._model, self._inputs)) == _slices(self._plan.program)
+        except ValueError:
+            return False
+        finally:
+            slices.undo()
 
     def _one_by_one(self, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
         free: list[ChannelGroup] = []
@@ -105,6 +124,19 @@ class Trial:
         finally:
             slices.undo()
         return compare(got, expected, TOLERANCE)
+
+
+def _slices(program: ExportedProgram) -> list[tuple[Fraction, Fraction]]:
+    """Where slices begin and end, as fractions of what they slice."""
+    found = []
+    for node in program.graph.nodes:
+        if str(node.target).startswith("aten.slice."):
+            source, dim, start, end = (*node.args, *(0, None, None)[len(node.args) - 1 :])[:4]
+            size = source.meta["val"].shape[dim]
+            places = (0 if at is None else max(0, at + size if at < 0 else min(at, size)) for at in (start, end))
+            first, last = places
+            found.append((Fraction(first, size), Fraction(size if end is None else last, size)))
+    return found
 
 
 # ---------------------------------------------------------------------- candidates

@@ -84,6 +84,7 @@ class Units:
         self.consumed: list[Tensor] = []
         self.produced: list[Tensor] = []
         self.attributes: list[tuple[str, str, int | None, Tensor]] = []  # module, name, place in a tuple, nodes
+        self.halved: list[Tensor] = []  # nodes of channels that slices take apart in the middle
         self.read = False  # whether the reading has mattered
 
     def new(self, size: int) -> Tensor:

@@ -226,5 +226,5 @@ def test_a_checkpoint_of_another_network_is_refused_as_ever(tmp_path: Path) -> N
 
     trainer, _ = run(pruning(0.0, shrink="never"), make=Wider)
     trainer.save_checkpoint(tmp_path / "wider.ckpt")
-    with pytest.raises(RuntimeError, match="size mismatch for net.hidden.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for net\.hidden\.weight"):
         quiet_trainer(callbacks=[pruning()]).test(SmallModule(), plain(), ckpt_path=tmp_path / "wider.ckpt")

@@ -15,7 +15,7 @@ from lightning_compress.core.units import FIXED, Layer, Value, compress, restruc
 
 @rule(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T squeeze unsqueeze expand expand_as "
-    "movedim moveaxis swapaxes swapdims slice narrow flip repeat tile repeat_interleave "
+    "movedim moveaxis swapaxes swapdims flip repeat tile repeat_interleave "
     "pixel_shuffle pixel_unshuffle channel_shuffle unfold select diagonal view_as reshape_as mT"
 )
 def structure(call: Call) -> Value:
@@ -31,6 +31,34 @@ def structure(call: Call) -> Value:
             layers.append(Layer(nodes, layer.silent))
         else:
             call.units.freeze(nodes, f"{call.where} picks out single channels")
+    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
+
+
+@rule("slice narrow")
+def cut_out(call: Call) -> Value:
+    """Halves give equally many channels each; where else a slice begins or ends stands in the code, and stays."""
+    source: Value = call["self"]
+    dim = (call["dim"] or 0) % len(source.shape)
+    size, length = source.shape[dim], call.shape[dim]
+    start = (call["start"] or 0) if (call["start"] or 0) >= 0 else size + call["start"]
+    halves = (call["step"] or 1) == 1 and 2 * length == size and start in (0, length)
+    layers = []
+    for layer in source.layers:
+        if dim not in layer.dims or length == size:
+            layers.append(layer)
+        elif halves:
+            first, second = layer.nodes.chunk(2, dim)
+            call.units.tie(first, second, f"{call.where} takes channels apart")
+            call.units.halved.append(first.reshape(-1))
+            layers.append(Layer(first, layer.silent))
+        else:
+            # What lies behind the last place that the code names may go; what lies before it would move the place.
+            named = size if (call["step"] or 1) != 1 or start + length > size else start + length
+            named = start if named == size and start > 0 and (call["step"] or 1) == 1 else named
+            why = f"{call.where} takes channels apart at a place that its code names"
+            call.units.freeze(layer.nodes.narrow(dim, 0, named), why)
+            if (call["step"] or 1) == 1 and length > 1:
+                layers.append(Layer(layer.nodes.narrow(dim, start, length), layer.silent))
     return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
 
 
@@ -71,6 +99,10 @@ def pieces(call: Call) -> list[Value]:
     layers = list(source.layers)
     sizes = [1 if call.name == "unbind" else shape[dim] for shape in call.shape]
     equal = len(set(sizes)) == 1
+    if not equal and call.name not in ("chunk", "unbind"):
+        for layer in source.along(dim):
+            named = layer.nodes.narrow(dim, 0, sum(sizes[:-1]))
+            call.units.freeze(named, f"{call.where} takes channels apart at places that its code names")
     for index, layer in enumerate(layers):
         if equal and dim in layer.dims and call.name != "unbind":
             # Code that asks for so many equal pieces gets them from thinner channels only if every piece gives as many.
