@@ -358,7 +358,7 @@ def check_many(number: int) -> None:
     """The property, and that the planner does not owe it to freezing everything."""
     counts: list[tuple[int, int]] = []
 
-    @settings(max_examples=number, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=number, derandomize=number <= 300, deadline=None, suppress_health_check=list(HealthCheck))
     @given(PROGRAMS, st.integers(0, len(ENDS) - 1), st.integers(0, 2**16), st.booleans())
     def property_holds(program: Program, end: int, seed: int, exact_only: bool) -> None:
         counts.append(check(program, end, seed, exact_only))
