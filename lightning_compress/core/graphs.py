@@ -17,6 +17,7 @@ from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.operators import Average, Call, run_rule, unknown, values_in
 from lightning_compress.core.units import Layer, Units, Value
 
+OUTPUT = "it is an output of the network"
 READINGS = 3  # of what a reshape takes apart: (3, heads, width), (heads, 3, width) and (heads, width, 3) are in use
 
 
@@ -109,7 +110,7 @@ class Walk:
         outputs = self._run(program.graph_module, inputs)
         for value in values_in(outputs):
             for layer in value.layers:
-                units.freeze(layer.nodes, "it is an output of the network")
+                units.freeze(layer.nodes, OUTPUT)
 
     def _run(self, module: fx.GraphModule, inputs: list[Any]) -> Any:
         known: dict[fx.Node, Any] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.core.graphs import READINGS, Places, Walk, export
+from lightning_compress.core.graphs import OUTPUT, READINGS, Places, Walk, export
 from lightning_compress.core.groups import Attribute, ChannelGroup, Member
 from lightning_compress.core.inputs import ExampleInputs, batch_size, call
 from lightning_compress.core.laboratory import laboratory
@@ -97,15 +97,17 @@ def _operators(program: ExportedProgram) -> list[str]:
 
 
 def _two_samples(example_inputs: ExampleInputs) -> ExampleInputs:
-    """Batch norms in training mode need two."""
-    if batch_size(example_inputs) > 1:
-        return example_inputs
-    doubled: ExampleInputs = torch.utils._pytree.tree_map_only(
-        Tensor,
-        lambda one: torch.cat([one, one]) if one.dim() and one.shape[0] == 1 else one,
-        example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs),
-    )
-    return doubled
+    """Two samples: batch norms in training mode need that many, and more would only take longer."""
+    size = batch_size(example_inputs)
+
+    def two(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != size:
+            return tensor
+        return torch.cat([tensor, tensor]) if size == 1 else tensor[:2]
+
+    inputs = example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs)
+    changed: ExampleInputs = torch.utils._pytree.tree_map_only(Tensor, two, inputs)
+    return changed
 
 
 def _groups(places: Places, units: Units) -> list[ChannelGroup]:
@@ -124,12 +126,14 @@ def _groups(places: Places, units: Units) -> list[ChannelGroup]:
         found, how_many = torch.unique(root[place.nodes], return_counts=True)
         for unit, count in zip(found.tolist(), how_many.tolist(), strict=True):
             counts.setdefault(unit, []).append((number, count))
-    alike: dict[tuple[tuple[tuple[int, int], ...], str | None, str | None], list[int]] = {}
+    alike: dict[tuple[tuple[tuple[int, int], ...], bool, str | None], list[int]] = {}
     for unit in sorted(counts):
-        alike.setdefault((tuple(counts[unit]), reasons.get(unit), notes.get(unit)), []).append(unit)
+        alike.setdefault((tuple(counts[unit]), unit in reasons, notes.get(unit)), []).append(unit)
     groups = []
-    for (signature, frozen, note), members in alike.items():
+    for (signature, is_frozen, note), members in alike.items():
         ordered = torch.tensor(members)
+        whys = [reasons[unit] for unit in members] if is_frozen else []
+        frozen = next((why for why in whys if why == OUTPUT), whys[0] if whys else None)
         slices = []
         for number, count in signature:
             place = all_places[number]
