@@ -97,17 +97,15 @@ def _operators(program: ExportedProgram) -> list[str]:
 
 
 def _two_samples(example_inputs: ExampleInputs) -> ExampleInputs:
-    """Two samples: batch norms in training mode need that many, and more would only take longer."""
-    size = batch_size(example_inputs)
-
-    def two(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != size:
-            return tensor
-        return torch.cat([tensor, tensor]) if size == 1 else tensor[:2]
-
-    inputs = example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs)
-    changed: ExampleInputs = torch.utils._pytree.tree_map_only(Tensor, two, inputs)
-    return changed
+    """Batch norms in training mode need two."""
+    if batch_size(example_inputs) > 1:
+        return example_inputs
+    doubled: ExampleInputs = torch.utils._pytree.tree_map_only(
+        Tensor,
+        lambda one: torch.cat([one, one]) if one.dim() and one.shape[0] == 1 else one,
+        example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs),
+    )
+    return doubled
 
 
 def _groups(places: Places, units: Units) -> list[ChannelGroup]:
