@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_compress.core.cutting import named_tensors, take
+from lightning_compress.core.cutting import take
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.footprint import compare_latency
 from lightning_compress.core.groups import ChannelGroup
@@ -61,8 +61,7 @@ def channel_costs(
 
 
 def _parameters(model: nn.Module, example_inputs: ExampleInputs) -> float:
-    names = {name for name, _ in model.named_parameters()}
-    return float(sum(tensor.numel() for name, tensor in named_tensors(model).items() if name in names))
+    return float(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _macs(model: nn.Module, example_inputs: ExampleInputs) -> float:

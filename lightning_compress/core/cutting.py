@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.core.attention import make_sliceable
 from lightning_compress.core.groups import Attribute, ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs, call
-from lightning_compress.core.slicing import Slices
+from lightning_compress.core.slicing import Slices, named_tensors
 
 Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
 
@@ -37,11 +37,6 @@ def silenced(model: nn.Module, drop: Drop) -> Iterator[None]:
     finally:
         for name, data in before.items():
             tensors[name].data = data
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def take(

@@ -164,22 +164,12 @@ class Walk:
 
 def _is_view(node: Any) -> bool:
     """Whether a node's value is a part of another tensor, which an operator in place would change as well."""
-    views = {
-        "slice",
-        "select",
-        "narrow",
-        "chunk",
-        "split",
-        "unbind",
-        "transpose",
-        "permute",
-        "view",
-        "split_with_sizes",
-    }
     if isinstance(node, fx.Node) and node.target is operator.getitem:
         node = node.args[0]
     target = getattr(node, "target", None)
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.name.partition("::")[2] not in views:
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.name.endswith("_"):
+        return False
+    if not any(returned.alias_info is not None for returned in target._schema.returns):
         return False
     base = node.args[0]
     return isinstance(base, fx.Node) and len(base.users) > 1

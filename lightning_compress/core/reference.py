@@ -15,6 +15,7 @@ from lightning_compress.core.cutting import Drop, run, silenced
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.operators import Average
 from lightning_compress.core.plan import Plan
+from lightning_compress.core.slicing import named_tensors
 
 
 class Reference(fx.Interpreter):
@@ -36,9 +37,7 @@ class Reference(fx.Interpreter):
 
     def outputs(self, model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
         """Return the tensors of the network's output, with the model's present parameters and buffers."""
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
+        tensors = named_tensors(model)
         given = iter(tree_leaves(example_inputs if not isinstance(example_inputs, Mapping) else dict(example_inputs)))
         inputs: list[Any] = []
         for spec in self._program.graph_signature.input_specs:

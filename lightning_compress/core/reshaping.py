@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_compress.core.attention import SliceableMultiheadAttention, make_sliceable
 from lightning_compress.core.attributes import NUMBERS
 from lightning_compress.core.groups import ChannelGroup
-from lightning_compress.core.slicing import sizes
+from lightning_compress.core.slicing import named_tensors, sizes
 
 RECORD = "lightning_compress"  # the key in the metadata of the root module
 
@@ -26,7 +26,7 @@ class _Shapes:
 
     def __init__(self, model: nn.Module) -> None:
         self.groups: list[ChannelGroup] | None = None
-        self.dense_shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        self.dense_shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
         self.dense_numbers: dict[str, dict[str, Any]] = {}
         self.loaded_numbers: dict[str, dict[str, Any]] = {}
 
@@ -34,7 +34,7 @@ class _Shapes:
         """Take the groups, once."""
         if self.groups is None:
             self.groups = [group for group in groups if group.frozen is None]
-            self.dense_shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+            self.dense_shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
             self.dense_numbers = self.numbers(model)
 
     def numbers(self, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -153,7 +153,8 @@ def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None =
 
     Args:
         model: The model; its shapes are those of the dense network when the groups become known.
-        groups: Its channel groups: what is loaded must be a cut of them then. Without, any shapes are taken.
+        groups: Its channel groups: what is loaded must be a cut of them then. Without, shapes are taken if a record
+            comes with them, which only networks that may be cut leave.
 
     Returns:
         Handles that undo it; none if it had been done before.
@@ -175,7 +176,7 @@ def adopt_shapes(
 ) -> None:
     """Give tensors new shapes, with undefined values, and modules the numbers that go with them."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, tensor in _tensors(model).items():
+    for name, tensor in named_tensors(model).items():
         if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
             tensor.grad = None
             tensor.data = tensor.data.new_empty(shapes[name])
@@ -193,12 +194,8 @@ def adopt_shapes(
 
 
 def _incoming(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
-    found = {name: state_dict.get(prefix + name) for name in _tensors(module)}
+    found = {name: state_dict.get(prefix + name) for name in named_tensors(module)}
     return {name: tuple(value.shape) for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _told(numbers: Mapping[str, Mapping[str, Any]]) -> str:
@@ -209,7 +206,7 @@ def _needing_a_record(model: nn.Module, incoming: Mapping[str, tuple[int, ...]])
     """Numbers, near tensors that are thinner, that shapes alone do not tell."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
-    for name, tensor in _tensors(model).items():
+    for name, tensor in named_tensors(model).items():
         if incoming.get(name, tuple(tensor.shape)) == tuple(tensor.shape):
             continue
         own = name.rpartition(".")[0]

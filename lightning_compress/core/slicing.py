@@ -109,6 +109,11 @@ class Slices:
                 self.set(module, name, value)
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by every name that they have."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
 def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     """Keep some positions along some dimensions."""
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.cutting import Drop, compare, drop_of, named_tensors, run, take
+from lightning_compress.core.cutting import Drop, compare, drop_of, run, take
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.laboratory import laboratory
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.reshaping import follow_checkpoints
-from lightning_compress.core.slicing import Slices
+from lightning_compress.core.slicing import Slices, named_tensors
 from lightning_compress.core.trial import TOLERANCE
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest
@@ -75,7 +75,7 @@ def cut(
     assert exact or groups.plan is not None, "only exact groups are cut twice"
     if groups.plan is not None:  # the example inputs may be zeros, which hide errors
         _try(model, groups, drop)
-    slices = Slices()
+    slices, optimizers = Slices(), list(optimizers)
     with evaluating(model):
         expected = dense_without(model, example_inputs, drop) if exact else None
     try:
@@ -102,8 +102,8 @@ def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
     assert groups.plan is not None, "channel_groups made them"
     slices = Slices()
     with laboratory(model, groups.plan.example_inputs, noise=groups.plan.noise) as inputs:
-        expected = dense_without(model, inputs, drop, groups.plan)
         try:
+            expected = dense_without(model, inputs, drop, groups.plan)
             take(slices, model, drop)
             got = run(model, inputs)
         except Exception as error:

@@ -30,8 +30,8 @@ class MaskedParameters:
         >>> layer.weight.data = torch.tensor([[1.0, -2.0, 3.0]])
         >>> masked = MaskedParameters(layer)
         >>> masked.set({"weight": torch.tensor([[True, False, True]])})
-        >>> layer.weight.data, round(masked.sparsity, 3)
-        (tensor([[1., -0., 3.]]), 0.333)
+        >>> layer.weight.data
+        tensor([[1., -0., 3.]])
     """
 
     def __init__(self, model: nn.Module, *, neurons: Sequence[Neurons] | None = None, regrow: bool = False) -> None:
@@ -42,13 +42,6 @@ class MaskedParameters:
         self.masks: dict[str, Tensor] = {}
         self.projection: Projection | None = None
         self._factors: dict[str, Tensor] = {}
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the targeted entries, or channels, that is masked."""
-        keep = self.keep or {}
-        total = sum(mask.numel() for mask in keep.values())
-        return 1.0 - sum(int(mask.sum()) for mask in keep.values()) / total if total else 0.0
 
     @property
     def latent(self) -> dict[str, Tensor]:

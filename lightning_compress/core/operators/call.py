@@ -76,6 +76,7 @@ def run_rule(call: Call) -> Any:
     try:
         return known(call)
     except (IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        # A rule that meets arguments it was not written for: like an operator without a rule, and said aloud.
         return unknown(call, f"the planner does not understand {call.where}: {type(error).__name__}: {error}")
 
 

@@ -41,7 +41,8 @@ def cut_out(call: Call) -> Value:
     dim = (call["dim"] or 0) % len(source.shape)
     size, length = source.shape[dim], call.shape[dim]
     start = (call["start"] or 0) if (call["start"] or 0) >= 0 else size + call["start"]
-    halves = (call["step"] or 1) == 1 and 2 * length == size and start in (0, length)
+    step = call["step"] or 1
+    halves = step == 1 and 2 * length == size and start in (0, length)
     layers = []
     for layer in source.layers:
         if dim not in layer.dims or length == size:
@@ -53,11 +54,10 @@ def cut_out(call: Call) -> Value:
             layers.append(Layer(first, layer.silent))
         else:
             # What lies behind the last place that the code names may go; what lies before it would move the place.
-            named = size if (call["step"] or 1) != 1 or start + length > size else start + length
-            named = start if named == size and start > 0 and (call["step"] or 1) == 1 else named
+            named = size if step != 1 else start if start + length == size else start + length
             why = f"{call.where} takes channels apart at a place that its code names"
             call.units.freeze(layer.nodes.narrow(dim, 0, named), why)
-            if (call["step"] or 1) == 1 and length > 1:
+            if step == 1 and length > 1:
                 layers.append(Layer(layer.nodes.narrow(dim, start, length), layer.silent))
     return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
 
