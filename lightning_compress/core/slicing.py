@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,9 @@ from lightning_compress.core.attention import SliceableMultiheadAttention
 
 Kept = Mapping[str, Mapping[int, Tensor]]  # tensor name -> dim -> the positions that stay
 Undo = Callable[[], None]
+
+_Cut = tuple[Tensor, dict[int, Tensor]]  # a dense buffer, and by dimension the positions that stayed
+_DENSE = "_dense_buffers"  # on a module whose non-persistent buffers were cut: a _Cut by name
 
 
 class Slices:
@@ -41,6 +44,8 @@ class Slices:
                 if isinstance(tensor, nn.Parameter):
                     for optimizer in optimizers:
                         self._slice_state(optimizer, tensor, dims)
+                elif attribute in modules[module]._non_persistent_buffers_set:
+                    self._remember(modules[module], attribute, dims)
                 self._slice(tensor, dims)
             for module in dict.fromkeys(name.rpartition(".")[0] for name in kept):
                 self._refresh(modules[module])
@@ -77,6 +82,14 @@ class Slices:
         if gradient is not None:
             tensor.grad = select(gradient, dims)
 
+    def _remember(self, module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
+        """Keep what no state dict holds: the dense buffer, and which of its positions stay."""
+        known: dict[str, _Cut] = vars(module).get(_DENSE, {})
+        dense, before = known.get(name, (module.get_buffer(name).data, {}))
+        here = {dim: before[dim][keep.cpu()] if dim in before else keep.cpu() for dim, keep in dims.items()}
+        self._undo.append(partial(_set_dense, module, known))
+        _set_dense(module, known | {name: (dense, before | here)})
+
     def _slice_state(
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dims: Mapping[int, Tensor]
     ) -> None:
@@ -112,6 +125,64 @@ class Slices:
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by every name that they have."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _set_dense(module: nn.Module, known: dict[str, _Cut]) -> None:
+    if known:
+        vars(module)[_DENSE] = known
+    else:
+        vars(module).pop(_DENSE, None)
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Those of `named_tensors` that a state dict holds."""
+    hidden = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: tensor for name, tensor in named_tensors(model).items() if name not in hidden}
+
+
+def positions_left(model: nn.Module) -> dict[str, dict[int, list[int]]]:
+    """By name of a non-persistent buffer that was cut, and by dimension, the positions of the dense one that stayed."""
+    return {
+        f"{path}.{name}".lstrip("."): {dim: keep.tolist() for dim, keep in dims.items()}
+        for path, module in model.named_modules()
+        for name, (_, dims) in vars(module).get(_DENSE, {}).items()
+    }
+
+
+def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+    """Give non-persistent buffers the positions that `positions_left` told of another network, and the others all.
+
+    Raises:
+        ValueError: A buffer has not that many; all are as they were then.
+    """
+    changes: list[tuple[nn.Module, str, Tensor, dict[int, Tensor]]] = []
+    for path, module in model.named_modules():
+        known: dict[str, _Cut] = vars(module).get(_DENSE, {})
+        for name in module._non_persistent_buffers_set:
+            where = positions.get(f"{path}.{name}".lstrip("."), {})
+            buffer = module._buffers[name]
+            if buffer is None or (not where and name not in known):
+                continue
+            dense = known[name][0] if name in known else buffer.data
+            if name not in known and all(dense.shape[dim] == len(keep) for dim, keep in where.items()):
+                continue  # the class makes it thin itself
+            for dim, keep in where.items():
+                if dim >= dense.dim() or max(keep) >= dense.shape[dim]:
+                    raise ValueError(
+                        f"The non-persistent buffer {name!r} of {path or type(model).__name__!r} has shape "
+                        f"{tuple(dense.shape)}, and the network that was saved kept position {max(keep)} of its "
+                        f"dimension {dim}: it was cut from another network."
+                    )
+            changes.append((module, name, dense, {dim: torch.tensor(keep) for dim, keep in where.items()}))
+    for module, name, dense, dims in changes:
+        buffer = module.get_buffer(name)
+        buffer.data = select(dense.to(buffer), dims)
+        rest = {other: cut for other, cut in vars(module).get(_DENSE, {}).items() if other != name}
+        _set_dense(module, rest | ({name: (dense, dims)} if dims else {}))
 
 
 def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

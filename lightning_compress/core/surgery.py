@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.cutting import Drop, compare, drop_of, run, take
+from lightning_compress.core.cutting import TOLERANCE, Drop, compare, drop_of, run, take
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups
 from lightning_compress.core.inputs import ExampleInputs
@@ -16,7 +16,6 @@ from lightning_compress.core.laboratory import laboratory
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.reshaping import follow_checkpoints
 from lightning_compress.core.slicing import Slices, named_tensors
-from lightning_compress.core.trial import TOLERANCE
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest
 
@@ -30,7 +29,7 @@ def cut(
     groups: ChannelGroups | None = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
-    follow: bool = True,
+    owner: nn.Module | None = None,
 ) -> nn.Module:
     """Keep some channels of some groups, and cut the others out.
 
@@ -47,7 +46,8 @@ def cut(
         groups: What `channel_groups` returned for this model, to save the time of asking again.
         optimizers: Optimizers of the model's parameters.
         copies: Modules with the same parameters that are cut alike, such as a moving average.
-        follow: Whether the model takes the shapes of what is loaded into it from now on, thinner or wider.
+        owner: The module that is saved and loaded, where the model is a part of it, such as a LightningModule. It takes
+            the shapes of what is loaded into it from now on, thinner or wider; by default the model and its copies do.
 
     Returns:
         The model.
@@ -75,13 +75,14 @@ def cut(
     assert exact or groups.plan is not None, "only exact groups are cut twice"
     if groups.plan is not None:  # the example inputs may be zeros, which hide errors
         _try(model, groups, drop)
-    slices, optimizers = Slices(), list(optimizers)
+    slices, optimizers, copies = Slices(), list(optimizers), list(copies)
     with evaluating(model):
         expected = dense_without(model, example_inputs, drop) if exact else None
     try:
-        for module in (model, *copies):
-            for handle in follow_checkpoints(module, groups) if follow else ():
+        for module, its in _loaded(model, copies, owner, groups):
+            for handle in follow_checkpoints(module, its):
                 slices.on_undo(handle.remove)
+        for module in (model, *copies):
             take(slices, module, drop, optimizers=optimizers if module is model else ())
         with evaluating(model):
             got = run(model, example_inputs)
@@ -97,11 +98,22 @@ def cut(
     return model
 
 
+def _loaded(
+    model: nn.Module, copies: Iterable[nn.Module], owner: nn.Module | None, groups: ChannelGroups
+) -> list[tuple[nn.Module, ChannelGroups]]:
+    """The modules whose loads follow the cut, with the groups by the names that they have there."""
+    if owner is None:
+        return [(module, groups) for module in (model, *copies)]
+    path = next(path for path, module in owner.named_modules() if module is model)
+    return [(owner, groups.prefixed(path))]
+
+
 def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
     """Compare in double precision, with random parameters, and put everything back."""
     assert groups.plan is not None, "channel_groups made them"
     slices = Slices()
-    with laboratory(model, groups.plan.example_inputs, noise=groups.plan.noise) as inputs:
+    inputs = groups.plan.inputs
+    with laboratory(model):
         try:
             expected = dense_without(model, inputs, drop, groups.plan)
             take(slices, model, drop)
@@ -174,6 +186,7 @@ def shrink(
     groups: ChannelGroups | None = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
+    owner: nn.Module | None = None,
 ) -> nn.Module:
     """Cut out every channel that is masked: zero in everything that produces it.
 
@@ -185,6 +198,7 @@ def shrink(
         groups: As for `cut`.
         optimizers: As for `cut`.
         copies: As for `cut`.
+        owner: As for `cut`.
 
     Returns:
         The model.
@@ -207,4 +221,4 @@ def shrink(
             )
         if not bool(speaks.all()):
             keep[name] = speaks.nonzero().squeeze(1)
-    return cut(model, keep, example_inputs, groups=groups, optimizers=optimizers, copies=copies)
+    return cut(model, keep, example_inputs, groups=groups, optimizers=optimizers, copies=copies, owner=owner)

@@ -11,7 +11,6 @@ from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.costs import Cost, channel_costs
 from lightning_compress.core.groups import ChannelGroups, thinned
 from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.core.reshaping import follow_checkpoints
 from lightning_compress.core.surgery import cut
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons
@@ -120,7 +119,6 @@ class PrunableChannels:
         start = f"{self._network}." if self._network else ""
         here = {name.removeprefix(start): mask.cpu()[self.keep[name]] for name, mask in keep.items()}
         here = {name: mask for name, mask in here.items() if not bool(mask.all())}
-        follow_checkpoints(self._model, self._groups.prefixed(self._network))
         cut(
             self._model.get_submodule(self._network),
             {name: mask.nonzero().squeeze(1) for name, mask in here.items()},
@@ -128,7 +126,7 @@ class PrunableChannels:
             groups=self._groups,
             optimizers=optimizers,
             copies=[copy.get_submodule(self._network) for copy in copies],
-            follow=False,
+            owner=self._model,
         )
         self._groups = thinned(self._groups, here)
         self.keep = {name: keep[name].cpu() if name in keep else mask for name, mask in self.keep.items()}

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.reshaping import adopt_state
+from lightning_compress.core.checkpoints import load_compressed
+from lightning_compress.core.reshaping import adopt_state, follow_checkpoints
 from lightning_compress.core.surgery import cut, shrink
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -310,5 +311,168 @@ def test_heads_are_told_by_the_record() -> None:
     adopt_state(again, state)
     torch.testing.assert_close(again(x), net(x))
     del state._metadata
-    with pytest.raises(ValueError, match="no record of the numbers"):
+    with pytest.raises(ValueError, match="no record of what goes with them"):
         net.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------- buffers that no state dict holds
+
+
+class Scaled(nn.Module):
+    """A channel-sized table that the constructor makes and no state dict holds, and one row of it per channel."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+        self.register_buffer("scale", torch.arange(1.0, width + 1), persistent=False)
+        self.register_buffer("shift", torch.arange(2.0 * width).view(2, width).clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)) * self.scale * self.shift[1])
+
+
+POINTS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_thin_file_slices_the_buffers_that_it_does_not_hold(tmp_path: Any) -> None:
+    thin = cut(Scaled(), {"first": [0, 3, 5]}, POINTS)
+    torch.save(thin.state_dict(), tmp_path / "thin.pt")
+    other = load_compressed(tmp_path / "thin.pt", Scaled())
+    assert other.scale.tolist() == [1, 4, 6]
+    assert other.shift.tolist() == [[0, 3, 5], [6, 9, 11]]
+    assert torch.equal(other(POINTS), thin(POINTS))
+
+
+def test_two_cuts_in_a_row_count_from_the_dense_buffer() -> None:
+    thin = cut(Scaled(), {"first": [0, 3, 5]}, POINTS)
+    cut(thin, {"first": [1, 2]}, POINTS)
+    other = Scaled()
+    adopt_state(other, thin.state_dict())
+    assert other.scale.tolist() == thin.scale.tolist() == [4, 6]
+    assert torch.equal(other(POINTS), thin(POINTS))
+
+
+def test_buffers_come_back_with_a_dense_state_dict() -> None:
+    net = Scaled()
+    wide, dense = copy.deepcopy(net.state_dict()), net(POINTS)
+    thin = copy.deepcopy(cut(net, {"first": [0, 3, 5]}, POINTS).state_dict())
+    expected = net(POINTS)
+    for _ in range(2):
+        net.load_state_dict(wide)
+        assert torch.equal(net(POINTS), dense)
+        net.load_state_dict(thin)
+        assert torch.equal(net(POINTS), expected)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "file"])
+def test_a_thin_network_that_was_copied_is_cut_again_and_saved(way: str, tmp_path: Any) -> None:
+    net = Scaled()
+    wide, dense = copy.deepcopy(net.state_dict()), net(POINTS)
+    cut(net, {"first": [0, 3, 5]}, POINTS)
+    if way == "deepcopy":
+        other = copy.deepcopy(net)
+    elif way == "pickle":
+        torch.save(net, tmp_path / "net.pt")
+        other = torch.load(tmp_path / "net.pt", weights_only=False)
+    else:
+        torch.save(net.state_dict(), tmp_path / "net.pt")
+        other = load_compressed(tmp_path / "net.pt", Scaled())
+    cut(other.double(), {"first": [2]}, POINTS.double())
+    again = Scaled().double()
+    adopt_state(again, copy.deepcopy(other.state_dict()))
+    assert again.scale.tolist() == [6]
+    assert torch.equal(again(POINTS.double()), other(POINTS.double()))
+    assert net.scale.tolist() == [1, 4, 6]
+    other.load_state_dict(wide)
+    torch.testing.assert_close(other.float()(POINTS), dense)
+
+
+def test_a_cut_that_is_undone_leaves_no_trace_of_its_buffers() -> None:
+    net = Scaled()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.state[net.last.weight] = {"sketch": torch.zeros(7)}
+    with pytest.raises(ValueError, match="'sketch'"):
+        cut(net, {"first": [0, 3, 5]}, POINTS, optimizers=[optimizer])
+    assert net.scale.tolist() == [1, 2, 3, 4, 5, 6]
+    assert not [name for name in vars(net) if "dense" in name]
+
+
+def test_a_thin_state_dict_without_its_record_is_refused_for_its_buffers() -> None:
+    net = cut(Scaled(), {"first": [0, 3, 5]}, POINTS)
+    bare = dict(net.state_dict())
+    for load in (net.load_state_dict, lambda state: adopt_state(Scaled(), state)):
+        with pytest.raises(ValueError, match=r"no record of what goes with them \(.*s[ch].*its metadata was lost"):
+            load(bare)
+
+
+def test_a_file_of_another_network_is_refused_by_its_dense_shapes() -> None:
+    state = cut(Scaled(9), {"first": [0, 3, 5]}, POINTS).state_dict()
+    other = Scaled()
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=r"its first\.weight had shape \(9, 3\) before.*this network has \(6, 3\)"):
+        adopt_state(other, state)
+    assert_untouched(other, before)
+    assert other.scale.shape == (6,)
+
+
+# ---------------------------------------------------------------------- the record
+
+
+def test_a_network_that_was_not_cut_leaves_no_record() -> None:
+    net = make()
+    bare = copy.deepcopy(net.state_dict()._metadata)
+    follow_checkpoints(net, channel_groups(net, X))
+    assert net.state_dict()._metadata == bare
+    wide = copy.deepcopy(net.state_dict())
+    cut(net, KEEP, X)
+    assert net.state_dict()._metadata != bare
+    net.load_state_dict(wide)
+    assert net.state_dict()._metadata == bare
+
+
+def test_another_process_goes_on_where_the_first_one_was(tmp_path: Any) -> None:
+    net = make().eval()
+    states, outputs = [copy.deepcopy(net.state_dict())], [net(X)]
+    for keep in (KEEP, {"conv2": [1, 3]}, {"conv1": [2]}):
+        cut(net, keep, X)
+        states.append(copy.deepcopy(net.state_dict()))
+        outputs.append(net(X))
+    for first in (1, 2, 3):  # what the new process starts from
+        torch.save(states[first], tmp_path / "thin.pt")
+        other = load_compressed(tmp_path / "thin.pt", Net().eval())
+        cut(other, {"body": [1]}, X)  # the groups that it finds are those of the thin network
+        for state, output in zip(states, outputs, strict=True):
+            other.load_state_dict(state)
+            torch.testing.assert_close(other(X), output)
+
+
+def test_a_part_that_was_cut_by_itself_lies_in_the_whole() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.top = Scaled(), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.top(self.part(x))
+
+    whole = Whole()
+    wide, dense = copy.deepcopy(whole.state_dict()), whole(POINTS)
+    cut(whole.part, {"first": [0, 3, 4, 5]}, POINTS)
+    cut(whole, {"part.first": [1, 3]}, POINTS)
+    other = Whole()
+    adopt_state(other, copy.deepcopy(whole.state_dict()))
+    assert other.part.scale.tolist() == [4, 6]
+    assert torch.equal(other(POINTS), whole(POINTS))
+    for one in (whole, other):
+        one.load_state_dict(wide)
+        assert torch.equal(one(POINTS), dense)
+
+
+def test_the_owner_takes_the_shapes_of_what_is_loaded_into_it() -> None:
+    owner = nn.ModuleDict({"net": Scaled(), "other": nn.Linear(2, 2)})
+    wide = copy.deepcopy(owner.state_dict())
+    cut(owner["net"], {"first": [0, 3, 5]}, POINTS, owner=owner)
+    assert "lightning_compress" in owner.state_dict()._metadata[""]
+    assert "lightning_compress" not in owner.state_dict()._metadata["net"]
+    owner.load_state_dict(wide)
+    assert owner["net"].scale.shape == (6,)

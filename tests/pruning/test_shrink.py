@@ -228,3 +228,26 @@ def test_a_checkpoint_of_another_network_is_refused_as_ever(tmp_path: Path) -> N
     trainer.save_checkpoint(tmp_path / "wider.ckpt")
     with pytest.raises(RuntimeError, match=r"size mismatch for net\.hidden\.weight"):
         quiet_trainer(callbacks=[pruning()]).test(SmallModule(), plain(), ckpt_path=tmp_path / "wider.ckpt")
+
+
+@pytest.mark.parametrize("shrink", ["during_fit", "on_fit_end"])
+def test_a_resumed_process_takes_wider_checkpoints(shrink: str, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer, _ = run(pruning(shrink=shrink), checkpoint, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "thin.ckpt")
+    expected = {}
+    for path in sorted(tmp_path.glob("*.ckpt")):
+        dense = SmallModule().eval()
+        adopt_state(dense, torch.load(path, weights_only=True)["state_dict"])
+        expected[path] = widths(dense), dense(X)
+    assert len({reached for reached, _ in expected.values()}) == (4 if shrink == "during_fit" else 2)
+
+    resumed = SmallModule()
+    again = quiet_trainer(callbacks=[pruning(shrink=shrink)], max_epochs=5)
+    start = "step=12.ckpt" if shrink == "during_fit" else "thin.ckpt"
+    again.fit(resumed, shuffled(), plain(), ckpt_path=tmp_path / start, weights_only=True)
+    assert sum(widths(resumed)) == 11
+    for path, (reached, output) in expected.items():
+        again.test(resumed, plain(), ckpt_path=path, verbose=False, weights_only=True)
+        assert widths(resumed) == reached
+        torch.testing.assert_close(resumed.eval()(X), output)
