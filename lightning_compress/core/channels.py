@@ -45,9 +45,9 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
         0 4 ['0.weight', '0.bias', '1.weight', '1.bias'] None
         4 10 ['4.weight', '4.bias'] it is an output of the network
     """
-    plan = Plan.make(model, example_inputs)
-    with laboratory(model, plan.example_inputs, noise=plan.noise) as inputs:
-        groups = _named(Trial(model, inputs, plan).survivors())
+    with laboratory(model):
+        plan = Plan.make(model, example_inputs)
+        groups = _named(Trial(model, plan).survivors())
     groups.plan = plan
     return groups
 

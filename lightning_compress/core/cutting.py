@@ -16,6 +16,8 @@ from lightning_compress.core.groups import Attribute, ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.core.slicing import Slices, named_tensors
 
+TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, an error far above
+
 Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from lightning_compress.core.inputs import ExampleInputs
 
 
 @contextmanager
-def laboratory(model: nn.Module, example_inputs: ExampleInputs, *, noise: bool = True) -> Iterator[ExampleInputs]:
+def laboratory(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, random parameters and double precision; afterwards everything is as before.
 
     Every branch of the network matters then, also one that a tiny layer scale or a norm that starts at zero would hide,
-    and a difference is either rounding or an error. Yields the example inputs in double precision, with
-    noise added.
+    and a difference is either rounding or an error.
     """
     generator = torch.Generator().manual_seed(0)
     owners = [
@@ -50,8 +48,7 @@ def laboratory(model: nn.Module, example_inputs: ExampleInputs, *, noise: bool =
             for name, buffer in model.named_buffers():
                 if buffer.is_floating_point():
                     buffer.data = _random(name, buffer, generator) if "running_" in name else buffer.data.double()
-            change = partial(_noisy, generator=generator) if noise else _double
-            yield tree_map_only(Tensor, change, _as_tree(example_inputs))
+            yield
         finally:
             torch.set_default_dtype(dtype)
             for buffer, data in buffers:
@@ -119,24 +116,26 @@ def all_sliceable(model: nn.Module) -> Iterator[None]:
             one()
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def doubles(example_inputs: ExampleInputs, *, noise: bool) -> ExampleInputs:
+    """The example inputs in double precision, with noise of the values' own size: zeros would hide errors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return _noisy(tensor.double(), generator) if noise else tensor.double()
+
+    tree = example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs)
+    changed: ExampleInputs = tree_map_only(Tensor, change, tree)
+    return changed
 
 
-def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Double precision, and noise of the values' own size: example inputs are often zeros, which hide errors."""
-    if not tensor.is_floating_point():
-        return tensor
-    values = tensor.double()
+def _noisy(values: Tensor, generator: torch.Generator) -> Tensor:
     spread = float(values.std()) if values.numel() > 1 else 0.0
     if not math.isfinite(spread):
         return values
-    noise = torch.randn(tensor.shape, dtype=torch.float64, generator=generator).to(tensor.device)
+    noise = torch.randn(values.shape, dtype=torch.float64, generator=generator).to(values.device)
     return values + noise * (spread or 1.0)
-
-
-def _as_tree(example_inputs: ExampleInputs) -> ExampleInputs:
-    return example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs)
 
 
 def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,15 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map_only
 
+from lightning_compress.core.cutting import TOLERANCE, compare, run
 from lightning_compress.core.graphs import OUTPUT, READINGS, Places, Walk, export
 from lightning_compress.core.groups import Attribute, ChannelGroup, Member
-from lightning_compress.core.inputs import ExampleInputs, batch_size, call
-from lightning_compress.core.laboratory import laboratory
+from lightning_compress.core.inputs import ExampleInputs, batch_size
+from lightning_compress.core.laboratory import doubles
 from lightning_compress.core.units import Units
+
+FEW = 2  # samples: batch norms in training mode need two
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,21 +30,17 @@ class Plan:
     readings: dict[tuple[object, ...], set[int]]  # by the group's identity: where it was found
     walks: list[Walk]
     program: ExportedProgram
-    example_inputs: ExampleInputs
-    noise: bool  # whether the laboratory may add noise to them: a logarithm of noise is not a number
+    inputs: ExampleInputs  # of the laboratory: in double precision, and few
     trains_alike: bool  # whether the code does the same in training mode, but for dropout and batch statistics
 
     @classmethod
     def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
-        """Export the model, in both modes, and follow the channels."""
-        example_inputs = _two_samples(example_inputs)
-        with laboratory(model, example_inputs) as inputs:
-            noise = not any(bool(one.isnan().any()) for one in _dense_output(model, inputs))
-        with laboratory(model, example_inputs, noise=noise) as inputs:
-            programs = [export(model, inputs)]
-            model.train()
-            programs.append(export(model, inputs))
-            model.eval()
+        """Export the model, which is in the laboratory, in both modes, and follow the channels."""
+        inputs = _trial_inputs(model, example_inputs)
+        programs = [export(model, inputs)]
+        model.train()
+        programs.append(export(model, inputs))
+        model.eval()
         places = Places(model)
         candidates: dict[tuple[object, ...], ChannelGroup] = {}
         readings: dict[tuple[object, ...], set[int]] = {}
@@ -64,9 +63,7 @@ class Plan:
             if not units.read:
                 break
         alike = _operators(programs[0]) == _operators(programs[1])
-        return cls(
-            places, list(candidates.values()), halved, readings, walks, programs[0], example_inputs, noise, alike
-        )
+        return cls(places, list(candidates.values()), halved, readings, walks, programs[0], inputs, alike)
 
     def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> list[Tensor]:
         """For every reading, and every node, whether it leaves when some units of some groups do.
@@ -82,9 +79,32 @@ class Plan:
         return gone
 
 
+def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
+    """Two samples in double precision, or as many as there are where the network mixes them."""
+    several = _at_least_two(example_inputs)
+    for noise in (True, False):  # a logarithm of noise is not a number
+        inputs = doubles(several, noise=noise)
+        outputs = _dense_output(model, inputs)
+        if not any(bool(one.isnan().any()) for one in outputs):
+            break
+    many = batch_size(inputs)
+    if many == FEW:
+        return inputs
+
+    def first(tensor: Tensor) -> Tensor:
+        return tensor[:FEW] if tensor.dim() and tensor.shape[0] == many else tensor
+
+    few: ExampleInputs = tree_map_only(Tensor, first, inputs)
+    try:
+        alone = run(model, few)
+    except Exception:  # whatever the network's code says to fewer samples: then it gets them all
+        return inputs
+    return few if compare(alone, [first(one) for one in outputs], TOLERANCE) is None else inputs
+
+
 def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     try:
-        return [one for one in tree_leaves(call(model, inputs)) if isinstance(one, Tensor)]
+        return run(model, inputs)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run on the example inputs in double precision, in which its channel "
@@ -93,14 +113,22 @@ def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
 
 
 def _operators(program: ExportedProgram) -> list[str]:
-    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    """What the graph calls, but for the counters of batch norms."""
+    return [
+        str(node.target)
+        for node in program.graph.nodes
+        if node.op == "call_function" and not (str(node.target) == "aten.add_.Tensor" and _is_counter(node.args[0]))
+    ]
 
 
-def _two_samples(example_inputs: ExampleInputs) -> ExampleInputs:
-    """Batch norms in training mode need two."""
-    if batch_size(example_inputs) > 1:
+def _is_counter(node: fx.Node) -> bool:
+    return node.op == "placeholder" and not node.meta["val"].is_floating_point()
+
+
+def _at_least_two(example_inputs: ExampleInputs) -> ExampleInputs:
+    if batch_size(example_inputs) >= FEW:
         return example_inputs
-    doubled: ExampleInputs = torch.utils._pytree.tree_map_only(
+    doubled: ExampleInputs = tree_map_only(
         Tensor,
         lambda one: torch.cat([one, one]) if one.dim() and one.shape[0] == 1 else one,
         example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs),

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lightning_compress.core.attributes import VARIANTS, with_attributes
-from lightning_compress.core.cutting import Drop, compare, run, take
+from lightning_compress.core.calls import Calls, without
+from lightning_compress.core.cutting import TOLERANCE, Drop, compare, run, take
 from lightning_compress.core.graphs import export
 from lightning_compress.core.groups import ChannelGroup
-from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.plan import Plan, identity
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.slicing import Slices
 
-TURNS = 3  # sizes that every group is tried with
-TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, an error far above
+TURNS = 2  # sizes that every group is tried with
 
 
 class Trial:
     """Cuts candidates of a plan, inside a laboratory, and compares with the dense network without those channels."""
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, plan: Plan) -> None:
-        self._model, self._inputs, self._plan = model, example_inputs, plan
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model, self._plan, self._inputs = model, plan, plan.inputs
+        self._calls: Calls | None = None
 
     def survivors(self) -> list[ChannelGroup]:
         """The groups that may be cut, in any combination, and the frozen ones that say why not."""
@@ -35,13 +35,8 @@ class Trial:
         frozen = [group for group in self._plan.candidates if group.frozen is not None]
         chosen = _compatible(free)
         if self._error(chosen) is not None:
-            tried = [self._tried(kind) for kind in _kinds(free)]
-            free = [group for kind in tried for group in kind if group.frozen is None]
-            frozen += [group for kind in tried for group in kind if group.frozen is not None]
-            chosen = _compatible(free)
-            if self._error(chosen) is not None:
-                chosen, more = self._one_by_one(chosen)
-                frozen += more
+            chosen, more = self._sorted_out(free)
+            frozen += more
         halved = [group for group in chosen if identity(group) in self._plan.halved]
         if halved and not self._halves_move(halved):
             chosen = [group for group in chosen if group not in halved]
@@ -54,19 +49,32 @@ class Trial:
 
         return sorted(chosen + _telling(frozen, chosen), key=position)
 
-    def _tried(self, kind: list[ChannelGroup]) -> list[ChannelGroup]:
+    def _sorted_out(self, free: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
+        """The free groups that survive together, and the others; each way costs more forward passes than the last."""
+        for error in (self._crash, self._error):
+            tried = [group for kind in _kinds(free) for group in self._tried(kind, error)]
+            frozen = [group for group in tried if group.frozen is not None]
+            chosen = _compatible([group for group in tried if group.frozen is None])
+            if self._error(chosen) is None:
+                return chosen, frozen
+        chosen, more = self._one_by_one(chosen)
+        return chosen, frozen + more
+
+    def _tried(
+        self, kind: list[ChannelGroup], error_of: Callable[[Sequence[ChannelGroup]], str | None]
+    ) -> list[ChannelGroup]:
         """Free or freeze the groups of one kind, with attributes that follow where the code needs it."""
-        error: str | None = None
-        for variant in VARIANTS:
+        error = error_of(kind)
+        if error is None:
+            return kind
+        for variant in VARIANTS:  # of the first alone; where none helps it, none of the kind is free
             groups = [with_attributes(group, self._model, variant) for group in kind]
-            if variant and all(new is old for new, old in zip(groups, kind, strict=True)):
+            tried_before = groups[0] is kind[0] and (bool(variant) or len(kind) == 1)
+            if tried_before or error_of(groups[:1]) is not None:
                 continue
-            found = self._error(groups)
-            if found is None:
+            if len(kind) == 1 or (variant and error_of(groups) is None):
                 return groups
-            error = error or found
-        if len(kind) > 1 and self._tried(kind[:1])[0].frozen is None:  # not the first; then which?
-            return [group for one in kind for group in self._tried([one])]
+            return [group for one in kind for group in self._tried([one], error_of)]
         return [replace(group, frozen=f"the network's code does not survive a cut: {error}") for group in kind]
 
     def _halves_move(self, groups: Sequence[ChannelGroup]) -> bool:
@@ -92,41 +100,46 @@ class Trial:
         return free, frozen
 
     def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Cut all groups, several times with other sizes for each; None, or what went wrong."""
-        return next(filter(None, (self._error_once(groups, turn) for turn in range(TURNS))), None)
+        """Cut all groups, several times with other sizes for each, and compare; None, or what went wrong."""
+        for turn in range(TURNS):
+            error = self._compared(_some(groups, turn))
+            if error is not None:
+                return error
+        if self._plan.trains_alike:
+            return None
+        self._model.train()
+        try:
+            error = self._compared([(group, units) for group, units in _some(groups, 0) if group.exact])
+        finally:
+            self._model.eval()
+        return error and f"in training mode {error}"
 
-    def _error_once(self, groups: Sequence[ChannelGroup], turn: int) -> str | None:
-        generator = torch.Generator().manual_seed(turn)
-        drop = []
-        for number, group in enumerate(groups):
-            # About half, all but one, one: a number that stands in the code fits one of them at most.
-            count = (max(1, group.size // 2), group.size - 1, 1)[(number + turn) % TURNS]
-            drop.append((group, torch.randperm(group.size, generator=generator)[:count]))
-        error = self._compared(drop)
-        if error is None and not self._plan.trains_alike:
-            exact = [(group, units) for group, units in drop if group.exact]
-            self._model.train()
-            try:
-                error = self._compared(exact)
-            finally:
-                self._model.eval()
-            error = error and f"in training mode {error}"
-        return error
+    def _crash(self, groups: Sequence[ChannelGroup]) -> str | None:
+        """Cut one group after the other, by a single unit; None, or what the code around it says to the first."""
+        self._calls = self._calls or Calls(self._model, self._inputs)
+        drops = ([(group, torch.arange(1))] for group in groups)
+        return next(filter(None, map(self._calls.crash, drops)), None)
 
     def _compared(self, drop: Drop) -> str | None:
-        slices = Slices()
-        try:  # first, because code that does not survive says so early, and most trials of large networks end here
-            take(slices, self._model, drop)
-            got = run(self._model, self._inputs)
-        except Exception as error:  # whatever the network's code raises
-            return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        finally:
-            slices.undo()
+        # first, because code that does not survive says so early, which is what most of it does
+        got = without(self._model, drop, lambda: run(self._model, self._inputs))
+        if isinstance(got, str):
+            return got
         try:
             expected = dense_without(self._model, self._inputs, drop, self._plan)
         except Exception as error:  # the reference can't say what should come out: nothing is free without it
             return f"there is nothing to compare with ({error})"[:200]
         return compare(got, expected, TOLERANCE)
+
+
+def _some(groups: Sequence[ChannelGroup], turn: int) -> list[tuple[ChannelGroup, Tensor]]:
+    """About half, all but one, or one unit of every group: a number in the network's code fits one of them at most."""
+    generator = torch.Generator().manual_seed(turn)
+    drop = []
+    for number, group in enumerate(groups):
+        count = (max(1, group.size // 2), group.size - 1, 1)[(number + turn) % 3]
+        drop.append((group, torch.randperm(group.size, generator=generator)[:count]))
+    return drop
 
 
 def _slices(program: ExportedProgram) -> list[tuple[Fraction, Fraction]]:

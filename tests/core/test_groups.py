@@ -9,10 +9,12 @@ import pytest
 import torch
 from support.reference import randomize, to_double
 from support.zoo import ZOO
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.groups import Attribute, ChannelGroup, ChannelGroups, Member, thinned
+from lightning_compress.core.inputs import tensors
+from lightning_compress.core.plan import Plan
 from lightning_compress.core.surgery import cut
 
 
@@ -153,3 +155,26 @@ def test_three_cuts_are_one(name: str) -> None:
     }
     for key, value in thin.state_dict().items():
         assert torch.equal(value, at_once[key]), key
+
+
+def plan_of(groups: ChannelGroups) -> Plan:
+    assert groups.plan is not None
+    return groups.plan
+
+
+def test_large_batches_are_planned_with_two_samples() -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    groups = channel_groups(net, torch.zeros(500, 3))
+    assert [tuple(one.shape) for one in tensors(plan_of(groups).inputs)] == [(2, 3)]
+    assert [(group.name, group.size) for group in groups.free()] == [("0", 8)]
+
+
+class CentredOnTheBatch(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+def test_samples_that_a_network_mixes_are_all_kept() -> None:
+    groups = channel_groups(CentredOnTheBatch(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(6, 3))
+    assert [tuple(one.shape) for one in tensors(plan_of(groups).inputs)] == [(6, 3)]
+    assert [(group.name, group.size) for group in groups.free()] == [("0", 8)]

@@ -1,0 +1,71 @@
+"""Parts of a network called alone, with what they got when the whole network ran: what crashes there is cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.core.cutting import Drop, run, take, tensors_of
+from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.slicing import Slices
+
+
+class Calls:
+    """The first call of every module in one forward pass.
+
+    Args:
+        model: The network, which runs once.
+        example_inputs: What it runs with.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        self._model = model
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        handles = [
+            module.register_forward_hook(self._recorder(name), with_kwargs=True)
+            for name, module in model.named_modules(remove_duplicate=False)
+        ]
+        try:
+            run(model, example_inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def crash(self, drop: Drop) -> str | None:
+        """Cut, and call the smallest module around all that is cut: None, or what its code says to it."""
+        path = self._around([member.tensor for group, _ in drop for member in group.members])
+        args, kwargs = self._calls[path]
+        module = self._model.get_submodule(path)
+        thin = without(self._model, drop, lambda: tensors_of(module(*args, **kwargs)))
+        return thin if isinstance(thin, str) else None
+
+    def _recorder(self, name: str) -> Any:
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            self._calls.setdefault(name, (args, kwargs))
+
+        return record
+
+    def _around(self, names: Sequence[str]) -> str:
+        paths = [name.split(".")[:-1] for name in names]
+        common = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        while ".".join(common) not in self._calls:  # containers are not called; the network itself was
+            common.pop()
+        return ".".join(common)
+
+
+def without(model: nn.Module, drop: Drop, forward: Callable[[], list[Tensor]]) -> list[Tensor] | str:
+    """What `forward` returns while some channels are cut out of the model, or what the network's code says to it."""
+    slices = Slices()
+    try:
+        take(slices, model, drop)
+        return forward()
+    except Exception as error:  # whatever the network's code raises
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    finally:
+        slices.undo()
