@@ -28,7 +28,7 @@ from lightning_compress.hydra import (
     register_resolvers,
     run_folder,
 )
-from lightning_compress.pruning.callback import check_disjoint
+from lightning_compress.pruning.neighbours import check_disjoint
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.inspect import inspection_tables

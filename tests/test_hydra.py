@@ -27,7 +27,7 @@ from lightning_compress.hydra import (
     register_resolvers,
     run_folder,
 )
-from lightning_compress.pruning.callback import check_disjoint
+from lightning_compress.pruning.neighbours import check_disjoint
 
 CONF = next(path for place in lightning_compress.__path__ if (path := Path(place) / "conf").is_dir())
 GROUPS = ["model", "data", "trainer", "logger", "compress", "experiment", "hydra"]

@@ -149,15 +149,8 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
         >>> [one.members[0].index.tolist() for one in thinned(both, {"a": torch.tensor([False, True])})]
         [[[0]], [[1], [2]]]
     """
-    after: dict[tuple[object, ...], Tensor] = {}  # by axis the new position of every old one, -1 for what has left
-    for group in groups:
-        for axis, index in _axes(group):
-            gone = after.setdefault(axis, torch.zeros(0, dtype=torch.bool))
-            missing = int(index.max()) + 1 - len(gone)
-            after[axis] = gone = torch.cat([gone, torch.zeros(max(0, missing), dtype=torch.bool)])
-            if group.name in keep:
-                gone[index[~keep[group.name]].reshape(-1)] = True
-    after = {axis: ((~gone).cumsum(0) - 1).masked_fill(gone, -1) for axis, gone in after.items()}
+    leaves = _leaving(groups, keep)  # then by axis the new position of every old one, -1 for what has left
+    after = {axis: ((~gone).cumsum(0) - 1).masked_fill(gone, -1) for axis, gone in leaves.items()}
     found = ChannelGroups()
     for group in groups:
         kept = keep.get(group.name, torch.ones(group.size, dtype=torch.bool))
@@ -170,6 +163,45 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
         attributes = tuple(replace(one, index=index) for one, index in zip(group.attributes, indices[n:], strict=True))
         found.append(replace(group, size=int(kept.sum()), members=members, attributes=attributes))
     return found
+
+
+def positions_kept(
+    groups: ChannelGroups, keep: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[int, Tensor]]:
+    """What a cut will leave of every tensor that it slices: by name and dimension the positions that stay.
+
+    Args:
+        groups: The groups before the cut.
+        keep: As for `thinned`.
+        tensors: The network's tensors before the cut, by name.
+
+    Example:
+        >>> group = ChannelGroup("a", 2, (Member("w", 0, torch.tensor([[0, 1], [2, 3]])),))
+        >>> positions_kept(ChannelGroups([group]), {"a": torch.tensor([True, False])}, {"w": torch.zeros(5, 3)})
+        {'w': {0: tensor([0, 1, 4])}}
+    """
+    kept: dict[str, dict[int, Tensor]] = {}
+    leaves = _leaving(groups, keep)
+    for name, dim in dict.fromkeys((one.tensor, one.dim) for group in groups for one in group.members):
+        gone = leaves[name, dim]
+        if bool(gone.any()):
+            stay = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+            stay[: len(gone)] = ~gone
+            kept.setdefault(name, {})[dim] = stay.nonzero().squeeze(1)
+    return kept
+
+
+def _leaving(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> dict[tuple[object, ...], Tensor]:
+    """By axis a mask of the positions that leave, as far as groups know the axis."""
+    leaves: dict[tuple[object, ...], Tensor] = {}
+    for group in groups:
+        for axis, index in _axes(group):
+            gone = leaves.setdefault(axis, torch.zeros(0, dtype=torch.bool))
+            missing = int(index.max()) + 1 - len(gone)
+            leaves[axis] = gone = torch.cat([gone, torch.zeros(max(0, missing), dtype=torch.bool)])
+            if group.name in keep:
+                gone[index[~keep[group.name]].reshape(-1)] = True
+    return leaves
 
 
 def _without_gone(positions: Tensor) -> Tensor | None:

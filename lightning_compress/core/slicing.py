@@ -193,6 +193,17 @@ def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def sliced(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """Tensors that go by the names, and have the shapes, of a network's before a cut, as they are after it.
+
+    Example:
+        >>> sliced({"fc.weight": torch.arange(6).view(2, 3)}, {"fc.weight": {1: torch.tensor([0, 2])}})
+        {'fc.weight': tensor([[0, 2],
+                [3, 5]])}
+    """
+    return {name: select(tensor, kept[name]) if name in kept else tensor for name, tensor in tensors.items()}
+
+
 def _dims_of_state(name: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
     """Which dimension of an optimizer's tensor belongs to which of the parameter; None if that can't be told."""
     if len(shape) == len(parameter) and all(a in (b, 1) for a, b in zip(shape, parameter, strict=True)):

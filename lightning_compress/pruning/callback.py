@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_compress.core.costs import Cost
-from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import select_parameters
-from lightning_compress.pruning.channels import PrunableChannels
-from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.backtracking import BacktrackingCallback
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, prune_neurons, prune_weights
+from lightning_compress.pruning.neighbours import check_disjoint
 from lightning_compress.pruning.scoring import (
     Criterion,
     Granularity,
@@ -28,21 +25,17 @@ from lightning_compress.pruning.scoring import (
     check_criterion,
     check_shrink,
     check_widths,
-    make_statistic,
     static_scores,
 )
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.stopping import StopRule, StopWatch
-from lightning_compress.pruning.watching import WatchingCallback
-from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
-from lightning_compress.trainer.inputs import resolve_example_inputs, resolve_network
+from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.ramp import Ramp
-from lightning_compress.trainer.surgery import refuse_forks, rewrapped
 
 
-class IterativePruningCallback(WatchingCallback):
+class IterativePruningCallback(BacktrackingCallback):
     """Prunes a growing fraction of the weights or neurons while the network trains, and keeps them at zero.
 
     At every event the entries with the lowest score s are masked, so that a fraction a(p) of the ORIGINAL entries is
@@ -72,7 +65,8 @@ class IterativePruningCallback(WatchingCallback):
             ("max" or "min") and `baseline` (the dense metric, where none is validated before the first event).
         shrink: When masked neurons leave the network for good, for granularity="neuron": "on_fit_end"; "during_fit", at
             once, so that the rest of the training gets faster; or "never". Only channels are cut whose removal changes
-            nothing.
+            nothing. Masks that another callback holds on the same tensors are cut with them. A loss that is kept from
+            before a cut cannot be back-propagated after it.
         cost: What the scores of neurons are divided by before groups are compared (scope="global"): the "parameters",
             "macs" or "latency" (measured) of one channel.
         min_channels: How many channels of each group stay at least.
@@ -168,12 +162,7 @@ class IterativePruningCallback(WatchingCallback):
         self.example_inputs = example_inputs
 
         self.current_amount = 0.0
-        self._masked: MaskedParameters | None = None
         self._ramp: Ramp | None = None
-        self._targets: list[str] = []
-        self._channels: PrunableChannels | None = None
-        self._costs: dict[str, float] | None = None
-        self._kept: dict[str, Tensor] | None = None  # of the dense network's channels, once some have left for good
         self._statistic: Statistic | None = None
         self._stopped = False
         self._masks_gradients = False
@@ -186,35 +175,7 @@ class IterativePruningCallback(WatchingCallback):
         """Whether the mask is final, so that what follows is recovery."""
         return self._stopped or (self._ramp is not None and self._ramp.finished)
 
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """The masks in force (True stays), by parameter name."""
-        return {} if self._masked is None else self._masked.masks
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the targeted entries, or channels, that is masked now."""
-        total = sum(mask.numel() for mask in (self._keep or {}).values())
-        return 1.0 - sum(int(mask.sum()) for mask in (self._keep or {}).values()) / total if total else 0.0
-
-    @property
-    def _keep(self) -> dict[str, Tensor] | None:
-        """What stays of the dense network's entries or channels; None before the first event."""
-        return self._kept or (None if self._masked is None else self._masked.keep)
-
-    @property
-    def _neurons(self) -> list[Neurons] | None:
-        return None if self._channels is None else self._channels.neurons
-
     # ------------------------------------------------------------------ the fit
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.granularity == "neuron" and self.shrink != "never":
-            refuse_forks(trainer, self)
-            follow_checkpoints(pl_module)  # a checkpoint may hold a thinner network, or a wider one
-            for average in averaged_modules(trainer):
-                follow_leader(average, pl_module)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._check_stop(trainer)
@@ -223,13 +184,15 @@ class IterativePruningCallback(WatchingCallback):
         # What is masked for good must not count in the norm that clipping compares with its threshold.
         clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
         self._masks_gradients = clips and not self.regrow
-        network = resolve_network(pl_module, self.network)
-        targets: list[str] | list[Neurons] = self._targets
+        resolve_network(pl_module, self.network)  # or say that there is none
         if state is not None:
             self._costs = state["costs"]  # of the dense network
+            self._kept = state["keep"] if state["thin"] else None
+            self._entries = dict(state["entries"])
         if self.granularity == "neuron":
-            self._channels = self._find_channels(trainer, pl_module, network)
-            targets = self._channels.neurons
+            self._channels = self._find_channels(trainer, pl_module)
+        elif not self._entries:
+            self._entries = {name: pl_module.get_parameter(name).numel() for name in self._targets}
         if state is not None:
             self._ramp = None if state["ramp"] is None else Ramp(**state["ramp"])
             self.current_amount, self._stopped = state["amount"], state["stopped"]
@@ -243,11 +206,11 @@ class IterativePruningCallback(WatchingCallback):
                 end_epoch=self.start_epoch if at_once else self.end_epoch,
                 every_n_steps=self.every_n_steps,
             )
-        self._resume_thin(pl_module, state)
+        self._unmask_dense(pl_module)
         self._statistic = None
         if self.amount > 0 and not self.finished:
             self._check_watching(trainer, pl_module)
-            self._statistic = self._watch(pl_module, targets)
+            self._statistic = self._watch(pl_module)
         if state is not None and state["statistic"] is not None and self._statistic is not None:
             self._statistic.load_state_dict(state["statistic"])
             self._leave_sums_to_rank_zero(self._statistic)
@@ -260,64 +223,6 @@ class IterativePruningCallback(WatchingCallback):
         elif earlier is not None:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
-
-    def _resume_thin(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        """Go on from a network that has been cut, by this fit or by an earlier one."""
-        if state is not None:
-            self._kept = state["keep"] if state["thin"] else None
-        if self._kept is None or self._channels is None:
-            return
-        if self._channels.is_dense(self._kept):  # the dense network, masked, was loaded back since
-            masked = MaskedParameters(pl_module, neurons=self._neurons)
-            masked.set(self._kept)
-            self._masked, self._kept = masked, None
-        else:
-            self._channels.resume(self._kept)
-
-    def _watch(self, pl_module: LightningModule, targets: list[str] | list[Neurons]) -> Statistic | None:
-        return make_statistic(
-            self.criterion,
-            pl_module,
-            targets,
-            granularity=self.granularity,
-            network=resolve_network(pl_module, self.network),
-            generator=self.generator,
-        )
-
-    def _check_stop(self, trainer: Trainer) -> None:
-        if self._stop is None:
-            return
-        if next(averaged_modules(trainer), None) is not None:
-            raise ValueError(
-                "stop= judges the metric of the averaged weights but would go back to the others: use one of stop= and "
-                "a WeightAveraging callback."
-            )
-        if not trainer.enable_validation:
-            raise ValueError(
-                f"stop= monitors {self._stop.rule.monitor!r}, but this fit has no validation: pass val_dataloaders."
-            )
-
-    def _find_channels(self, trainer: Trainer, pl_module: LightningModule, network: nn.Module) -> PrunableChannels:
-        inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
-        if not self.network and not is_overridden("forward", pl_module):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no forward to find its channels with: pass network= with the path of "
-                f"the submodule whose output is the prediction."
-            )
-        with torch.compiler.set_stance("force_eager"):
-            channels = PrunableChannels(
-                pl_module, self.network, inputs, self._targets, exclude=self._excluded(pl_module)
-            )
-            if self.scope == "global" and self._costs is None:
-                self._costs = channels.costs(self.cost)
-        if channels.reasons:
-            rank_zero_info(f"Channels that are not pruned: {'; '.join(channels.reasons)}.")
-        return channels
-
-    def _excluded(self, pl_module: LightningModule) -> list[str]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # patterns that match nothing have been told
-            return list(select_parameters(pl_module, self.exclude)) if self.exclude else []
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._ramp is not None
@@ -357,11 +262,12 @@ class IterativePruningCallback(WatchingCallback):
         if amount > 0:
             if self._stop is not None:
                 self._stop.awaits_validation = True
-            keep = self._decide(amount)
-            if self.granularity == "neuron" and self.shrink == "during_fit":
-                self._cut(trainer, pl_module, keep)
-            else:
-                self._mask(keep)
+            if self._neurons != []:  # else one channel is left of every group
+                keep = self._decide(pl_module, amount)
+                if self.granularity == "neuron" and self.shrink == "during_fit":
+                    self._cut(trainer, pl_module, keep)
+                else:
+                    self._mask(keep)
             self.current_amount = amount
             for name, mask in self.masks.items():
                 if name not in self._emptied and not mask.any():
@@ -371,7 +277,7 @@ class IterativePruningCallback(WatchingCallback):
             self._statistic.reset()
 
     @torch.no_grad()
-    def _decide(self, amount: float) -> dict[str, Tensor]:
+    def _decide(self, pl_module: LightningModule, amount: float) -> dict[str, Tensor]:
         assert self._masked is not None
         alive = None if self.regrow else self._keep
         weights = {name: self._masked.value(name) for name in self._targets}
@@ -399,72 +305,18 @@ class IterativePruningCallback(WatchingCallback):
                 round_to=self.round_to,
             )
         else:
-            keep = prune_weights(scores, amount, scope=self.scope, alive=alive, absolute=absolute)
+            left = self._left(pl_module)
+            keep = prune_weights(scores, amount, scope=self.scope, alive=alive, absolute=absolute, left=left)
         device = next(iter(weights.values())).device
         return {name: broadcast(mask.to(device).contiguous()) for name, mask in keep.items()}
 
-    def _mask(self, keep: dict[str, Tensor] | None, *, latent: dict[str, Tensor] | None = None) -> None:
-        assert self._masked is not None
-        self._masked.set(keep, latent=latent)
-        self.projection = self._masked.projection
-
-    def _cut(self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]) -> None:
-        """Take channels out for good: of the module, the optimizers' state, averages, and the ranks' wrapper."""
-        assert self._channels is not None
-        self._mask(None)
-        with rewrapped(trainer), torch.compiler.set_stance("force_eager"):
-            self._channels.cut(keep, optimizers=trainer.optimizers, copies=list(averaged_modules(trainer)))
-        self._kept = self._channels.keep
-        if self._statistic is not None:
-            self._statistic.end()
-            self._statistic = self._watch(pl_module, self._channels.neurons)
-
-    def project_copy(self, module: nn.Module) -> None:
-        if self._masked is not None:
-            self._masked.mask_copy(module)
-
-    # ------------------------------------------------------------------ until the metric drops
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._stop is None or self._stopped or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        value = float(broadcast(self._stop.rule.read(trainer.callback_metrics).to(pl_module.device)))
-        verdict = self._stop.judge(value, self.current_amount)
-        if verdict == "failed" and self.current_amount > self._stop.kept_amount:
-            self._go_back(pl_module)
-            trainer.should_stop = True
-        elif verdict != "failed":
-            self._stop.kept = self._snapshot(pl_module)
-            if verdict == "better":
-                count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {self._stop.rule.monitor}")
-
-    def _snapshot(self, pl_module: LightningModule) -> dict[str, Any]:
-        assert self._masked is not None
-        state = {"module": dict(pl_module.state_dict()), "keep": self._masked.keep, "latent": self._masked.latent}
-        return copy.deepcopy(state) | {"amount": self.current_amount}
-
-    def _go_back(self, pl_module: LightningModule) -> None:
-        """Restore the newest state that kept the metric; it is final."""
-        assert self._stop is not None
-        self._stopped = True
-        kept = self._stop.kept
-        assert kept is not None
-        rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
-        pl_module.load_state_dict(kept["module"])
-        self.current_amount = kept["amount"]
-        self._mask(kept["keep"], latent=kept["latent"])
-
     # ------------------------------------------------------------------ checkpoints
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.granularity == "neuron" and self.shrink != "never":
-            checkpoint["state_dict"] = with_record(checkpoint["state_dict"], pl_module)  # an average's has none
 
     def technique_state(self) -> dict[str, Any]:
         return {
             "keep": self._keep,
             "thin": self._kept is not None,
+            "entries": self._entries,
             "costs": self._costs,
             "latent": {} if self._masked is None else self._masked.latent,
             "amount": self.current_amount,
@@ -485,24 +337,3 @@ class IterativePruningCallback(WatchingCallback):
 
     def leads_to_an_event(self) -> bool:
         return self._ramp is not None and self._steps >= self._ramp.start - self._ramp.interval
-
-
-def check_disjoint(module: nn.Module, callbacks: Iterable[Any]) -> None:
-    """Refuse pruning callbacks that share a parameter: each would undo what the other counts.
-
-    Raises:
-        ValueError: Two of them do.
-    """
-    owners: dict[str, IterativePruningCallback] = {}
-    for callback in callbacks:
-        if isinstance(callback, IterativePruningCallback):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # each callback says itself which of its patterns match nothing
-                names = select_parameters(module, callback.target, exclude=callback.exclude)
-            for name in names:
-                if name in owners:
-                    raise ValueError(
-                        f"Two IterativePruningCallbacks prune {name}: {owners[name].state_key} and "
-                        f"{callback.state_key}. Choose one of them, or give them targets that share nothing."
-                    )
-                owners[name] = callback

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.costs import Cost, channel_costs
-from lightning_compress.core.groups import ChannelGroups, thinned
+from lightning_compress.core.groups import ChannelGroups, positions_kept, thinned
 from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.slicing import Kept, named_tensors
 from lightning_compress.core.surgery import cut
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons
@@ -25,6 +26,7 @@ class PrunableChannels:
         example_inputs: What it takes; batch first.
         weights: Qualified names of the weights whose channels may go.
         exclude: Names of parameters that must not be touched.
+        keep: What is left of the dense network's channels, where the network has been cut already.
 
     Attributes:
         neurons: The free ones, as they are in the network now.
@@ -32,7 +34,7 @@ class PrunableChannels:
         keep: By name a mask over the dense network's channels: those that are left. Changed by `cut` alone.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are none, or not those that `keep` says.
     """
 
     def __init__(
@@ -43,17 +45,24 @@ class PrunableChannels:
         weights: Collection[str],
         *,
         exclude: Collection[str] = (),
+        keep: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._exclude = exclude
         self._model, self._network, self._inputs, self._weights = model, network, example_inputs, weights
-        self._groups: ChannelGroups = channel_groups(model.get_submodule(network), example_inputs)
-        found = self._find()
+        found = self.find_again()
         self.reasons = [f"{layer.name}: {layer.frozen}" for layer in found if layer.frozen is not None]
         met = {one.tensor for layer in found for one in layer.weights}
         self.reasons += [f"{name}: its channels are not used as such" for name in weights if name not in met]
-        if not self.neurons:
+        if not self.neurons and keep is None:
             raise ValueError(f"No targeted layer has channels that may be pruned ({'; '.join(self.reasons)}).")
         self.keep = {layer.name: torch.ones(layer.size, dtype=torch.bool) for layer in self.neurons}
+        if keep is not None and not self.is_dense(keep):
+            self._resume(keep)
+
+    def find_again(self) -> list[Neurons]:
+        """Find the channels of a network that something else has cut."""
+        self._groups: ChannelGroups = channel_groups(self._model.get_submodule(self._network), self._inputs)
+        return self._find()
 
     def _find(self) -> list[Neurons]:
         found = find_neurons(
@@ -71,12 +80,7 @@ class PrunableChannels:
         """Whether the network has all the channels that `keep` masks, those that it drops too."""
         return all(layer.size == keep[layer.name].numel() for layer in self.neurons) and len(self.neurons) == len(keep)
 
-    def resume(self, keep: Mapping[str, Tensor]) -> None:
-        """Go on from a network that has been cut already.
-
-        Raises:
-            ValueError: It has not the channels that `keep` says.
-        """
+    def _resume(self, keep: Mapping[str, Tensor]) -> None:
         sizes = {layer.name: layer.size for layer in self.neurons}
         for name, mask in keep.items():
             left = int(mask.sum())
@@ -110,8 +114,11 @@ class PrunableChannels:
         *,
         optimizers: Iterable[torch.optim.Optimizer] = (),
         copies: Iterable[nn.Module] = (),
-    ) -> None:
+    ) -> Kept:
         """Take channels out of the network: `keep` masks the dense network's channels, by name.
+
+        Returns:
+            By tensor and dimension the positions that stayed.
 
         Raises:
             ValueError: As `cut`; the network is as it was then.
@@ -119,6 +126,9 @@ class PrunableChannels:
         start = f"{self._network}." if self._network else ""
         here = {name.removeprefix(start): mask.cpu()[self.keep[name]] for name, mask in keep.items()}
         here = {name: mask for name, mask in here.items() if not bool(mask.all())}
+        groups = self._groups.prefixed(self._network)
+        sliced = {start + name: mask for name, mask in here.items()}
+        kept = positions_kept(groups, sliced, named_tensors(self._model))
         cut(
             self._model.get_submodule(self._network),
             {name: mask.nonzero().squeeze(1) for name, mask in here.items()},
@@ -131,3 +141,4 @@ class PrunableChannels:
         self._groups = thinned(self._groups, here)
         self.keep = {name: keep[name].cpu() if name in keep else mask for name, mask in self.keep.items()}
         self._find()
+        return kept

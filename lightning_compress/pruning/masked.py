@@ -79,6 +79,11 @@ class MaskedParameters:
         """
         for name, mask in masks.items():
             parameter = self._parameters[name].detach()
+            if parameter.shape != mask.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}, and an earlier fit with this callback ended with "
+                    f"{tuple(mask.shape)}, because channels had left. Load that network, or make a new callback."
+                )
             if bool(parameter[~mask.to(parameter.device)].any()):
                 raise ValueError(
                     f"{name} has weights where an earlier fit with this callback has pruned them. To prune this "

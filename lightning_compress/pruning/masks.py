@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ def prune_weights(
     scope: Scope = "global",
     absolute: bool = False,
     alive: Mapping[str, Tensor] | None = None,
+    left: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return masks (True stays) that drop the round(amount * N) lowest of N scores, over all tensors or in each.
 
@@ -31,6 +32,7 @@ def prune_weights(
         scope: "global" compares all entries with each other, "layer" drops the same fraction of each tensor.
         absolute: The importance is the score's absolute value.
         alive: Masks that hold already; what is dropped there stays dropped.
+        left: How many of the original entries have left each tensor for good: they count as dropped.
 
     Raises:
         ValueError: A score is NaN.
@@ -41,13 +43,29 @@ def prune_weights(
         {'a': [0, 0, 0, 1], 'b': [1, 1]}
         >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5, scope="layer").items()}
         {'a': [0, 1, 0, 1], 'b': [0, 1]}
+        >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5, left={"b": 2}).items()}
+        {'a': [0, 1, 0, 1], 'b': [1, 1]}
     """
     if scope == "layer":
         return {
-            name: _keep({name: score}, _count(amount, score.numel()), absolute, alive)[name]
+            name: _keep({name: score}, _drops([name], scores, amount, alive, left), absolute, alive)[name]
             for name, score in scores.items()
         }
-    return _keep(scores, _count(amount, sum(score.numel() for score in scores.values())), absolute, alive)
+    return _keep(scores, _drops(scores, scores, amount, alive, left), absolute, alive)
+
+
+def _drops(
+    names: Iterable[str],
+    scores: Mapping[str, Tensor],
+    amount: float,
+    alive: Mapping[str, Tensor] | None,
+    left: Mapping[str, int] | None,
+) -> int:
+    """How many of what is there are dropped, so that `amount` of the original is."""
+    names = list(names)
+    gone = sum((left or {}).get(name, 0) for name in names)
+    dropped = 0 if alive is None or gone == 0 else sum(int((~alive[name]).sum()) for name in names)
+    return max(_count(amount, sum(scores[name].numel() for name in names) + gone) - gone, dropped)
 
 
 def prune_neurons(

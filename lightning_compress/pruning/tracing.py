@@ -125,7 +125,10 @@ class ActivationTrace(TorchFunctionMode):
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 stack.callback(layer.register_forward_hook(partial(self._start_call, name)).remove)
-            if "torch._dynamo" in sys.modules:  # if not, nothing is compiled, and importing it takes seconds
+            # If torch._dynamo is not there, nothing is compiled, and importing it takes seconds. Another trace may have
+            # taken care already, and may end before this one: what it found is what must come back.
+            dynamo = sys.modules.get("torch._dynamo")
+            if dynamo is not None and dynamo.eval_frame._stance.stance != "force_eager":
                 # A compiled graph calls neither the hooks nor this mode.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             super().__enter__()  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
 from lightning_compress.trainer import rng
 from lightning_compress.trainer.averages import averaged_modules, check_averages
@@ -63,6 +64,12 @@ class CompressionCallback(Callback):
     def project_copy(self, module: torch.nn.Module) -> None:
         """Project an averaged copy of the LightningModule, in place."""
         raise NotImplementedError
+
+    def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
+        """Slice whatever is held of the module's tensors: another callback has cut channels out of it.
+
+        `kept` has, by tensor and dimension, the positions that stayed.
+        """
 
     def synchronize(self) -> None:
         """Bring rank-local statistics together, before a checkpoint. Every rank takes part."""

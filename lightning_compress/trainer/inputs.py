@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.trainer import rng
 
 
@@ -25,6 +27,23 @@ def resolve_network(pl_module: LightningModule, network: str) -> nn.Module:
         raise ValueError(
             f"network={network!r} is no submodule of {type(pl_module).__name__}, whose children are {children}."
         ) from error
+
+
+def traced_network(
+    trainer: Trainer, pl_module: LightningModule, network: str, given: ExampleInputs | None
+) -> tuple[nn.Module, ExampleInputs]:
+    """Return the submodule in which channels are looked for, and what it is traced with.
+
+    Raises:
+        ValueError: There is no such submodule, or it is the LightningModule and has no forward.
+    """
+    module = resolve_network(pl_module, network)
+    if not network and not is_overridden("forward", pl_module):
+        raise ValueError(
+            f"{type(pl_module).__name__} has no forward to find its channels with: pass network= with the path of the "
+            f"submodule whose output is the prediction."
+        )
+    return module, resolve_example_inputs(trainer, pl_module, module, given)
 
 
 def is_compiled(pl_module: LightningModule) -> bool:

@@ -4,9 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
-from lightning.pytorch import Callback, Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
+from lightning_compress.core.slicing import Kept
+from lightning_compress.trainer.averages import averaged_modules
+from lightning_compress.trainer.callback import CompressionCallback
+
+
+class Cut(Protocol):
+    """Cuts the network of a fit, with what hangs on its tensors, and says what stayed."""
+
+    def __call__(self, *, optimizers: list[torch.optim.Optimizer], copies: list[nn.Module]) -> Kept: ...
+
+
+def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut) -> None:
+    """Cut the network that is being trained: its optimizers, averages, wrapper and other callbacks follow."""
+    with rewrapped(trainer), torch.compiler.set_stance("force_eager"):
+        kept = cut(optimizers=trainer.optimizers, copies=list(averaged_modules(trainer)))
+    for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if kept and isinstance(other, CompressionCallback) and other is not callback:
+            other.follow_cut(trainer, trainer.lightning_module, kept)
+
+
+def follow_loads(trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
+    """Let the module, and averages of it, take the shapes of checkpoints, which may hold a thinner or wider network.
+
+    Raises:
+        ValueError: As `refuse_forks`.
+    """
+    refuse_forks(trainer, callback)
+    follow_checkpoints(pl_module)
+    for average in averaged_modules(trainer):
+        follow_leader(average, pl_module)
+
+
+def record_cuts(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
+    """See to it that a checkpoint says what was cut: the state dict of an average does not."""
+    checkpoint["state_dict"] = with_record(checkpoint["state_dict"], pl_module)
 
 
 def refuse_forks(trainer: Trainer, callback: Callback) -> None:

@@ -1,0 +1,67 @@
+"""The half of a pruning callback that prunes until the metric drops, and then goes back to what kept it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_compress.pruning.neighbours import check_way_back
+from lightning_compress.pruning.removing import RemovingCallback
+from lightning_compress.pruning.stopping import StopWatch
+from lightning_compress.trainer.averages import averaged_modules
+from lightning_compress.trainer.distributed import broadcast
+from lightning_compress.trainer.monitors import count_anew
+
+
+class BacktrackingCallback(RemovingCallback):
+    """A callback that may follow a `StopWatch`; a subclass makes it, and says how much is pruned."""
+
+    _stop: StopWatch | None
+    _stopped: bool
+    current_amount: float
+
+    def _check_stop(self, trainer: Trainer) -> None:
+        if self._stop is None:
+            return
+        if next(averaged_modules(trainer), None) is not None:
+            raise ValueError(
+                "stop= judges the metric of the averaged weights but would go back to the others: use one of stop= and "
+                "a WeightAveraging callback."
+            )
+        if not trainer.enable_validation:
+            raise ValueError(
+                f"stop= monitors {self._stop.rule.monitor!r}, but this fit has no validation: pass val_dataloaders."
+            )
+        check_way_back(self, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stop is None or self._stopped or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        value = float(broadcast(self._stop.rule.read(trainer.callback_metrics).to(pl_module.device)))
+        verdict = self._stop.judge(value, self.current_amount)
+        if verdict == "failed" and self.current_amount > self._stop.kept_amount:
+            self._go_back(pl_module)
+            trainer.should_stop = True
+        elif verdict != "failed":
+            self._stop.kept = self._snapshot(pl_module)
+            if verdict == "better":
+                count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {self._stop.rule.monitor}")
+
+    def _snapshot(self, pl_module: LightningModule) -> dict[str, Any]:
+        assert self._masked is not None
+        state = {"module": dict(pl_module.state_dict()), "keep": self._masked.keep, "latent": self._masked.latent}
+        return copy.deepcopy(state) | {"amount": self.current_amount}
+
+    def _go_back(self, pl_module: LightningModule) -> None:
+        """Restore the newest state that kept the metric; it is final."""
+        assert self._stop is not None
+        self._stopped = True
+        kept = self._stop.kept
+        assert kept is not None
+        rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
+        pl_module.load_state_dict(kept["module"])
+        self.current_amount = kept["amount"]
+        self._mask(kept["keep"], latent=kept["latent"])

@@ -1,0 +1,191 @@
+"""The half of a pruning callback that masks, and lets masked channels leave the network for good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_compress.core.costs import Cost
+from lightning_compress.core.select import select_parameters
+from lightning_compress.core.slicing import Kept, select, sliced
+from lightning_compress.pruning.channels import PrunableChannels
+from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.masked import MaskedParameters
+from lightning_compress.pruning.masks import Scope
+from lightning_compress.pruning.scoring import Shrink, make_statistic
+from lightning_compress.pruning.statistics import Statistic
+from lightning_compress.pruning.watching import WatchingCallback
+from lightning_compress.trainer.inputs import resolve_network, traced_network
+from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, record_cuts
+
+
+class RemovingCallback(WatchingCallback):
+    """A callback that holds masks, over entries or channels, and cuts masked channels out.
+
+    A subclass sets the settings and says when.
+    """
+
+    scope: Scope
+    shrink: Shrink
+    cost: Cost
+    target: str | Sequence[str] | None
+    exclude: str | Sequence[str]
+    regrow: bool
+    network: str
+    example_inputs: Any
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._targets: list[str] = []
+        self._entries: dict[str, int] = {}  # of each targeted tensor, before any channel left
+        self._masked: MaskedParameters | None = None
+        self._channels: PrunableChannels | None = None
+        self._costs: dict[str, float] | None = None
+        self._kept: dict[str, Tensor] | None = None  # of the dense network's channels, once some have left for good
+
+    @property
+    def removes(self) -> bool:
+        """Whether channels leave the network."""
+        return self.granularity == "neuron" and self.shrink != "never"
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks in force (True stays), by parameter name."""
+        return {} if self._masked is None else self._masked.masks
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the targeted entries, or channels, of the original that is masked now, or has left."""
+        if self._keep is None:
+            return 0.0
+        original = self._entries if self._channels is None else {name: one.numel() for name, one in self._keep.items()}
+        total = sum(original.values())
+        return 1.0 - sum(int(mask.sum()) for mask in self._keep.values()) / total if total else 0.0
+
+    @property
+    def _keep(self) -> dict[str, Tensor] | None:
+        """What stays of the entries that are there, or of the dense network's channels; None before the first event."""
+        return self._kept or (None if self._masked is None else self._masked.keep)
+
+    @property
+    def _neurons(self) -> list[Neurons] | None:
+        return None if self._channels is None else self._channels.neurons
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.removes:
+            follow_loads(trainer, pl_module, self)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.removes:
+            record_cuts(checkpoint, pl_module)
+
+    # ------------------------------------------------------------------ what may go
+
+    def _find_channels(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
+        _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
+        with torch.compiler.set_stance("force_eager"):
+            channels = PrunableChannels(
+                pl_module,
+                self.network,
+                inputs,
+                self._targets,
+                exclude=self._excluded(pl_module),
+                keep=self._kept,
+            )
+            if self.scope == "global" and self._costs is None:
+                self._costs = channels.costs(self.cost)
+        if not channels.neurons:
+            warnings.warn(
+                "Every group of channels has one channel left, which stays: the fit goes on, and nothing more is "
+                "pruned.",
+                stacklevel=2,
+            )
+        elif channels.reasons:
+            rank_zero_info(f"Channels that are not pruned: {'; '.join(channels.reasons)}.")
+        return channels
+
+    def _excluded(self, pl_module: LightningModule) -> list[str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # patterns that match nothing have been told
+            return list(select_parameters(pl_module, self.exclude)) if self.exclude else []
+
+    def _watch(self, pl_module: LightningModule) -> Statistic | None:
+        """What the criterion needs to see of the targets, as they are now; None where nothing can go any more."""
+        if self._neurons == []:
+            return None
+        return make_statistic(
+            self.criterion,
+            pl_module,
+            self._targets if self._neurons is None else self._neurons,
+            granularity=self.granularity,
+            network=resolve_network(pl_module, self.network),
+            generator=self.generator,
+        )
+
+    def _left(self, pl_module: LightningModule) -> dict[str, int]:
+        """How many of the original entries have left, with channels that another callback has cut."""
+        return {name: count - pl_module.get_parameter(name).numel() for name, count in self._entries.items()}
+
+    # ------------------------------------------------------------------ masks, and what they become
+
+    def _mask(self, keep: dict[str, Tensor] | None, *, latent: dict[str, Tensor] | None = None) -> None:
+        assert self._masked is not None
+        self._masked.set(keep, latent=latent)
+        self.projection = self._masked.projection
+
+    def _unmask_dense(self, pl_module: LightningModule) -> None:
+        """Go on with masks where the dense network was loaded back after channels had left."""
+        if self._kept is not None and self._channels is not None and self._channels.is_dense(self._kept):
+            self._masked = MaskedParameters(pl_module, neurons=self._neurons)
+            self._masked.set(self._kept)
+            self._kept = None
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]) -> None:
+        """Take channels out for good: of the module, the optimizers' state, averages, and the ranks' wrapper."""
+        assert self._channels is not None
+        self._mask(None)
+        cut_in_fit(trainer, self, partial(self._channels.cut, keep))
+        self._kept = self._channels.keep
+        if self._statistic is not None:
+            self._statistic.end()
+            self._statistic = self._watch(pl_module)
+
+    def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
+        if self._masked is None:  # the fit has not begun for this callback
+            return
+        if self._statistic is not None:
+            self._statistic.end()  # before anything else: it may have changed how torch.compile behaves
+        keep, latent = self._masked.keep, sliced(self._masked.latent, kept)
+        if self._channels is not None:
+            with torch.compiler.set_stance("force_eager"):
+                self._channels.find_again()
+        elif keep is not None:
+            keep = sliced(keep, kept)
+        self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)
+        self._mask(keep, latent=latent)
+        if (before := self._statistic) is not None:
+            self._statistic = self._watch(pl_module)
+            if self._statistic is not None:
+                self._statistic.load_state_dict(_followed(before.state_dict(), self._statistic, kept))
+
+    def project_copy(self, module: nn.Module) -> None:
+        if self._masked is not None:
+            self._masked.mask_copy(module)
+
+
+def _followed(seen: dict[str, Any], now: Statistic, kept: Kept) -> dict[str, Any]:
+    """What a statistic has seen, in the shapes after a cut. Sums over channels, which keep theirs, stay as they are."""
+    sums = {
+        name: total if total.shape == now.sums[name].shape else select(total, kept[name])
+        for name, total in seen["sums"].items()
+    }
+    return seen | {"sums": sums} | ({"start": sliced(seen["start"], kept)} if "start" in seen else {})
