@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.groups import ChannelGroup
+from lightning_compress.core.groups import ChannelGroups, positions_kept
+from lightning_compress.core.slicing import Kept, named_tensors
+from lightning_compress.core.surgery import cut, masked_channels
 from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
+from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import CompressionCallback
-from lightning_compress.trainer.inputs import resolve_example_inputs, resolve_network
+from lightning_compress.trainer.inputs import traced_network
+from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, record_cuts
 
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
+LassoShrink = Literal["never", "on_fit_end"]
 
 _ZERO = 1e-8  # a norm at which a group counts as zero
 
@@ -48,6 +53,8 @@ class GroupLassoCallback(CompressionCallback):
             "group", a channel group is taken when one of the tensors that produce it is named.
         exclude: Patterns to leave out.
         proximal: Whether groups are shrunk after the step, instead of a gradient added before it.
+        shrink: When channels that are exactly zero leave the network for good: "never", or "on_fit_end", which needs
+            granularity="group" and proximal=True.
         example_inputs: What the network is traced with, for "group": a tensor, a tuple of positional arguments, or a
             dict of keyword arguments, batch first. By default `example_input_array`, else one peeked batch.
         network: Dotted path of the submodule that is traced, for "group"; by default the LightningModule.
@@ -65,7 +72,7 @@ class GroupLassoCallback(CompressionCallback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> lasso = GroupLassoCallback(1e-3, granularity="group", proximal=True)
+        >>> lasso = GroupLassoCallback(1e-3, granularity="group", proximal=True, shrink="on_fit_end")
         >>> trainer = Trainer(callbacks=[lasso], max_epochs=9, logger=False, enable_checkpointing=False)
     """
 
@@ -77,6 +84,7 @@ class GroupLassoCallback(CompressionCallback):
         target: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         proximal: bool = False,
+        shrink: LassoShrink = "never",
         example_inputs: Any = None,
         network: str = "",
     ) -> None:
@@ -87,17 +95,26 @@ class GroupLassoCallback(CompressionCallback):
             target=target if target is None or isinstance(target, str) else list(target),
             exclude=exclude if isinstance(exclude, str) else list(exclude),
             proximal=proximal,
+            shrink=shrink,
             network=network,
         )
         if not (math.isfinite(strength) and strength >= 0):
             raise ValueError(f"strength must be a finite number, 0 or more; got {strength!r}.")
         if granularity not in get_args(LassoGranularity):
             raise ValueError(f"granularity must be 'filter', 'channel', 'shape' or 'group'; got {granularity!r}.")
+        if shrink not in get_args(LassoShrink):
+            raise ValueError(f"shrink must be 'never' or 'on_fit_end'; got {shrink!r}.")
+        if shrink != "never" and not (granularity == "group" and proximal):
+            raise ValueError(
+                f"shrink={shrink!r} cuts channels out that are exactly zero, which only granularity='group' with "
+                f"proximal=True makes them; got granularity={granularity!r} and proximal={proximal!r}."
+            )
         self.strength = strength
         self.granularity: LassoGranularity = granularity
         self.target = target
         self.exclude = exclude
         self.proximal = proximal
+        self.shrink: LassoShrink = shrink
         self.example_inputs = example_inputs
         self.network = network
 
@@ -110,8 +127,15 @@ class GroupLassoCallback(CompressionCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if self.shrink != "never":
+            follow_loads(trainer, pl_module, self)
         if stage != "fit":
             return
+        if self.shrink != "never" and next(averaged_modules(trainer), None) is not None:
+            raise ValueError(
+                f"shrink={self.shrink!r} cuts channels out that are exactly zero, which an average over steps is not: "
+                f"use shrink='never', or leave the WeightAveraging callback out."
+            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         for other in callbacks[callbacks.index(self) + 1 :]:
             if isinstance(other, CompressionCallback) and not isinstance(other, GroupLassoCallback):
@@ -174,26 +198,50 @@ class GroupLassoCallback(CompressionCallback):
         self._left_out = left_out
         return found
 
-    def _channels(self, trainer: Trainer, pl_module: LightningModule) -> list[ChannelGroup]:
+    def _channels(self, trainer: Trainer, pl_module: LightningModule) -> ChannelGroups:
         """The network's channel groups, with names as the LightningModule has them."""
-        if not self.network and not is_overridden("forward", pl_module):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no forward to find its channels with: pass network= with the path of "
-                f"the submodule whose output is the prediction."
-            )
-        network = resolve_network(pl_module, self.network)
-        inputs = resolve_example_inputs(trainer, pl_module, network, self.example_inputs)
+        network, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
         with torch.compiler.set_stance("force_eager"):
-            groups = channel_groups(network, inputs)
-        prefix = f"{self.network}." if self.network else ""
-        return [
-            replace(
-                one,
-                name=prefix + one.name,
-                members=tuple(replace(member, tensor=prefix + member.tensor) for member in one.members),
+            return channel_groups(network, inputs).prefixed(self.network)
+
+    # ------------------------------------------------------------------ what is zero leaves
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.shrink == "on_fit_end" and self.strength > 0:
+            self._refresh(trainer, pl_module)
+            cut_in_fit(trainer, self, partial(self._cut, trainer, pl_module))
+            self._refresh(trainer, pl_module)
+
+    def _cut(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        *,
+        optimizers: list[torch.optim.Optimizer],
+        copies: list[nn.Module],
+    ) -> Kept:
+        assert not copies, "averages are refused"
+        network, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
+        groups = channel_groups(network, inputs)
+        mine = {one.name for one in self._groups}
+        here = [one for one, its in zip(groups, groups.prefixed(self.network), strict=True) if its.name in mine]
+        keep = masked_channels(network, here)
+        for name in [name for name, speaks in keep.items() if not bool(speaks.any())]:
+            del keep[name]
+            warnings.warn(
+                f"All channels of {name!r} are zero, and nothing passes through it: they stay. Use a smaller strength "
+                f"than {self.strength}.",
+                stacklevel=2,
             )
-            for one in groups
-        ]
+        kept = positions_kept(groups, keep, named_tensors(network))
+        indices = {name: speaks.nonzero().squeeze(1) for name, speaks in keep.items()}
+        cut(network, indices, inputs, groups=groups, optimizers=optimizers, owner=pl_module)
+        return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.shrink != "never":
+            record_cuts(checkpoint, pl_module)
 
     # ------------------------------------------------------------------ around every optimizer step
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress import GroupLassoCallback, IterativePruningCallback
 from lightning_compress.core.channels import channel_groups
+from lightning_compress.core.checkpoints import load_compressed
 from lightning_compress.core.surgery import cut, shrink
 
 EPOCH = SAMPLES // BATCH
@@ -255,6 +256,58 @@ def test_channels_that_leave_during_the_fit_leave_the_penalty() -> None:
         callback = GroupLassoCallback(STRENGTH, granularity=granularity)
         fit(callback, Cut())
         assert sum(one.norms().numel() for one in callback._groups) == 6 + 8 + (3 if granularity == "filter" else 0)
+
+
+# ---------------------------------------------------------------------- what is zero leaves
+
+
+def shrinking(strength: float = 0.4, **options: Any) -> GroupLassoCallback:
+    return GroupLassoCallback(strength, granularity="group", proximal=True, shrink="on_fit_end", **options)
+
+
+def test_what_is_zero_at_the_fits_end_leaves_the_network(tmp_path: Path) -> None:
+    masked = fit(GroupLassoCallback(0.4, granularity="group", proximal=True), max_epochs=8)
+    torch.manual_seed(0)
+    module, lasso = Plain(), shrinking()
+    trainer = quiet_trainer(callbacks=[lasso], max_epochs=8)
+    trainer.fit(module, plain(0))
+    left = int(hidden_rows(masked.net).any(1).sum())
+    assert module.net.hidden.out_features == module.net.head.in_features == left < 16
+    assert_same(module, shrink(masked, torch.randn(4, FEATURES)))
+
+    trainer.save_checkpoint(tmp_path / "thin.ckpt")
+    inputs = torch.randn(4, FEATURES)
+    expected = module.eval()(inputs)
+    torch.testing.assert_close(load_compressed(tmp_path / "thin.ckpt", Plain()).eval()(inputs), expected)
+    other = Plain()
+    tester = quiet_trainer(callbacks=[shrinking()])
+    tester.test(other, plain(), ckpt_path=tmp_path / "thin.ckpt", verbose=False, weights_only=True)
+    torch.testing.assert_close(other.eval()(inputs), expected)
+    quiet_trainer(callbacks=[lasso], max_epochs=1).fit(module, plain(0))
+    assert module.net.hidden.out_features <= left
+
+
+def test_a_named_network_is_cut_within_the_module() -> None:
+    module = fit(shrinking(network="net", example_inputs=torch.zeros(2, FEATURES)), max_epochs=8)
+    assert_same(module, fit(shrinking(), max_epochs=8))
+    assert module.net.hidden.out_features < 16
+    assert "lightning_compress" in module.state_dict()._metadata[""]
+
+
+def test_masks_of_a_pruning_callback_go_with_what_is_zero() -> None:
+    pruning = IterativePruningCallback(0.5, end_epoch=1.5, every_n_steps=4)
+    module = fit(pruning, shrinking(), max_epochs=8)
+    assert module.net.hidden.out_features < 16
+    for name, mask in pruning.masks.items():
+        assert mask.shape == module.get_parameter(name).shape
+        assert not module.get_parameter(name)[~mask].any()
+
+
+def test_a_layer_that_is_zero_as_a_whole_stays() -> None:
+    with pytest.warns(UserWarning, match=r"All channels of 'net\.hidden' are zero.*smaller strength than 50"):
+        module = fit(shrinking(50.0, target="net.hidden"))
+    assert module.net.hidden.out_features == 16
+    assert not hidden_rows(module.net).any()
 
 
 # ---------------------------------------------------------------------- beside pruning

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from support.small import ManualModule, SmallModule, plain, quiet_trainer
@@ -30,6 +31,25 @@ def test_a_strength_that_is_none_is_quoted(strength: float) -> None:
 def test_an_unknown_granularity_is_quoted() -> None:
     with pytest.raises(ValueError, match="'filter', 'channel', 'shape' or 'group'; got 'neuron'"):
         GroupLassoCallback(0.1, granularity="neuron")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shrink": "during_fit"}, "shrink must be 'never' or 'on_fit_end'; got 'during_fit'"),
+        ({"shrink": "on_fit_end"}, "only granularity='group' with proximal=True.*got granularity='filter'"),
+        ({"shrink": "on_fit_end", "granularity": "group"}, "got granularity='group' and proximal=False"),
+    ],
+)
+def test_only_exact_zeros_can_be_cut_out(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GroupLassoCallback(0.1, **options)
+
+
+def test_averages_are_not_zero_and_cannot_be_cut() -> None:
+    lasso = GroupLassoCallback(0.1, granularity="group", proximal=True, shrink="on_fit_end")
+    with pytest.raises(ValueError, match="an average over steps is not"):
+        fit(EMAWeightAveraging(decay=0.5), lasso)
 
 
 def test_patterns_that_match_nothing_are_quoted() -> None:

@@ -55,5 +55,5 @@ REGISTRY: dict[str, Entry] = {
     "pruning-stop": pruning(start_epoch=1.0, stop={"monitor": "val_acc", "max_drop": 0.4}, every_n_steps=None),
     "group-lasso": lasso(),
     "group-lasso-shape-proximal": lasso(granularity="shape", proximal=True),
-    "group-lasso-units-proximal": lasso(granularity="group", proximal=True, strength=0.2),
+    "group-lasso-units-shrink": lasso(granularity="group", proximal=True, strength=0.3, shrink="on_fit_end"),
 }
