@@ -1,0 +1,94 @@
+"""What of Lightning and torch has no public name and is used here all the same: a renamed field fails here by name."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.compile import from_compiled
+from support.small import SmallModule, plain, quiet_trainer
+from torch import nn
+
+import lightning_compress
+
+PACKAGE = Path(lightning_compress.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """The fields of Lightning in the middle of a fit."""
+    found: dict[str, Any] = {}
+    averaging = EMAWeightAveraging(decay=0.5)
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            found.update(
+                _combined_loader=vars(trainer.fit_loop)["_combined_loader"],
+                _data_fetcher=vars(trainer.fit_loop)["_data_fetcher"],
+                _average_model=vars(averaging)["_average_model"],
+                _step_supports_amp_scaling=getattr(trainer.optimizers[0], "_step_supports_amp_scaling", None),
+            )
+
+    class Fused(SmallModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
+
+    quiet_trainer(callbacks=[averaging, Look()], max_steps=1).fit(Fused(), plain())
+    return found | {
+        "_start_method": vars(DDPStrategy())["_start_method"],
+        "_compiler_ctx": vars(compiled())["_compiler_ctx"],
+    }
+
+
+def compiled() -> LightningModule:
+    return from_compiled(torch.compile(SmallModule(), backend="eager"))
+
+
+EXPECTED = {
+    "_combined_loader": lambda value: isinstance(value, CombinedLoader) and len(value.flattened) == 1,
+    "_data_fetcher": lambda value: isinstance(value, _DataFetcher),
+    "_average_model": lambda value: isinstance(value.module, SmallModule),
+    "_step_supports_amp_scaling": lambda value: value is True,
+    "_start_method": lambda value: value == "popen",
+    "_compiler_ctx": lambda value: value is not None,
+}
+
+
+@pytest.mark.parametrize("field", list(EXPECTED))
+def test_lightning_has_the_field(field: str, seen: dict[str, Any]) -> None:
+    assert EXPECTED[field](seen[field]), f"Lightning's {field} is {seen[field]!r} now"
+
+
+def test_torch_has_the_fields() -> None:
+    module = nn.BatchNorm1d(2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    assert vars(module).keys() >= {"_parameters", "_buffers", "_non_persistent_buffers_set"}
+    assert vars(module).keys() >= {"_state_dict_hooks", "_load_state_dict_pre_hooks"}
+    assert "_optimizer_step_post_hooks" in vars(optimizer)
+    assert "" in module.state_dict()._metadata
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    with torch.compiler.set_stance("force_eager"):
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+
+
+def test_the_glue_uses_no_other_private_field_of_lightning() -> None:
+    """Whoever adds one adds it above."""
+    glue = [path for path in PACKAGE.glob("*/*.py") if "lightning.pytorch" in path.read_text()]
+    torchs = {"_dynamo", "_parameters", "_buffers", "_foreach_mul_", "_stance"}
+    for path in glue:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            owner = ast.unparse(node.value)
+            if owner in ("self", "cls", "super()"):
+                continue
+            assert node.attr in EXPECTED.keys() | torchs, f"{path.name} uses {owner}.{node.attr}"
