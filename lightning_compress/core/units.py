@@ -40,6 +40,7 @@ class Value:
     """What is known of a tensor: its shape and labels.
 
     `uniform`: every entry is the same or random, as in `torch.zeros`, so it would fit other widths just as well.
+    `repeated`: dimensions along which one entry was expanded, which code does to any width as well.
     `parameter`: made from parameters alone.
     """
 
@@ -47,6 +48,7 @@ class Value:
     layers: tuple[Layer, ...] = ()
     uniform: bool = False
     parameter: bool = False
+    repeated: frozenset[int] = frozenset()
 
     def along(self, dim: int) -> list[Layer]:
         """The layers that vary along `dim`."""

@@ -258,6 +258,11 @@ def _mean(func: Any, x: Tensor, dims: Any = None, keepdim: bool = False, **kwarg
     return x.nanmean(tuple(dims) if dims else tuple(range(x.dim())), keepdim)
 
 
+def _length(func: Any, x: Tensor, order: float = 2, *args: Any, **kwargs: Any) -> Tensor:
+    result: Tensor = func(x.nan_to_num(nan=0.0), order, *args, **kwargs)
+    return result
+
+
 def _sum(func: Any, x: Tensor, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
     if not x.is_floating_point():
         return func(x, *([dims, keepdim] if dims else []), **kwargs)
@@ -293,6 +298,7 @@ class _Absent(_Double):
         **dict.fromkeys([aten._softmax, aten._safe_softmax, aten._log_softmax], _softmax),
         aten.mean: _mean,
         aten.sum: _sum,
+        aten.linalg_vector_norm: _length,
         aten.var: _variance,
         aten.amax: _amax,
     }

@@ -67,6 +67,12 @@ ZOO["mlp"] = Specimen(
     free_exact=2,  # 11, 7
     min_free_share=0.98,  # all but the last bias: 171 of 174
 )
+ZOO["cosine"] = Specimen(  # zeros add nothing to a length
+    make=lambda: Net(lambda m, x: m.fc2(F.normalize(m.fc1(x).relu(), dim=1)), fc1=nn.Linear(6, 9), fc2=nn.Linear(9, 4)),
+    inputs=drawn(2, 6),
+    free_exact=1,
+    min_free_share=0.96,  # all but the last bias: 4 of 103
+)
 ZOO["conv1d"] = Specimen(
     make=lambda: nn.Sequential(
         *(nn.Conv1d(2, 5, 3, padding=1), nn.BatchNorm1d(5), nn.ReLU(), nn.MaxPool1d(2)),

@@ -66,7 +66,8 @@ def combine(call: Call, operands: Sequence[Value], silent: Callable[[list[bool]]
             continue
         why = f"{call.where} meets values that are no channels, such as an input, a place or a constant"
         for value, found in zip(operands, here, strict=True):
-            full = len(value.shape) >= len(shape) - dim and value.shape[dim - len(shape)] > 1
+            own = dim - len(shape) + len(value.shape)
+            full = own >= 0 and value.shape[own] > 1 and own not in value.repeated
             if full and not found and not value.uniform:
                 call.freeze(present, why)
                 break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,13 @@ def structure(call: Call) -> Value:
             layers.append(Layer(nodes, layer.silent))
         else:
             call.units.freeze(nodes, f"{call.where} picks out single channels")
-    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
+    repeated = _repeated(source, call.shape) if call.name in ("expand", "expand_as") else frozenset()
+    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter, repeated)
+
+
+def _repeated(source: Value, shape: Sequence[int]) -> frozenset[int]:
+    before = (1,) * (len(shape) - len(source.shape)) + source.shape
+    return frozenset(dim for dim, size in enumerate(shape) if before[dim] == 1 < size)
 
 
 @rule("slice narrow")
