@@ -6,7 +6,7 @@ metadata, which survives checkpoints of weights alone and a strict load into the
 
     numbers         by module, what its code reads: {"layer.attention": {"num_heads": 2}}
     buffers         by non-persistent buffer and dimension, the positions that stayed: {"scale": {0: [0, 3]}}
-    dense_shapes    of the tensors that were cut: {"fc.weight": [10, 3]}
+    dense_shapes    of the tensors that were cut: {"fc.weight": (10, 3)}
     dense_numbers   of all modules that have some
 """
 
@@ -83,7 +83,7 @@ class _Shapes:
         if self.is_dense(model):
             return None
         now = _shapes(model)
-        cut = {name: list(shape) for name, shape in self.dense_shapes.items() if now.get(name, shape) != shape}
+        cut = {name: shape for name, shape in self.dense_shapes.items() if now.get(name, shape) != shape}
         return {
             "numbers": self.numbers(model),
             "buffers": positions_left(model),
@@ -101,7 +101,7 @@ class _Shapes:
         self, model: nn.Module, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]
     ) -> None:
         """Learn what the dense network was, or raise a ValueError if it was not this one."""
-        origin = dict(incoming) | {name: tuple(shape) for name, shape in record["dense_shapes"].items()}
+        origin = dict(incoming) | record["dense_shapes"]
         differ = [name for name, shape in origin.items() if self.dense_shapes.get(name, shape) != shape]
         if differ and not _already(model, incoming):
             raise ValueError(
@@ -156,6 +156,8 @@ class _OnSave:
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
         record = self.shapes.record(module)
         if record is not None:
+            written = {name: name for name in state_dict}  # pickle writes the same string, not an equal one, only once
+            record["dense_shapes"] = {written.get(name, name): one for name, one in record["dense_shapes"].items()}
             local_metadata[RECORD] = record
 
 

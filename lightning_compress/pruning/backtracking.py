@@ -52,7 +52,7 @@ class BacktrackingCallback(RemovingCallback):
 
     def _snapshot(self, pl_module: LightningModule) -> dict[str, Any]:
         assert self._masked is not None
-        state = {"module": dict(pl_module.state_dict()), "keep": self._masked.keep, "latent": self._masked.latent}
+        state = {"module": pl_module.state_dict(), "keep": self._masked.keep, "latent": self._masked.latent}
         return copy.deepcopy(state) | {"amount": self.current_amount}
 
     def _go_back(self, pl_module: LightningModule) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.core.reshaping import adopt_state
+from lightning_compress.core.surgery import cut
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
 
@@ -251,3 +252,32 @@ def test_a_resumed_process_takes_wider_checkpoints(shrink: str, tmp_path: Path) 
         again.test(resumed, plain(), ckpt_path=path, verbose=False, weights_only=True)
         assert widths(resumed) == reached
         torch.testing.assert_close(resumed.eval()(X), output)
+
+
+def test_a_thin_network_goes_back_to_a_thin_one() -> None:
+    """What no tensor of it tells, here a buffer that is not saved, is in the snapshot's record."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(12, 8), nn.Linear(8, 3)
+            self.register_buffer("scale", torch.arange(1.0, 9.0), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.body(x)) * self.scale)
+
+    class Module(SmallModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()  # type: ignore[assignment]
+
+    seed_everything(1, verbose=False)
+    module = Module()
+    cut(module.net, {"body": [0, 3, 4, 6]}, X, owner=module)
+    stopping = IterativePruningCallback(
+        0.999, schedule="one_shot", start_epoch=1.0, stop={"monitor": "val_acc", "max_drop": 0.05}
+    )
+    quiet_trainer(callbacks=[stopping]).fit(module, shuffled(), plain())
+    assert stopping.current_amount == 0.0
+    assert module.net.scale.tolist() == [1, 4, 5, 7]
+    assert module.net.body.weight.all()
