@@ -19,8 +19,6 @@ from lightning_compress.core.plan import Plan, identity
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.slicing import Slices
 
-TURNS = 2  # sizes that every group is tried with
-
 
 class Trial:
     """Cuts candidates of a plan, inside a laboratory, and compares with the dense network without those channels."""
@@ -100,16 +98,16 @@ class Trial:
         return free, frozen
 
     def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Cut all groups, several times with other sizes for each, and compare; None, or what went wrong."""
-        for turn in range(TURNS):
-            error = self._compared(_some(groups, turn))
+        """Cut all groups, several times, and compare; None, or what went wrong."""
+        for drop in _drops(groups):
+            error = self._compared(drop)
             if error is not None:
                 return error
         if self._plan.trains_alike:
             return None
         self._model.train()
         try:
-            error = self._compared([(group, units) for group, units in _some(groups, 0) if group.exact])
+            error = self._compared([(group, units) for group, units in _drops(groups)[0] if group.exact])
         finally:
             self._model.eval()
         return error and f"in training mode {error}"
@@ -132,17 +130,39 @@ class Trial:
         return compare(got, expected, TOLERANCE)
 
 
-def _some(groups: Sequence[ChannelGroup], turn: int) -> list[tuple[ChannelGroup, Tensor]]:
-    """One unit of every group; then half or all but one: a number in the network's code fits one size at most.
+def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tensor]]]:
+    """What the trials take: every group in two sizes, so that a number in the network's code does not fit both.
 
-    One first, because little hides behind channels that are gone.
+    One unit of every group comes first, because little hides behind channels that are gone. Rows leave without columns,
+    too, and columns without rows: together they may leave a number of channels that fits by chance.
     """
-    generator = torch.Generator().manual_seed(turn)
-    drop = []
-    for number, group in enumerate(groups):
-        count = 1 if turn == 0 else (max(1, group.size // 2), group.size - 1)[(number + turn) % 2]
-        drop.append((group, torch.randperm(group.size, generator=generator)[:count]))
-    return drop
+    generator = torch.Generator().manual_seed(0)
+
+    def some(group: ChannelGroup, count: int) -> tuple[ChannelGroup, Tensor]:
+        return group, torch.randperm(group.size, generator=generator)[:count]
+
+    sides: list[list[ChannelGroup]] = []
+    for group in groups:
+        side = next((side for side in sides if not any(_overlap(group, other) for other in side)), None)
+        if side is None:
+            sides.append([group])
+        else:
+            side.append(group)
+    few = [some(group, 1) for group in groups]
+    many = [
+        some(group, group.size - 1 if number % 2 else group.size - group.size // 2)
+        for number, group in enumerate(groups)
+    ]
+    return [few, many, *([some(group, group.size - group.size // 2) for group in side] for side in sides[1:] and sides)]
+
+
+def _overlap(a: ChannelGroup, b: ChannelGroup) -> bool:
+    others = {(one.tensor, one.dim): one.index for one in b.members}
+    return any(
+        bool(torch.isin(one.index, others[one.tensor, one.dim]).any())
+        for one in a.members
+        if (one.tensor, one.dim) in others
+    )
 
 
 def _slices(program: ExportedProgram) -> list[tuple[Fraction, Fraction]]:
