@@ -43,13 +43,13 @@ class ActivationStatistic(Statistic):
             self.track(name, model.get_parameter(f"{name}.weight").new_zeros(size))
 
     def of_units(self, of_channels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean over all layers' channels that a unit consists of."""
-        scores = {}
-        for layer in self._neurons:
-            parts = [channel_sums(of_channels[one.tensor.removesuffix(".weight")], one) for one in layer.weights]
-            n_channels = sum(one.index.shape[1] for one in layer.weights)
-            scores[layer.name] = torch.stack(parts).sum(0) / n_channels
-        return scores
+        """The sum over all layers' channels that a unit consists of: what a unit costs is a sum over them as well."""
+        return {
+            layer.name: torch.stack(
+                [channel_sums(of_channels[one.tensor.removesuffix(".weight")], one) for one in layer.weights]
+            ).sum(0)
+            for layer in self._neurons
+        }
 
     def observe(self, activation: Activation) -> None:
         """Take what is needed of an activation, in the midst of the forward pass."""

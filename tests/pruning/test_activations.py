@@ -241,15 +241,13 @@ def test_frozen_layers_have_no_score() -> None:
 
 
 def of_groups(scores: dict[str, Tensor], groups: dict[str, list[tuple[str, list[list[int]]]]]) -> dict[str, Tensor]:
-    """The mean of what the layers' channels score; `groups` has the channels of every unit, layer by layer."""
+    """The sum of what the layers' channels score; `groups` has the channels of every unit, layer by layer."""
     expected = {}
     for name, layers in groups.items():
         units = [
             [float(scores[layer][c]) for layer, of in layers for c in of[unit]] for unit in range(len(layers[0][1]))
         ]
-        expected[name] = torch.tensor(
-            [sum(unit) / len(unit) for unit in units], dtype=next(iter(scores.values())).dtype
-        )
+        expected[name] = torch.tensor([sum(unit) for unit in units], dtype=next(iter(scores.values())).dtype)
     return expected
 
 
@@ -257,7 +255,7 @@ KINDS = [Apoz, MeanActivation, TaylorNeuron]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_score_of_a_group_is_the_mean_over_its_layers(kind: type[ActivationStatistic]) -> None:
+def test_the_score_of_a_group_is_the_sum_over_its_layers(kind: type[ActivationStatistic]) -> None:
     net, by_layer, batches = make(ConvNet)
     net.eval()
     found = find_neurons(net, batches[0][0], [f"{name}.weight" for name in ("conv1", "conv2", "conv3", "fc", "head")])
@@ -281,7 +279,7 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_score_of_a_unit_is_the_mean_over_its_channels(kind: type[ActivationStatistic]) -> None:
+def test_the_score_of_a_unit_is_the_sum_over_its_channels(kind: type[ActivationStatistic]) -> None:
     torch.manual_seed(0)
     net = Blocks()
     batches = [(torch.randn(n, 2, 5, 5), torch.randint(0, 3, (n,))) for n in (4, 3)]
