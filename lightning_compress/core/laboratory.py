@@ -38,21 +38,22 @@ def laboratory(model: nn.Module) -> Iterator[None]:
     for _, _, parameter in owners:
         if id(parameter) not in others:
             others[id(parameter)] = _random_parameter(names[id(parameter)], parameter, generator)
-    buffers = [(buffer, buffer.data) for buffer in model.buffers()]
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     dtype = torch.get_default_dtype()
     with _entries_restored(model, owners), evaluating(model), all_sliceable(model), _Doubles():
         try:
             torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
             for module, name, parameter in owners:
                 setattr(module, name, others[id(parameter)])
-            for name, buffer in model.named_buffers():
-                if buffer.is_floating_point():
-                    buffer.data = _random(name, buffer, generator) if "running_" in name else buffer.data.double()
+            doubles = {id(buffer): _double(name, buffer, generator) for name, buffer in model.named_buffers()}
+            for table, before in tables:
+                table.update({name: None if one is None else doubles[id(one)] for name, one in before.items()})
             yield
         finally:
             torch.set_default_dtype(dtype)
-            for buffer, data in buffers:
-                buffer.data = data
+            for table, before in tables:
+                table.clear()
+                table.update(before)
             for module, name, parameter in owners:
                 setattr(module, name, parameter)
 
@@ -103,6 +104,12 @@ def _random_parameter(name: str, parameter: nn.Parameter, generator: torch.Gener
     if not parameter.is_floating_point():
         return parameter
     return nn.Parameter(_random(name, parameter, generator), requires_grad=parameter.requires_grad)
+
+
+def _double(name: str, buffer: Tensor, generator: torch.Generator) -> Tensor:
+    if not buffer.is_floating_point():
+        return buffer.clone()
+    return _random(name, buffer, generator) if "running_" in name else buffer.detach().to(torch.float64, copy=True)
 
 
 @contextmanager

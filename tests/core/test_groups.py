@@ -178,3 +178,27 @@ def test_samples_that_a_network_mixes_are_all_kept() -> None:
     groups = channel_groups(CentredOnTheBatch(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(6, 3))
     assert [tuple(one.shape) for one in tensors(plan_of(groups).inputs)] == [(6, 3)]
     assert [(group.name, group.size) for group in groups.free()] == [("0", 8)]
+
+
+class Scaled(nn.Module):
+    """Two buffers that are parts of one tensor, and one that is None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.arange(16.0).view(2, 8)
+        self.register_buffer("scale", table[0])
+        self.register_buffer("shift", table[1])
+        self.register_buffer("nothing", None)
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) * self.scale + self.shift)
+
+
+def test_buffers_may_be_parts_of_one_tensor() -> None:
+    net = Scaled()
+    (group,) = channel_groups(net, torch.zeros(2, 3)).free()
+    assert {one.tensor for one in group.members} == {"first.weight", "first.bias", "last.weight", "scale", "shift"}
+    assert net.scale.dtype == torch.float32
+    cut(net, {group.name: [1, 4]}, torch.ones(2, 3))
+    assert (net.scale.tolist(), net.shift.tolist()) == ([1, 4], [9, 12])
