@@ -1,18 +1,20 @@
 """Error against latency: ResNet-20, narrow, on 10,000 MNIST images; three criteria and group lasso, from one dense net.
 
 Every variant starts from the same dense network and trains as long again. The criteria prune whole channel groups over
-the first half (scope="global", cost="macs") and cut them out. Group lasso has the first half to drive groups to zero,
-`shrink` takes these, and the second half recovers; its strength is such that the norm that all its steps can take from
-a group, strength * sum of lr, is the dense network's quantile of the groups' norms at the amount. What it reaches is
+the first half and cut them out: the same fraction of every group (scope="layer"), so that criteria differ in nothing
+but their choice; ", global" means scope="global" with cost="macs", which chooses the widths as well. Group lasso has
+the first half to drive groups to zero, `shrink` takes these, and the second half recovers; its strength is such that
+all its steps together can take so many times the median of the groups' norms, strength * sum of lr. What it reaches is
 its own affair: compare points of the same latency. "random" is the floor, and the error is on the 10,000 test images.
 
-    python benchmarks/width_and_criteria.py --epochs 4 --amounts 0.3 0.5 0.7 --root data/mnist --figure width.png
+    python benchmarks/width_and_criteria.py --root data/mnist --points points.json --figure width.png
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +34,14 @@ from lightning_compress.core.footprint import compare_latency
 from lightning_compress.core.macs import count_macs
 from lightning_compress.core.surgery import shrink
 from lightning_compress.pruning.lasso import unit_groups
-from lightning_compress.report.figure import new_figure
+from lightning_compress.report.figure import new_figure, tidy
 
 IMAGES, BATCH, SHAPE = 10_000, 64, (1, 28, 28)
 LATENCY_BATCH = 32
+GLOBAL = ", global"
+LASSO = "group lasso"
+Points = dict[str, list[tuple[float, float]]]  # of each variant: latency relative to the dense network's, and error
+VARIANTS = ["random", "magnitude", "taylor", "obd", LASSO, f"magnitude{GLOBAL}", f"taylor{GLOBAL}"]
 
 
 @dataclass(frozen=True)
@@ -77,25 +83,27 @@ def classifier(network: nn.Module, setting: Setting, **options: Any) -> Classifi
     )
 
 
-def by_criterion(dense: nn.Module, criterion: Any, amount: float, setting: Setting) -> Classifier:
+def by_criterion(dense: nn.Module, name: str, amount: float, setting: Setting) -> Classifier:
     module = classifier(copy.deepcopy(dense), setting)
+    options: dict[str, Any] = {"criterion": name.removesuffix(GLOBAL)}
     pruning = IterativePruningCallback(
         amount,
         granularity="neuron",
-        criterion=criterion,
+        scope="global" if name.endswith(GLOBAL) else "layer",
         cost="macs",
         end_epoch=setting.epochs / 2,
         every_n_steps=20,
         shrink="on_fit_end",
+        **options,
     )
     train(module, setting, setting.epochs, [pruning])
     return module
 
 
-def by_group_lasso(dense: nn.Module, amount: float, setting: Setting) -> Classifier:
+def by_group_lasso(dense: nn.Module, medians: float, setting: Setting) -> Classifier:
     network, first = copy.deepcopy(dense), setting.epochs // 2
     groups, _ = unit_groups(network, channel_groups(network, torch.zeros(2, *SHAPE)))
-    norm = float(torch.cat([one.norms() for one in groups]).quantile(amount))
+    norm = medians * float(torch.cat([one.norms() for one in groups]).median())
     steps = first * -(-IMAGES // BATCH)
     lasso = GroupLassoCallback(norm / (setting.lr * steps), granularity="group", proximal=True)
     # lr is constant here, so that its sum is known
@@ -106,27 +114,34 @@ def by_group_lasso(dense: nn.Module, amount: float, setting: Setting) -> Classif
     return module
 
 
-def draw(points: dict[str, list[tuple[float, float]]], path: Path) -> None:
-    figure = new_figure(7, 4.5)
+def said(name: str, amount: float) -> str:
+    return f"{amount:g} medians" if name == LASSO else f"{amount:.0%}" if amount else ""
+
+
+def draw(points: Points, path: Path) -> None:
+    figure = new_figure(6, 3.8)
     axes = figure.subplots()
+    tidy(axes)
     for name, of_name in points.items():
-        milliseconds, errors = zip(*sorted(of_name), strict=True)
-        axes.plot(milliseconds, errors, marker="o", label=name)
-    axes.set_xlabel(f"latency of {LATENCY_BATCH} images (ms)")
+        latencies, errors = zip(*sorted(of_name), strict=True)
+        axes.plot(latencies, errors, marker="o", markersize=4, linestyle="--" if GLOBAL in name else "-", label=name)
+    axes.set_xlabel("latency, relative to the dense network's")
     axes.set_ylabel("error on the MNIST test images (%)")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--amounts", type=float, nargs="+", default=[0.3, 0.5, 0.7])
-    parser.add_argument("--criteria", nargs="+", default=["random", "magnitude", "taylor", "obd", "group lasso"])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[2, 3], help="of group lasso, in medians")
+    parser.add_argument("--criteria", nargs="+", default=VARIANTS)
     parser.add_argument("--epochs", type=int, default=4, help="of the dense network, and of every variant")
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", default="data/mnist")
+    parser.add_argument("--points", type=Path, help="JSON of the points; those of variants of other runs in it stay")
     parser.add_argument("--figure", type=Path, help="write a PNG of the points")
     arguments = parser.parse_args()
     silence()
@@ -142,33 +157,38 @@ def main() -> None:
 
     modules = {("dense", 0.0): first, ("dense, trained on", 0.0): again}
     errors = {key: error(module, setting) for key, module in modules.items()}
-    for criterion in arguments.criteria:
-        for amount in arguments.amounts:
-            key = criterion, amount
-            lasso = criterion == "group lasso"
-            modules[key] = (
-                by_group_lasso(dense, amount, setting) if lasso else by_criterion(dense, criterion, amount, setting)
-            )
-            errors[key] = error(modules[key], setting)
-            console.print(criterion, amount, f"{errors[key]:.2f} %")
-
+    console.print(*(f"{name}: {of_name:.2f} %" for (name, _), of_name in errors.items()))
     x = torch.zeros(LATENCY_BATCH, *SHAPE)
-    seconds = compare_latency({f"{name} {amount}": (m.network, x) for (name, amount), m in modules.items()})
     whole = count_macs(first.network, x)[0]
+    for criterion in arguments.criteria:
+        for amount in arguments.strengths if criterion == LASSO else arguments.amounts:
+            key = criterion, amount
+            if criterion == LASSO:
+                modules[key] = by_group_lasso(dense, amount, setting)
+            else:
+                modules[key] = by_criterion(dense, criterion, amount, setting)
+            errors[key] = error(modules[key], setting)
+            share = count_macs(modules[key].network, x)[0] / whole
+            console.print(criterion, said(criterion, amount), f"{errors[key]:.2f} %, {share:.1%} of the MACs")
+
+    seconds = compare_latency({f"{name} {amount}": (m.network, x) for (name, amount), m in modules.items()})
     table = Table(title=f"ResNet-20 of width {arguments.width}, {IMAGES:,} MNIST images, {setting.epochs} epochs")
     for column in ("network", "amount", "error %", f"ms, batch {LATENCY_BATCH}", "gain", "MACs left", "parameters"):
         table.add_column(column, justify="left" if column == "network" else "right")
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: Points = {}
     for (name, amount), module in modules.items():
         own = seconds[f"{name} {amount}"]
-        points.setdefault(name, []).append((own * 1e3, errors[name, amount]))
+        points.setdefault(name, []).append((own / seconds["dense 0.0"], errors[name, amount]))
         table.add_row(
-            *(name, f"{amount:.0%}" if amount else "", f"{errors[name, amount]:.2f}", f"{own * 1e3:.2f}"),
+            *(name, said(name, amount), f"{errors[name, amount]:.2f}", f"{own * 1e3:.2f}"),
             f"{seconds['dense 0.0'] / own:.2f}",
             f"{count_macs(module.network, x)[0] / whole:.1%}",
             f"{sum(p.numel() for p in module.network.parameters()):,}",
         )
     console.print(table)
+    if arguments.points is not None:
+        points = (json.loads(arguments.points.read_text()) if arguments.points.exists() else {}) | points
+        arguments.points.write_text(json.dumps(points, indent=1))
     if arguments.figure is not None:
         draw(points, arguments.figure)
     console.print(f"load after: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
