@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups, Member
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.laboratory import laboratory
 from lightning_compress.core.plan import Plan
+from lightning_compress.core.slicing import named_tensors
 from lightning_compress.core.trial import Trial
 
 __all__ = ["ChannelGroup", "ChannelGroups", "Member", "channel_groups"]
@@ -35,7 +37,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
         network and rows that are looked up are no channels and are not listed.
 
     Raises:
-        ValueError: The model cannot be exported.
+        ValueError: The model cannot be exported, is a script, has no values, or returns no tensor.
 
     Example:
         >>> import torch
@@ -45,11 +47,20 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
         0 4 ['0.weight', '0.bias', '1.weight', '1.bias'] None
         4 10 ['4.weight', '4.bias'] it is an output of the network
     """
+    _check(model)
     with laboratory(model):
         plan = Plan.make(model, example_inputs)
         groups = _named(Trial(model, plan).survivors())
     groups.plan = plan
     return groups
+
+
+def _check(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"{type(model).__name__} is a script of torch.jit: pass the module that it was made from.")
+    empty = next((name for name, tensor in named_tensors(model).items() if tensor.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"{empty} is on the meta device and has no values: materialise the model first.")
 
 
 def _named(groups: Sequence[ChannelGroup]) -> ChannelGroups:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.attention import make_sliceable
+from lightning_compress.core.evaluation import buffers_restored
 from lightning_compress.core.groups import Attribute, ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.core.slicing import Slices, named_tensors
@@ -106,9 +107,10 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """The tensors of the model's output; random numbers in the forward pass are the same every time."""
+    """The tensors of the model's output, the same every time: random numbers start anew, and buffers are put back."""
     torch.manual_seed(0)
-    return tensors_of(call(model, example_inputs))
+    with buffers_restored(model):
+        return tensors_of(call(model, example_inputs))
 
 
 def tensors_of(output: Any) -> list[Tensor]:

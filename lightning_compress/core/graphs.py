@@ -86,8 +86,16 @@ def export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"{type(model).__name__} cannot be exported, so its channel groups cannot be found: {first_line} "
-            f"Take data-dependent control flow out of the forward, or pass a submodule that has none."
+            f"{_advice(str(error))}"
         ) from error
+
+
+def _advice(error: str) -> str:
+    if "register_dataclass" in error or "pytree" in error:
+        return "Register the class that the forward returns with torch.export.register_dataclass."
+    if "data-dependent" in error.lower() or "guard" in error.lower():
+        return "Take data-dependent control flow out of the forward, or pass a submodule that has none."
+    return "Mend what torch.export says, or pass a submodule that can be exported."
 
 
 class Walk:

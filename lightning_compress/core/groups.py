@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_compress.core.plan import Plan
 
+SINGLE = "it has a single channel"
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -148,6 +150,8 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
         >>> both = ChannelGroups([group("a", [0], [1]), group("b", [2], [3])])
         >>> [one.members[0].index.tolist() for one in thinned(both, {"a": torch.tensor([False, True])})]
         [[[0]], [[1], [2]]]
+        >>> thinned(both, {"a": torch.tensor([False, True])})[0].frozen
+        'it has a single channel'
     """
     leaves = _leaving(groups, keep)  # then by axis the new position of every old one, -1 for what has left
     after = {axis: ((~gone).cumsum(0) - 1).masked_fill(gone, -1) for axis, gone in leaves.items()}
@@ -161,7 +165,9 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
         n = len(group.members)
         members = tuple(replace(one, index=index) for one, index in zip(group.members, indices[:n], strict=True))
         attributes = tuple(replace(one, index=index) for one, index in zip(group.attributes, indices[n:], strict=True))
-        found.append(replace(group, size=int(kept.sum()), members=members, attributes=attributes))
+        size = int(kept.sum())
+        frozen = group.frozen or (SINGLE if size == 1 else None)
+        found.append(replace(group, size=size, members=members, attributes=attributes, frozen=frozen))
     return found
 
 

@@ -43,7 +43,8 @@ def batch_size(example_inputs: ExampleInputs) -> int:
         >>> batch_size({"x": torch.zeros(8, 3), "scale": 0.5})
         8
     """
-    first = next(iter(tensors(example_inputs)), None)
+    known = isinstance(example_inputs, Tensor | tuple | Mapping)
+    first = next(iter(tensors(example_inputs)), None) if known else None
     if first is None:
         raise ValueError(
             "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, with at "

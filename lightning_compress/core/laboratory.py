@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.attention import make_sliceable
-from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.evaluation import entries_restored, evaluating
 from lightning_compress.core.inputs import ExampleInputs
 
 
@@ -40,7 +40,8 @@ def laboratory(model: nn.Module) -> Iterator[None]:
             others[id(parameter)] = _random_parameter(names[id(parameter)], parameter, generator)
     tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     dtype = torch.get_default_dtype()
-    with _entries_restored(model, owners), evaluating(model), all_sliceable(model), _Doubles():
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, entries_restored(model), evaluating(model), all_sliceable(model), _Doubles():
         try:
             torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
             for module, name, parameter in owners:
@@ -48,6 +49,8 @@ def laboratory(model: nn.Module) -> Iterator[None]:
             doubles = {id(buffer): _double(name, buffer, generator) for name, buffer in model.named_buffers()}
             for table, before in tables:
                 table.update({name: None if one is None else doubles[id(one)] for name, one in before.items()})
+            for module in model.modules():
+                _double_attributes(vars(module), doubles | others)
             yield
         finally:
             torch.set_default_dtype(dtype)
@@ -58,20 +61,25 @@ def laboratory(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, parameter)
 
 
-@contextmanager
-def _entries_restored(model: nn.Module, owners: Sequence[tuple[nn.Module, str, nn.Parameter]]) -> Iterator[None]:
-    """Forget what a forward pass keeps for the next one, such as masks and tables: here it is in double precision."""
-    entries = [(module, dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, before in entries:
-            mine = vars(module)
-            for name in mine.keys() - before.keys():
-                del mine[name]
-            mine.update(before)
-        for module, name, parameter in owners:  # recurrent layers keep a list of their own
-            setattr(module, name, parameter)
+def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> None:
+    """Put tensors in double precision in place of those that a module holds as plain attributes, or in dicts and lists.
+
+    `known` has, by the id of a parameter or buffer, what stands for it already.
+    """
+
+    def double(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            alike = value.detach().double() if value.is_floating_point() else value
+            return known.get(id(value), alike)
+        if type(value) is list:
+            value[:] = [double(one) for one in value]
+        elif type(value) is dict:
+            value.update({key: double(one) for key, one in value.items()})
+        return value
+
+    for name, value in list(entries.items()):
+        if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, Tensor | list | dict):
+            entries[name] = double(value)
 
 
 class _Doubles(TorchFunctionMode):

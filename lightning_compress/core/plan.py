@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.cutting import TOLERANCE, compare, run
+from lightning_compress.core.evaluation import entries_restored
 from lightning_compress.core.graphs import OUTPUT, READINGS, Places, Walk, export
-from lightning_compress.core.groups import Attribute, ChannelGroup, Member
+from lightning_compress.core.groups import SINGLE, Attribute, ChannelGroup, Member
 from lightning_compress.core.inputs import ExampleInputs, batch_size
 from lightning_compress.core.laboratory import doubles
 from lightning_compress.core.units import Units
@@ -37,9 +38,11 @@ class Plan:
     def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
         """Export the model, which is in the laboratory, in both modes, and follow the channels."""
         inputs = _trial_inputs(model, example_inputs)
-        programs = [export(model, inputs)]
-        model.train()
-        programs.append(export(model, inputs))
+        programs = []
+        for training in (False, True):
+            model.train(training)
+            with entries_restored(model):  # what the code keeps for its next call is fake here
+                programs.append(export(model, inputs))
         model.eval()
         places = Places(model)
         candidates: dict[tuple[object, ...], ChannelGroup] = {}
@@ -104,12 +107,15 @@ def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInp
 
 def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     try:
-        return run(model, inputs)
+        outputs = run(model, inputs)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run on the example inputs in double precision, in which its channel "
             f"groups are tried: {error}"
         ) from error
+    if not outputs:
+        raise ValueError(f"{type(model).__name__} returns no tensor, so that no cut of it could be checked.")
+    return outputs
 
 
 def _operators(program: ExportedProgram) -> list[str]:
@@ -169,7 +175,7 @@ def _groups(places: Places, units: Units) -> list[ChannelGroup]:
             continue
         if len(members) == 1 and frozen is None:
             single = all(count == 1 for _, count in signature)
-            frozen = "it has a single channel" if single else "all its channels depend on each other"
+            frozen = SINGLE if single else "all its channels depend on each other"
         attributes: dict[tuple[str, str, int | None], Attribute] = {}
         for module, name, at, nodes in units.attributes:
             of_these = root[nodes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from lightning_compress.core.attention import SliceableMultiheadAttention, make_sliceable
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.record import RECORD, Shapes, already, lost, merged, needing_a_record, shapes_of
-from lightning_compress.core.slicing import named_tensors, positions_left, refit_buffers, saved_tensors, sizes
+from lightning_compress.core.slicing import named_tensors, positions_left, refit_buffers, saved_tensors, set_data, sizes
+
+log = logging.getLogger(__name__)
 
 
 class _OnSave:
@@ -39,6 +43,7 @@ class _OnLoad:
         self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         incoming = _incoming(module, state_dict, prefix)
+        _say_wider(module, incoming)
         record = merged(getattr(state_dict, "_metadata", {prefix.rstrip("."): local_metadata}), prefix)
         if record is not None:
             self.shapes.compare_origin(module, incoming, record)
@@ -54,6 +59,18 @@ class _OnLoad:
             adopt_shapes(module, incoming, {}, {})
         elif not already(module, incoming):
             adopt_shapes(module, incoming, self.shapes.dense_numbers, {})
+
+
+def _say_wider(module: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> None:
+    tensors = saved_tensors(module)
+    before, after = (
+        sum(map(math.prod, shapes)) for shapes in ((tensors[name].shape for name in incoming), incoming.values())
+    )
+    if after > before:
+        log.warning(
+            "%s takes the shapes of a checkpoint from before its channels left: %s numbers where it had %s.",
+            *(type(module).__name__, f"{after:,}", f"{before:,}"),
+        )
 
 
 class _OnLoadAsLeader:
@@ -133,8 +150,7 @@ def adopt_shapes(
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in named_tensors(model).items():
         if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
-            tensor.grad = None
-            tensor.data = tensor.data.new_empty(shapes[name])
+            set_data(tensor, tensor.data.new_empty(shapes[name]))
     for name, values in numbers.items():
         if type(modules[name]) is nn.MultiheadAttention:
             make_sliceable(modules[name])

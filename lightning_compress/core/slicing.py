@@ -72,13 +72,11 @@ class Slices:
         data, gradient = tensor.data, tensor.grad
 
         def undo() -> None:
-            tensor.grad = None
-            tensor.data = data
+            set_data(tensor, data)
             tensor.grad = gradient
 
         self._undo.append(undo)
-        tensor.grad = None
-        tensor.data = select(data, dims)
+        set_data(tensor, select(data, dims))
         if gradient is not None:
             tensor.grad = select(gradient, dims)
 
@@ -120,6 +118,18 @@ class Slices:
         for name, value in sizes(module).items():
             if getattr(module, name) != value:
                 self.set(module, name, value)
+
+
+def set_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other values, of another shape, and no gradient.
+
+    While the graph of an earlier forward pass is alive, autograd knows the old shape, and would use it again. Another
+    dtype in between makes it forget.
+    """
+    tensor.grad = None
+    if tensor.requires_grad and tensor.shape != data.shape:
+        tensor.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
+    tensor.data = data
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.cutting import TOLERANCE, Drop, compare, drop_of, run, take
-from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.evaluation import entries_restored, evaluating
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.laboratory import laboratory
@@ -76,7 +77,7 @@ def cut(
     if groups.plan is not None:  # the example inputs may be zeros, which hide errors
         _try(model, groups, drop)
     slices, optimizers, copies = Slices(), list(optimizers), list(copies)
-    with evaluating(model):
+    with _undisturbed(model):
         expected = dense_without(model, example_inputs, drop) if exact else None
     try:
         for module, its in _loaded(model, copies, owner, groups):
@@ -84,7 +85,7 @@ def cut(
                 slices.on_undo(handle.remove)
         for module in (model, *copies):
             take(slices, module, drop, optimizers=optimizers if module is model else ())
-        with evaluating(model):
+        with _undisturbed(model):
             got = run(model, example_inputs)
     except Exception as error:
         slices.undo()
@@ -96,6 +97,13 @@ def cut(
         dtype = next((one.dtype for one in expected if one.is_floating_point()), torch.float32)
         _check(slices, drop, compare(got, expected, _TOLERANCES.get(dtype, 1e-3)))
     return model
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forward passes that leave nothing behind, and that torch.compile does not see."""
+    with torch.compiler.set_stance("force_eager"), entries_restored(model), evaluating(model):
+        yield
 
 
 def _loaded(

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from lightning_compress.core.attributes import VARIANTS, with_attributes
 from lightning_compress.core.calls import Calls, without
 from lightning_compress.core.cutting import TOLERANCE, Drop, compare, run, take
+from lightning_compress.core.evaluation import entries_restored
 from lightning_compress.core.graphs import export
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.plan import Plan, identity
@@ -80,7 +81,9 @@ class Trial:
         slices = Slices()
         try:
             take(slices, self._model, [(group, torch.arange(max(1, group.size // 2))) for group in groups])
-            return _slices(export(self._model, self._inputs)) == _slices(self._plan.program)
+            with entries_restored(self._model):
+                program = export(self._model, self._inputs)
+            return _slices(program) == _slices(self._plan.program)
         except ValueError:
             return False
         finally:

@@ -201,8 +201,7 @@ class GroupLassoCallback(CompressionCallback):
     def _channels(self, trainer: Trainer, pl_module: LightningModule) -> ChannelGroups:
         """The network's channel groups, with names as the LightningModule has them."""
         network, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
-        with torch.compiler.set_stance("force_eager"):
-            return channel_groups(network, inputs).prefixed(self.network)
+        return channel_groups(network, inputs).prefixed(self.network)
 
     # ------------------------------------------------------------------ what is zero leaves
 

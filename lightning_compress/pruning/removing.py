@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -92,17 +91,16 @@ class RemovingCallback(WatchingCallback):
 
     def _find_channels(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
         _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
-        with torch.compiler.set_stance("force_eager"):
-            channels = PrunableChannels(
-                pl_module,
-                self.network,
-                inputs,
-                self._targets,
-                exclude=self._excluded(pl_module),
-                keep=self._kept,
-            )
-            if self.scope == "global" and self._costs is None:
-                self._costs = channels.costs(self.cost)
+        channels = PrunableChannels(
+            pl_module,
+            self.network,
+            inputs,
+            self._targets,
+            exclude=self._excluded(pl_module),
+            keep=self._kept,
+        )
+        if self.scope == "global" and self._costs is None:
+            self._costs = channels.costs(self.cost)
         if not channels.neurons:
             warnings.warn(
                 "Every group of channels has one channel left, which stays: the fit goes on, and nothing more is "
@@ -166,8 +164,7 @@ class RemovingCallback(WatchingCallback):
             self._statistic.end()  # before anything else: it may have changed how torch.compile behaves
         keep, latent = self._masked.keep, sliced(self._masked.latent, kept)
         if self._channels is not None:
-            with torch.compiler.set_stance("force_eager"):
-                self._channels.find_again()
+            self._channels.find_again()
         elif keep is not None:
             keep = sliced(keep, kept)
         self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)

@@ -25,7 +25,7 @@ class Cut(Protocol):
 
 def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut) -> None:
     """Cut the network that is being trained: its optimizers, averages, wrapper and other callbacks follow."""
-    with rewrapped(trainer), torch.compiler.set_stance("force_eager"):
+    with rewrapped(trainer):
         kept = cut(optimizers=trainer.optimizers, copies=list(averaged_modules(trainer)))
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if kept and isinstance(other, CompressionCallback) and other is not callback:
