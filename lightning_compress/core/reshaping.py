@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from lightning_compress.core.attention import SliceableMultiheadAttention, make_sliceable
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.record import RECORD, Shapes, already, lost, merged, needing_a_record, shapes_of
-from lightning_compress.core.slicing import named_tensors, positions_left, refit_buffers, saved_tensors, set_data, sizes
+from lightning_compress.core.slicing import (
+    forget_graphs,
+    named_tensors,
+    positions_left,
+    refit_buffers,
+    saved_tensors,
+    sizes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +157,10 @@ def adopt_shapes(
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, tensor in named_tensors(model).items():
         if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
-            set_data(tensor, tensor.data.new_empty(shapes[name]))
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(shapes[name])
+            if tensor.requires_grad:
+                forget_graphs(tensor)
     for name, values in numbers.items():
         if type(modules[name]) is nn.MultiheadAttention:
             make_sliceable(modules[name])

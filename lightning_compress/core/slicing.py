@@ -72,11 +72,13 @@ class Slices:
         data, gradient = tensor.data, tensor.grad
 
         def undo() -> None:
-            set_data(tensor, data)
+            tensor.grad = None
+            tensor.data = data
             tensor.grad = gradient
 
         self._undo.append(undo)
-        set_data(tensor, select(data, dims))
+        tensor.grad = None
+        tensor.data = select(data, dims)
         if gradient is not None:
             tensor.grad = select(gradient, dims)
 
@@ -120,16 +122,16 @@ class Slices:
                 self.set(module, name, value)
 
 
-def set_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor other values, of another shape, and no gradient.
+def forget_graphs(parameter: Tensor) -> None:
+    """Make autograd forget a parameter's old shape, which it would use again while an earlier graph is alive.
 
-    While the graph of an earlier forward pass is alive, autograd knows the old shape, and would use it again. Another
-    dtype in between makes it forget.
+    Another dtype in between does that. DistributedDataParallel's hooks go as well: it must be made anew.
     """
-    tensor.grad = None
-    if tensor.requires_grad and tensor.shape != data.shape:
-        tensor.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
-    tensor.data = data
+    data, gradient = parameter.data, parameter.grad
+    parameter.grad = None
+    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
+    parameter.data = data
+    parameter.grad = gradient
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.laboratory import laboratory
 from lightning_compress.core.reference import dense_without
 from lightning_compress.core.reshaping import follow_checkpoints
-from lightning_compress.core.slicing import Slices, named_tensors
+from lightning_compress.core.slicing import Slices, forget_graphs, named_tensors
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest
 
@@ -96,6 +96,10 @@ def cut(
     if expected is not None:
         dtype = next((one.dtype for one in expected if one.is_floating_point()), torch.float32)
         _check(slices, drop, compare(got, expected, _TOLERANCES.get(dtype, 1e-3)))
+    sliced = {member.tensor for group, _ in drop for member in group.members}
+    for tensors in map(named_tensors, (model, *copies)):
+        for tensor in (tensors[name] for name in sliced if tensors[name].requires_grad):
+            forget_graphs(tensor)
     return model
 
 
