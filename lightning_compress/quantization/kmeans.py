@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_compress.core.threshold import chunk_size
 from lightning_compress.quantization.intervals import Cells, Data, Floats, Splittable, borders, segments
 from lightning_compress.quantization.partition import best_partition
 
@@ -75,12 +76,7 @@ def kmeans(
         distinct = data.distinct()  # cells hold more than one value each where very many clusters are asked for
         if len(distinct) <= n_clusters:
             if len(distinct) < n_clusters:
-                of = " besides zero" if keep_zero else ""
-                warnings.warn(
-                    f"{', '.join(names)}: {n_clusters} clusters for {len(distinct)} distinct values{of}; these are "
-                    f"used as they are.",
-                    stacklevel=3,
-                )
+                warnings.warn(_too_few(n_clusters, len(distinct), names, keep_zero=keep_zero), stacklevel=3)
             return torch.tensor([*zero, *distinct.tolist()], dtype=torch.float64)
         cells = data.cells(distinct)
     means = _lloyd(cells, _start(cells, n_clusters, init), _LLOYD_CELLS)
@@ -108,7 +104,7 @@ def assign(values: Tensor, means: Tensor, *, keep_zero: bool = False) -> Tensor:
     """
     table = _Table(means[1:] if keep_zero else means, values.device)
     result = torch.empty(values.shape, dtype=index_dtype(len(means)), device=values.device)
-    step = 2**16 if values.device.type == "cpu" else 2**24
+    step = chunk_size(values.device)
     pairs = zip(torch.split(values.detach().reshape(-1), step), torch.split(result.view(-1), step), strict=True)
     for some, out in pairs:
         if keep_zero:
@@ -183,12 +179,26 @@ def _names(n: int) -> list[str]:
     return ["values"] if n == 1 else [f"values[{index}]" for index in range(n)]
 
 
+def check_init(init: str) -> None:
+    """Raise a ValueError unless `init` says where the k-means begins."""
+    if init not in get_args(Init):
+        raise ValueError(f"init must be 'optimal', 'linear' or 'density'; got {init!r}.")
+
+
+def _too_few(n_clusters: int, n_distinct: int, names: Sequence[str], *, keep_zero: bool) -> str:
+    if keep_zero and n_distinct == 0:
+        return f"{', '.join(names)}: every entry is zero, which counts as pruned and stays."
+    of = " besides zero" if keep_zero else ""
+    return (
+        f"{', '.join(names)}: {n_clusters} clusters for {n_distinct} distinct values{of}; these are used as they are."
+    )
+
+
 def _check(tensors: Sequence[Tensor], n_clusters: int, init: str, names: Sequence[str]) -> None:
     assert len(tensors) == len(names), "a name for each tensor"
     if n_clusters < 1:
         raise ValueError(f"n_clusters must be 1 or more; got {n_clusters!r} for {', '.join(names)}.")
-    if init not in get_args(Init):
-        raise ValueError(f"init must be 'optimal', 'linear' or 'density'; got {init!r}.")
+    check_init(init)
     for tensor, name in zip(tensors, names, strict=True):
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}: values must be one of {', '.join(map(str, _DTYPES))}.")
