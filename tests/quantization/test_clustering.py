@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
+from support.small import BATCH, SAMPLES, ManualModule, SmallModule, dataset, plain, quiet_trainer, shuffled
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import GroupLassoCallback, IterativePruningCallback, WeightClusteringCallback
 from lightning_compress.quantization.clustering import clusters_by_name
@@ -210,7 +211,9 @@ def test_pruned_weights_do_not_pull_at_their_former_cluster() -> None:
         torch.manual_seed(3)
         module = Line(OPTIMIZERS["sgd"])
         module.layer.weight.data[:, :4] = 0.0
-        loader = [[torch.cat([torch.full((8, 4), noise), x[:, 4:]], dim=1), y] for x, y in plain(0)]
+        x, y = dataset().tensors
+        x = torch.cat([torch.full((SAMPLES, 4), noise), x[:, 4:]], dim=1)
+        loader = DataLoader(TensorDataset(x, y), batch_size=BATCH)
         clustering = WeightClusteringCallback(3)
         quiet_trainer(callbacks=[clustering], max_epochs=1).fit(module, loader)
         results.append(module.layer.weight.detach().clone())
