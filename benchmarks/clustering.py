@@ -5,7 +5,7 @@ images train. The three beginnings of the k-means are compared, on the dense net
 left, and the two rules for gradients under SGD.
 
     python benchmarks/clustering.py --root data/mnist --seed 0
-    python benchmarks/clustering.py --root data/mnist --rules
+    python benchmarks/clustering.py --root data/mnist --rules --clusters 4 16 --dense-epochs 3 --epochs 1
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def clustered(network: LeNet300, data: MNIST, epochs: int, clustering: WeightClu
     return f"{at_once.error:.2f} -> {error(module, data):.2f}"
 
 
-def inits(networks: dict[str, LeNet300], data: MNIST, epochs: int) -> Table:
+def inits(networks: dict[str, LeNet300], data: MNIST, epochs: int, clusters: list[int]) -> Table:
     table = Table("network", "k", *get_args(Init))
     for name, network in networks.items():
-        for k in CLUSTERS:
+        for k in clusters:
             errors = [
                 clustered(network, data, epochs, WeightClusteringCallback(k, init=init), optimizer="adam", lr=1e-4)
                 for init in get_args(Init)
@@ -73,10 +73,10 @@ def inits(networks: dict[str, LeNet300], data: MNIST, epochs: int) -> Table:
     return table
 
 
-def rules(network: LeNet300, data: MNIST, epochs: int) -> Table:
+def rules(network: LeNet300, data: MNIST, epochs: int, clusters: list[int]) -> Table:
     rates = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     table = Table("k", "gradient", *[f"SGD, lr {rate:g}" for rate in rates], "Adam, lr 1e-4")
-    for k in (4, 16):
+    for k in clusters:
         for rule in ("sum", "mean"):
             cells = []
             for optimizer, rate in [*(("sgd", rate) for rate in rates), ("adam", 1e-4)]:
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dense-epochs", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--clusters", type=int, nargs="+", default=list(CLUSTERS))
     parser.add_argument("--rules", action="store_true")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -106,13 +107,13 @@ def main() -> None:
     Console().print(f"dense: {error(dense, data):.2f} %")
     networks = {"dense": dense.network}
     if arguments.rules:
-        Console().print(rules(dense.network, data, arguments.epochs))
+        Console().print(rules(dense.network, data, arguments.epochs, arguments.clusters))
         return
     pruning = IterativePruningCallback(0.92)
     pruned = fit(copy.deepcopy(dense.network), data, arguments.dense_epochs, [pruning], optimizer="adam", lr=1e-3)
     Console().print(f"8 % left: {error(pruned, data):.2f} %")
     networks["8 % left"] = pruned.network
-    Console().print(inits(networks, data, arguments.epochs))
+    Console().print(inits(networks, data, arguments.epochs, arguments.clusters))
 
 
 if __name__ == "__main__":
