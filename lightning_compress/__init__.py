@@ -8,6 +8,7 @@ from lightning_compress.core.footprint import Footprint, footprint
 from lightning_compress.core.surgery import cut, shrink
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.group_lasso import GroupLassoCallback
+from lightning_compress.quantization.clustering import WeightClusteringCallback
 
 __all__ = [
     "ChannelGroup",
@@ -15,6 +16,7 @@ __all__ = [
     "Footprint",
     "GroupLassoCallback",
     "IterativePruningCallback",
+    "WeightClusteringCallback",
     "channel_groups",
     "cut",
     "footprint",

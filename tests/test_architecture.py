@@ -12,7 +12,10 @@ import lightning_compress
 PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 HYDRA_FILES = {"hydra.py", "cli.py"}
-GLUE = {"callback.py", "group_lasso.py", "module.py", "watching.py", "removing.py", "backtracking.py", "neighbours.py"}
+GLUE = {
+    *("callback.py", "module.py", "group_lasso.py", "watching.py", "removing.py", "backtracking.py", "neighbours.py"),
+    "clustering.py",
+}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
 
 

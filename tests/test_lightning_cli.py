@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
 from support.small import SmallModule
 
-from lightning_compress import IterativePruningCallback
+from lightning_compress import IterativePruningCallback, WeightClusteringCallback
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 
@@ -57,3 +58,17 @@ def test_wrong_types_and_names_are_rejected(argument: str, quoted: str, capsys: 
     with pytest.raises(SystemExit):
         parse("--trainer.callbacks+=IterativePruningCallback", f"--trainer.callbacks.{argument}")
     assert quoted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n_clusters", ["8", '{"net.conv": 16, "*": 4}'])
+def test_clusters_are_a_number_or_a_number_per_pattern(n_clusters: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  callbacks:\n"
+        "    - class_path: lightning_compress.WeightClusteringCallback\n"
+        f"      init_args: {{n_clusters: {n_clusters}, start_epoch: 2}}\n"
+    )
+    arguments = [*QUIET, f"--config={config}"]
+    cli = LightningCLI(SmallModule, run=False, save_config_callback=None, args=arguments)
+    (found,) = [one for one in cli.trainer.callbacks if isinstance(one, WeightClusteringCallback)]
+    assert found.state_key == WeightClusteringCallback(json.loads(n_clusters), start_epoch=2.0).state_key

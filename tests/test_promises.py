@@ -79,7 +79,8 @@ def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path)
     second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own
     for part in ("weights", "optimizers"):
         assert differences(first[part], second[part]) == []
-    assert differences(first["technique"].get("keep"), second["technique"].get("keep")) == []
+    for part in ("keep", "codebooks", "indices"):
+        assert differences(first["technique"].get(part), second["technique"].get(part)) == []
 
     resume = str(folder / f"step={2 * EPOCH // 2}.ckpt")
     # A save brings the ranks' sums together, in floating point, so both runs must save at the same steps.
@@ -109,6 +110,8 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
     weights = torch.cat([p.flatten() for name, p in module.named_parameters() if name.endswith("weight")])
     if entry in MASKING:
         assert (weights == 0).float().mean() > 0.3
+    if "clustering" in entry:
+        assert max(len(module.get_parameter(f"net.{layer}.weight").unique()) for layer in ("hidden", "head")) <= 6
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -138,7 +141,8 @@ def test_every_verb_after_a_fit_and_a_second_fit(entry: str, tmp_path: Path) -> 
 
     callback = REGISTRY[entry].make()
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
-    trainer = quiet_trainer(callbacks=[callback, checkpoint], enable_checkpointing=True)
+    beside = REGISTRY[entry].beside()
+    trainer = quiet_trainer(callbacks=[callback, *beside, checkpoint], enable_checkpointing=True)
     module = SmallModule()
     trainer.fit(module, shuffled(), plain())
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -151,7 +155,7 @@ def test_every_verb_after_a_fit_and_a_second_fit(entry: str, tmp_path: Path) -> 
     masks = {name: mask.clone() for name, mask in callback.masks.items()} if entry in MASKING else {}
 
     module.load_state_dict(before)
-    quiet_trainer(callbacks=[callback], max_epochs=1).fit(module, shuffled(), plain())
+    quiet_trainer(callbacks=[callback, *beside], max_epochs=1).fit(module, shuffled(), plain())
     if entry not in MASKING:
         return
     assert callback.finished

@@ -23,7 +23,11 @@ WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (
 
 
 def select_parameters(
-    module: nn.Module, target: str | Sequence[str] | None = None, *, exclude: str | Sequence[str] = ()
+    module: nn.Module,
+    target: str | Sequence[str] | None = None,
+    *,
+    exclude: str | Sequence[str] = (),
+    argument: str = "target",
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that the patterns name, by qualified name and in the module's own order.
 
@@ -36,6 +40,7 @@ def select_parameters(
         module: The network, or the LightningModule that holds it.
         target: Patterns to take; `None` takes the weight of every linear layer and convolution.
         exclude: Patterns to leave out, read by the same rules, vectors included.
+        argument: What messages call `target`.
 
     Raises:
         ValueError: Nothing is left, or a taken layer has no `weight` of its own (not built yet, or parametrized).
@@ -48,13 +53,13 @@ def select_parameters(
         ['0.bias', '3.weight', '3.bias']
     """
     parameters = dict(module.named_parameters())
-    wanted = _default(module) if target is None else _matching(module, _as_list(target), "target")
+    wanted = _default(module) if target is None else _matching(module, _as_list(target), argument)
     left_out = _matching(module, _as_list(exclude), "exclude", vectors=True)
     chosen = {name: parameter for name, parameter in parameters.items() if name in wanted - left_out}
     if not chosen:
         raise ValueError(
-            f"target={target!r} with exclude={exclude!r} selects no parameter of {type(module).__name__}. Patterns are "
-            f"globs over module names, such as {_some(_default_names(module)) or 'encoder.*'}."
+            f"{argument}={target!r} with exclude={exclude!r} selects no parameter of {type(module).__name__}. Patterns "
+            f"are globs over module names, such as {_some(_default_names(module)) or 'encoder.*'}."
         )
     for name, parameter in chosen.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):

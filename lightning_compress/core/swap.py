@@ -56,7 +56,7 @@ class Projection:
         if not self.keep_latent:
             return
         self.settle()
-        self._open = self._share(optimizer)
+        self._open = self.share(optimizer)
         self._restore(self._open)
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Projection:
         Raises:
             RuntimeError: Latent values are kept, and the step was not announced by `open`.
         """
-        share = self._share(optimizer)
+        share = self.share(optimizer)
         if self.keep_latent:
             if share and self._open != share:
                 raise RuntimeError(
@@ -100,7 +100,8 @@ class Projection:
             self._restore(share)
         self._project(share)
 
-    def _share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
+    def share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
+        """Return the parameters that `optimizer` steps; without one, all."""
         if optimizer is None:
             return self.parameters
         count = sum(len(group["params"]) for group in optimizer.param_groups)  # groups may be added during a fit

@@ -171,7 +171,7 @@ def _split(parts: Sequence[_Part], low: _Cut, high: _Cut, *, absolute: bool) -> 
     """Write `keep` where an entry is at least `high`; return how many are, and the entries between the cuts."""
     device = parts[0].keep.device
     dtype = torch.float64 if any(part.score.dtype == torch.float64 for part in parts) else torch.float32
-    size = min(_chunk_size(device), max(part.keep.numel() for part in parts))
+    size = min(chunk_size(device), max(part.keep.numel() for part in parts))
     all_scores, all_above = torch.empty(size, dtype=dtype, device=device), torch.empty(size, dtype=dtype, device=device)
     all_open = torch.empty(size, dtype=torch.bool, device=device)
     n_above, between = 0, []
@@ -213,13 +213,14 @@ def _at_least(cut: _Cut, score: Tensor, start: int, *, out: Tensor) -> Tensor:
     return out
 
 
-def _chunk_size(device: torch.device) -> int:
+def chunk_size(device: torch.device) -> int:
+    """How many entries to work on at a time."""
     return _CHUNK_CPU if device.type == "cpu" else _CHUNK_ELSEWHERE
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Yield views of some of the entries each, one after the other in row-major order."""
-    size = _chunk_size(tensor.device)
+    size = chunk_size(tensor.device)
     if tensor.is_contiguous():
         yield from torch.split(tensor.view(-1), size)
     elif tensor.numel() <= size:

@@ -34,7 +34,9 @@ def fit(
     if resume is not None:
         torch.manual_seed(999)  # a resumed process starts from anywhere
     module = module or SmallModule()
-    mine = [] if entry is None else [REGISTRY[entry].nothing() if nothing else REGISTRY[entry].make()]
+    mine = []
+    if entry is not None:
+        mine = [REGISTRY[entry].nothing()] if nothing else [REGISTRY[entry].make(), *REGISTRY[entry].beside()]
     if folder is not None:
         checkpoint = ModelCheckpoint(
             folder,
@@ -51,6 +53,7 @@ def fit(
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "technique": technique_state(mine[0]) if mine else None,
+        "beside": [technique_state(one) for one in mine[1:]],
         "step": trainer.global_step,
         "random": torch.rand(3),
     }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from lightning_compress import GroupLassoCallback, IterativePruningCallback
+from lightning_compress import GroupLassoCallback, IterativePruningCallback, WeightClusteringCallback
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,11 @@ class Entry:
 
     make: Callable[[], Callback]
     nothing: Callable[[], Callback]  # the setting under which it must change nothing at all
+    beside: Callable[[], list[Callback]] = list  # other techniques in the same Trainer, after this one
+
+    def with_(self, *others: Entry) -> Entry:
+        """This technique followed by others."""
+        return replace(self, beside=lambda: [other.make() for other in others])
 
 
 def pruning(**options: Any) -> Entry:
@@ -32,6 +37,14 @@ def lasso(**options: Any) -> Entry:
     return Entry(
         make=lambda: GroupLassoCallback(**settings),
         nothing=lambda: GroupLassoCallback(**(settings | {"strength": 0.0})),
+    )
+
+
+def clustering(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"n_clusters": 5, "start_epoch": 1.5, "gradient": "mean"} | options
+    return Entry(
+        make=lambda: WeightClusteringCallback(**settings),
+        nothing=lambda: WeightClusteringCallback(**(settings | {"n_clusters": 0})),
     )
 
 
@@ -56,4 +69,9 @@ REGISTRY: dict[str, Entry] = {
     "group-lasso": lasso(),
     "group-lasso-shape-proximal": lasso(granularity="shape", proximal=True),
     "group-lasso-units-shrink": lasso(granularity="group", proximal=True, strength=0.3, shrink="on_fit_end"),
+    "clustering": clustering(),
+    "clustering-by-pattern": clustering(n_clusters={"net.conv": 6, "*": 3}, start_epoch=0.0, init="density"),
+    "clustering-global-sum": clustering(scope="global", gradient="sum", target=["net.hidden", "net.head"]),
+    "pruning-then-clustering": pruning(amount=0.6).with_(clustering()),
+    "clustering-then-pruning": clustering(start_epoch=1.0).with_(pruning(amount=0.6)),
 }

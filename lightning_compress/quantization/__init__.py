@@ -1,0 +1,1 @@
+"""Quantization: weights that share a few values, from plain functions to a callback."""

@@ -1,0 +1,345 @@
+"""Weight clustering as a callback: the weights of a layer share a few values, which train on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_compress.core.select import select_parameters
+from lightning_compress.core.slicing import Kept
+from lightning_compress.core.swap import Projection
+from lightning_compress.quantization.kmeans import Init, check_init, kmeans
+from lightning_compress.quantization.sharing import GradientRule, SharedWeights, check_rule
+from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.distributed import broadcast
+from lightning_compress.trainer.monitors import count_anew
+from lightning_compress.trainer.timeline import steps_at
+
+_ALL = "*"  # the key of the one codebook of scope="global"
+
+
+class WeightClusteringCallback(CompressionCallback):
+    """Clusters the weights of each layer once and trains the cluster's shared values on.
+
+    At `start_epoch` the k values c that minimise the sum over weights w of min over j of (w - c_j)^2 replace the
+    weights. Then dL/dc_j = sum (or mean) over the cluster of dL/dw, in place of each gradient before the optimizer's
+    step and before clipping, and after it every weight is the mean over its cluster. Weights that are exactly zero,
+    then or later, have been pruned: they stay zero and belong to no cluster. `bits_per_weight` (indices and tables,
+    before any entropy coding) and `clusters` (shared values in all) are logged once an epoch.
+
+    Args:
+        n_clusters: How many values a layer's non-zero weights share, k; 0 changes nothing. Or `{pattern: k}`, patterns
+            as in `target`, of which the first that matches counts: `{"conv*": 256, "fc*": 32}`. Layers that no pattern
+            names stay as they are, which is said aloud, and so do those with 0.
+        init: Where the k-means begins: "optimal", or, to see why not, "linear" (evenly from the smallest weight to the
+            largest) or "density" (quantiles).
+        start_epoch: When weights are clustered, in epochs, which may be fractions.
+        gradient: "sum" is the derivative by the shared value. It grows with the cluster, so that SGD needs a smaller
+            learning rate than before; "mean" keeps the scale of a single weight's gradient.
+        scope: "layer" makes a codebook for each layer, "global" one for all of them together.
+        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution, or
+            what the patterns of `n_clusters` name.
+        exclude: Patterns to leave out.
+
+    Raises:
+        ValueError: An argument is out of range, or the combination makes no sense.
+
+    References:
+        Han et al. 2016, "Deep Compression", section 3.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> clustering = WeightClusteringCallback({"conv*": 256, "fc*": 32}, start_epoch=6.0)
+        >>> trainer = Trainer(callbacks=[clustering], max_epochs=9, logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        n_clusters: int | Mapping[str, int] = 16,
+        *,
+        init: Init = "optimal",
+        start_epoch: float = 0.0,
+        gradient: GradientRule = "sum",
+        scope: Literal["layer", "global"] = "layer",
+        target: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+    ) -> None:
+        start_epoch = float(start_epoch)
+        n_clusters = dict(n_clusters) if isinstance(n_clusters, Mapping) else n_clusters
+        super().__init__(
+            n_clusters=n_clusters,
+            init=init,
+            start_epoch=start_epoch,
+            gradient=gradient,
+            scope=scope,
+            target=target if target is None or isinstance(target, str) else list(target),
+            exclude=exclude if isinstance(exclude, str) else list(exclude),
+        )
+        _check_numbers(n_clusters, scope)
+        check_init(init)
+        check_rule(gradient)
+        if scope not in ("layer", "global"):
+            raise ValueError(f"scope must be 'layer' or 'global'; got {scope!r}.")
+        if not start_epoch >= 0:
+            raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
+        self.n_clusters = n_clusters
+        self.init: Init = init
+        self.start_epoch = start_epoch
+        self.gradient: GradientRule = gradient
+        self.scope = scope
+        self.target = target
+        self.exclude = exclude
+
+        self._start: int | None = None  # the optimizer step
+        self._wanted: dict[str, int] = {}  # clusters by parameter
+        self._shared: dict[str, SharedWeights] = {}  # by parameter, or by _ALL
+        self._announced: torch.optim.Optimizer | None = None
+
+    # ------------------------------------------------------------------ what has been reached
+
+    @property
+    def codebooks(self) -> dict[str, Tensor]:
+        """The shared values, by parameter name ("*" for scope="global"); the first is 0 and stands for pruned."""
+        return {key: shared.codebook for key, shared in self._shared.items()}
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """For each clustered parameter the position of every entry's value in its codebook."""
+        return {name: index for shared in self._shared.values() for name, index in shared.index.items()}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits for an index and a share of the codebook, over the clustered weights; 32 before."""
+        sizes = [sum(p.numel() for p in shared.parameters.values()) for shared in self._shared.values()]
+        bits = [shared.bits_per_weight for shared in self._shared.values()]
+        return sum(n * b for n, b in zip(sizes, bits, strict=True)) / sum(sizes) if sizes else 32.0
+
+    # ------------------------------------------------------------------ the fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        for other in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]  # set by a connector
+            for option, why in (
+                ("regrow", "trains hidden weights behind the mask, which belong to no cluster"),
+                ("proximal", "shrinks the weights of a cluster apart after every step"),
+            ):
+                if getattr(other, option, False):
+                    raise ValueError(
+                        f"{type(other).__name__}({option}=True) {why}: use {option}=False, or cluster in a later fit."
+                    )
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        self._wanted = clusters_by_name(pl_module, self.n_clusters, target=self.target, exclude=self.exclude)
+        _check_disjoint(self, trainer, pl_module)
+        if self.scope == "global":
+            self._check_one_optimizer(trainer, pl_module)
+        if state is not None:
+            self._start, self._shared = state["start"], {}
+            self._share(pl_module, state["codebooks"], state["indices"])
+        elif self._shared:
+            self._share(pl_module, self.codebooks, self.indices)  # perhaps on another device
+            self._check_clustered()
+        elif self._start is None:
+            self._start = steps_at(trainer, self.start_epoch)
+
+    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        assert self._start is not None
+        if self._shared or not self._wanted or step < self._start:
+            return
+        parameters = dict(pl_module.named_parameters())
+        for key, names in self._groups().items():
+            together = {name: parameters[name] for name in names}
+            self._shared[key] = SharedWeights.nearest(together, self._means(together, self._wanted[names[0]]))
+        self._hold()
+        if step > 0:
+            count_anew(trainer, f"weights are clustered to {self.bits_per_weight:.3g} bits each")
+
+    def _means(self, parameters: Mapping[str, nn.Parameter], k: int) -> Tensor:
+        tensors = [parameter.detach() for parameter in parameters.values()]
+        means = kmeans(tensors, k, init=self.init, keep_zero=True, names=list(parameters))
+        padded = torch.full((k + 1,), torch.nan, dtype=torch.float64)
+        padded[: len(means)] = means
+        agreed = broadcast(padded.to(tensors[0].device)).cpu()
+        return agreed[~agreed.isnan()]
+
+    def _groups(self) -> dict[str, list[str]]:
+        """The parameters of every codebook."""
+        if self.scope == "global":
+            return {_ALL: list(self._wanted)} if self._wanted else {}
+        return {name: [name] for name in self._wanted}
+
+    def _share(
+        self, pl_module: LightningModule, codebooks: Mapping[str, Tensor], indices: Mapping[str, Tensor]
+    ) -> None:
+        parameters = dict(pl_module.named_parameters())
+        for key, codebook in codebooks.items():
+            names = list(indices) if key == _ALL else [key]
+            self._shared[key] = SharedWeights({name: parameters[name] for name in names}, codebook, indices)
+        self._hold()
+
+    def _hold(self) -> None:
+        parameters = {name: p for shared in self._shared.values() for name, p in shared.parameters.items()}
+        self.projection = Projection(parameters, self._project, keep_latent=False) if parameters else None
+
+    def _project(self, tensors: Mapping[str, Tensor]) -> None:
+        for shared in self._shared.values():
+            if all(name in tensors for name in shared.parameters):
+                shared.share_values()
+
+    def _check_clustered(self) -> None:
+        for key, shared in self._shared.items():
+            if not shared.holds():
+                raise ValueError(
+                    f"{key} no longer holds the shared values of an earlier fit with this callback. To cluster this "
+                    f"network from the beginning, make a new callback."
+                )
+
+    def _check_one_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parameters = dict(pl_module.named_parameters())
+        stepped = [{id(p) for group in one.param_groups for p in group["params"]} for one in trainer.optimizers]
+        first = next((ids for ids in stepped if any(id(parameters[name]) in ids for name in self._wanted)), set())
+        for name in self._wanted:
+            if id(parameters[name]) not in first or not parameters[name].requires_grad:
+                raise ValueError(
+                    f"scope='global' moves all weights of a cluster together, but {name} is frozen, or in another "
+                    f"optimizer or in none: exclude it, or use scope='layer'."
+                )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        clusterings = [one for one in trainer.callbacks if isinstance(one, WeightClusteringCallback)]  # type: ignore[attr-defined]
+        number = clusterings.index(self)
+        suffix = f"_{number + 1}" if number else ""
+        self._take_zeros()
+        values = float(sum(shared.n_values for shared in self._shared.values()))
+        pl_module.log(f"bits_per_weight{suffix}", self.bits_per_weight, prog_bar=True, sync_dist=True)
+        pl_module.log(f"clusters{suffix}", values, sync_dist=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._wanted and not self._shared:
+            warnings.warn(
+                f"The fit ended at step {self._steps}, before weights were clustered at step {self._start}: "
+                f"start_epoch={self.start_epoch} is too late.",
+                stacklevel=2,
+            )
+
+    def project_copy(self, module: nn.Module) -> None:
+        copies = dict(module.named_parameters())
+        for shared in self._shared.values():
+            shared.share_values(copies)
+
+    def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
+        """Slice the indices of what another callback has cut."""
+        indices = dict(self.indices)
+        for name in indices.keys() & kept.keys():
+            for dim, positions in kept[name].items():
+                indices[name] = indices[name].index_select(dim, positions.to(indices[name].device))
+        self._share(pl_module, self.codebooks, indices)
+
+    # ------------------------------------------------------------------ around the optimizer's step
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._announced = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
+        for shared in self._stepped_by(optimizer):
+            shared.share_gradients(self.gradient)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        announced, self._announced = self._announced, None
+        if announced is not optimizer and self._stepped_by(optimizer):
+            raise RuntimeError(
+                "An optimizer stepped without on_before_optimizer_step, so the weights of a cluster had different "
+                "gradients. Step it through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
+            )
+        super()._after_step(optimizer, args, kwargs)
+
+    def _take_zeros(self) -> None:
+        for shared in self._shared.values():
+            shared.take_zeros()
+
+    def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[SharedWeights]:
+        share = {} if self.projection is None else self.projection.share(optimizer)
+        return [shared for shared in self._shared.values() if any(name in share for name in shared.parameters)]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def technique_state(self) -> dict[str, Any]:
+        self._take_zeros()
+        return {"start": self._start, "codebooks": self.codebooks, "indices": self.indices}
+
+
+def clusters_by_name(
+    module: nn.Module,
+    n_clusters: int | Mapping[str, int],
+    *,
+    target: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> dict[str, int]:
+    """Return how many clusters each parameter gets, by name; what gets none is left out.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 2))
+        >>> clusters_by_name(net, {"0": 256, "3": 0, "*": 32})
+        {'0.weight': 256, '2.weight': 32}
+    """
+    if not isinstance(n_clusters, Mapping):
+        chosen = select_parameters(module, target, exclude=exclude)
+        return dict.fromkeys(chosen, n_clusters) if n_clusters else {}
+    considered: Mapping[str, nn.Parameter]
+    if target is None:
+        chosen = select_parameters(module, list(n_clusters), exclude=exclude, argument="n_clusters")
+        considered = _quietly(module, None, exclude=exclude)
+    else:
+        considered = chosen = select_parameters(module, target, exclude=exclude)
+    first: dict[str, int] = {}
+    for pattern, k in n_clusters.items():
+        for name in _quietly(module, pattern):
+            first.setdefault(name, k)
+    if unnamed := [name for name in considered if name not in first]:
+        warnings.warn(
+            f"Not clustered, because no pattern of n_clusters={dict(n_clusters)} names them: {', '.join(unnamed)}. "
+            f"Add a pattern (0 clusters: leave it), or exclude them.",
+            stacklevel=2,
+        )
+    return {name: first[name] for name in chosen if first.get(name)}
+
+
+def _quietly(module: nn.Module, target: str | None, *, exclude: str | Sequence[str] = ()) -> Mapping[str, nn.Parameter]:
+    """As `select_parameters`, where what matches nothing is told elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return select_parameters(module, target, exclude=exclude)
+        except ValueError:
+            return {}
+
+
+def _check_numbers(n_clusters: int | Mapping[str, int], scope: str) -> None:
+    if isinstance(n_clusters, Mapping) and scope == "global":
+        raise ValueError("scope='global' has one codebook for all layers: n_clusters must be one number.")
+    if isinstance(n_clusters, Mapping) and not n_clusters:
+        raise ValueError("n_clusters={} names no layer: give {pattern: number}, or 0 to change nothing.")
+    for k in n_clusters.values() if isinstance(n_clusters, Mapping) else (n_clusters,):
+        if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+            raise ValueError(
+                f"n_clusters must be a whole number, 1 or more, or 0 to change nothing; got {n_clusters!r}."
+            )
+
+
+def _check_disjoint(callback: WeightClusteringCallback, trainer: Trainer, module: nn.Module) -> None:
+    for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(other, WeightClusteringCallback) and other is not callback:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # each says itself what its patterns leave out
+                theirs = clusters_by_name(module, other.n_clusters, target=other.target, exclude=other.exclude)
+            if both := sorted(callback._wanted.keys() & theirs.keys()):
+                raise ValueError(
+                    f"Two WeightClusteringCallbacks cluster {', '.join(both)}: give them targets that share nothing."
+                )
