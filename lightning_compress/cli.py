@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_compress.core.checkpoints import load_compressed
+from lightning_compress.coding import load_compressed
 from lightning_compress.core.files import replacing
 from lightning_compress.deploy import capture, save_onnx, save_program
 from lightning_compress.hydra import (
