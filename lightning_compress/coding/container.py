@@ -60,9 +60,7 @@ def write_file(path: str | os.PathLike[str], writer: Writer, coder: Coder) -> in
     prefix = MAGIC + bytes([_VERSION]) + varint(4 * writer.raw_bytes + list(_CODERS).index(coder))
     checksum = 0
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        for piece in _pieces(
-            writer, MAGIC + bytes([_VERSION]) + varint(4 * writer.raw_bytes + list(_CODERS).index(coder))
-        ):
+        for piece in _pieces(writer, prefix):
             checksum = zlib.crc32(piece, checksum)
             file.write(piece)
         file.write(checksum.to_bytes(_CHECKSUM, "little"))

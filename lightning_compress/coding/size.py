@@ -102,7 +102,7 @@ class CompressedSize:
 
     def __rich__(self) -> Table:
         caption = (
-            f"{self.bytes:,} bytes, coder {self.coder}: {self.rate:.1f}x smaller than its tensors' {self.dense_bytes:,}; "
+            f"{self.bytes:,} bytes, coder {self.coder}: {self.rate:.1f}x smaller than {self.dense_bytes:,} in memory; "
             f"by the formula n b / (n log2 k + k b), without a file, it would be {self.formula_rate:.1f}x."
         )
         table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")

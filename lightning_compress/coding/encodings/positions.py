@@ -8,22 +8,52 @@ RELATIVE   Deep Compression: the number of zeros before each, in k bits; where 2
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
+from lightning_compress.coding.encodings.adaptive import RATES, read_adaptive, write_adaptive
 from lightning_compress.coding.patterns import Words
 from lightning_compress.coding.streams import Array, Reader, Writer
 
+W = TypeVar("W", bound=Writer)
 DENSE, MAP, RELATIVE = range(3)
 _MOST_BITS = 12  # of a gap
+_LEAST_LEARNED, _MOST_LEARNED, _ALL_RATES = 256, 1 << 22, 1 << 19  # entries: where learning pays, and the time is there
 
 
-def write_map(writer: Writer, present: Array) -> None:
-    """Write which entries are not zero."""
+def write_map(writer: Writer, present: Array, shape: tuple[int, ...]) -> None:
+    """Write which entries are not zero, with one probability for all, or with learned ones."""
+
+    if not (writer.adaptive and shape and _LEAST_LEARNED <= len(present) <= _MOST_LEARNED):
+        _write_one_chance(writer, present)
+        return
+    learned = [(axis, _learned(writer, present, shape, axis, 1)) for axis in (0, 1)]
+    axis, best = min(learned, key=lambda one: one[1].bits)
+    if len(present) <= _ALL_RATES:
+        others = (_learned(writer, present, shape, axis, rate) for rate in range(len(RATES)) if rate != 1)
+        best = min([best, *others], key=lambda one: one.bits)
+    writer.cheapest([lambda one: _write_one_chance(one, present), lambda one: one.extend(best)])
+
+
+def _write_one_chance(writer: Writer, present: Array) -> None:
+    writer.uniform([0], 2)
     writer.coded(present.view(np.uint8), 2)
 
 
-def read_map(reader: Reader, out: Words) -> int:
+def _learned(writer: W, present: Array, shape: tuple[int, ...], axis: int, rate: int) -> W:
+    scratch = writer.scratch()
+    scratch.uniform([1], 2)
+    write_adaptive(scratch, present, shape[0], axis, rate)
+    return scratch
+
+
+def read_map(reader: Reader, out: Words, shape: tuple[int, ...]) -> int:
     """Set the entries that are not zero to 1, and return how many there are."""
+    if reader.uniform(1, 2)[0]:
+        if not shape:
+            reader.fail("a number without dimensions has a zero map of several steps")
+        return read_adaptive(reader, out, shape[0])
     position = total = 0
     for piece in reader.coded(len(out), np.array([0, 1], np.uint8)):
         out[position : position + len(piece)] = piece

@@ -63,7 +63,7 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
     count = int(np.count_nonzero(present))
     if len(words) - count > _FEW_ZEROS * len(words) or count < len(words) <= _SMALL:
         sparse = _Content(words[present], codebook.without_zero(table, present), present)
-        ways.append(at(positions.MAP, lambda one: positions.write_map(one, present), sparse))
+        ways.append(at(positions.MAP, lambda one: positions.write_map(one, present, shape), sparse))
         if writer.relative and count:
             width = positions.best_width(present)
             padded, gaps = positions.padded(present, width)
@@ -92,7 +92,12 @@ def read_tensor(reader: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> t
     if places == positions.DENSE:
         count = len(words)
     else:
-        count = (positions.read_map if places == positions.MAP else positions.read_relative)(reader, words)
+        whole = patterns.part_shape(dtype, shape)
+        count = (
+            positions.read_map(reader, words, whole)
+            if places == positions.MAP
+            else positions.read_relative(reader, words)
+        )
     values, encoding = _read_values(
         reader, count, patterns.part_dtype(dtype), words.dtype, patterns.part_shape(dtype, shape)
     )
