@@ -207,6 +207,17 @@ def test_inspect_knows_neurons(command: Callable[..., None], capsys: pytest.Capt
     assert "36 of 144 channels" in shown  # 24 + 24 + 48 + 48
 
 
+def test_inspect_says_what_is_in_a_compressed_file(
+    finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished / "compressed.lcz"
+    command("task=inspect", f"path={path}")
+    shown = capsys.readouterr().out
+    assert "network.conv2.weight" in shown
+    assert "zero map" in shown
+    assert f"{path.stat().st_size:,} bytes" in shown
+
+
 def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -> None:
     root = Path("sweep")
     for run in ("0", "1"):
@@ -253,6 +264,7 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
         (["task=export"], "task=export wants weights=<run folder>/compressed.ckpt"),
         (["task=compare", "compare.root=nowhere"], "nowhere is no folder"),
         (["task=inspect", "compress=none"], "nothing to inspect"),
+        (["task=inspect", "path=none.lcz"], "There is no file none.lcz"),
         (["data=mnist", "model=lenet300", "data.download=false"], "train-images-idx3-ubyte.gz"),
         (["metric=test_f1"], "metric='test_f1' is not logged by the test_step of Classifier"),
         (["callbacks.pruning.amount=1.5"], "got 1.5"),

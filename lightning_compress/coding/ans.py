@@ -15,7 +15,7 @@ from constriction import stream as constriction_stream
 
 from lightning_compress.coding import frequencies as tables
 from lightning_compress.coding.packing import packed_bytes
-from lightning_compress.coding.streams import PIECE, Array, Reader, Writer
+from lightning_compress.coding.streams import PIECE, Array, Reader, Writer, count
 
 AnsCoder = constriction_stream.stack.AnsCoder
 Categorical, Uniform = constriction_stream.model.Categorical, constriction_stream.model.Uniform
@@ -105,7 +105,7 @@ class AnsReader(Reader):
     """Reads what an `AnsWriter` wrote."""
 
     def __init__(self, stream: memoryview, raw: memoryview) -> None:
-        super().__init__(raw)
+        super().__init__(stream, raw)
         padded = bytes(stream) + bytes(-len(stream) % 4)
         words = np.frombuffer(padded, "<u4").astype(np.uint32)
         if len(words) and not words[-1]:
@@ -165,14 +165,6 @@ class AnsReader(Reader):
         self._finish_raw()
         if not self._coder.is_empty():
             self.fail("its stream goes on after its end")
-
-
-def count(symbols: Array, size: int) -> Array:
-    """Return how often each symbol comes; piece by piece, for numpy would make 64-bit integers of all."""
-    counts = np.zeros(size, np.int64)
-    for start in range(0, len(symbols), PIECE // 4):
-        counts += np.bincount(symbols[start : start + PIECE // 4], minlength=size)
-    return counts
 
 
 def _model(frequencies: Array) -> Any:

@@ -20,17 +20,22 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_compress.coding.ans import AnsReader, AnsWriter
+from lightning_compress.coding.bits import BitReader, BitWriter, HuffmanReader, HuffmanWriter
 from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.records import read_varint, varint
 from lightning_compress.coding.streams import Reader, Writer
 from lightning_compress.core.files import replacing
 
-Coder = Literal["ans"]
+Coder = Literal["ans", "huffman", "none"]
 MAGIC = b"\x89LC"
 _VERSION = 1
 _CHECKSUM = 4  # bytes
 _LEAST = len(MAGIC) + 1 + 1 + _CHECKSUM
-_CODERS = {"ans": (AnsWriter, AnsReader)}
+_CODERS: dict[str, tuple[type[Writer], type[Reader]]] = {
+    "ans": (AnsWriter, AnsReader),
+    "huffman": (HuffmanWriter, HuffmanReader),
+    "none": (BitWriter, BitReader),
+}
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
@@ -41,7 +46,7 @@ def is_compressed(path: str | os.PathLike[str]) -> bool:
         False
     """
     with Path(path).open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+        return MAGIC.startswith(file.read(len(MAGIC)))  # one that ends within them was truncated
 
 
 def make_writer(coder: Coder) -> Writer:
@@ -81,10 +86,10 @@ def open_reader(data: bytes) -> tuple[Reader, str]:
     Raises:
         CorruptFileError: It is truncated, damaged, of another version or no compressed network.
     """
-    if data[: len(MAGIC)] != MAGIC:
-        raise CorruptFileError(f"it starts with {data[: len(MAGIC)]!r}, not {MAGIC!r}")
     if len(data) < _LEAST:
         raise CorruptFileError(f"it has {len(data)} bytes, less than the {_LEAST} of an empty one")
+    if data[: len(MAGIC)] != MAGIC:
+        raise CorruptFileError(f"it starts with {data[: len(MAGIC)]!r}, not {MAGIC!r}")
     if data[len(MAGIC)] != _VERSION:
         raise CorruptFileError(f"it has version {data[len(MAGIC)]} of the format, and only {_VERSION} can be read")
     content = memoryview(data)[:-_CHECKSUM]

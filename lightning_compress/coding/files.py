@@ -122,6 +122,8 @@ def read_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
         FileNotFoundError: There is no such file.
         CorruptFileError: It is truncated, damaged, crafted, of an unknown version, too large, or something else.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path} (looked for in {Path(path).absolute().parent}).")
     data = Path(path).read_bytes()
     try:
         return _read(data, _memory() if max_bytes is None else max_bytes)

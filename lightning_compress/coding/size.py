@@ -106,11 +106,11 @@ class CompressedSize:
             f"by the formula n b / (n log2 k + k b), without a file, it would be {self.formula_rate:.1f}x."
         )
         table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")
-        table.add_column("tensor", no_wrap=True)
-        table.add_column("shape", no_wrap=True)
-        table.add_column("stored as")
+        table.add_column("tensor", overflow="fold")
+        table.add_column("shape", overflow="fold")
+        table.add_column("stored as", min_width=14)
         for heading in ("bytes", "bits per weight", "share"):
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(heading, justify="right")
         for row in self._rows():
             table.add_row(*row)
         return table

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ class Writer(ABC):
 
     Attributes:
         bits: What it costs, so far.
-        raws: What goes beside the stream: arrays, and the bits that each of their integers takes.
+        raws: What goes beside the stream: numbers of bytes, and what makes them.
     """
 
     adaptive = False  # whether `binary` is there
@@ -37,7 +38,7 @@ class Writer(ABC):
 
     def __init__(self) -> None:
         self.bits = 0.0
-        self.raws: list[tuple[Array, int]] = []
+        self.raws: list[tuple[int, Callable[[], Iterable[bytes]]]] = []
 
     @abstractmethod
     def scratch(self: W) -> W:
@@ -78,18 +79,22 @@ class Writer(ABC):
 
     def packed(self, values: Array, width: int) -> None:
         """Write unsigned integers in so many bits each."""
-        self.raws.append((values, width))
-        self.bits += 8 * packed_bytes(len(values), width)
+        self.later(packed_bytes(len(values), width), partial(pack, values, width))
+
+    def later(self, size: int, make: Callable[[], Iterable[bytes]]) -> None:
+        """Write so many bytes beside the stream, which are made when the file is."""
+        self.raws.append((size, make))
+        self.bits += 8 * size
 
     @property
     def raw_bytes(self) -> int:
         """How many bytes go beside the stream."""
-        return sum(packed_bytes(len(values), width) for values, width in self.raws)
+        return sum(size for size, _ in self.raws)
 
     def raw_pieces(self) -> Iterator[bytes]:
         """The bytes that go beside the stream."""
-        for values, width in self.raws:
-            yield from pack(values, width)
+        for _, make in self.raws:
+            yield from make()
 
     def number(self, value: int) -> None:
         """Write an integer from 0 to 2^64 - 2: Elias's delta code of it plus 1."""
@@ -118,10 +123,12 @@ class Reader(ABC):
     """Takes apart what a writer of the same kind made.
 
     Args:
+        stream: The stream.
         raw: The raw bytes.
     """
 
-    def __init__(self, raw: memoryview) -> None:
+    def __init__(self, stream: memoryview, raw: memoryview) -> None:
+        self._stream = stream
         self._raw = raw
         self._position = 0
 
@@ -198,3 +205,11 @@ class Reader(ABC):
     def _finish_raw(self) -> None:
         if self._position != len(self._raw):
             self.fail(f"{len(self._raw) - self._position} of its bytes belong to nothing")
+
+
+def count(symbols: Array, size: int) -> Array:
+    """Return how often each symbol comes; piece by piece, for numpy would make 64-bit integers of all."""
+    counts = np.zeros(size, np.int64)
+    for start in range(0, len(symbols), PIECE // 4):
+        counts += np.bincount(symbols[start : start + PIECE // 4], minlength=size)
+    return counts

@@ -22,7 +22,7 @@ DTYPES = [
     *(torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32),
     *(torch.float64, torch.complex64, torch.complex128),
 ]
-CODERS = ["ans"]
+CODERS = ["ans", "huffman", "none"]
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def test_what_the_file_cannot_hold_is_refused_by_name(source: Any, message: str,
 
 
 def test_an_unknown_coder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="coder='zip' is unknown; expected one of 'ans'"):
+    with pytest.raises(ValueError, match="coder='zip' is unknown; expected one of 'ans', 'huffman', 'none'"):
         save_compressed({}, tmp_path / "f", coder="zip")
 
 

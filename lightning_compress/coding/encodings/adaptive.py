@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable
 from decimal import Decimal
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -178,5 +177,4 @@ def _chances() -> Array:
     """1 / (1 + e^-x) in 2^-24, for x from -12 to 12 in steps of 1 / 64."""
     half = _LIMIT >> 2
     odds = [Decimal(i - half) / (1 << _ODDS - 2) for i in range(2 * half + 1)]
-    found: Any = np.array([round(TOTAL / (1 + (-one).exp())) for one in odds])
-    return found
+    return np.array([round(TOTAL / (1 + (-one).exp())) for one in odds])

@@ -51,7 +51,9 @@ def read_plain(
     way = int(reader.uniform(1, 3)[0])
     bits = 8 * kind.itemsize
     width = reader.number(bits + 1) if way == SHORT else 0
-    least = reader.signed() if way == SHORT and not dtype.is_floating_point else 0
+    least = 0
+    if way == SHORT and not dtype.is_floating_point:
+        least = reader.number() if dtype in _WITHOUT_SIGN else reader.signed()
     if way == HALF and dtype not in _HALVED:
         reader.fail(f"it stores {dtype} as float16")
     return way, _pieces(reader, count, dtype, kind, way, width, least)
@@ -99,7 +101,7 @@ def _write_short(writer: Writer, words: Words, dtype: torch.dtype) -> int:
     above = words - np.array(least % (1 << bits), words.dtype)
     width = int(above.max()).bit_length() if len(above) else 0
     writer.number(width)
-    writer.signed(least)
+    (writer.number if dtype in _WITHOUT_SIGN else writer.signed)(least)
     writer.packed(above, width)
     return SHORT
 
