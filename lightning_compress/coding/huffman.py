@@ -115,7 +115,7 @@ def _in_pairs(symbols: Array, lengths: Sequence[int]) -> tuple[Array, Array, Arr
     table, widths = np.append(table, table[:1] * 0), np.append(widths, 0)  # what fills the last pair has no bits
     size = len(widths)
     first = symbols[::2].astype(np.uint16) * np.uint16(size)
-    first[: len(symbols) // 2] += symbols[1::2]
+    first[: len(symbols) // 2] += symbols[1::2].astype(np.uint16)
     if len(symbols) % 2:
         first[-1] += size - 1
     pair_table = (table[:, None] << widths.astype(np.uint64) | table).reshape(-1)

@@ -106,7 +106,7 @@ class CompressedSize:
             f"by the formula n b / (n log2 k + k b), without a file, it would be {self.formula_rate:.1f}x."
         )
         table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")
-        table.add_column("tensor", overflow="fold")
+        table.add_column("tensor", no_wrap=True)
         table.add_column("shape", overflow="fold")
         table.add_column("stored as", min_width=14)
         for heading in ("bytes", "bits per weight", "share"):
