@@ -17,6 +17,7 @@ DTYPES = (  # a dtype's place is its number in the file
     *(torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.complex64, torch.complex128),
 )
+_AT_ONCE = 1 << 18  # patterns that are looked at together
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -52,10 +53,18 @@ def to_words(tensor: Tensor) -> Words:
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()  # an expanded vector stays so
     words: Words = flat.view(torch.uint8).numpy().view(_UNSIGNED[dtype.itemsize])
     if dtype.is_floating_point:
-        minus_zero = words == words.dtype.type(1 << (8 * dtype.itemsize - 1))
-        if minus_zero.any():
-            words = np.where(minus_zero, words.dtype.type(0), words)
+        words = _without_minus_zero(words, words.dtype.type(1 << (8 * dtype.itemsize - 1)))
     return words
+
+
+def _without_minus_zero(words: Words, minus_zero: np.unsignedinteger[Any]) -> Words:
+    own = words
+    for start in range(0, len(words), _AT_ONCE):
+        found = words[start : start + _AT_ONCE] == minus_zero
+        if found.any():
+            own = words.copy() if own is words else own
+            own[start : start + _AT_ONCE][found] = 0
+    return own
 
 
 def to_tensor(words: Words, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -108,7 +108,7 @@ class CompressedSize:
         table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")
         table.add_column("tensor", no_wrap=True)
         table.add_column("shape", overflow="fold")
-        table.add_column("stored as", min_width=14)
+        table.add_column("stored as", min_width=12, overflow="fold")
         for heading in ("bytes", "bits per weight", "share"):
             table.add_column(heading, justify="right")
         for row in self._rows():

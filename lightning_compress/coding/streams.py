@@ -209,6 +209,9 @@ class Reader(ABC):
 
 def count(symbols: Array, size: int) -> Array:
     """Return how often each symbol comes; piece by piece, for numpy would make 64-bit integers of all."""
+    if size == 2:
+        ones = int(np.count_nonzero(symbols))
+        return np.array([len(symbols) - ones, ones])
     counts = np.zeros(size, np.int64)
     for start in range(0, len(symbols), PIECE // 4):
         counts += np.bincount(symbols[start : start + PIECE // 4], minlength=size)

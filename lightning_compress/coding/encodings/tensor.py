@@ -19,6 +19,7 @@ _PLACES = ("dense", "zero map", "relative index")
 _PLAIN, _CODEBOOK, _GRID = range(3)
 _VALUES = 3
 _FEW_ZEROS = 0.01  # share of zeros in a large tensor, below which a map of them saves next to nothing
+_LARGE = 1 << 20  # entries; what can't win is not tried for more
 _SMALL = 1 << 22  # entries; what is slow is tried for no more
 _AXES = 3  # of a grid's scales: one for all, one for each index of the first or of the second dimension
 
@@ -161,6 +162,8 @@ def _write_values(
         return Encoding(plain.NAMES[plain.write_plain(one, words, dtype, half=half)])
 
     ways: list[Callable[[Writer], Encoding]] = [plainly]
+    if values.table is not None and len(words) > _LARGE:  # its table costs nothing beside the indices
+        ways = []
     if values.table is not None:
         table, index = values.table
 
