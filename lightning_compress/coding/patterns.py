@@ -43,21 +43,27 @@ def part_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def to_words(tensor: Tensor) -> Words:
-    """Return the bit patterns of a tensor's real numbers in row-major order; -0.0 becomes 0.0, NaNs stay as they are.
+    """Return the bit patterns of a tensor's real numbers in row-major order.
 
     Example:
         >>> [hex(word) for word in to_words(torch.tensor([1.0, -0.0, -2.0]))]
-        ['0x3f800000', '0x0', '0xc0000000']
+        ['0x3f800000', '0x80000000', '0xc0000000']
     """
-    dtype = part_dtype(tensor.dtype)
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()  # an expanded vector stays so
-    words: Words = flat.view(torch.uint8).numpy().view(_UNSIGNED[dtype.itemsize])
-    if dtype.is_floating_point:
-        words = _without_minus_zero(words, words.dtype.type(1 << (8 * dtype.itemsize - 1)))
+    words: Words = flat.view(torch.uint8).numpy().view(_UNSIGNED[part_dtype(tensor.dtype).itemsize])
     return words
 
 
-def _without_minus_zero(words: Words, minus_zero: np.unsignedinteger[Any]) -> Words:
+def one_zero(words: Words, dtype: torch.dtype) -> Words:
+    """Return the patterns with 0.0 in place of -0.0; the same memory, if there is none.
+
+    Example:
+        >>> one_zero(to_words(torch.tensor([-0.0, -2.0])), torch.float32).tolist() == [0, 0xC0000000]
+        True
+    """
+    if not dtype.is_floating_point:
+        return words
+    minus_zero = words.dtype.type(1 << (8 * dtype.itemsize - 1))
     own = words
     for start in range(0, len(words), _AT_ONCE):
         found = words[start : start + _AT_ONCE] == minus_zero

@@ -11,23 +11,25 @@ import numpy as np
 import torch
 
 from lightning_compress.coding.encodings.plain import read_plain, write_plain
-from lightning_compress.coding.patterns import Words
+from lightning_compress.coding.patterns import Words, one_zero
 from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
 
 _HASHED = 512  # distinct values that are looked up by a perfect hash; more are searched
 _STEP = 1 << 18  # patterns that are looked up at once, so that they stay in the cache
 
 
-def distinct(words: Words, limit: int = MAX_SYMBOLS) -> tuple[Words, Array] | None:
-    """Return the distinct patterns in ascending order and the index of each entry; None if there are too many.
+def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
+    """Return the distinct patterns in ascending order, -0.0 as 0.0, and the index of each entry.
+
+    None if there are more than `MAX_SYMBOLS`.
 
     Example:
-        >>> table, index = distinct(np.array([7, 3, 7, 7], np.uint32))
+        >>> table, index = distinct(np.array([7, 3, 7, 7], np.uint32), torch.int32)
         >>> table.tolist(), index.tolist()
         ([3, 7], [1, 0, 1, 1])
     """
     table = np.unique(words[:: max(1, len(words) // _STEP)][:_STEP])
-    while len(table) <= limit:
+    while len(table) <= MAX_SYMBOLS:
         find, kind = _finder(table), np.uint8 if len(table) <= 256 else np.uint16
         index = np.empty(len(words), kind)
         for start in range(0, len(words), _STEP):
@@ -38,7 +40,8 @@ def distinct(words: Words, limit: int = MAX_SYMBOLS) -> tuple[Words, Array] | No
                 table = np.union1d(table, piece[unknown])
                 break
         else:
-            return table, index
+            merged, places = np.unique(one_zero(table, dtype), return_inverse=True)
+            return (table, index) if np.array_equal(merged, table) else (merged, places.astype(kind)[index])
     return None
 
 

@@ -49,7 +49,9 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
     if not len(words):
         return _EMPTY
     dtype, shape = patterns.part_dtype(tensor.dtype), patterns.part_shape(tensor.dtype, tensor.shape)
-    table = codebook.distinct(words)
+    table = codebook.distinct(words, dtype)
+    if table is None or len(words) <= _LARGE:  # with a table nobody looks at the zeros of a large tensor
+        words = patterns.one_zero(words, dtype)
 
     def at(places: int, write_places: Callable[[Writer], None], values: _Content) -> Callable[[Writer], Encoding]:
         def write(one: Writer) -> Encoding:
@@ -59,9 +61,11 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
 
         return write
 
-    ways = [at(positions.DENSE, lambda one: None, _Content(words, table))]
-    present = words != 0
+    present = _present(words, table)
     count = int(np.count_nonzero(present))
+    ways = [at(positions.DENSE, lambda one: None, _Content(words, table))]
+    if len(words) > _LARGE and 2 * count < len(words):
+        ways = []
     if len(words) - count > _FEW_ZEROS * len(words) or count < len(words) <= _SMALL:
         sparse = _Content(words[present], codebook.without_zero(table, present), present)
         ways.append(at(positions.MAP, lambda one: positions.write_map(one, present, shape), sparse))
@@ -70,9 +74,16 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
             padded, gaps = positions.padded(present, width)
             filled = np.zeros(len(words), np.bool_)
             filled[padded] = True
-            values = _Content(words[padded], codebook.distinct(words[padded]), filled)
+            values = _Content(words[padded], codebook.distinct(words[padded], dtype), filled)
             ways.append(at(positions.RELATIVE, lambda one: positions.write_relative(one, gaps, width), values))
     return writer.cheapest(ways)
+
+
+def _present(words: Words, table: tuple[Words, Array] | None) -> Array:
+    """Whether each entry is not zero; the index is quicker to look at."""
+    if table is None:
+        return words != 0
+    return table[1] != 0 if table[0][0] == 0 else np.ones(len(words), np.bool_)
 
 
 @dataclass(frozen=True)
