@@ -153,6 +153,18 @@ def test_another_version_is_named(tmp_path: Path) -> None:
         load_compressed(tmp_path / "f")
 
 
+def test_a_learned_map_that_would_take_hours_is_refused() -> None:
+    from lightning_compress.coding.ans import AnsReader, AnsWriter
+    from lightning_compress.coding.encodings.tensor import read_tensor
+
+    writer = AnsWriter()
+    writer.uniform([1], 3)  # zero map
+    writer.uniform([1], 2)  # learned
+    reader = AnsReader(memoryview(writer.finish()), memoryview(b""))
+    with pytest.raises(CorruptFileError, match="have a learned zero map"):
+        read_tensor(reader, torch.bool, (1 << 23, 1))
+
+
 def test_something_behind_the_end_is_found_though_the_checksum_fits(tmp_path: Path) -> None:
     for coder in CODERS:
         content = original(coder)[:-4]

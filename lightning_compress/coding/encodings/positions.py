@@ -51,8 +51,8 @@ def _learned(writer: W, present: Array, shape: tuple[int, ...], axis: int, rate:
 def read_map(reader: Reader, out: Words, shape: tuple[int, ...]) -> int:
     """Set the entries that are not zero to 1, and return how many there are."""
     if reader.uniform(1, 2)[0]:
-        if not shape:
-            reader.fail("a number without dimensions has a zero map of several steps")
+        if not shape or len(out) > _MOST_LEARNED:  # it would take hours
+            reader.fail(f"{len(out)} entries of shape {shape} have a learned zero map")
         return read_adaptive(reader, out, shape[0])
     position = total = 0
     for piece in reader.coded(len(out), np.array([0, 1], np.uint8)):

@@ -81,9 +81,10 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
 
 def _present(words: Words, table: tuple[Words, Array] | None) -> Array:
     """Whether each entry is not zero; the index is quicker to look at."""
-    if table is None:
-        return words != 0
-    return table[1] != 0 if table[0][0] == 0 else np.ones(len(words), np.bool_)
+    if table is not None and table[0][0] != 0:
+        return np.ones(len(words), np.bool_)
+    found: Array = (words if table is None else table[1]) != 0
+    return found
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _read_values(
         size, pieces = codebook.read_codebook(reader, count, dtype, kind)
         return _Values(pieces, kind), _by_codebook(size)
     axis = int(reader.uniform(1, _AXES)[0])
-    if dtype not in grid.SCALED or axis > len(shape):
+    if dtype not in grid.SCALED or axis > len(shape) or (axis and prod(shape) < 2 * _channels(shape, axis)):
         reader.fail(f"it stores {dtype} of shape {shape} on a grid along dimension {axis - 1}")
     scales, size, integers = grid.read_grid(reader, count, dtype, kind, _channels(shape, axis))
     return _ScaledValues(integers, scales, dtype, shape, axis), _by_grid(size, len(scales))
