@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
+from lightning_compress import save_compressed
 from lightning_compress.core.schedule import amount_at
 from lightning_compress.core.select import select_parameters
-from lightning_compress.core.sparse_file import save_sparse
 from lightning_compress.core.swap import Projection
 from lightning_compress.pruning.masks import prune_weights
 
@@ -45,5 +45,5 @@ if __name__ == "__main__":
 
     accuracy = (net(test_x).argmax(1) == test_y).float().mean()
     left = sum(int(weight.count_nonzero()) for weight in weights.values())
-    size = save_sparse(net, "digits.lcsf")
-    print(f"test accuracy {accuracy:.3f} with {left:,} weights left; digits.lcsf has {size:,} bytes")
+    size = save_compressed(net, "digits.lcz").bytes
+    print(f"test accuracy {accuracy:.3f} with {left:,} weights left; digits.lcz has {size:,} bytes")

@@ -2,9 +2,10 @@
 
 from pathlib import Path as _Path
 
+from lightning_compress.coding import CompressedSize, CorruptFileError, load_compressed, save_compressed
+from lightning_compress.coding.footprint import footprint
 from lightning_compress.core.channels import ChannelGroup, ChannelGroups, channel_groups
-from lightning_compress.core.checkpoints import load_compressed
-from lightning_compress.core.footprint import Footprint, footprint
+from lightning_compress.core.footprint import Footprint
 from lightning_compress.core.surgery import cut, shrink
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.group_lasso import GroupLassoCallback
@@ -13,6 +14,8 @@ from lightning_compress.quantization.clustering import WeightClusteringCallback
 __all__ = [
     "ChannelGroup",
     "ChannelGroups",
+    "CompressedSize",
+    "CorruptFileError",
     "Footprint",
     "GroupLassoCallback",
     "IterativePruningCallback",
@@ -21,6 +24,7 @@ __all__ = [
     "cut",
     "footprint",
     "load_compressed",
+    "save_compressed",
     "shrink",
 ]
 __version__ = "0.1.0"

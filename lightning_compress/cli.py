@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_compress.core.checkpoints import load_compressed
+from lightning_compress.coding import load_compressed
+from lightning_compress.coding.files import read_compressed
 from lightning_compress.core.files import replacing
 from lightning_compress.deploy import capture, save_onnx, save_program
 from lightning_compress.hydra import (
@@ -90,7 +91,10 @@ def run(cfg: DictConfig) -> None:
 
 
 def inspect(cfg: DictConfig) -> None:
-    """Show what would be pruned, frozen and skipped, and why; nothing is trained."""
+    """Show what is in the compressed file at `path`, or what would be pruned, frozen and skipped, and why."""
+    if cfg.path is not None:
+        Console().print(read_compressed(cfg.path).size)
+        return
     seed_everything(cfg.seed, workers=True, verbose=False)
     module, callbacks = build_module(cfg), build_named(cfg.callbacks)
     check_disjoint(module, callbacks.values())

@@ -16,7 +16,8 @@ import yaml
 
 from lightning_compress import cli
 from lightning_compress.baselines import Classifier, DigitsConvNet
-from lightning_compress.core.sparse_file import load_sparse
+from lightning_compress.coding import load_compressed
+from lightning_compress.coding.files import read_compressed
 from lightning_compress.report import Report
 
 TESTS = Path(__file__).parent
@@ -26,7 +27,7 @@ RUN_FILES = {
     "report.md",
     "report.png",
     "compressed.ckpt",
-    "compressed.lcsf",
+    "compressed.lcz",
     "config.yaml",
     "dense.ckpt",
 }
@@ -99,7 +100,7 @@ def test_the_report_tells_of_both_networks(finished: Path) -> None:
         } <= content[network].keys()
     dense, compressed = content["dense"], content["compressed"]
     assert dense["parameters"] == compressed["parameters"] == dense["nonzero_parameters"]
-    assert compressed["file_bytes"] == (finished / "compressed.lcsf").stat().st_size < dense["file_bytes"] / 4
+    assert compressed["file_bytes"] == (finished / "compressed.lcz").stat().st_size < dense["file_bytes"] / 4
     assert 0 < content["before_recovery"]["test_accuracy"] < 1
     assert [epoch["phase"] for epoch in content["history"]] == ["dense", "dense", "pruning", "recovery", "recovery"]
     assert content["history"][-1]["sparsity"] == pytest.approx(0.9, abs=1e-3)
@@ -115,8 +116,8 @@ def test_the_compressed_checkpoint_is_the_network_of_the_report(finished: Path) 
     weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
     total = sum(weight.numel() for weight in weights)
     assert sum(int((weight == 0).sum()) for weight in weights) == round(0.9 * total)
-    sparse = load_sparse(finished / "compressed.lcsf")
-    assert all(torch.equal(sparse[name], value) for name, value in module.state_dict().items())
+    loaded = load_compressed(finished / "compressed.lcz")
+    assert all(torch.equal(loaded[name], value) for name, value in module.state_dict().items())
 
 
 def test_the_composed_config_is_resolved(finished: Path) -> None:
@@ -129,7 +130,7 @@ def test_the_same_seed_gives_the_same_run_and_weights_stand_for_the_dense_traini
     finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command(*SMALL, f"weights={finished / 'dense.ckpt'}", "hydra.run.dir=again")
-    assert Path("again/compressed.lcsf").read_bytes() == (finished / "compressed.lcsf").read_bytes()
+    assert Path("again/compressed.lcz").read_bytes() == (finished / "compressed.lcz").read_bytes()
     first, again = Report.load(finished / "report.json"), Report.load("again/report.json")
     assert again.dense.test_accuracy == first.dense.test_accuracy
     assert again.before_recovery == first.before_recovery
@@ -153,7 +154,7 @@ def test_a_resumed_run_ends_in_its_own_folder_like_the_uninterrupted_one(
     assert files(Path("cut")) == {"dense.ckpt", "config.yaml"}
     command(*SMALL, "ckpt_path=cut/checkpoints/last.ckpt")
     assert files(Path("cut")) == RUN_FILES
-    assert Path("cut/compressed.lcsf").read_bytes() == (finished / "compressed.lcsf").read_bytes()
+    assert Path("cut/compressed.lcz").read_bytes() == (finished / "compressed.lcz").read_bytes()
     whole, resumed = Report.load(finished / "report.json"), Report.load("cut/report.json")
     assert resumed.history == whole.history
     assert resumed.before_recovery == whole.before_recovery
@@ -207,6 +208,18 @@ def test_inspect_knows_neurons(command: Callable[..., None], capsys: pytest.Capt
     assert "36 of 144 channels" in shown  # 24 + 24 + 48 + 48
 
 
+def test_inspect_says_what_is_in_a_compressed_file(
+    finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished / "compressed.lcz"
+    command("task=inspect", f"path={path}")
+    shown = capsys.readouterr().out
+    assert "network.conv2.weight" in shown
+    assert f"{path.stat().st_size:,} bytes" in shown
+    shown = str(read_compressed(path).size)
+    assert any("network.conv2.weight" in line and "zero map" in line for line in shown.splitlines())
+
+
 def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -> None:
     root = Path("sweep")
     for run in ("0", "1"):
@@ -253,6 +266,7 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
         (["task=export"], "task=export wants weights=<run folder>/compressed.ckpt"),
         (["task=compare", "compare.root=nowhere"], "nowhere is no folder"),
         (["task=inspect", "compress=none"], "nothing to inspect"),
+        (["task=inspect", "path=none.lcz"], "There is no file none.lcz"),
         (["data=mnist", "model=lenet300", "data.download=false"], "train-images-idx3-ubyte.gz"),
         (["metric=test_f1"], "metric='test_f1' is not logged by the test_step of Classifier"),
         (["callbacks.pruning.amount=1.5"], "got 1.5"),
@@ -267,7 +281,7 @@ def test_a_mistake_is_one_clear_error_and_no_network_is_written(
     overrides: list[str], message: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert message in failure(command, capsys, *overrides)
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".ckpt", ".lcsf", ".json", ".png", ".tmp"}]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".ckpt", ".lcz", ".json", ".png", ".tmp"}]
 
 
 def test_weights_of_another_network_are_refused(

@@ -37,34 +37,23 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
-def load_compressed(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
-    """Load a Lightning checkpoint, or a state dict, of a network whose channels were cut.
+def adopt(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> nn.Module:
+    """Give a dense network the shapes and the weights of a state dict, of a thin network of its class perhaps.
 
     Args:
-        path: The file.
-        model: A dense network of the class that was cut. It gets the file's shapes and weights, and is returned;
-            without it the state dict is.
+        model: The network; it is returned.
+        state: The state dict, with its metadata where it is of a network that was cut.
+        source: Where it comes from, for the message.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no file of tensors, or not of a thinner network of this class; the model is as it was.
+        ValueError: The state dict is of another network; the model is as it was.
 
     Example:
-        >>> import tempfile
-        >>> from lightning_compress.core.surgery import cut
-        >>> def make():
-        ...     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> path = Path(tempfile.mkdtemp()) / "thin.pt"
-        >>> torch.save(cut(make(), {"0": [0, 3, 5]}, torch.zeros(2, 3)).state_dict(), path)
-        >>> load_compressed(path, make())[0]
-        Linear(in_features=3, out_features=3, bias=True)
+        >>> adopt(nn.Linear(3, 2), nn.Linear(2, 1).state_dict(), "thin.pt")
+        Linear(in_features=2, out_features=1, bias=True)
     """
-    state = read_state(path)
-    if model is None:
-        return state
-    problems = misfits(state, model, thinner=True)
-    if problems:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {problems}.")
+    if problems := misfits(state, model, thinner=True):
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {problems}.")
     adopt_state(model, state)
     return model
 

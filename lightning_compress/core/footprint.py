@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,20 +20,19 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.inputs import ExampleInputs, batch_size, call, tensors
 from lightning_compress.core.macs import count_macs
-from lightning_compress.core.sparse_file import load_sparse, save_sparse
 
 _WARM_UP = 3  # forward passes before the clock counts: allocators, kernel choice, compilation
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a network costs on given example inputs; see `footprint`.
+    """What a network costs on given example inputs; see `measure`.
 
     Attributes:
         parameters: Entries of all parameters; a shared parameter counts once.
         nonzero: Those of them that are not zero.
         macs: Multiply-accumulates of a forward pass, per sample; zeros cost as much as other values.
-        bytes: Size of the file that `save_sparse` writes, read back and compared.
+        bytes: Size of a file that was written, read back and compared.
         latency: Median seconds of a forward pass of the whole batch.
         peak_memory: Bytes of parameters and buffers, and of the tensors alive at the worst moment of a forward pass.
         uncounted: Operators that ran and are missing from `macs`, because torch's counter has no formula for them.
@@ -50,7 +47,9 @@ class Footprint:
     uncounted: tuple[str, ...]
 
 
-def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 30) -> Footprint:
+def measure(
+    model: nn.Module, example_inputs: ExampleInputs, *, repeats: int, file_bytes: Callable[[nn.Module], int]
+) -> Footprint:
     """Measure what the network costs, in evaluation mode, and leave it as it was.
 
     MACs are those of `count_macs`, latency is that of `compare_latency`, which is the one to use when two networks are
@@ -64,16 +63,16 @@ def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int =
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first, on the
             model's device.
         repeats: How many forward passes the latency is the median of.
+        file_bytes: Writes the network into a file, and returns its size.
 
     Raises:
-        ValueError: `model` is no module or not built yet, the inputs hold no sample or are on another device, `repeats`
-            is below 1, or the state dict holds what a file of tensors can't.
-        RuntimeError: The file did not give back what was written.
+        ValueError: `model` is no module or not built yet, the inputs hold no sample or are on another device, or
+            `repeats` is below 1.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> _ = net[0].weight.data[:4].zero_()
-        >>> cost = footprint(net, torch.randn(16, 4))
+        >>> cost = measure(net, torch.randn(16, 4), repeats=5, file_bytes=lambda model: 232)
         >>> cost.parameters, cost.nonzero, cost.macs, cost.uncounted
         (58, 42, 48, ())
     """
@@ -87,7 +86,7 @@ def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int =
         parameters=sum(parameter.numel() for parameter in parameters),
         nonzero=sum(int(torch.count_nonzero(parameter != 0)) for parameter in parameters),
         macs=macs,
-        bytes=_file_bytes(model),
+        bytes=file_bytes(model),
         latency=latency,
         peak_memory=peak_memory,
         uncounted=uncounted,
@@ -106,7 +105,7 @@ def compare_latency(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, 
         repeats: Timed forward passes of each network.
 
     Raises:
-        ValueError: As for `footprint`.
+        ValueError: As for `measure`.
 
     Example:
         >>> dense, compressed, x = nn.Linear(1024, 1024), nn.Linear(1024, 256), torch.randn(64, 1024)
@@ -210,23 +209,3 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
     return {storage._cdata: storage for storage in (leaf.untyped_storage() for leaf in leaves)}
-
-
-def _file_bytes(model: nn.Module) -> int:
-    state = model.state_dict()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.lcsf"
-        save_sparse(state, path)
-        loaded = load_sparse(path)
-        size = path.stat().st_size
-    changed = [name for name, tensor in state.items() if not _same(tensor.cpu(), loaded[name])]
-    if changed:
-        raise RuntimeError(f"These tensors came back from the file other than they were written: {changed}.")
-    return size
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return False
-    both_nan = (ours != ours) & (theirs != theirs)
-    return bool(((ours == theirs) | both_nan).all())

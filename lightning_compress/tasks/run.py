@@ -17,10 +17,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_compress.coding import save_compressed
+from lightning_compress.coding.footprint import footprint
 from lightning_compress.core.files import replacing
-from lightning_compress.core.footprint import compare_latency, footprint
+from lightning_compress.core.footprint import compare_latency
 from lightning_compress.core.inputs import to_device
-from lightning_compress.core.sparse_file import save_sparse
 from lightning_compress.report import Measurement, Report, compare_layers, write_report
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.recorder import Recorder
@@ -28,7 +29,7 @@ from lightning_compress.tasks.weights import load_weights
 
 log = logging.getLogger(__name__)
 
-DENSE, COMPRESSED, SPARSE = "dense.ckpt", "compressed.ckpt", "compressed.lcsf"  # in a run's folder
+DENSE, COMPRESSED, SMALL = "dense.ckpt", "compressed.ckpt", "compressed.lcz"  # in a run's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Run:
     Attributes:
         datamodule: Training, validation and test data.
         make_trainer: Makes a Trainer; its keyword arguments stand over the configured ones.
-        folder: Where dense.ckpt, compressed.ckpt, compressed.lcsf and the report go.
+        folder: Where dense.ckpt, compressed.ckpt, compressed.lcz and the report go.
         seed: Root of everything random.
         metric: Test accuracy, under the name by which `test_step` logs it; None: nothing is tested.
         val_metric: Validation accuracy, likewise.
@@ -129,7 +130,7 @@ class Run:
             layers=compare_layers(dict(module.named_parameters()), dict(compressed.named_parameters())),
             settings=dict(self.settings),
         )
-        save_sparse(compressed, self.folder / SPARSE)
+        save_compressed(compressed, self.folder / SMALL)
         write_report(report, self.folder, figure=can_draw())
         return report
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_compress.core.checkpoints import misfits, read_state
+from lightning_compress.coding import load_compressed
+from lightning_compress.core.checkpoints import misfits
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a Lightning checkpoint or a plain state dict into the module, on the CPU; every name and shape must fit.
+    """Load a checkpoint, a state dict or a compressed file into the module, on the CPU; every name and shape must fit.
 
     Args:
         module: A LightningModule, or any module.
-        path: A file that `Trainer` or `torch.save` wrote.
+        path: A file that `Trainer`, `torch.save` or `save_compressed` wrote.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -30,7 +31,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         >>> layer(torch.ones(1, 2)).item()
         2.0
     """
-    state = read_state(path)
+    state = load_compressed(path)
     if problems := misfits(state, module, thinner=False):
         raise ValueError(f"{path} does not fit {type(module).__name__}: {problems}.")
     module.load_state_dict(state)

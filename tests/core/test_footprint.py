@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core import footprint as module
-from lightning_compress.core.footprint import Footprint, compare_latency, footprint
-from lightning_compress.core.sparse_file import save_sparse
+from lightning_compress.core.footprint import Footprint, compare_latency, measure
 
 
 def _mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(10, 100), nn.ReLU(inplace=True), nn.Linear(100, 30), nn.Linear(30, 50))
+
+
+def footprint(model: nn.Module, example_inputs: Any, *, repeats: int) -> Footprint:
+    return measure(model, example_inputs, repeats=repeats, file_bytes=lambda model: 0)
 
 
 def _measure(model: nn.Module, example_inputs: Any) -> Footprint:
@@ -36,26 +38,6 @@ def test_zeros_are_no_nonzeros_whatever_their_sign() -> None:
         model.weight[2] = -0.0
         model.weight[3, 0] = float("nan")
     assert _measure(model, torch.randn(3, 4)).nonzero == 20 - 8
-
-
-def test_bytes_are_those_of_the_file_and_shrink_with_the_zeros(tmp_path: Path) -> None:
-    model = nn.Linear(100, 100)
-    dense = _measure(model, torch.randn(3, 100)).bytes
-    model.weight.data[:, 10:] = 0.0
-    pruned = _measure(model, torch.randn(3, 100)).bytes
-    assert pruned == save_sparse(model, tmp_path / "f")
-    assert dense - pruned == pytest.approx(4 * 9000 - 1250, abs=20)
-
-
-def test_file_that_gives_back_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = module.load_sparse
-
-    def forgetful(path: Path) -> dict[str, Tensor]:
-        return honest(path) | {"bias": torch.zeros(5)}
-
-    monkeypatch.setattr(module, "load_sparse", forgetful)
-    with pytest.raises(RuntimeError, match=r"\['bias'\]"):
-        _measure(nn.Linear(4, 5), torch.randn(3, 4))
 
 
 class _Residual(nn.Module):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.coding import load_compressed
 from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.checkpoints import load_compressed
 from lightning_compress.core.reshaping import adopt_state, follow_checkpoints
 from lightning_compress.core.surgery import cut, shrink
 

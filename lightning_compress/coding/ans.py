@@ -1,0 +1,191 @@
+"""The stream of coder="ans": one stack of asymmetric numeral systems for all tensors, by constriction.
+
+Models go to constriction as frequencies minus 1, floats without a fraction that add up to 2^24 minus their number. It
+scales them by (2^24 - k) / sum = 1.0 and adds 1 to each: no step rounds, so that no machine can differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from constriction import stream as constriction_stream
+
+from lightning_compress.coding import frequencies as tables
+from lightning_compress.coding.packing import packed_bytes
+from lightning_compress.coding.streams import PIECE, Array, Reader, Writer, count
+
+AnsCoder = constriction_stream.stack.AnsCoder
+Categorical, Uniform = constriction_stream.model.Categorical, constriction_stream.model.Uniform
+
+_GROUPED = 256  # symbols of a large tensor are taken in groups, of which there are at most so many
+_GROUP_FROM = 1 << 14  # symbols; below, building the table takes longer
+_PACK_FROM = 1 << 12  # symbols; below, a byte that is not full costs more
+_PACKED, _UNIFORM = len(tables.RESOLUTIONS), len(tables.RESOLUTIONS) + 1  # kinds of tables beside the resolutions
+_KINDS = len(tables.RESOLUTIONS) + 2
+
+
+class AnsWriter(Writer):
+    """Codes symbols at their entropy."""
+
+    adaptive = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: list[tuple[Array, Any, Array | None]] = []  # symbols, model, frequencies of each symbol
+
+    def scratch(self) -> AnsWriter:
+        return AnsWriter()
+
+    def extend(self, other: AnsWriter) -> None:
+        super().extend(other)
+        self._steps += other._steps
+
+    def uniform(self, values: Array | list[int], size: int) -> None:
+        if size > 1 and len(values):
+            self._steps.append((np.asarray(values), Uniform(size), None))
+            self.bits += len(values) * math.log2(size)
+
+    def coded(self, symbols: Array, size: int) -> None:
+        if size == 1 or not len(symbols):
+            return
+        counts = count(symbols, size)
+        ways = [(len(symbols) * math.log2(size), _UNIFORM, np.empty(0, np.int64), 0)]
+        if size & (size - 1) == 0 and len(symbols) >= _PACK_FROM:
+            ways = [(8 * packed_bytes(len(symbols), size.bit_length() - 1), _PACKED, np.empty(0, np.int64), 0)]
+        for kind, resolution in enumerate(tables.RESOLUTIONS):
+            levels = tables.to_levels(counts, resolution)
+            highest = int(levels.max())
+            bits = tables.cost(counts, tables.from_levels(levels.tolist(), resolution))
+            ways.append((bits + size * math.log2(highest + 1) + 2 * math.log2(highest + 1) + 1, kind, levels, highest))
+        _, kind, levels, highest = min(ways, key=lambda way: way[0])
+        self.uniform([kind], _KINDS)
+        if kind == _PACKED:
+            self.packed(symbols, size.bit_length() - 1)
+        elif kind == _UNIFORM:
+            self.uniform(symbols, size)
+        else:
+            self.number(highest)
+            self.uniform(levels, highest + 1)
+            self._modelled(symbols, counts, tables.from_levels(levels.tolist(), tables.RESOLUTIONS[kind]))
+
+    def _modelled(self, symbols: Array, counts: Array, frequencies: Array) -> None:
+        self.bits += tables.cost(counts, frequencies)
+        group = _group(len(symbols), len(frequencies))
+        whole = len(symbols) // group * group
+        if group > 1:
+            joined = np.zeros(whole // group, np.uint8)
+            for place in range(group):
+                joined = joined * np.uint8(len(frequencies)) + symbols[place:whole:group].astype(np.uint8)
+            self._steps.append((joined, _model(tables.of_groups(frequencies, group)), None))
+        if whole < len(symbols) or group == 1:
+            self._steps.append((symbols if group == 1 else symbols[whole:], _model(frequencies), None))
+
+    def binary(self, symbols: Array, chances: Array) -> None:
+        self._steps.append((symbols, Categorical(perfect=False), chances))
+        taken = np.where(symbols, chances, tables.TOTAL - chances)
+        self.bits += float((tables.PRECISION - np.log2(taken)).sum())
+
+    def finish(self) -> bytes:
+        coder = AnsCoder()
+        for symbols, model, chances in reversed(self._steps):  # a stack: what is read first is written last
+            for start in reversed(range(0, len(symbols), PIECE)):
+                piece = symbols[start : start + PIECE].astype(np.int32)
+                if chances is None:
+                    coder.encode_reverse(piece, model)
+                else:
+                    coder.encode_reverse(piece, model, _pairs(chances[start : start + PIECE]))
+        words: Array = coder.get_compressed().astype("<u4")
+        return words.tobytes().rstrip(b"\0")  # zeros of the last word only: a stack never ends in a zero word
+
+
+class AnsReader(Reader):
+    """Reads what an `AnsWriter` wrote."""
+
+    def __init__(self, stream: memoryview, raw: memoryview) -> None:
+        super().__init__(stream, raw)
+        padded = bytes(stream) + bytes(-len(stream) % 4)
+        words = np.frombuffer(padded, "<u4").astype(np.uint32)
+        if len(words) and not words[-1]:
+            self.fail("its stream ends in zeros")
+        self._coder = AnsCoder(words)
+        self._start = self._coder.num_valid_bits()
+
+    @property
+    def bits(self) -> float:
+        return float(self._start - self._coder.num_valid_bits())
+
+    def uniform(self, count: int, size: int) -> Array:
+        if size == 1:
+            return np.zeros(count, np.int32)
+        found: Array = self._coder.decode(Uniform(size), count)
+        return found
+
+    def coded(self, count: int, lookup: Array) -> Iterator[Array]:
+        size = len(lookup)
+        if size == 1 or not count:
+            for start in range(0, count, PIECE):
+                yield lookup[np.zeros(min(PIECE, count - start), np.int8)]
+            return
+        kind = int(self.uniform(1, _KINDS)[0])
+        if kind == _PACKED:
+            width = size.bit_length() - 1
+            if size != 1 << width:
+                self.fail(f"{size} symbols are packed")
+            for start in range(0, count, PIECE):
+                yield lookup[self.packed(min(PIECE, count - start), width)]
+        elif kind == _UNIFORM:
+            for start in range(0, count, PIECE):
+                yield lookup[self.uniform(min(PIECE, count - start), size)]
+        else:
+            highest = self.number(tables.MAX_LEVEL + 1)
+            levels = self.uniform(size, highest + 1).tolist()
+            yield from self._modelled(count, lookup, tables.from_levels(levels, tables.RESOLUTIONS[kind]))
+
+    def _modelled(self, count: int, lookup: Array, frequencies: Array) -> Iterator[Array]:
+        group = _group(count, len(frequencies))
+        whole = count // group
+        if group > 1:
+            model, entries = _model(tables.of_groups(frequencies, group)), _group_lookup(lookup, group)
+            for start in range(0, whole, PIECE):
+                found = entries.take(self._coder.decode(model, min(PIECE, whole - start)), mode="clip")
+                yield found.view(lookup.dtype)
+            count -= whole * group
+        model = _model(frequencies)
+        for start in range(0, count, PIECE):
+            yield lookup.take(self._coder.decode(model, min(PIECE, count - start)), mode="clip")
+
+    def binary(self, chances: Array) -> Array:
+        found: Array = self._coder.decode(Categorical(perfect=False), _pairs(chances))
+        return found
+
+    def finish(self) -> None:
+        self._finish_raw()
+        if not self._coder.is_empty():
+            self.fail("its stream goes on after its end")
+
+
+def _model(frequencies: Array) -> Any:
+    return Categorical((frequencies - 1).astype(np.float64), perfect=False)
+
+
+def _pairs(chances: Array) -> Array:
+    pairs = np.empty((len(chances), 2), np.float32)  # exact: below 2^24
+    pairs[:, 1] = chances - 1
+    pairs[:, 0] = tables.TOTAL - 1 - chances
+    return pairs
+
+
+def _group(count: int, size: int) -> int:
+    if count < _GROUP_FROM:
+        return 1
+    return max(1, next(group for group in range(9) if size ** (group + 1) > _GROUPED))
+
+
+def _group_lookup(lookup: Array, group: int) -> Array:
+    """The entries of all groups of symbols, each group as one item."""
+    places = np.indices((len(lookup),) * group).reshape(group, -1).T
+    entries = np.ascontiguousarray(lookup[places])
+    return entries.view(f"V{group * lookup.itemsize}").reshape(-1)

@@ -1,0 +1,106 @@
+"""The file around the stream.
+
+    89 4C 43       "LC" after a byte that no text has
+    01             version of the format
+    varint         4 * (number of raw bytes) + coder; coder: 0 ans, 1 huffman, 2 none
+    raw bytes
+    stream         up to the checksum
+    4 bytes        CRC-32 of all before, the lowest byte first
+
+Both parts are read from their beginning: the header (`header.py`), then tensor after tensor
+(`encodings/tensor.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from lightning_compress.coding.ans import AnsReader, AnsWriter
+from lightning_compress.coding.bits import BitReader, BitWriter, HuffmanReader, HuffmanWriter
+from lightning_compress.coding.errors import CorruptFileError
+from lightning_compress.coding.records import read_varint, varint
+from lightning_compress.coding.streams import Reader, Writer
+from lightning_compress.core.files import replacing
+
+Coder = Literal["ans", "huffman", "none"]
+MAGIC = b"\x89LC"
+_VERSION = 1
+_CHECKSUM = 4  # bytes
+_LEAST = len(MAGIC) + 1 + 1 + _CHECKSUM
+_CODERS: dict[str, tuple[type[Writer], type[Reader]]] = {
+    "ans": (AnsWriter, AnsReader),
+    "huffman": (HuffmanWriter, HuffmanReader),
+    "none": (BitWriter, BitReader),
+}
+
+
+def is_compressed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as ours do.
+
+    Example:
+        >>> is_compressed(__file__)
+        False
+    """
+    with Path(path).open("rb") as file:
+        return MAGIC.startswith(file.read(len(MAGIC)))  # one that ends within them was truncated
+
+
+def make_writer(coder: Coder) -> Writer:
+    """Return an empty writer.
+
+    Raises:
+        ValueError: There is no such coder.
+    """
+    if coder not in _CODERS:
+        raise ValueError(f"coder={coder!r} is unknown; expected one of {', '.join(map(repr, _CODERS))}.")
+    return _CODERS[coder][0]()
+
+
+def write_file(path: str | os.PathLike[str], writer: Writer, coder: Coder) -> int:
+    """Write what a writer collected, whole or not at all, and return the file's size."""
+    prefix = MAGIC + bytes([_VERSION]) + varint(4 * writer.raw_bytes + list(_CODERS).index(coder))
+    checksum = 0
+    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+        for piece in _pieces(writer, prefix):
+            checksum = zlib.crc32(piece, checksum)
+            file.write(piece)
+        file.write(checksum.to_bytes(_CHECKSUM, "little"))
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
+def _pieces(writer: Writer, prefix: bytes) -> Iterator[bytes]:
+    yield prefix
+    yield from writer.raw_pieces()
+    yield writer.finish()
+
+
+def open_reader(data: bytes) -> tuple[Reader, str]:
+    """Return what reads a file's content, and the name of its coder.
+
+    Raises:
+        CorruptFileError: It is truncated, damaged, of another version or no compressed network.
+    """
+    if len(data) < _LEAST:
+        raise CorruptFileError(f"it has {len(data)} bytes, less than the {_LEAST} of an empty one")
+    if data[: len(MAGIC)] != MAGIC:
+        raise CorruptFileError(f"it starts with {data[: len(MAGIC)]!r}, not {MAGIC!r}")
+    if data[len(MAGIC)] != _VERSION:
+        raise CorruptFileError(f"it has version {data[len(MAGIC)]} of the format, and only {_VERSION} can be read")
+    content = memoryview(data)[:-_CHECKSUM]
+    if zlib.crc32(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
+        raise CorruptFileError("it is truncated or damaged: its checksum does not fit its content")
+    try:
+        number, start = read_varint(content, len(MAGIC) + 1)
+    except ValueError as error:
+        raise CorruptFileError(str(error)) from error
+    raw, coder = divmod(number, 4)
+    if coder >= len(_CODERS) or start + raw > len(content):
+        raise CorruptFileError(f"it announces {raw} raw bytes and coder {coder}, and has {len(content) - start} bytes")
+    name = list(_CODERS)[coder]
+    return _CODERS[name][1](content[start + raw :], content[start : start + raw]), name

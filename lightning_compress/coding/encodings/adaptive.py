@@ -1,0 +1,180 @@
+"""A zero map whose probabilities are learned while it is coded: pruned rows and columns are very uneven.
+
+    step t:   x x . . x . x .     one slice of the tensor, along its first dimension or across it
+              ^ block  ^          lanes are coded in blocks; what the blocks before held is known
+
+The log-odds that an entry is not zero are a weighted sum of: the log-odds of all entries so far; those of its lane and
+of its step, each less those of all; and the entries one step, two steps and `lag` steps before it (28, if the lanes'
+inputs are the pixels of MNIST). After each block the weights follow the gradient of the code's length:
+
+    w <- w + 2^-rate * sum over the block of features * (x - p)
+
+All of it is integer arithmetic, tables too, so that every machine has the same probabilities.
+
+Paper: Mahoney, Adaptive weighing of context models for lossless data compression (2005).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from functools import cache
+
+import numpy as np
+
+from lightning_compress.coding.frequencies import PRECISION, TOTAL
+from lightning_compress.coding.patterns import Words
+from lightning_compress.coding.streams import Array, Reader, Writer
+
+RATES = (10, 8, 6)
+_LAGS = 64  # the largest is one less
+_ODDS = 8  # bits of the fraction of log-odds
+_WEIGHT = 16  # of weights
+_ERROR = 12  # of p - x
+_FIRST_WEIGHTS = (65536, 45875, 45875, 19661, 19661, 19661)
+_LANE_PRIOR, _STEP_PRIOR = 3, 20  # entries that the log-odds of lane and step start with
+_LIMIT = 12 << _ODDS  # of log-odds
+_MANTISSA = 10  # bits of a logarithm's argument that its table has
+_BLOCK, _BLOCKS = 64, 1 << 14  # lanes at least, blocks at most
+
+
+def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: int) -> None:
+    """Write which entries are not zero.
+
+    Args:
+        writer: What they are written to.
+        present: Whether each entry is not zero.
+        rows: Size of the tensor's first dimension.
+        axis: Steps go along the first dimension (0), or across it (1).
+        rate: Index into `RATES`.
+    """
+    map_TJ = _steps(present, rows, axis)
+    lag = _best_lag(map_TJ)
+    writer.uniform([axis], 2)
+    writer.uniform([rate], len(RATES))
+    writer.uniform([lag], _LAGS)
+    found: list[Array] = []
+
+    def known(step: int, lanes: slice, chances: Array) -> Array:
+        found.append(chances)
+        return map_TJ[step, lanes]
+
+    _walk(map_TJ.shape, lag, RATES[rate], known)
+    writer.binary(map_TJ.reshape(-1), np.concatenate(found))
+
+
+def read_adaptive(reader: Reader, out: Words, rows: int) -> int:
+    """Set the entries that are not zero to 1, and return how many there are."""
+    axis = int(reader.uniform(1, 2)[0])
+    rate = int(reader.uniform(1, len(RATES))[0])
+    lag = int(reader.uniform(1, _LAGS)[0])
+    if lag < 2:
+        reader.fail(f"its zero map looks {lag} steps back")
+    out_TJ = _steps(out, rows, axis)
+
+    def read(step: int, lanes: slice, chances: Array) -> Array:
+        bits = reader.binary(chances)
+        out_TJ[step, lanes] = bits
+        return bits.astype(np.bool_)
+
+    _walk(out_TJ.shape, lag, RATES[rate], read)
+    return int(np.count_nonzero(out))
+
+
+def _steps(entries: Array, rows: int, axis: int) -> Array:
+    """The entries as steps x lanes, a view."""
+    matrix = entries.reshape(rows, -1)
+    return matrix.T if axis else matrix
+
+
+def _best_lag(map_TJ: Array) -> int:
+    """The distance of steps at which most entries agree in being there."""
+    most = min(_LAGS, len(map_TJ))
+    shares = {lag: np.mean(map_TJ[lag:] & map_TJ[:-lag]) for lag in range(2, most)}
+    return max(shares, key=shares.__getitem__, default=2)
+
+
+def _walk(shape: tuple[int, ...], lag: int, rate: int, code: Callable[[int, slice, Array], Array]) -> None:
+    """Predict block after block; `code` takes the chances of a block and returns its entries."""
+    steps, lanes = shape
+    block = max(_BLOCK, -(-steps * lanes // _BLOCKS))
+    weights = np.array(_FIRST_WEIGHTS, np.int64)
+    past = [np.zeros(lanes, np.int64)] * lag  # the last steps, times 2^8
+    rates: list[int] = []  # of the steps so far: share of entries that are there, in 2^-24
+    in_lane = np.zeros(lanes, np.int64)
+    table = _chances()
+    there = seen = expected = 0
+    for step in range(steps):
+        in_step = start = 0
+        newest = np.zeros(lanes, np.int64)
+        while start < lanes:
+            here = slice(start, min(start + block, lanes))
+            size = here.stop - start
+            share = ((2 * there + 1) << PRECISION) // (2 * seen + 24)
+            overall = _log(share) - _log(TOTAL - share)
+            in_past = (in_lane[here] << PRECISION) + _LANE_PRIOR * share
+            not_in_past = ((step - in_lane[here]) << PRECISION) + _LANE_PRIOR * (TOTAL - share)
+            of_step = _log((in_step << PRECISION) + _STEP_PRIOR * expected) - _log(
+                ((start - in_step) << PRECISION) + _STEP_PRIOR * (TOTAL - expected)
+            )
+            features = np.empty((len(weights), size), np.int64)
+            features[0] = overall
+            features[1] = _logs(in_past) - _logs(not_in_past) - overall
+            features[2] = of_step - overall
+            for row, distance in enumerate((1, lag, 2), start=3):
+                features[row] = past[-distance][here]
+            odds = np.clip((weights @ features) >> _WEIGHT, -_LIMIT, _LIMIT)
+            chances = table[(odds + _LIMIT + 2) >> 2]
+            bits = code(step, here, chances)
+            error = ((bits.astype(np.int64) << PRECISION) - chances) >> (PRECISION - _ERROR)
+            weights += (features @ error) >> (_ODDS + _ERROR - _WEIGHT + rate)
+            newest[here] = bits
+            count = int(np.count_nonzero(bits))
+            in_step, there, seen, start = in_step + count, there + count, seen + size, here.stop
+        in_lane += newest
+        past = [*past[1:], newest << _ODDS]
+        rates.append((in_step << PRECISION) // lanes)
+        expected = (5 * rates[-1] + 3 * expected) >> 3 if step else rates[-1]
+        if step >= lag:
+            expected = (11 * expected + 5 * rates[step + 1 - lag]) >> 4
+        expected = min(max(expected, 1 << 11), TOTAL - (1 << 11))
+
+
+def _logs(numbers: Array) -> Array:
+    """Natural logarithms of integers below 2^53, in 2^-8; frexp takes a float apart without rounding."""
+    mantissas, exponents = np.frexp(numbers.astype(np.float64))
+    places = (mantissas * (2 << _MANTISSA)).astype(np.int64) - (1 << _MANTISSA)
+    tables = _log_tables()
+    found: Array = tables[0][places] + tables[1][exponents]
+    return found
+
+
+def _log(number: int) -> int:
+    """As `_logs`, of one."""
+    mantissa, exponent = math.frexp(number)
+    mantissas, exponents = _log_lists()
+    return mantissas[int(mantissa * (2 << _MANTISSA)) - (1 << _MANTISSA)] + exponents[exponent]
+
+
+@cache
+def _log_lists() -> tuple[list[int], list[int]]:
+    mantissas, exponents = _log_tables()
+    return mantissas.tolist(), exponents.tolist()
+
+
+@cache
+def _log_tables() -> tuple[Array, Array]:
+    """ln(1/2 + i / 2^11) and i ln 2, in 2^-8, by decimal arithmetic, which is the same everywhere."""
+    size = 1 << _MANTISSA
+    unit = 1 << _ODDS
+    mantissas = [round((Decimal(size + i) / (2 * size)).ln() * unit) for i in range(size)]
+    return np.array(mantissas), np.array([round(i * Decimal(2).ln() * unit) for i in range(64)])
+
+
+@cache
+def _chances() -> Array:
+    """1 / (1 + e^-x) in 2^-24, for x from -12 to 12 in steps of 1 / 64."""
+    half = _LIMIT >> 2
+    odds = [Decimal(i - half) / (1 << _ODDS - 2) for i in range(2 * half + 1)]
+    return np.array([round(TOTAL / (1 + (-one).exp())) for one in odds])

@@ -1,0 +1,99 @@
+"""Weight clustering: a table of the distinct values, and an index into it for every entry.
+
+entry i is table[index_i]; the table is written as plain values, the indices are entropy-coded
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from lightning_compress.coding.encodings.plain import read_plain, write_plain
+from lightning_compress.coding.patterns import Words, one_zero
+from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
+
+_HASHED = 512  # distinct values that are looked up by a perfect hash; more are searched
+_STEP = 1 << 18  # patterns that are looked up at once, so that they stay in the cache
+
+
+def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
+    """Return the distinct patterns in ascending order, -0.0 as 0.0, and the index of each entry.
+
+    None if there are more than `MAX_SYMBOLS`.
+
+    Example:
+        >>> table, index = distinct(np.array([7, 3, 7, 7], np.uint32), torch.int32)
+        >>> table.tolist(), index.tolist()
+        ([3, 7], [1, 0, 1, 1])
+    """
+    table = np.unique(words[:: max(1, len(words) // _STEP)][:_STEP])
+    while len(table) <= MAX_SYMBOLS:
+        find, kind = _finder(table), np.uint8 if len(table) <= 256 else np.uint16
+        index = np.empty(len(words), kind)
+        for start in range(0, len(words), _STEP):
+            piece = words[start : start + _STEP]
+            index[start : start + _STEP] = places = find(piece)
+            unknown = table.take(places, mode="clip") != piece
+            if unknown.any():  # the sample did not have them
+                table = np.union1d(table, piece[unknown])
+                break
+        else:
+            merged, places = np.unique(one_zero(table, dtype), return_inverse=True)
+            return (table, index) if np.array_equal(merged, table) else (merged, places.astype(kind)[index])
+    return None
+
+
+def without_zero(found: tuple[Words, Array] | None, present: Array) -> tuple[Words, Array] | None:
+    """Return table and indices of the entries that are not zero, where zero is the first of the table."""
+    if found is None:
+        return None
+    table, index = found
+    return table[1:], index[present] - index.dtype.type(1)
+
+
+class _Finder:
+    """Finds values in a table by a hash without collisions: the high bits of a product."""
+
+    def __init__(self, table: Words) -> None:
+        self._bits = max(4, 2 * int(len(table) - 1).bit_length() + 1)
+        self._shift = table.dtype.type(8 * table.dtype.itemsize - self._bits)
+        generator = np.random.default_rng(0)
+        while True:
+            self._factor = table.dtype.type(int(generator.integers(1 << 62)) % (1 << 8 * table.dtype.itemsize) | 1)
+            slots = table * self._factor >> self._shift
+            if len(np.unique(slots)) == len(table):
+                break
+        self._slots = np.zeros(1 << self._bits, np.uint16)
+        self._slots[slots] = np.arange(len(table))
+
+    def __call__(self, words: Words) -> Array:
+        found: Array = self._slots.take(words * self._factor >> self._shift, mode="clip")
+        return found
+
+
+def _finder(table: Words) -> Callable[[Words], Array]:
+    if table.dtype.itemsize == 1:
+        slots = np.zeros(256, np.uint8)
+        slots[table] = np.arange(len(table))
+        return slots.take
+    if len(table) <= _HASHED and table.dtype.itemsize >= 4:
+        return _Finder(table)
+    return lambda words: np.minimum(np.searchsorted(table, words), len(table) - 1)
+
+
+def write_codebook(writer: Writer, table: Words, index: Array, dtype: torch.dtype, *, half: bool) -> None:
+    """Write distinct patterns and the index of each entry."""
+    writer.number(len(table) - 1)
+    write_plain(writer, table, dtype, half=half)
+    writer.coded(index, len(table))
+
+
+def read_codebook(
+    reader: Reader, count: int, dtype: torch.dtype, kind: np.dtype[np.generic]
+) -> tuple[int, Iterator[Words]]:
+    """Read what `write_codebook` wrote: the size of the table, and the values piece by piece."""
+    size = 1 + reader.number(MAX_SYMBOLS)
+    table = np.concatenate(list(read_plain(reader, size, dtype, kind)[1]))
+    return size, reader.coded(count, table)

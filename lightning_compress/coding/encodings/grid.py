@@ -1,0 +1,155 @@
+"""Quantized weights: small integers times a scale, one for all entries or one for every channel.
+
+    entry i is q_i * scale[channel of i], as torch multiplies in its dtype; q_i is one of least, least + step, ...
+
+Signs with a scale, as in XNOR-Net, are the grid of -1 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_compress.coding.encodings.plain import read_plain, write_plain
+from lightning_compress.coding.patterns import Words
+from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
+
+SCALED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST = MAX_SYMBOLS // 2 - 1
+_LIKELY = (1, 127, 128, 7, 8, 15, 3)  # the integer of a channel's largest magnitude
+_POSSIBLE = tuple(range(1, 129))
+_ULPS = (0, 1, -1, 2, -2)
+_ROUNDS = ((_LIKELY, 16), (_POSSIBLE, 64))  # integers to try, and the entries of a channel that they are tried on first
+_CHANNELS = 64  # that are tried together
+_AT_ONCE = 1 << 18  # entries that are tried together
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The scale of every channel, and the integer of every entry; see `find_grid`."""
+
+    scales: Words
+    integers: Array
+
+
+def find_grid(words: Words, dtype: torch.dtype, starts: Array) -> Grid | None:
+    """Return the grid that gives back every value bit for bit, or None.
+
+    A channel's scale is its least magnitude other than zero, or that over 2 or 3, or its largest over 1, 2, ... 128, up
+    to two units in the last place away: what symmetric quantization leaves.
+
+    Args:
+        words: Bit patterns, channel after channel.
+        dtype: What they stand for: one of `SCALED`.
+        starts: Where each channel starts; none is empty.
+
+    Example:
+        >>> from lightning_compress.coding.patterns import to_words
+        >>> weight = torch.tensor([-3.0, 1.0, 2.0]) * torch.tensor(0.1)
+        >>> find_grid(to_words(weight), torch.float32, np.array([0])).integers.tolist()
+        [-3, 1, 2]
+    """
+    scales, integers = [], []
+    ends = np.append(starts[1:], len(words))
+    first = 0
+    while first < len(starts):  # the first channels alone tell of most tensors that they are on no grid
+        last = first + 4 if first == 0 else int(np.searchsorted(ends, starts[first] + _AT_ONCE, side="right"))
+        last = min(max(first + 1, last), len(starts))
+        block = words[starts[first] : ends[last - 1]]
+        found = _solve(block, dtype, starts[first:last] - starts[first])
+        if found is None:
+            return None
+        owner = torch.from_numpy(np.repeat(np.arange(last - first), (ends - starts)[first:last]))
+        integers.append(_integers(_values(block, dtype), found[owner]).to(torch.int32).numpy())
+        scales.append(found.view(torch.uint8).numpy().view(words.dtype))
+        first = last
+    return Grid(np.concatenate(scales), np.concatenate(integers))
+
+
+def write_grid(writer: Writer, grid: Grid, dtype: torch.dtype) -> int:
+    """Write the scales and the integers, and return how many of these there may be."""
+    least, step, size = _levels(grid.integers)
+    writer.signed(least)
+    writer.number(step - 1)
+    writer.number(size - 1)
+    write_plain(writer, grid.scales, dtype, half=False)
+    writer.coded(((grid.integers - least) // step).astype(np.uint8 if size <= 256 else np.uint16), size)
+    return size
+
+
+def read_grid(
+    reader: Reader, count: int, dtype: torch.dtype, kind: np.dtype[np.generic], channels: int
+) -> tuple[Words, int, Iterator[Array]]:
+    """Read what `write_grid` wrote: the scales, how many integers there may be, and these piece by piece."""
+    least, step = reader.signed(), 1 + reader.number(2 * _LARGEST + 1)
+    size = 1 + reader.number(MAX_SYMBOLS)
+    if not -_LARGEST <= least <= least + step * (size - 1) <= _LARGEST:
+        reader.fail(f"its grid goes from {least} to {least + step * (size - 1)}")
+    scales = np.concatenate([np.empty(0, kind), *read_plain(reader, channels, dtype, kind)[1]])
+    return scales, size, reader.coded(count, least + step * np.arange(size, dtype=np.int32))
+
+
+def scaled(integers: Array, scales: Words, dtype: torch.dtype) -> Words:
+    """Return the bit patterns of integers times scales, one for each or one for all."""
+    product = torch.from_numpy(integers).to(dtype) * _values(scales, dtype)
+    return product.view(torch.uint8).numpy().view(scales.dtype)
+
+
+def _values(words: Words, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(words).view(np.uint8)).view(dtype)
+
+
+def _integers(values: Tensor, scales: Tensor) -> Tensor:
+    return torch.round(values.double() / scales.double()).nan_to_num_(0, 0, 0)
+
+
+def _levels(integers: Array) -> tuple[int, int, int]:
+    least, most = int(integers.min()), int(integers.max())
+    step = int(np.gcd.reduce(np.unique(integers - least))) or 1
+    return least, step, (most - least) // step + 1
+
+
+def _solve(words: Words, dtype: torch.dtype, starts: Array) -> Tensor | None:
+    """The scale of each channel."""
+    values = _values(words, dtype)
+    if not values.isfinite().all():
+        return None
+    magnitudes = values.abs().double().numpy()
+    lengths = np.diff(starts, append=len(words))
+    owner = torch.from_numpy(np.repeat(np.arange(len(starts)), lengths))
+    largest = torch.from_numpy(np.maximum.reduceat(magnitudes, starts))
+    least = torch.from_numpy(np.minimum.reduceat(np.where(magnitudes > 0, magnitudes, np.inf), starts))
+    scales = torch.zeros(len(starts), dtype=dtype)
+    unsolved = largest > 0
+    for integers, probed in _ROUNDS:
+        places = torch.from_numpy(starts[:, None] + np.arange(probed) % lengths[:, None])
+        for some in torch.split(torch.nonzero(unsolved)[:, 0], _CHANNELS):
+            candidates = torch.stack(list(_candidates(least[some], largest[some], integers, dtype)), 1)
+            fits = _exact(values[places[some]][:, None, :], candidates[:, :, None]).all(2)
+            scales[some] = candidates.gather(1, fits.byte().argmax(1, keepdim=True))[:, 0]  # the first that fits
+        unsolved = torch.zeros(len(starts), dtype=torch.bool)
+        unsolved[owner[~_exact(values, scales[owner])]] = True
+        if not unsolved.any():
+            return scales
+    return None
+
+
+def _candidates(least: Tensor, largest: Tensor, integers: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
+    yield least.to(dtype)
+    for magnitudes, divisors in ((least, (2, 3)), (largest, integers)):
+        for divisor in divisors:
+            nearest = (magnitudes / divisor).to(dtype)
+            for ulps in _ULPS:
+                moved = nearest
+                for _ in range(abs(ulps)):
+                    moved = torch.nextafter(moved, torch.full_like(moved, torch.inf if ulps > 0 else 0.0))
+                yield moved
+
+
+def _exact(values: Tensor, scales: Tensor) -> Tensor:
+    integers = _integers(values, scales)
+    return (integers.to(values.dtype) * scales == values) & (integers.abs() <= _LARGEST)

@@ -1,0 +1,117 @@
+"""Where the entries are that are not zero.
+
+DENSE      everywhere
+MAP        one bit per entry, entropy-coded
+RELATIVE   Deep Compression: the number of zeros before each, in k bits; where 2^k - 1 do not suffice, a zero is
+           stored as if it were none
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+
+from lightning_compress.coding.encodings.adaptive import RATES, read_adaptive, write_adaptive
+from lightning_compress.coding.patterns import Words
+from lightning_compress.coding.streams import Array, Reader, Writer
+
+W = TypeVar("W", bound=Writer)
+DENSE, MAP, RELATIVE = range(3)
+_MOST_BITS = 12  # of a gap
+_LEAST_LEARNED, _MOST_LEARNED, _ALL_RATES = 256, 1 << 22, 1 << 19  # entries: where learning pays, and the time is there
+
+
+def write_map(writer: Writer, present: Array, shape: tuple[int, ...]) -> None:
+    """Write which entries are not zero, with one probability for all, or with learned ones."""
+
+    if not (writer.adaptive and shape and _LEAST_LEARNED <= len(present) <= _MOST_LEARNED):
+        _write_one_chance(writer, present)
+        return
+    learned = [(axis, _learned(writer, present, shape, axis, 1)) for axis in (0, 1)]
+    axis, best = min(learned, key=lambda one: one[1].bits)
+    if len(present) <= _ALL_RATES:
+        others = (_learned(writer, present, shape, axis, rate) for rate in range(len(RATES)) if rate != 1)
+        best = min([best, *others], key=lambda one: one.bits)
+    writer.cheapest([lambda one: _write_one_chance(one, present), lambda one: one.extend(best)])
+
+
+def _write_one_chance(writer: Writer, present: Array) -> None:
+    writer.uniform([0], 2)
+    writer.coded(present.view(np.uint8), 2)
+
+
+def _learned(writer: W, present: Array, shape: tuple[int, ...], axis: int, rate: int) -> W:
+    scratch = writer.scratch()
+    scratch.uniform([1], 2)
+    write_adaptive(scratch, present, shape[0], axis, rate)
+    return scratch
+
+
+def read_map(reader: Reader, out: Words, shape: tuple[int, ...]) -> int:
+    """Set the entries that are not zero to 1, and return how many there are."""
+    if reader.uniform(1, 2)[0]:
+        if not shape or len(out) > _MOST_LEARNED:  # it would take hours
+            reader.fail(f"{len(out)} entries of shape {shape} have a learned zero map")
+        return read_adaptive(reader, out, shape[0])
+    position = total = 0
+    for piece in reader.coded(len(out), np.array([0, 1], np.uint8)):
+        out[position : position + len(piece)] = piece
+        position += len(piece)
+        total += int(np.count_nonzero(piece))
+    return total
+
+
+def padded(present: Array, width: int) -> tuple[Array, Array]:
+    """Return the positions that gaps of so many bits lead to, and the gaps.
+
+    Example:
+        >>> positions, gaps = padded(np.array([1, 0, 0, 0, 0, 0, 1], bool), 2)
+        >>> positions.tolist(), gaps.tolist()
+        ([0, 4, 6], [0, 3, 1])
+    """
+    positions = np.flatnonzero(present)
+    reach = 1 << width
+    distances = np.diff(positions, prepend=-1)
+    fillers = (distances - 1) // reach
+    ends = np.cumsum(fillers + 1)
+    gaps = np.full(int(ends[-1]) if len(ends) else 0, reach - 1, np.uint16)
+    gaps[ends - 1] = distances - 1 - fillers * reach
+    return np.cumsum(gaps.astype(np.int64) + 1) - 1, gaps
+
+
+def write_relative(writer: Writer, gaps: Array, width: int) -> None:
+    """Write gaps of so many bits."""
+    writer.number(width - 1)
+    writer.number(len(gaps))
+    writer.coded(gaps, 1 << width)
+
+
+def read_relative(reader: Reader, out: Words) -> int:
+    """Set the entries that gaps lead to to 1, and return how many there are."""
+    width = 1 + reader.number(_MOST_BITS)
+    count = reader.number(len(out) + 1)
+    position = -1
+    for gaps in reader.coded(count, np.arange(1 << width, dtype=np.int64)):
+        places = position + np.cumsum(gaps + 1)
+        position = int(places[-1])
+        if position >= len(out):
+            reader.fail("its gaps lead past the end of a tensor")
+        out[places] = 1
+    return count
+
+
+def best_width(present: Array) -> int:
+    """Return the bits of a gap that take the least room for gaps and padding, counted at the entropy.
+
+    Example:
+        >>> best_width(np.arange(4000) % 16 == 15)
+        4
+    """
+    costs = {}
+    for width in range(2, _MOST_BITS + 1):
+        _, gaps = padded(present, width)
+        counts = np.bincount(gaps, minlength=1)
+        shares = counts[counts > 0] / len(gaps)
+        costs[width] = len(gaps) * (1 - shares @ np.log2(shares)) + 5 * len(counts)
+    return min(costs, key=costs.__getitem__)

@@ -1,0 +1,162 @@
+"""A network into one small file, and back."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.coding.container import Coder, is_compressed, make_writer, open_reader, write_file
+from lightning_compress.coding.encodings.tensor import read_tensor, write_tensor
+from lightning_compress.coding.errors import CorruptFileError
+from lightning_compress.coding.header import Header, describe, read_header, write_header
+from lightning_compress.coding.size import CompressedSize, TensorSize
+from lightning_compress.core.checkpoints import adopt, read_state
+
+
+def save_compressed(
+    model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, coder: Coder = "ans", half: bool = False
+) -> CompressedSize:
+    """Write a network's state dict into one file, every tensor in the way that takes the fewest bytes.
+
+    What a tensor is like is seen from its values alone: zeros (a map of them, coded), few distinct values (a codebook
+    of k values and coded indices: n H + k b bits at entropy H), signs and grids of a few bits (integers times a
+    scale per tensor or channel), floats that are float16, integers of a few bits; else as it is. Everything comes back
+    bit for bit, but that -0.0 comes back as 0.0. The file appears whole or not at all.
+
+    Args:
+        model: A module, or tensors by name: any device, any order in memory, tied ones stored once. What a cut network
+            needs to be rebuilt (the metadata of its state dict) goes into the file as well.
+        path: The file, in an existing folder; an old one is replaced.
+        coder: "ans": at the entropy; "huffman": Deep Compression's way, relative indices and Huffman codes, in whole
+            bits per symbol; "none": fixed widths.
+        half: Whether values and codebooks that would be float32 or float64 are rounded to float16; they come back in
+            their dtype.
+
+    Returns:
+        What each tensor costs; print it.
+
+    Raises:
+        ValueError: `coder` is unknown, or the state dict holds something that a file can't: an entry that is no
+            tensor, an unknown dtype or layout, or metadata that are no plain values.
+
+    Paper:
+        Han et al., Deep Compression (1510.00149).
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = Path(tempfile.mkdtemp()) / "network.lcz"
+        >>> layer = nn.Linear(300, 100)
+        >>> _ = layer.weight.data.mul_(torch.rand(100, 300) < 0.1).sign_()  # 10 % left, as signs
+        >>> size = save_compressed(layer, path)
+        >>> size.bytes < 3000, size.dense_bytes
+        (True, 120400)
+        >>> torch.equal(load_compressed(path)["weight"], layer.weight)
+        True
+    """
+    writer = make_writer(coder)
+    header, tensors = describe(model.state_dict() if isinstance(model, nn.Module) else model)
+    write_header(writer, header)
+    sizes = []
+    for entry, tensor in zip(header.entries, tensors, strict=True):
+        before = writer.bits
+        encoding = write_tensor(writer, tensor, half=half)
+        sizes.append(TensorSize.of(entry, encoding, writer.bits - before))
+    return CompressedSize(write_file(path, writer, coder), coder, tuple(sizes))
+
+
+def load_compressed(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, max_bytes: int | None = None
+) -> Any:
+    """Load a network that was compressed: a file of `save_compressed`, a Lightning checkpoint, or a state dict.
+
+    Args:
+        path: The file; what it is, its first bytes tell.
+        model: A network of the user's own class, dense where the file's was cut. It gets the file's shapes and
+            weights, and is returned; without it the state dict is: dense tensors on the CPU, tied names sharing one.
+        max_bytes: How much memory the tensors of a compressed file may take; None: as much as the machine has.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CorruptFileError: A compressed file is truncated, damaged, crafted, of an unknown version, or too large.
+        ValueError: It is no file of tensors, or not of a network of this class; the model is as it was.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_compress.core.surgery import cut
+        >>> def make():
+        ...     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> path = Path(tempfile.mkdtemp()) / "thin.lcz"
+        >>> _ = save_compressed(cut(make(), {"0": [0, 3, 5]}, torch.zeros(2, 3)), path)
+        >>> load_compressed(path, make())[0]
+        Linear(in_features=3, out_features=3, bias=True)
+    """
+    if Path(path).is_file() and is_compressed(path):
+        state = read_compressed(path, max_bytes=max_bytes).state
+    else:
+        state = read_state(path)
+    return state if model is None else adopt(model, state, path)
+
+
+@dataclass(frozen=True)
+class CompressedFile:
+    """What `read_compressed` found: the state dict, and what each tensor costs."""
+
+    state: dict[str, Tensor]
+    size: CompressedSize
+
+
+def read_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> CompressedFile:
+    """Read a file of `save_compressed`.
+
+    Args:
+        path: The file.
+        max_bytes: How much memory its tensors may take; None: as much as the machine has.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CorruptFileError: It is truncated, damaged, crafted, of an unknown version, too large, or something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path} (looked for in {Path(path).absolute().parent}).")
+    data = Path(path).read_bytes()
+    try:
+        return _read(data, _memory() if max_bytes is None else max_bytes)
+    except (CorruptFileError, MemoryError) as error:
+        raise CorruptFileError(f"{path} is corrupt: {error or 'its tensors do not fit into memory'}.") from None
+
+
+def _read(data: bytes, limit: int) -> CompressedFile:
+    reader, coder = open_reader(data)
+    header = read_header(reader, len(data))
+    announced = sum(entry.bytes for entry in header.entries)
+    if announced > limit:
+        reader.fail(f"its tensors take {announced} bytes, more than the {limit} that there are for them")
+    tensors: dict[str, Tensor] = {}
+    sizes = []
+    for entry in header.entries:
+        before = reader.bits + reader.raw_bits
+        tensor, encoding = read_tensor(reader, entry.dtype, entry.shape)
+        sizes.append(TensorSize.of(entry, encoding, reader.bits + reader.raw_bits - before))
+        tensors.update(dict.fromkeys(entry.names, tensor))
+    reader.finish()
+    return CompressedFile(_state(header, tensors), CompressedSize(len(data), coder, tuple(sizes)))
+
+
+def _state(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state: OrderedDict[str, Tensor] = OrderedDict((name, tensors[name]) for name in header.names)
+    if header.metadata is not None:
+        state._metadata = header.metadata  # type: ignore[attr-defined]
+    return state
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not everywhere
+        return 1 << 46

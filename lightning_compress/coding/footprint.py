@@ -1,0 +1,64 @@
+"""What a network costs, with the bytes of its compressed file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lightning_compress.coding.files import load_compressed, save_compressed
+from lightning_compress.core.footprint import Footprint, measure
+from lightning_compress.core.inputs import ExampleInputs
+
+
+def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 30) -> Footprint:
+    """Measure parameters, MACs, latency and memory as `core.footprint.measure` does, and bytes by `save_compressed`.
+
+    Args:
+        model: Any module; parameters, gradients, buffers, modes, hooks and torch's random state stay as they are.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first, on the
+            model's device.
+        repeats: How many forward passes the latency is the median of.
+
+    Raises:
+        ValueError: As for `measure`, or the state dict holds what a file can't.
+        RuntimeError: The file did not give back what was written.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> cost = footprint(net, torch.randn(16, 4))
+        >>> cost.parameters, cost.macs, 0 < cost.bytes < 400
+        (58, 48, True)
+    """
+    return measure(model, example_inputs, repeats=repeats, file_bytes=file_bytes)
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Return the size of the network's compressed file, which is read back and compared.
+
+    Raises:
+        ValueError: The state dict holds what a file can't.
+        RuntimeError: The file did not give back what was written.
+
+    Example:
+        >>> file_bytes(nn.Linear(10, 10)) < 10 * 11 * 4 + 30
+        True
+    """
+    state = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.lcz"
+        size = save_compressed(state, path).bytes
+        loaded = load_compressed(path)
+    changed = [name for name, tensor in state.items() if not _same(tensor.cpu(), loaded[name])]
+    if changed:
+        raise RuntimeError(f"These tensors came back from the file other than they were written: {changed}.")
+    return size
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    both_nan = (ours != ours) & (theirs != theirs)
+    return bool(((ours == theirs) | both_nan).all())

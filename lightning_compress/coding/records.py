@@ -1,0 +1,137 @@
+"""Plain Python values as bytes: what a state dict's metadata holds beside the tensors.
+
+One byte says what follows: N none, T true, F false, i an integer (its length, then its bytes), f a float of 8 bytes,
+s a string and b bytes (length first), l a list, t a tuple, d a dict (number of items first). Lengths and numbers are
+7 bits to the byte, the lowest first, the eighth bit saying that more follow.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+_DEPTH = 32  # values within values
+
+
+def to_bytes(value: Any, where: str = "the metadata") -> bytes:
+    """Return a value as bytes.
+
+    Raises:
+        ValueError: It is, or holds, something other than None, bool, int, float, str, bytes, list, tuple and dict.
+
+    Example:
+        >>> to_bytes({"num_heads": 2})
+        b'd\\x01s\\tnum_headsi\\x01\\x02'
+    """
+    if value is None or isinstance(value, bool):
+        return {None: b"N", True: b"T", False: b"F"}[value]
+    if isinstance(value, int):
+        return b"i" + _sized(value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
+    if isinstance(value, float):
+        return b"f" + struct.pack("<d", value)
+    if isinstance(value, str):
+        return b"s" + _sized(value.encode())
+    if isinstance(value, bytes):
+        return b"b" + _sized(value)
+    if isinstance(value, list | tuple):
+        kind = b"l" if isinstance(value, list) else b"t"
+        return kind + varint(len(value)) + b"".join(to_bytes(one, where) for one in value)
+    if isinstance(value, dict):
+        items = (to_bytes(one, where) for pair in value.items() for one in pair)
+        return b"d" + varint(len(value)) + b"".join(items)
+    raise ValueError(f"{where} holds a {type(value).__name__}; a compressed file takes plain values only.")
+
+
+def from_bytes(data: bytes) -> Any:
+    """Return the value that `to_bytes` made the bytes of.
+
+    Raises:
+        ValueError: The bytes are something else.
+
+    Example:
+        >>> from_bytes(to_bytes({"scale": {0: [0, 3]}}))
+        {'scale': {0: [0, 3]}}
+    """
+    reader = _Bytes(data)
+    value = reader.value(_DEPTH)
+    if reader.position != len(data):
+        raise ValueError(f"{len(data) - reader.position} bytes are left over")
+    return value
+
+
+def varint(number: int) -> bytes:
+    """Return a number in 7 bits to the byte.
+
+    Example:
+        >>> varint(300)
+        b'\\xac\\x02'
+    """
+    found = bytearray()
+    while number >= 0x80:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def read_varint(data: bytes | memoryview, position: int) -> tuple[int, int]:
+    """Return the number at a position, and the position behind it.
+
+    Raises:
+        ValueError: It has no end, or more than 64 bits.
+    """
+    number = shift = 0
+    while position < len(data) and shift < 64:
+        number |= (data[position] & 0x7F) << shift
+        position += 1
+        if data[position - 1] < 0x80:
+            return number, position
+        shift += 7
+    raise ValueError("a number has no end")
+
+
+def _sized(data: bytes) -> bytes:
+    return varint(len(data)) + data
+
+
+class _Bytes:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.position = 0
+
+    def take(self, count: int) -> bytes:
+        taken = self.data[self.position : self.position + count]
+        if len(taken) < count:
+            raise ValueError(f"{count} bytes expected, {len(taken)} left")
+        self.position += count
+        return taken
+
+    def length(self) -> int:
+        number, self.position = read_varint(self.data, self.position)
+        return number
+
+    def value(self, depth: int) -> Any:
+        if not depth:
+            raise ValueError(f"values are nested more than {_DEPTH} deep")
+        kind = self.take(1)
+        if kind in b"NTF":
+            return {b"N": None, b"T": True, b"F": False}[kind]
+        if kind == b"f":
+            return struct.unpack("<d", self.take(8))[0]
+        if kind not in b"isbltd":
+            raise ValueError(f"a value of kind {kind!r} is unknown")
+        length = self.length()
+        if kind in b"isb":
+            taken = self.take(length)
+            if kind == b"i":
+                return int.from_bytes(taken, "little", signed=True)
+            return taken.decode() if kind == b"s" else taken
+        if length > len(self.data) - self.position:  # an item takes a byte at least
+            raise ValueError(f"{length} items expected in {len(self.data) - self.position} bytes")
+        if kind == b"d":
+            pairs = [(self.value(depth - 1), self.value(depth - 1)) for _ in range(length)]
+            try:
+                return dict(pairs)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+        items = [self.value(depth - 1) for _ in range(length)]
+        return items if kind == b"l" else tuple(items)

@@ -1,0 +1,135 @@
+"""What a compressed file costs, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import StringIO
+from math import prod
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_compress.coding.encodings.tensor import Encoding
+from lightning_compress.coding.header import Entry
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """What one tensor costs.
+
+    Attributes:
+        names: Its names; several where it is tied.
+        shape: Its shape.
+        dtype: Its dtype, without "torch.".
+        encoding: How it is stored.
+        bytes: Its share of the file, with its codebook and frequency table. A stream has no byte limits between
+            tensors, so that this is a fraction.
+        dense_bytes: What it takes uncompressed.
+        distinct: How many values its codebook or grid has; None where they are stored one by one.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    encoding: str
+    bytes: float
+    dense_bytes: int
+    distinct: int | None
+
+    @classmethod
+    def of(cls, entry: Entry, encoding: Encoding, bits: float) -> TensorSize:
+        """Return what a tensor of this header entry costs."""
+        kind = str(entry.dtype).removeprefix("torch.")
+        return cls(entry.names, entry.shape, kind, encoding.name, bits / 8, entry.bytes, encoding.distinct)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the file per entry; 0 for a tensor without entries."""
+        return 8 * self.bytes / prod(self.shape) if prod(self.shape) else 0.0
+
+    @property
+    def formula_bits(self) -> float:
+        """Bits by Deep Compression's formula: n log2 k + k b with a codebook, n b without."""
+        entries, bits = prod(self.shape), 8 * self.dense_bytes
+        if self.distinct is None or not entries:
+            return bits
+        return min(bits, entries * math.log2(self.distinct) + self.distinct * bits / entries)
+
+
+@dataclass(frozen=True)
+class CompressedSize:
+    """What a compressed file costs; `print` shows it as a table.
+
+    Attributes:
+        bytes: Size of the file.
+        coder: How its symbols are coded.
+        tensors: What each tensor costs, in the file's order; the rest of the bytes are names, shapes and checksum.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from lightning_compress.coding import save_compressed
+        >>> size = save_compressed({"w": torch.randn(100).sign()}, Path(tempfile.mkdtemp()) / "network.lcz")
+        >>> size.bytes < 50, size.tensors[0].dense_bytes
+        (True, 400)
+    """
+
+    bytes: int
+    coder: str
+    tensors: tuple[TensorSize, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the tensors take uncompressed, tied ones once."""
+        return sum(tensor.dense_bytes for tensor in self.tensors)
+
+    @property
+    def rate(self) -> float:
+        """How many times smaller the file is than its tensors: dense_bytes / bytes."""
+        return self.dense_bytes / self.bytes
+
+    @property
+    def formula_rate(self) -> float:
+        """Deep Compression's r = n b / (n log2 k + k b), over all tensors.
+
+        n entries of b bits, k shared values; what has no codebook counts n b on both sides. It knows neither the
+        entropy of the indices nor where zeros are cheap, and nothing of names, shapes and biases.
+        """
+        bits = sum(tensor.formula_bits for tensor in self.tensors)
+        return 8 * self.dense_bytes / bits if bits else 1.0
+
+    def __rich__(self) -> Table:
+        caption = (
+            f"{self.bytes:,} bytes, coder {self.coder}: {self.rate:.1f}x smaller than {self.dense_bytes:,} in memory; "
+            f"by the formula n b / (n log2 k + k b), without a file, it would be {self.formula_rate:.1f}x."
+        )
+        table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")
+        table.add_column("tensor", no_wrap=True)
+        table.add_column("shape", overflow="fold")
+        table.add_column("stored as", min_width=12, overflow="fold")
+        for heading in ("bytes", "bits per weight", "share"):
+            table.add_column(heading, justify="right")
+        for row in self._rows():
+            table.add_row(*row)
+        return table
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for tensor in self.tensors:
+            yield (
+                " = ".join(tensor.names),
+                " x ".join(map(str, tensor.shape)),
+                f"{tensor.dtype}: {tensor.encoding}",
+                f"{tensor.bytes:,.1f}",
+                f"{tensor.bits_per_weight:.3f}",
+                f"{tensor.bytes / self.bytes:.1%}",
+            )
+        rest = self.bytes - sum(tensor.bytes for tensor in self.tensors)
+        yield ("names, shapes, checksum", "", "", f"{rest:,.1f}", "", f"{rest / self.bytes:.1%}")
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=140)
+        console.print(self)
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue()

@@ -1,0 +1,218 @@
+"""What a file is written with and read with: numbers, equally likely values, coded symbols, raw bytes.
+
+Writing is put off until `finish`: until then a writer only counts bits, so that several ways to store a tensor can be
+written to scratch writers, and the cheapest one kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from lightning_compress.coding.errors import CorruptFileError
+from lightning_compress.coding.packing import pack, packed_bytes, unpack
+
+Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
+W = TypeVar("W", bound="Writer")
+
+MAX_SYMBOLS = 4096  # in one alphabet
+PIECE = 1 << 20  # symbols that are decoded at once
+_DIGIT = 16  # bits of a number that are written at once
+
+
+class Writer(ABC):
+    """Collects what a file consists of.
+
+    Attributes:
+        bits: What it costs, so far.
+        raws: What goes beside the stream: numbers of bytes, and what makes them.
+    """
+
+    adaptive = False  # whether `binary` is there
+    relative = False  # whether gaps between non-zeros are worth a try
+
+    def __init__(self) -> None:
+        self.bits = 0.0
+        self.raws: list[tuple[int, Callable[[], Iterable[bytes]]]] = []
+
+    @abstractmethod
+    def scratch(self: W) -> W:
+        """Return an empty writer of the same kind."""
+
+    def extend(self: W, other: W) -> None:
+        """Append what a scratch writer collected."""
+        self.bits += other.bits
+        self.raws += other.raws
+
+    def cheapest(self: W, ways: Iterable[Callable[[W], T]]) -> T:
+        """Write in the way that costs the fewest bits, the first one of equals, and return what that way returns."""
+        best: tuple[W, T] | None = None
+        for way in ways:
+            scratch = self.scratch()
+            told = way(scratch)
+            if best is None or scratch.bits < best[0].bits:
+                best = scratch, told
+        assert best is not None, "there is a way to write everything"
+        self.extend(best[0])
+        return best[1]
+
+    @abstractmethod
+    def uniform(self, values: Array | list[int], size: int) -> None:
+        """Write integers of range(size), all equally likely; size is at most 2^24."""
+
+    @abstractmethod
+    def coded(self, symbols: Array, size: int) -> None:
+        """Write integers of range(size) with a model of how often each comes; size is at most `MAX_SYMBOLS`."""
+
+    def binary(self, symbols: Array, chances: Array) -> None:
+        """Write zeros and ones; a one has the probability chances / 2^24, which the reader knows by then."""
+        raise NotImplementedError
+
+    def raw(self, data: bytes) -> None:
+        """Write bytes as they are."""
+        self.packed(np.frombuffer(data, np.uint8), 8)
+
+    def packed(self, values: Array, width: int) -> None:
+        """Write unsigned integers in so many bits each."""
+        self.later(packed_bytes(len(values), width), partial(pack, values, width))
+
+    def later(self, size: int, make: Callable[[], Iterable[bytes]]) -> None:
+        """Write so many bytes beside the stream, which are made when the file is."""
+        self.raws.append((size, make))
+        self.bits += 8 * size
+
+    @property
+    def raw_bytes(self) -> int:
+        """How many bytes go beside the stream."""
+        return sum(size for size, _ in self.raws)
+
+    def raw_pieces(self) -> Iterator[bytes]:
+        """The bytes that go beside the stream."""
+        for _, make in self.raws:
+            yield from make()
+
+    def number(self, value: int) -> None:
+        """Write an integer from 0 to 2^64 - 2: Elias's delta code of it plus 1."""
+        length = (value + 1).bit_length()
+        prefix = length.bit_length()
+        self.uniform([0] * (prefix - 1) + [1], 2)
+        self._low_bits(length, prefix - 1)
+        self._low_bits(value + 1, length - 1)
+
+    def _low_bits(self, value: int, count: int) -> None:
+        while count > 0:
+            digit = min(count, _DIGIT)
+            count -= digit
+            self.uniform([value >> count & ((1 << digit) - 1)], 1 << digit)
+
+    def signed(self, value: int) -> None:
+        """Write an integer of either sign: 0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+        self.number(2 * value if value >= 0 else -2 * value - 1)
+
+    @abstractmethod
+    def finish(self) -> bytes:
+        """Return the stream; the raw bytes are not in it."""
+
+
+class Reader(ABC):
+    """Takes apart what a writer of the same kind made.
+
+    Args:
+        stream: The stream.
+        raw: The raw bytes.
+    """
+
+    def __init__(self, stream: memoryview, raw: memoryview) -> None:
+        self._stream = stream
+        self._raw = raw
+        self._position = 0
+
+    def fail(self, problem: str) -> NoReturn:
+        """Raise the error that says what is wrong with the file; the caller adds its name."""
+        raise CorruptFileError(problem)
+
+    @property
+    def raw_bits(self) -> int:
+        """How many of the raw bits have been taken."""
+        return 8 * self._position
+
+    @property
+    @abstractmethod
+    def bits(self) -> float:
+        """How many bits have been taken from the stream."""
+
+    @abstractmethod
+    def uniform(self, count: int, size: int) -> Array:
+        """Read what `Writer.uniform` wrote."""
+
+    @abstractmethod
+    def coded(self, count: int, lookup: Array) -> Iterator[Array]:
+        """Read what `Writer.coded` wrote, piece by piece: of each symbol its entry of `lookup`."""
+
+    def binary(self, chances: Array) -> Array:
+        """Read what `Writer.binary` wrote."""
+        self.fail("it uses a zero map that its coder does not have")
+
+    def raw(self, count: int) -> memoryview:
+        """Read so many bytes."""
+        taken = self._raw[self._position : self._position + count]
+        if len(taken) < count:
+            self.fail(f"it is truncated: {count} bytes expected, {len(taken)} left")
+        self._position += count
+        return taken
+
+    def packed(self, count: int, width: int) -> Array:
+        """Read what `Writer.packed` wrote."""
+        return unpack(self.raw(packed_bytes(count, width)), count, width)
+
+    def number(self, below: int = 1 << 64) -> int:
+        """Read what `Writer.number` wrote."""
+        prefix = 1
+        while not self.uniform(1, 2)[0]:
+            prefix += 1
+            if prefix > 7:
+                self.fail("a number has no end")
+        length = 1 << (prefix - 1) | self._low_bits(prefix - 1)
+        if length > 65:
+            self.fail(f"a number has {length} bits")
+        value = (1 << (length - 1) | self._low_bits(length - 1)) - 1
+        if value >= below:
+            self.fail(f"a number is {value}, where less than {below} is expected")
+        return value
+
+    def _low_bits(self, count: int) -> int:
+        value = 0
+        while count > 0:
+            digit = min(count, _DIGIT)
+            count -= digit
+            value = value << digit | int(self.uniform(1, 1 << digit)[0])
+        return value
+
+    def signed(self) -> int:
+        """Read what `Writer.signed` wrote."""
+        value = self.number()
+        return -(value + 1) // 2 if value % 2 else value // 2
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Raise a CorruptFileError if something is left."""
+
+    def _finish_raw(self) -> None:
+        if self._position != len(self._raw):
+            self.fail(f"{len(self._raw) - self._position} of its bytes belong to nothing")
+
+
+def count(symbols: Array, size: int) -> Array:
+    """Return how often each symbol comes; piece by piece, for numpy would make 64-bit integers of all."""
+    if size == 2:
+        ones = int(np.count_nonzero(symbols))
+        return np.array([len(symbols) - ones, ones])
+    counts = np.zeros(size, np.int64)
+    for start in range(0, len(symbols), PIECE // 4):
+        counts += np.bincount(symbols[start : start + PIECE // 4], minlength=size)
+    return counts
