@@ -12,7 +12,7 @@ import lightning_compress
 PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 HYDRA_FILES = {"hydra.py", "cli.py"}
-GLUE = {"callback.py", "group_lasso.py", "clustering.py", "module.py", "watching.py"}
+GLUE = {"callback.py", "group_lasso.py", "quantizing.py", "clustering.py", "binary.py", "module.py", "watching.py"}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
 
 

@@ -138,6 +138,14 @@ class BinaryWeights(Projection):
         self._deterministic = True
         self._rewrite(self.parameters)
 
+    @torch.no_grad()
+    def take_real(self) -> None:
+        """Take what the module holds, such as an average, as the real values; the caller then projects."""
+        for name, parameter in self.parameters.items():
+            self.latent[name].copy_(parameter)
+            if name in self.alive:
+                self.latent[name].mul_(self.alive[name])
+
     @contextmanager
     def real(self) -> Iterator[None]:
         """Have the real values in the module, and afterwards again what it held."""

@@ -160,9 +160,9 @@ def loop(layer: nn.Linear, binary: BinaryWeights, steps: int, seed: int = 5) -> 
 
 
 def test_samples_are_drawn_anew_at_every_step_from_their_own_generator() -> None:
-    torch.manual_seed(0)
     samples = []
     for _ in range(2):
+        torch.manual_seed(0)
         layer = nn.Linear(40, 30)
         nn.init.constant_(layer.weight, 0.01)
         binary = BinaryWeights(layer, ["weight"], mode="stochastic", generator=torch.Generator().manual_seed(7))
