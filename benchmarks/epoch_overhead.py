@@ -1,9 +1,10 @@
-"""What does the callback cost? Epochs of LeNet-300-100 at batch 128: bare Lightning, Lightning's ModelPruning, ours.
+"""What does a callback cost? Epochs of a LeNet at batch 128: bare Lightning, Lightning's ModelPruning, ours.
 
 All variants take turns within every round, so that they see the same machine; the table holds medians of the rounds, of
 wall-clock time and of CPU time, which a busy machine disturbs less.
 
     python benchmarks/epoch_overhead.py --rounds 7
+    python benchmarks/epoch_overhead.py --network lenet5 --samples 12800 --only clustering "pruning, clustering"
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from lightning.pytorch.callbacks import ModelPruning
 from rich.console import Console
 from rich.table import Table
 
-from lightning_compress import IterativePruningCallback
-from lightning_compress.baselines import Classifier, LeNet300, TensorLoader
+from lightning_compress import IterativePruningCallback, WeightClusteringCallback
+from lightning_compress.baselines import Classifier, LeNet5, LeNet300, TensorLoader
 
-SAMPLES, BATCH = 60_000, 128
+BATCH = 128
+NETWORKS = {"lenet300": LeNet300, "lenet5": LeNet5}
 
 
 class Stopwatch(Callback):
@@ -61,13 +63,17 @@ VARIANTS: dict[str, Callable[[], list[Callback]]] = {
     "si": ours(criterion="si"),
     "apoz, neurons": ours(criterion="apoz", granularity="neuron", scope="layer"),
     "taylor, neurons": ours(criterion="taylor", granularity="neuron", scope="layer"),
+    "clustering": lambda: [WeightClusteringCallback(16, gradient="mean")],
+    "clustering, 256": lambda: [WeightClusteringCallback(256, gradient="mean")],
+    "clustering, global": lambda: [WeightClusteringCallback(16, gradient="mean", scope="global")],
+    "pruning, clustering": lambda: [*ours()(), WeightClusteringCallback(16, gradient="mean")],
 }
 
 
-def seconds_per_epoch(make_callbacks: Callable[[], list[Callback]]) -> tuple[float, float]:
+def seconds_per_epoch(make_callbacks: Callable[[], list[Callback]], network: str, samples: int) -> tuple[float, float]:
     """Fit three epochs: the second is timed, with a pruning event in it, and masks in force since the first."""
     torch.manual_seed(0)
-    x, y = torch.randn(SAMPLES, 1, 28, 28), torch.randint(10, (SAMPLES,))
+    x, y = torch.randn(samples, 1, 28, 28), torch.randint(10, (samples,))
     watch = Stopwatch()
     trainer = Trainer(
         accelerator="cpu",
@@ -78,7 +84,7 @@ def seconds_per_epoch(make_callbacks: Callable[[], list[Callback]]) -> tuple[flo
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Classifier(LeNet300(), input_shape=(1, 28, 28))
+    module = Classifier(NETWORKS[network](), input_shape=(1, 28, 28))
     trainer.fit(module, TensorLoader(x, y, batch_size=BATCH, shuffle=True))
     return watch.seconds[1]
 
@@ -87,15 +93,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--network", choices=list(NETWORKS), default="lenet300")
+    parser.add_argument("--samples", type=int, default=60_000)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
+    torch.set_num_threads(arguments.threads)
     chosen = {name: VARIANTS[name] for name in VARIANTS if name in arguments.only or name == "bare Lightning"}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for _ in range(arguments.rounds):
         for name, make_callbacks in chosen.items():
-            seconds[name].append(seconds_per_epoch(make_callbacks))
+            seconds[name].append(seconds_per_epoch(make_callbacks, arguments.network, arguments.samples))
 
     table = Table("callback", "wall s", "wall, ratio to bare", "CPU s", "CPU, ratio to bare", "min to max")
     for name, mine in seconds.items():

@@ -185,7 +185,6 @@ class SharedWeights:
         """
         given = self.parameters if tensors is None else tensors
         means = self._sums(given) / self._counts.clamp(min=1.0)
-        means = torch.where(self._counts > 0, means, self.codebook)
         means[0] = 0.0
         for name in self.parameters:
             self._look_up(means, name, given[name])
