@@ -267,7 +267,8 @@ class BinaryWeightsCallback(QuantizingCallback):
             parameters = dict(average.named_parameters())
             averages = {name: parameters[name].detach().clone() for name in self._binary.parameters}
             checkpoint["callbacks"][self.state_key]["technique"]["averages"] = averages
-        if averages is None and not self._binary.holds():  # after the fit something else was put into the module
+        # Signs are there already, or something else was put into the module after the fit.
+        if averages is None and (self.mode == "deterministic" or not self._binary.holds()):
             return
         first_name = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         signs = self._binary.signs(averages)
@@ -331,7 +332,8 @@ class BinaryWeightsCallback(QuantizingCallback):
             if isinstance(other, CompressionCallback) and not isinstance(other, QuantizingCallback):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # each says itself what its patterns leave out
-                    theirs = select_parameters(pl_module, other.target, exclude=other.exclude)  # type: ignore[attr-defined]
+                    target, exclude = getattr(other, "target", None), getattr(other, "exclude", ())
+                    theirs = select_parameters(pl_module, target, exclude=exclude)
                 if both := [name for name in self._wanted if name in theirs]:
                     yield other, both
 

@@ -158,9 +158,13 @@ class BinaryWeights(Projection):
             self._rewrite(self.parameters)
 
     def holds(self) -> bool:
-        """Whether the module holds the binary weights, the deterministic ones or the sample."""
+        """Whether the module holds these binary weights, the deterministic ones or the sample.
+
+        Signs and zeros tell: scales are older than the real values where channels have been cut since the last step.
+        """
         return all(
-            torch.equal(parameter, self._binary(name, self.latent[name])) for name, parameter in self.parameters.items()
+            torch.equal(parameter.detach().sign(), self._binary(name, self.latent[name]).sign())
+            for name, parameter in self.parameters.items()
         )
 
     def signs(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

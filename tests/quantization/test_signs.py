@@ -239,19 +239,23 @@ def test_a_channel_whose_real_values_are_zero_is_not_pruned() -> None:
     assert binary.alive == {}
 
 
-def test_a_cut_is_followed() -> None:
+@pytest.mark.parametrize("options", [{"mode": "stochastic"}, {"scaling": "mean"}], ids=str)
+def test_a_cut_is_followed(options: Any) -> None:
     layer = nn.Linear(6, 4)
     layer.weight.data[1, 2] = 0.0
-    binary = BinaryWeights(layer, ["weight"], mode="stochastic")
+    binary = BinaryWeights(layer, ["weight"], **options)
     loop(layer, binary, 2)
-    kept, weight = torch.tensor([1, 3]), layer.weight.detach().clone()
-    layer.weight.data, layer.bias.data = weight[kept], layer.bias.data[kept]
+    rows, columns, weight = torch.tensor([1, 3]), torch.tensor([0, 2, 5]), layer.weight.detach().clone()
+    thin = weight[rows][:, columns]
+    layer.weight.data, layer.bias.data, layer.in_features = thin.clone(), layer.bias.data[rows], 3
     layer.weight.grad = layer.bias.grad = None
-    binary.follow_cut(layer, {"weight": {0: kept}, "bias": {0: kept}})
+    binary.follow_cut(layer, {"weight": {0: rows, 1: columns}, "bias": {0: rows}})
     assert binary.holds()
     binary.project()
-    assert torch.equal(layer.weight.detach(), weight[kept])
+    assert torch.equal(layer.weight.detach().sign(), thin.sign())
     loop(layer, binary, 2)
+    assert layer.weight[0, 1] == 0
+    assert binary.latent["weight"].shape == (2, 3)
 
 
 def test_numbers_without_a_sign_are_refused() -> None:
