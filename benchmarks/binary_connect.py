@@ -1,11 +1,11 @@
 """BinaryConnect on MNIST, and what followed it: one multilayer perceptron, one recipe, one run per row and seed.
 
 The recipe is the paper's (Courbariaux et al. 2015, section 3.1): three hidden layers with batch norm, squared hinge
-loss, Adam with a learning rate that decays exponentially, no augmentation; the real weights of binary layers begin
-uniform in -1 .. 1, and their updates are divided by Glorot's coefficient. All 60,000 training images train; the error
-is that of the last epoch's network on the 10,000 test images, whose labels select nothing. "1-bit" is the network that
-a file of signs holds, "real" the real weights, in stochastic mode those behind the signs: the paper's stochastic rows
-are of these, only its deterministic ones of 1 bit.
+loss, Adam with a learning rate that decays exponentially, updates of binary layers divided by Glorot's coefficient, no
+augmentation. Real weights begin uniform in -1 .. 1 in stochastic mode, as there, and as torch draws them in the others
+(`--init` changes that). All 60,000 training images train; the error is that of the last epoch's network on the 10,000
+test images, whose labels select nothing. "1-bit" is the network that a file of signs holds, "real" the real weights, in
+stochastic mode those behind the signs: the paper's stochastic rows are of these, only its deterministic ones of 1 bit.
 
     python benchmarks/binary_connect.py --root data/mnist --epochs 100 --seeds 0 1 2
     python benchmarks/binary_connect.py --root data/mnist --width 512 --epochs 20 --methods none xnor binarynet
@@ -94,7 +94,7 @@ def one(method: str, seed: int, options: argparse.Namespace) -> dict[str, float]
         lr_end=options.lr_end,
         dropout=0.5 if method == "dropout" else 0.0,
         hardtanh=bool(settings and settings.get("activations")),
-        wide=bool(settings and settings.get("lr_scale") == "glorot") and not options.torch_init,
+        wide=options.init == "uniform" or (options.init == "by-mode" and method == "stochastic"),
     )
     data = MNIST(root=options.root, batch_size=100, val_size=0, seed=seed)
     binary = None if settings is None else BinaryWeightsCallback(**settings)
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-end", type=float, default=3e-6)
-    parser.add_argument("--torch-init", action="store_true", help="begin binary layers as torch does")
+    parser.add_argument("--init", choices=["by-mode", "torch", "uniform"], default="by-mode")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--json", type=Path, help="write what was measured here as well")
     options = parser.parse_args()
