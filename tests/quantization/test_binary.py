@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from support.compare import differences
+from support.jobs import fit
+from support.ranks import RankPair
 from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
 from torch import Tensor, nn
 
@@ -279,8 +281,15 @@ def test_inputs_of_a_compiled_module_are_refused() -> None:
 def test_pruned_weights_stay_zero_and_the_others_are_binary(criterion: Any, mode: Any, order: int) -> None:
     pruning = IterativePruningCallback(0.6, criterion=criterion, end_epoch=1.5, every_n_steps=3)
     binary = BinaryWeightsCallback(mode, start_epoch=2.0 if criterion == "magnitude" else 0.5)
-    record = Record()
-    module = run(*[pruning, binary][::order], record)
+    record, zeros = Record(), []
+
+    class Count(Callback):
+        def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            masked = sum(int((~mask).sum()) for mask in pruning.masks.values())
+            zeros.append((masked, sum(int((value == 0).sum()) for value in weights(pl_module).values())))
+
+    module = run(*[pruning, binary][::order], record, Count())
+    assert all(masked == zero for masked, zero in zeros)  # right after an event too, before the next step
     total = sum(module.get_parameter(name).numel() for name in LAYERS)
     for seen in [*record.trained[2 * EPOCH :], record.validated[-1], weights(module)]:
         assert sum(int((value == 0).sum()) for value in seen.values()) == round(0.6 * total)
@@ -332,6 +341,18 @@ def test_clustering_the_same_weights_is_refused_and_others_are_not(order: int) -
     module = run(*callbacks[::order])
     assert len(module.net.head.weight.unique()) <= 3
     assert is_signs({"hidden": module.net.hidden.weight})
+
+
+# ---------------------------------------------------------------------- ranks
+
+
+def test_ranks_that_resume_from_one_process_draw_the_same_samples(rank_pair: RankPair, tmp_path: Path) -> None:
+    """The checkpoint has the random states of rank 0 alone."""
+    fit("binary-stochastic", folder=tmp_path)
+    resume = str(tmp_path / f"step={2 * EPOCH}.ckpt")
+    first, second = rank_pair.run("support.jobs:fit_on_ranks", tmp_path, entry="binary-stochastic", resume=resume)
+    for part in ("latent", "positive"):
+        assert differences(first["technique"]["binary"][part], second["technique"]["binary"][part]) == []
 
 
 # ---------------------------------------------------------------------- averages

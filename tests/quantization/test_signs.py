@@ -220,6 +220,8 @@ def test_weights_that_become_zero_stay_zero(scaling: Any) -> None:
     loop(layer, binary, 2)
     layer.weight.data[0, 3] = 0.0  # as a mask does, between two steps
     loop(layer, binary, 3)
+    assert layer.weight.grad is not None
+    assert (layer.weight.grad == 0).nonzero().tolist() == [[0, 3], [1, 2]]  # nor do they count in the norm for clipping
     weight, latent = layer.weight.detach(), binary.latent["weight"]
     assert (weight == 0).nonzero().tolist() == [[0, 3], [1, 2]]
     assert (latent == 0).nonzero().tolist() == [[0, 3], [1, 2]]
