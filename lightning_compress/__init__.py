@@ -9,9 +9,11 @@ from lightning_compress.core.footprint import Footprint
 from lightning_compress.core.surgery import cut, shrink
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.group_lasso import GroupLassoCallback
+from lightning_compress.quantization.binary import BinaryWeightsCallback
 from lightning_compress.quantization.clustering import WeightClusteringCallback
 
 __all__ = [
+    "BinaryWeightsCallback",
     "ChannelGroup",
     "ChannelGroups",
     "CompressedSize",

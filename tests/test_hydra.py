@@ -38,6 +38,7 @@ YOURS = {  # what these files leave to the user
     ("data", "datamodule"): ["data._target_=lightning_compress.baselines.Digits"],
 }
 DELIBERATE = {  # where a file has another value than the constructor's default, on purpose
+    ("compress", "binary_weights"): {"lr_scale"},  # for the recipe's Adam
     ("compress", "group_lasso"): {"strength"},  # has no default
     ("compress", "iterative_pruning"): {"amount"},
     ("compress", "neuron_pruning"): {"granularity", "criterion"},

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 from support.small import SmallModule
 
-from lightning_compress import IterativePruningCallback, WeightClusteringCallback
+from lightning_compress import BinaryWeightsCallback, IterativePruningCallback, WeightClusteringCallback
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 
@@ -72,3 +72,18 @@ def test_clusters_are_a_number_or_a_number_per_pattern(n_clusters: str, tmp_path
     cli = LightningCLI(SmallModule, run=False, save_config_callback=None, args=arguments)
     (found,) = [one for one in cli.trainer.callbacks if isinstance(one, WeightClusteringCallback)]
     assert found.state_key == WeightClusteringCallback(json.loads(n_clusters), start_epoch=2.0).state_key
+
+
+@pytest.mark.parametrize("activations", ["true", "false", '["net.head"]', '"net.*"'])
+def test_binary_inputs_are_a_switch_or_patterns(activations: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  callbacks:\n"
+        "    - class_path: lightning_compress.BinaryWeightsCallback\n"
+        f"      init_args: {{scaling: mean, clip: null, activations: {activations}}}\n"
+    )
+    arguments = [*QUIET, f"--config={config}"]
+    cli = LightningCLI(SmallModule, run=False, save_config_callback=None, args=arguments)
+    (found,) = [one for one in cli.trainer.callbacks if isinstance(one, BinaryWeightsCallback)]
+    expected = BinaryWeightsCallback(scaling="mean", clip=None, activations=json.loads(activations))
+    assert found.state_key == expected.state_key

@@ -79,7 +79,7 @@ def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path)
     second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own
     for part in ("weights", "optimizers"):
         assert differences(first[part], second[part]) == []
-    for part in ("keep", "codebooks", "indices"):
+    for part in ("keep", "codebooks", "indices", "binary", "generator"):
         assert differences(first["technique"].get(part), second["technique"].get(part)) == []
 
     resume = str(folder / f"step={2 * EPOCH // 2}.ckpt")
@@ -91,7 +91,7 @@ def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path)
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_doing_nothing_is_nothing(entry: str) -> None:
-    bare, idle = fit(None), fit(entry, nothing=True)
+    bare, idle = fit(entry, bare=True), fit(entry, nothing=True)
     for part in ("weights", "optimizers", "random"):
         assert differences(bare[part], idle[part]) == []
 
@@ -110,8 +110,12 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
     weights = torch.cat([p.flatten() for name, p in module.named_parameters() if name.endswith("weight")])
     if entry in MASKING:
         assert (weights == 0).float().mean() > 0.3
-    if "clustering" in entry:
+    if "clustering" in entry and "binary" not in entry:
         assert max(len(module.get_parameter(f"net.{layer}.weight").unique()) for layer in ("hidden", "head")) <= 6
+    if "binary" in entry:
+        for row in module.net.hidden.weight.abs():
+            assert len(row[row > 0].unique()) <= 1  # a filter may be pruned altogether
+            assert "then" in entry or (row > 0).all()
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -131,7 +135,7 @@ def test_trainer_options(entry: str, options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_manual_optimization_with_two_optimizers(entry: str) -> None:
-    result = fit(entry, module=ManualModule())
+    result = fit(entry, module=ManualModule(**REGISTRY[entry].module))
     assert result["technique"].get("keep") is not None or entry not in MASKING
 
 
@@ -143,7 +147,7 @@ def test_every_verb_after_a_fit_and_a_second_fit(entry: str, tmp_path: Path) -> 
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
     beside = REGISTRY[entry].beside()
     trainer = quiet_trainer(callbacks=[callback, *beside, checkpoint], enable_checkpointing=True)
-    module = SmallModule()
+    module = SmallModule(**REGISTRY[entry].module)
     trainer.fit(module, shuffled(), plain())
     before = {name: value.clone() for name, value in module.state_dict().items()}
     trainer.validate(module, plain(), verbose=False)

@@ -75,8 +75,12 @@ class Projection:
                 )
             self._open = {}
             for name, parameter in share.items():
-                self.latent[name].copy_(parameter)
+                self._keep(name, parameter)
         self._project(share)
+
+    def _keep(self, name: str, parameter: nn.Parameter) -> None:
+        """Take the stepped value as the latent one; a subclass may change both, to the same."""
+        self.latent[name].copy_(parameter)
 
     def settle(self) -> None:
         """Project what `open` left open because the step never came, as when a gradient scaler skips it."""

@@ -14,16 +14,14 @@ from lightning_compress.core.select import select_parameters
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
 from lightning_compress.quantization.kmeans import Init, check_init, kmeans
+from lightning_compress.quantization.quantizing import QuantizingCallback
 from lightning_compress.quantization.sharing import GradientRule, SharedWeights, check_rule
-from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.distributed import broadcast
-from lightning_compress.trainer.monitors import count_anew
-from lightning_compress.trainer.timeline import steps_at
 
 _ALL = "*"  # the key of the one codebook of scope="global"
 
 
-class WeightClusteringCallback(CompressionCallback):
+class WeightClusteringCallback(QuantizingCallback):
     """Clusters the weights of each layer once and trains the cluster's shared values on.
 
     At `start_epoch` the k values c that minimise the sum over weights w of min over j of (w - c_j)^2 replace the
@@ -58,6 +56,10 @@ class WeightClusteringCallback(CompressionCallback):
         >>> trainer = Trainer(callbacks=[clustering], max_epochs=9, logger=False, enable_checkpointing=False)
     """
 
+    verb, done = "cluster", "clustered"
+    hidden = "which belong to no cluster"
+    shrunk = "shrinks the weights of a cluster apart after every step"
+
     def __init__(
         self,
         n_clusters: int | Mapping[str, int] = 16,
@@ -69,7 +71,6 @@ class WeightClusteringCallback(CompressionCallback):
         target: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
     ) -> None:
-        start_epoch = float(start_epoch)
         n_clusters = dict(n_clusters) if isinstance(n_clusters, Mapping) else n_clusters
         super().__init__(
             n_clusters=n_clusters,
@@ -77,26 +78,20 @@ class WeightClusteringCallback(CompressionCallback):
             start_epoch=start_epoch,
             gradient=gradient,
             scope=scope,
-            target=target if target is None or isinstance(target, str) else list(target),
-            exclude=exclude if isinstance(exclude, str) else list(exclude),
+            target=target,
+            exclude=exclude,
         )
         _check_numbers(n_clusters, scope)
         check_init(init)
         check_rule(gradient)
         if scope not in ("layer", "global"):
             raise ValueError(f"scope must be 'layer' or 'global'; got {scope!r}.")
-        if not start_epoch >= 0:
-            raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
         self.n_clusters = n_clusters
         self.init: Init = init
-        self.start_epoch = start_epoch
         self.gradient: GradientRule = gradient
         self.scope = scope
-        self.target = target
-        self.exclude = exclude
 
-        self._start: int | None = None  # the optimizer step
-        self._wanted: dict[str, int] = {}  # clusters by parameter
+        self._wanted: dict[str, int]  # clusters by parameter
         self._shared: dict[str, SharedWeights] = {}  # by parameter, or by _ALL
         self._announced: torch.optim.Optimizer | None = None
 
@@ -121,43 +116,27 @@ class WeightClusteringCallback(CompressionCallback):
 
     # ------------------------------------------------------------------ the fit
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        for other in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]  # set by a connector
-            for option, why in (
-                ("regrow", "trains hidden weights behind the mask, which belong to no cluster"),
-                ("proximal", "shrinks the weights of a cluster apart after every step"),
-            ):
-                if getattr(other, option, False):
-                    raise ValueError(
-                        f"{type(other).__name__}({option}=True) {why}: use {option}=False, or cluster in a later fit."
-                    )
+    def wants(self, pl_module: LightningModule) -> dict[str, int]:
+        return clusters_by_name(pl_module, self.n_clusters, target=self.target, exclude=self.exclude)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        self._wanted = clusters_by_name(pl_module, self.n_clusters, target=self.target, exclude=self.exclude)
-        _check_disjoint(self, trainer, pl_module)
+        super().prepare(trainer, pl_module, state)
         if self.scope == "global":
             self._check_one_optimizer(trainer, pl_module)
         if state is not None:
-            self._start, self._shared = state["start"], {}
+            self._shared = {}
             self._share(pl_module, state["codebooks"], state["indices"])
         elif self._shared:
             self._share(pl_module, self.codebooks, self.indices)  # perhaps on another device
             self._check_clustered()
-        elif self._start is None:
-            self._start = steps_at(trainer, self.start_epoch)
 
-    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        assert self._start is not None
-        if self._shared or not self._wanted or step < self._start:
-            return
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
         parameters = dict(pl_module.named_parameters())
         for key, names in self._groups().items():
             together = {name: parameters[name] for name in names}
             self._shared[key] = SharedWeights.nearest(together, self._means(together, self._wanted[names[0]]))
         self._hold()
-        if step > 0:
-            count_anew(trainer, f"weights are clustered to {self.bits_per_weight:.3g} bits each")
+        return f"weights are clustered to {self.bits_per_weight:.3g} bits each"
 
     def _means(self, parameters: Mapping[str, nn.Parameter], k: int) -> Tensor:
         tensors = [parameter.detach() for parameter in parameters.values()]
@@ -212,21 +191,11 @@ class WeightClusteringCallback(CompressionCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        clusterings = [one for one in trainer.callbacks if isinstance(one, WeightClusteringCallback)]  # type: ignore[attr-defined]
-        number = clusterings.index(self)
-        suffix = f"_{number + 1}" if number else ""
+        suffix = self.suffix(trainer)
         self._take_zeros()
         values = float(sum(shared.n_values for shared in self._shared.values()))
         pl_module.log(f"bits_per_weight{suffix}", self.bits_per_weight, prog_bar=True, sync_dist=True)
         pl_module.log(f"clusters{suffix}", values, sync_dist=True)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._wanted and not self._shared:
-            warnings.warn(
-                f"The fit ended at step {self._steps}, before weights were clustered at step {self._start}: "
-                f"start_epoch={self.start_epoch} is too late.",
-                stacklevel=2,
-            )
 
     def project_copy(self, module: nn.Module) -> None:
         copies = dict(module.named_parameters())
@@ -272,7 +241,7 @@ class WeightClusteringCallback(CompressionCallback):
 
     def technique_state(self) -> dict[str, Any]:
         self._take_zeros()
-        return {"start": self._start, "codebooks": self.codebooks, "indices": self.indices}
+        return super().technique_state() | {"codebooks": self.codebooks, "indices": self.indices}
 
 
 def clusters_by_name(
@@ -331,15 +300,3 @@ def _check_numbers(n_clusters: int | Mapping[str, int], scope: str) -> None:
             raise ValueError(
                 f"n_clusters must be a whole number, 1 or more, or 0 to change nothing; got {n_clusters!r}."
             )
-
-
-def _check_disjoint(callback: WeightClusteringCallback, trainer: Trainer, module: nn.Module) -> None:
-    for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(other, WeightClusteringCallback) and other is not callback:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # each says itself what its patterns leave out
-                theirs = clusters_by_name(module, other.n_clusters, target=other.target, exclude=other.exclude)
-            if both := sorted(callback._wanted.keys() & theirs.keys()):
-                raise ValueError(
-                    f"Two WeightClusteringCallbacks cluster {', '.join(both)}: give them targets that share nothing."
-                )

@@ -27,15 +27,19 @@ def fit(
     module: LightningModule | None = None,
     callbacks: tuple[Callback, ...] = (),
     nothing: bool = False,
+    bare: bool = False,
     **trainer_options: Any,
 ) -> dict[str, Any]:
-    """Fit a small network with a registry entry; return everything that a resume must reproduce."""
+    """Fit a small network with a registry entry; return everything that a resume must reproduce.
+
+    `nothing`: with the setting that changes nothing; `bare`: the entry's network without its callbacks.
+    """
     seed_everything(1, verbose=False)
     if resume is not None:
         torch.manual_seed(999)  # a resumed process starts from anywhere
-    module = module or SmallModule()
+    module = module or (SmallModule() if entry is None else SmallModule(**REGISTRY[entry].module))
     mine = []
-    if entry is not None:
+    if entry is not None and not bare:
         mine = [REGISTRY[entry].nothing()] if nothing else [REGISTRY[entry].make(), *REGISTRY[entry].beside()]
     if folder is not None:
         checkpoint = ModelCheckpoint(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch.nn.functional as F
 from lightning.pytorch import Callback
 
-from lightning_compress import GroupLassoCallback, IterativePruningCallback, WeightClusteringCallback
+from lightning_compress import (
+    BinaryWeightsCallback,
+    GroupLassoCallback,
+    IterativePruningCallback,
+    WeightClusteringCallback,
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,7 @@ class Entry:
     make: Callable[[], Callback]
     nothing: Callable[[], Callback]  # the setting under which it must change nothing at all
     beside: Callable[[], list[Callback]] = list  # other techniques in the same Trainer, after this one
+    module: dict[str, Any] = field(default_factory=dict)  # options of SmallModule
 
     def with_(self, *others: Entry) -> Entry:
         """This technique followed by others."""
@@ -48,6 +55,15 @@ def clustering(**options: Any) -> Entry:
     )
 
 
+def binary(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"start_epoch": 0.5} | options
+    return Entry(
+        make=lambda: BinaryWeightsCallback(**settings),
+        nothing=lambda: BinaryWeightsCallback(**(settings | {"start_epoch": 100.0})),
+        module={"activation": F.hardtanh} if "activations" in options else {},
+    )
+
+
 REGISTRY: dict[str, Entry] = {
     "pruning": pruning(),
     "pruning-layer-random": pruning(criterion="random", scope="layer", schedule="linear"),
@@ -74,4 +90,10 @@ REGISTRY: dict[str, Entry] = {
     "clustering-global-sum": clustering(scope="global", gradient="sum", target=["net.hidden", "net.head"]),
     "pruning-then-clustering": pruning(amount=0.6).with_(clustering()),
     "clustering-then-pruning": clustering(start_epoch=1.0).with_(pruning(amount=0.6)),
+    "binary-deterministic": binary(start_epoch=0.0, lr_scale="glorot"),
+    "binary-stochastic": binary(mode="stochastic"),
+    "binary-xnor-activations": binary(scaling="mean", activations=True),
+    "pruning-then-binary": pruning(amount=0.6, end_epoch=1.5).with_(binary(start_epoch=2.0, mode="stochastic")),
+    "binary-then-pruning-taylor": binary(scaling="mean").with_(pruning(amount=0.6, criterion="taylor")),
+    "clustering-beside-binary": clustering(n_clusters={"net.head": 5}).with_(binary(exclude="net.head")),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ FEATURES, CLASSES, SAMPLES, BATCH = 12, 3, 96, 8
 
 
 class SmallNet(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, activation: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.conv = nn.Conv1d(1, 6, 3, padding=1)
         self.norm = nn.BatchNorm1d(6)
         self.hidden = nn.Linear(6 * FEATURES, 16)
@@ -24,14 +25,14 @@ class SmallNet(nn.Module):
         self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x.unsqueeze(1))))
-        return self.head(self.dropout(F.relu(self.hidden(x.flatten(1)))))
+        x = self.activation(self.norm(self.conv(x.unsqueeze(1))))
+        return self.head(self.dropout(self.activation(self.hidden(x.flatten(1)))))
 
 
 class SmallModule(LightningModule):
-    def __init__(self, optimizer: str = "sgd") -> None:
+    def __init__(self, optimizer: str = "sgd", activation: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
-        self.net = SmallNet()
+        self.net = SmallNet(activation)
         self.optimizer = optimizer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,8 +66,8 @@ class SmallModule(LightningModule):
 class ManualModule(SmallModule):
     """Two optimizers that step by hand within one batch."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -1,0 +1,126 @@
+"""What callbacks share that give weights a few values: when they begin, and what they do not go with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_compress.core.select import select_parameters
+from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.monitors import count_anew
+from lightning_compress.trainer.timeline import steps_at
+
+
+class QuantizingCallback(CompressionCallback):
+    """Gives weights a few values from `start_epoch` on, all at once, and trains them on.
+
+    A subclass supplies `begin`, the class attributes and, where its patterns mean more, `wants`; its `prepare` and
+    `technique_state` go on from those here. It has begun when `self.projection` is there.
+
+    Args:
+        start_epoch: When it begins, in epochs, which may be fractions.
+        target: Patterns of modules (their `weight`) or parameters.
+        exclude: Patterns to leave out.
+        settings: The other constructor arguments, for the `state_key`.
+    """
+
+    verb: ClassVar[str]  # what it does with weights, in messages,
+    done: ClassVar[str]  # and what they are afterwards
+    hidden: ClassVar[str]  # of weights that train behind a mask: what is wrong with them
+    shrunk: ClassVar[str]  # what a proximal step does to them
+
+    def __init__(
+        self,
+        *,
+        start_epoch: float,
+        target: str | Sequence[str] | None,
+        exclude: str | Sequence[str],
+        **settings: Any,
+    ) -> None:
+        start_epoch = float(start_epoch)
+        super().__init__(
+            **settings,
+            start_epoch=start_epoch,
+            target=target if target is None or isinstance(target, str) else list(target),
+            exclude=exclude if isinstance(exclude, str) else list(exclude),
+        )
+        if not start_epoch >= 0:
+            raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
+        self.start_epoch = start_epoch
+        self.target = target
+        self.exclude = exclude
+
+        self._start: int | None = None  # the optimizer step
+        self._wanted: Collection[str] = ()
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Give the weights their values and set `self.projection`; return what monitors are told of it."""
+        raise NotImplementedError
+
+    def wants(self, pl_module: LightningModule) -> Collection[str]:
+        """Return the names of the parameters that get a few values."""
+        return select_parameters(pl_module, self.target, exclude=self.exclude)
+
+    # ------------------------------------------------------------------ the fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        for other in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]  # set by a connector
+            for option, why in (
+                ("regrow", f"trains hidden weights behind the mask, {self.hidden}"),
+                ("proximal", self.shrunk),
+            ):
+                if getattr(other, option, False):
+                    raise ValueError(
+                        f"{type(other).__name__}({option}=True) {why}: use {option}=False, or {self.verb} in a later "
+                        f"fit."
+                    )
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        self._wanted = self.wants(pl_module)
+        self._check_disjoint(trainer, pl_module)
+        if state is not None:
+            self._start = state["start"]
+        if self._start is None:
+            self._start = steps_at(trainer, self.start_epoch)
+
+    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        assert self._start is not None
+        if self.projection is not None or not self._wanted or step < self._start:
+            return
+        reason = self.begin(trainer, pl_module)
+        if step > 0:
+            count_anew(trainer, reason)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._wanted and self.projection is None:
+            warnings.warn(
+                f"The fit ended at step {self._steps}, before weights were {self.done} at step {self._start}: "
+                f"start_epoch={self.start_epoch} is too late.",
+                stacklevel=2,
+            )
+
+    def technique_state(self) -> dict[str, Any]:
+        return {"start": self._start}
+
+    def suffix(self, trainer: Trainer) -> str:
+        """Return what the second callback of this class appends to the names it logs, and "" for the first."""
+        mine = [one for one in trainer.callbacks if type(one) is type(self)]  # type: ignore[attr-defined]
+        number = mine.index(self)
+        return f"_{number + 1}" if number else ""
+
+    def _check_disjoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, QuantizingCallback) and other is not self:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # each says itself what its patterns leave out
+                    both = sorted(set(self.wants(pl_module)) & set(other.wants(pl_module)))
+                if both:
+                    mine, theirs = type(self).__name__, type(other).__name__
+                    who = (
+                        f"Two {mine}s {self.verb}" if mine == theirs else f"{mine} and {theirs} both set the values of"
+                    )
+                    raise ValueError(f"{who} {', '.join(both)}: give them targets that share nothing.")
