@@ -18,8 +18,8 @@ from support.small import BATCH, FEATURES, SAMPLES, ManualModule, SmallModule, d
 from torch import Tensor, nn
 
 from lightning_compress import GroupLassoCallback, IterativePruningCallback
+from lightning_compress.coding import load_compressed
 from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.checkpoints import load_compressed
 from lightning_compress.core.surgery import cut, shrink
 
 EPOCH = SAMPLES // BATCH
