@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.cutting import TOLERANCE, compare, run
@@ -44,6 +45,9 @@ class Plan:
             with entries_restored(model):  # what the code keeps for its next call is fake here
                 programs.append(export(model, inputs))
         model.eval()
+        returned = programs[0].graph_signature.output_specs
+        if not any(one.kind == OutputKind.USER_OUTPUT and isinstance(one.arg, TensorArgument) for one in returned):
+            raise ValueError(f"{type(model).__name__} returns no tensor, so that no cut of it could be checked.")
         places = Places(model)
         candidates: dict[tuple[object, ...], ChannelGroup] = {}
         readings: dict[tuple[object, ...], set[int]] = {}
@@ -107,15 +111,12 @@ def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInp
 
 def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     try:
-        outputs = run(model, inputs)
+        return run(model, inputs)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run on the example inputs in double precision, in which its channel "
             f"groups are tried: {error}"
         ) from error
-    if not outputs:
-        raise ValueError(f"{type(model).__name__} returns no tensor, so that no cut of it could be checked.")
-    return outputs
 
 
 def _operators(program: ExportedProgram) -> list[str]:
