@@ -115,7 +115,8 @@ class Run:
         before_recovery = None
         if recorder.snapshot is not None:
             snapshot = copy.deepcopy(compressed)
-            snapshot.load_state_dict(recorder.snapshot)
+            with _quietly("lightning_compress.core.reshaping", logging.ERROR):  # it is wider, of course
+                snapshot.load_state_dict(recorder.snapshot)
             before_recovery = self._accuracy(snapshot)
         compressed_accuracy = self._accuracy(compressed)
         trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
@@ -156,7 +157,7 @@ class Run:
         return logged[self.metric]
 
     def _trainer(self, **options: Any) -> Trainer:
-        with _quietly():
+        with _quietly("lightning.pytorch"):  # it tells with every Trainer of accelerators, and what one could install
             return self.make_trainer(**options)
 
     def _costs(
@@ -174,15 +175,14 @@ class Run:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep Lightning from telling with every Trainer which accelerators there are, and what else one could install."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def _quietly(name: str, level: int = logging.WARNING) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 def can_draw() -> bool:
