@@ -202,3 +202,13 @@ def test_buffers_may_be_parts_of_one_tensor() -> None:
     assert net.scale.dtype == torch.float32
     cut(net, {group.name: [1, 4]}, torch.ones(2, 3))
     assert (net.scale.tolist(), net.shift.tolist()) == ([1, 4], [9, 12])
+
+
+def test_a_plan_that_follows_a_cut_and_a_new_one_list_the_same_free_groups() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(2, 3)
+    groups = channel_groups(net, x)
+    keep = {"0": mask(0, 0, 1, 0), "2": mask(1, 0, 1, 1, 0, 1, 1, 1)}
+    cut(net, {name: stays.nonzero().squeeze(1) for name, stays in keep.items()}, x, groups=groups)
+    followed, anew = (found.free() for found in (thinned(groups, keep), channel_groups(net, x)))
+    assert [(one.name, one.size) for one in followed] == [(one.name, one.size) for one in anew] == [("2", 6)]
