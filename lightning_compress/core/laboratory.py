@@ -68,6 +68,8 @@ def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> 
     """
 
     def double(value: Any) -> Any:
+        if isinstance(value, nn.Parameter):  # recurrent layers keep a list of theirs
+            return known.get(id(value), value)
         if isinstance(value, Tensor):
             alike = value.detach().double() if value.is_floating_point() else value
             return known.get(id(value), alike)

@@ -28,6 +28,7 @@ def select_parameters(
     *,
     exclude: str | Sequence[str] = (),
     argument: str = "target",
+    warn: bool = True,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that the patterns name, by qualified name and in the module's own order.
 
@@ -41,6 +42,7 @@ def select_parameters(
         target: Patterns to take; `None` takes the weight of every linear layer and convolution.
         exclude: Patterns to leave out, read by the same rules, vectors included.
         argument: What messages call `target`.
+        warn: Whether to warn of patterns that match nothing; not where that has been told before.
 
     Raises:
         ValueError: Nothing is left, or a taken layer has no `weight` of its own (not built yet, or parametrized).
@@ -53,8 +55,8 @@ def select_parameters(
         ['0.bias', '3.weight', '3.bias']
     """
     parameters = dict(module.named_parameters())
-    wanted = _default(module) if target is None else _matching(module, _as_list(target), argument)
-    left_out = _matching(module, _as_list(exclude), "exclude", vectors=True)
+    wanted = _default(module) if target is None else _matching(module, _as_list(target), argument, warn=warn)
+    left_out = _matching(module, _as_list(exclude), "exclude", warn=warn, vectors=True)
     chosen = {name: parameter for name, parameter in parameters.items() if name in wanted - left_out}
     if not chosen:
         raise ValueError(
@@ -86,7 +88,9 @@ def _default(module: nn.Module) -> set[str]:
     return chosen
 
 
-def _matching(module: nn.Module, patterns: Iterable[str], argument: str, *, vectors: bool = False) -> set[str]:
+def _matching(
+    module: nn.Module, patterns: Iterable[str], argument: str, *, warn: bool, vectors: bool = False
+) -> set[str]:
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}
     chosen: set[str] = set()
     for pattern in patterns:
@@ -103,7 +107,7 @@ def _matching(module: nn.Module, patterns: Iterable[str], argument: str, *, vect
                     is_vector = parameter.dim() < 2
                     if vectors or not by_wildcard or not is_vector:
                         found.add(first_name[id(parameter)])
-        if not found:
+        if not found and warn:
             warnings.warn(
                 f"{argument} pattern {pattern!r} matches no parameter of {type(module).__name__}; it has layers "
                 f"such as {_some(_default_names(module)) or 'none that are linear or convolutions'}.",

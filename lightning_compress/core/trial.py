@@ -102,7 +102,8 @@ class Trial:
 
     def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
         """Cut all groups, several times, and compare; None, or what went wrong."""
-        for drop in _drops(groups):
+        drops = _drops(groups)
+        for drop in drops:
             error = self._compared(drop)
             if error is not None:
                 return error
@@ -110,7 +111,7 @@ class Trial:
             return None
         self._model.train()
         try:
-            error = self._compared([(group, units) for group, units in _drops(groups)[0] if group.exact])
+            error = self._compared([(group, units) for group, units in drops[0] if group.exact])
         finally:
             self._model.eval()
         return error and f"in training mode {error}"

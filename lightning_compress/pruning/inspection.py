@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -139,9 +138,7 @@ class _Channels:
 def _reasons_to_skip(
     module: nn.Module, target: str | Sequence[str] | None, exclude: str | Sequence[str]
 ) -> dict[str, str]:
-    with warnings.catch_warnings():  # the caller has been warned of patterns that match nothing
-        warnings.simplefilter("ignore")
-        wanted = select_parameters(module, target)
+    wanted = select_parameters(module, target, warn=False)  # the caller has been warned
     excluded = f"excluded by {exclude!r}"
     passed_over = "not targeted"
     return {name: excluded if name in wanted else passed_over for name, _ in module.named_parameters()}

@@ -12,7 +12,6 @@ does not depend on its size, and the same strength then means the same to every 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -175,9 +174,7 @@ def unit_groups(
         ([('0', 4, 4)], {'4': 'it is an output of the network'})
     """
     chosen = {id(parameter) for parameter in select_parameters(model, target, exclude=exclude).values()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said above
-        named = {id(parameter) for parameter in select_parameters(model, target).values()}
+    named = {id(parameter) for parameter in select_parameters(model, target, warn=False).values()}  # told above
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found, left_out = [], {}
     for group in channels:

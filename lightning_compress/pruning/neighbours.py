@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,10 +20,8 @@ def check_disjoint(module: nn.Module, callbacks: Iterable[Any]) -> None:
     owners: dict[str, RemovingCallback] = {}
     for callback in callbacks:
         if isinstance(callback, RemovingCallback):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # each callback says itself which of its patterns match nothing
-                names = select_parameters(module, callback.target, exclude=callback.exclude)
-            for name in names:
+            # each callback says itself which of its patterns match nothing
+            for name in select_parameters(module, callback.target, exclude=callback.exclude, warn=False):
                 if name in owners:
                     raise ValueError(
                         f"Two {type(callback).__name__}s prune {name}: {owners[name].state_key} and "

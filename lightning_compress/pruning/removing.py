@@ -112,9 +112,7 @@ class RemovingCallback(WatchingCallback):
         return channels
 
     def _excluded(self, pl_module: LightningModule) -> list[str]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # patterns that match nothing have been told
-            return list(select_parameters(pl_module, self.exclude)) if self.exclude else []
+        return list(select_parameters(pl_module, self.exclude, warn=False)) if self.exclude else []
 
     def _watch(self, pl_module: LightningModule) -> Statistic | None:
         """What the criterion needs to see of the targets, as they are now; None where nothing can go any more."""

@@ -330,10 +330,8 @@ class BinaryWeightsCallback(QuantizingCallback):
         """Yield the other callbacks that change the same parameters, with these."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if isinstance(other, CompressionCallback) and not isinstance(other, QuantizingCallback):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # each says itself what its patterns leave out
-                    target, exclude = getattr(other, "target", None), getattr(other, "exclude", ())
-                    theirs = select_parameters(pl_module, target, exclude=exclude)
+                target, exclude = getattr(other, "target", None), getattr(other, "exclude", ())
+                theirs = select_parameters(pl_module, target, exclude=exclude, warn=False)  # it says so itself
                 if both := [name for name in self._wanted if name in theirs]:
                     yield other, both
 

@@ -282,12 +282,10 @@ def clusters_by_name(
 
 def _quietly(module: nn.Module, target: str | None, *, exclude: str | Sequence[str] = ()) -> Mapping[str, nn.Parameter]:
     """As `select_parameters`, where what matches nothing is told elsewhere."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return select_parameters(module, target, exclude=exclude)
-        except ValueError:
-            return {}
+    try:
+        return select_parameters(module, target, exclude=exclude, warn=False)
+    except ValueError:
+        return {}
 
 
 def _check_numbers(n_clusters: int | Mapping[str, int], scope: str) -> None:
