@@ -65,7 +65,14 @@ def inits(networks: dict[str, LeNet300], data: MNIST, epochs: int, clusters: lis
     for name, network in networks.items():
         for k in clusters:
             errors = [
-                clustered(network, data, epochs, WeightClusteringCallback(k, init=init), optimizer="adam", lr=1e-4)
+                clustered(
+                    network,
+                    data,
+                    epochs,
+                    WeightClusteringCallback(k, init=init, gradient="sum"),
+                    optimizer="adam",
+                    lr=1e-4,
+                )
                 for init in get_args(Init)
             ]
             table.add_row(name, str(k), *errors)

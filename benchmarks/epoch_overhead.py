@@ -63,10 +63,10 @@ VARIANTS: dict[str, Callable[[], list[Callback]]] = {
     "si": ours(criterion="si"),
     "apoz, neurons": ours(criterion="apoz", granularity="neuron", scope="layer"),
     "taylor, neurons": ours(criterion="taylor", granularity="neuron", scope="layer"),
-    "clustering": lambda: [WeightClusteringCallback(16, gradient="mean")],
-    "clustering, 256": lambda: [WeightClusteringCallback(256, gradient="mean")],
-    "clustering, global": lambda: [WeightClusteringCallback(16, gradient="mean", scope="global")],
-    "pruning, clustering": lambda: [*ours()(), WeightClusteringCallback(16, gradient="mean")],
+    "clustering": lambda: [WeightClusteringCallback(16)],
+    "clustering, 256": lambda: [WeightClusteringCallback(256)],
+    "clustering, global": lambda: [WeightClusteringCallback(16, scope="global")],
+    "pruning, clustering": lambda: [*ours()(), WeightClusteringCallback(16)],
 }
 
 

@@ -25,7 +25,7 @@ class WeightClusteringCallback(QuantizingCallback):
     """Clusters the weights of each layer once and trains the cluster's shared values on.
 
     At `start_epoch` the k values c that minimise the sum over weights w of min over j of (w - c_j)^2 replace the
-    weights. Then dL/dc_j = sum (or mean) over the cluster of dL/dw, in place of each gradient before the optimizer's
+    weights. Then dL/dc_j = mean (or sum) over the cluster of dL/dw, in place of each gradient before the optimizer's
     step and before clipping, and after it every weight is the mean over its cluster. Weights that are exactly zero,
     then or later, have been pruned: they stay zero and belong to no cluster. `bits_per_weight` (indices and tables,
     before any entropy coding) and `clusters` (shared values in all) are logged once an epoch.
@@ -37,8 +37,8 @@ class WeightClusteringCallback(QuantizingCallback):
         init: Where the k-means begins: "optimal", or, to see why not, "linear" (evenly from the smallest weight to the
             largest) or "density" (quantiles).
         start_epoch: When weights are clustered, in epochs, which may be fractions.
-        gradient: "sum" is the derivative by the shared value. It grows with the cluster, so that SGD needs a smaller
-            learning rate than before; "mean" keeps the scale of a single weight's gradient.
+        gradient: "mean" keeps the scale of a single weight's gradient, and so the optimizer's settings. "sum" is the
+            derivative by the shared value; it grows with the cluster, and SGD diverges at its dense learning rate.
         scope: "layer" makes a codebook for each layer, "global" one for all of them together.
         target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution, or
             what the patterns of `n_clusters` name.
@@ -66,7 +66,7 @@ class WeightClusteringCallback(QuantizingCallback):
         *,
         init: Init = "optimal",
         start_epoch: float = 0.0,
-        gradient: GradientRule = "sum",
+        gradient: GradientRule = "mean",
         scope: Literal["layer", "global"] = "layer",
         target: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),

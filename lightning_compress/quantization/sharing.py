@@ -1,6 +1,6 @@
 """Shared weights: a table of a few values, and for every weight the index of its value.
 
-    gradient of a value   =  sum (or mean) of the gradients of the weights that share it
+    gradient of a value   =  mean (or sum) of the gradients of the weights that share it
     value after a step    =  mean of those weights, which are then equal again
     index 0               =  exact zeros, made by pruning: they stay, and share nothing
 
@@ -120,7 +120,7 @@ class SharedWeights:
         >>> layer.weight.data
         tensor([[ 1., -2.,  1.,  0.]])
         >>> layer(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).backward()
-        >>> shared.share_gradients(); layer.weight.grad
+        >>> shared.share_gradients("sum"); layer.weight.grad
         tensor([[4., 2., 4., 0.]])
         >>> torch.optim.SGD(layer.parameters(), lr=0.1).step(); shared.share_values(); layer.weight.data
         tensor([[ 0.6000, -2.2000,  0.6000,  0.0000]])
@@ -156,8 +156,8 @@ class SharedWeights:
         return shared
 
     @torch.no_grad()
-    def share_gradients(self, rule: GradientRule = "sum") -> None:
-        """Give every weight the gradient of its value: the sum, or the mean, over the cluster. Zeros get none.
+    def share_gradients(self, rule: GradientRule = "mean") -> None:
+        """Give every weight the gradient of its value: the mean, or the sum, over the cluster. Zeros get none.
 
         A parameter without a gradient is left out, and gets one where it shares values with others that have one.
         """

@@ -335,7 +335,7 @@ def test_clustering_the_same_weights_is_refused_and_others_are_not(order: int) -
     ):
         run(*[WeightClusteringCallback(3, target="net.head"), BinaryWeightsCallback()][::order])
     callbacks = [
-        WeightClusteringCallback(3, target="net.head", gradient="mean"),
+        WeightClusteringCallback(3, target="net.head"),
         BinaryWeightsCallback(target="net.hidden"),
     ]
     module = run(*callbacks[::order])

@@ -48,7 +48,7 @@ def run(*callbacks: Callback, module: LightningModule | None = None, **options: 
 @pytest.mark.parametrize("start_epoch", [0.0, 1.0, 1.5])
 def test_weights_are_shared_from_the_start_epoch_on(start_epoch: float) -> None:
     record = Record()
-    clustering = WeightClusteringCallback(4, start_epoch=start_epoch, gradient="mean")
+    clustering = WeightClusteringCallback(4, start_epoch=start_epoch)
     module = run(clustering, record)
     start = round(start_epoch * EPOCH)
     for name in LAYERS:
@@ -79,7 +79,7 @@ def test_clusters_are_those_of_kmeans() -> None:
 
 
 def test_one_codebook_for_all() -> None:
-    clustering = WeightClusteringCallback(5, scope="global", gradient="mean")
+    clustering = WeightClusteringCallback(5, scope="global")
     module = run(clustering)
     together = torch.cat([module.get_parameter(name).flatten() for name in LAYERS]).unique()
     assert len(together) <= 5
@@ -177,7 +177,7 @@ def test_a_parameter_without_gradient_stays() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
 def test_precisions(precision: Any) -> None:
-    module = run(WeightClusteringCallback(4, gradient="mean"), precision=precision, max_epochs=2)
+    module = run(WeightClusteringCallback(4), precision=precision, max_epochs=2)
     for name in LAYERS:
         assert len(module.get_parameter(name).unique()) <= 4
 
@@ -190,7 +190,7 @@ def test_precisions(precision: Any) -> None:
 def test_pruned_weights_stay_zero_and_leave_their_clusters(order: int, options: dict[str, Any]) -> None:
     record = Record()
     pruning = IterativePruningCallback(0.8, end_epoch=3.0, every_n_steps=2)
-    clustering = WeightClusteringCallback(6, start_epoch=1.0, gradient="mean")
+    clustering = WeightClusteringCallback(6, start_epoch=1.0)
     module = run(*[pruning, clustering][::order], record, module=SmallModule("adam"), **options)
     total = sum(module.get_parameter(name).numel() for name in LAYERS)
     zeros = sum(int((module.get_parameter(name) == 0).sum()) for name in LAYERS)
@@ -227,13 +227,13 @@ def test_what_trains_behind_a_mask_or_shrinks_apart_is_refused() -> None:
         run(IterativePruningCallback(0.5, regrow=True), WeightClusteringCallback(4))
     with pytest.raises(ValueError, match=r"GroupLassoCallback\(proximal=True\) shrinks the weights of a cluster apart"):
         run(WeightClusteringCallback(4), GroupLassoCallback(0.1, proximal=True))
-    module = run(WeightClusteringCallback(4, gradient="mean"), GroupLassoCallback(0.01))
+    module = run(WeightClusteringCallback(4), GroupLassoCallback(0.01))
     assert len(module.net.hidden.weight.unique()) <= 4
 
 
 def test_a_cut_of_channels_is_followed() -> None:
     """What a callback that removes channels does: the module is sliced, then everybody is told what stayed."""
-    clustering = WeightClusteringCallback(4, gradient="mean")
+    clustering = WeightClusteringCallback(4)
     module = run(clustering, max_epochs=1)
     kept = torch.tensor([0, 3, 4, 7, 15])
     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -284,7 +284,7 @@ def test_more_clusters_than_weights_and_all_zero_layers_are_said_aloud() -> None
         pytest.warns(UserWarning, match=r"net\.conv\.weight: 100 clusters for 18 distinct values besides zero"),
         pytest.warns(UserWarning, match=r"net\.head\.weight: every entry is zero, which counts as pruned"),
     ):
-        run(WeightClusteringCallback(100, gradient="mean"), module=module, max_epochs=1)
+        run(WeightClusteringCallback(100), module=module, max_epochs=1)
     assert len(module.net.conv.weight.unique()) == 18
     assert not module.net.head.weight.any()
 
@@ -296,8 +296,8 @@ def test_progress_is_logged() -> None:
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
 
-    first = WeightClusteringCallback(4, target="net.hidden", gradient="mean")
-    run(first, WeightClusteringCallback(2, target="net.head", gradient="mean"), Metrics(), max_epochs=1)
+    first = WeightClusteringCallback(4, target="net.hidden")
+    run(first, WeightClusteringCallback(2, target="net.head"), Metrics(), max_epochs=1)
     assert (logged["clusters"], logged["clusters_2"]) == (4, 2)
     assert logged["bits_per_weight"] == pytest.approx(2 + 4 * 32 / 1152)
     assert logged["bits_per_weight_2"] == pytest.approx(1 + 2 * 32 / 48)
@@ -309,7 +309,7 @@ def test_progress_is_logged() -> None:
 def test_averaged_copies_are_projected(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
     average = EMAWeightAveraging(decay=0.9)
-    clustering = WeightClusteringCallback(4, start_epoch=1.0, gradient="mean")
+    clustering = WeightClusteringCallback(4, start_epoch=1.0)
     module = run(average, clustering, checkpoint, enable_checkpointing=True)
     saved = torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
     for source in (saved, module.state_dict()):
@@ -325,7 +325,7 @@ def test_a_dense_epoch_does_not_win_best(tmp_path: Path) -> None:
             self.log("values", float(len(self.net.hidden.weight.unique())))
 
     checkpoint = ModelCheckpoint(tmp_path, monitor="values", mode="max")
-    clustering = WeightClusteringCallback(4, start_epoch=2.0, gradient="mean")
+    clustering = WeightClusteringCallback(4, start_epoch=2.0)
     run(clustering, checkpoint, module=Dense(), enable_checkpointing=True)
     assert float(checkpoint.best_model_score) <= 4
 
@@ -351,7 +351,7 @@ def test_a_new_fit_clusters_loaded_weights_anew_only_with_a_new_callback() -> No
 
 def test_one_callback_goes_back_to_an_earlier_checkpoint(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    clustering = WeightClusteringCallback(4, start_epoch=2.0, gradient="mean")
+    clustering = WeightClusteringCallback(4, start_epoch=2.0)
     seed_everything(0, verbose=False)
     module = run(clustering, save, enable_checkpointing=True)
     whole = {name: value.clone() for name, value in module.state_dict().items()}
@@ -372,7 +372,7 @@ def test_a_fit_that_ends_before_the_start_says_so() -> None:
 def test_no_warning_in_an_ordinary_fit() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(WeightClusteringCallback({"net.conv": 4, "*": 3}, gradient="mean"))
+        run(WeightClusteringCallback({"net.conv": 4, "*": 3}))
     assert [str(w.message) for w in caught if "lightning_compress" in str(w.filename)] == []
 
 
@@ -391,7 +391,7 @@ def test_a_compiled_module() -> None:
     for wrap in (lambda module: module, lambda module: torch.compile(module, backend="eager")):
         torch.manual_seed(0)
         module = Unlogged()
-        clustering = WeightClusteringCallback({"net.conv": 3, "*": 4}, start_epoch=1.0, gradient="mean")
+        clustering = WeightClusteringCallback({"net.conv": 3, "*": 4}, start_epoch=1.0)
         quiet_trainer(callbacks=[clustering], max_epochs=2).fit(wrap(module), shuffled(), plain())
         results.append(module.state_dict())
         assert len(module.net.hidden.weight.unique()) <= 4

@@ -109,7 +109,7 @@ def test_one_table_for_several_parameters() -> None:
     shared = SharedWeights.cluster({"a": a, "b": b}, 2)
     assert a.tolist() == pytest.approx([1.1, 5.1])
     a.grad = torch.tensor([1.0, 2.0])
-    shared.share_gradients()
+    shared.share_gradients("sum")
     assert b.grad is not None  # it shares the values, so it moves with them
     assert b.grad.flatten().tolist() == [1.0, 2.0, 0.0]
     b.grad = torch.tensor([[10.0], [20.0], [30.0]])
@@ -128,7 +128,7 @@ def test_what_is_pruned_later_leaves_its_cluster() -> None:
     shared = SharedWeights.cluster({"w": weight}, 2)
     weight.data[0] = 0.0
     weight.grad = torch.tensor([100.0, 1.0, 1.0, 1.0])
-    shared.share_gradients()
+    shared.share_gradients("sum")
     assert weight.grad.tolist() == [0.0, 2.0, 2.0, 1.0]
     weight.data[0] = 7.0  # momentum moves it
     shared.share_values()
@@ -143,7 +143,7 @@ def test_a_mean_that_happens_to_be_zero_goes_on_training() -> None:
     shared.share_values()
     assert weight.tolist() == [0.0, 0.0, -3.0]
     weight.grad = torch.ones(3)
-    shared.share_gradients()
+    shared.share_gradients("sum")
     assert weight.grad.tolist() == [2.0, 2.0, 1.0]
 
 

@@ -48,7 +48,7 @@ def lasso(**options: Any) -> Entry:
 
 
 def clustering(**options: Any) -> Entry:
-    settings: dict[str, Any] = {"n_clusters": 5, "start_epoch": 1.5, "gradient": "mean"} | options
+    settings: dict[str, Any] = {"n_clusters": 5, "start_epoch": 1.5} | options
     return Entry(
         make=lambda: WeightClusteringCallback(**settings),
         nothing=lambda: WeightClusteringCallback(**(settings | {"n_clusters": 0})),
