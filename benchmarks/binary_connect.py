@@ -6,6 +6,7 @@ augmentation. Real weights begin uniform in -1 .. 1 in stochastic mode, as there
 (`--init` changes that). All 60,000 training images train; the error is that of the last epoch's network on the 10,000
 test images, whose labels select nothing. "1-bit" is the network that a file of signs holds, "real" the real weights, in
 stochastic mode those behind the signs: the paper's stochastic rows are of these, only its deterministic ones of 1 bit.
+The file holds the 1-bit network, norms in float32.
 
     python benchmarks/binary_connect.py --root data/mnist --epochs 100 --seeds 0 1 2
     python benchmarks/binary_connect.py --root data/mnist --width 512 --epochs 20 --methods none xnor binarynet
@@ -18,6 +19,7 @@ import itertools
 import json
 import logging
 import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -30,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_compress import BinaryWeightsCallback
+from lightning_compress import BinaryWeightsCallback, save_compressed
 from lightning_compress.baselines import MNIST
 
 PUBLISHED = {  # 3 x 1024, test error in %
@@ -112,6 +114,9 @@ def one(method: str, seed: int, options: argparse.Namespace) -> dict[str, float]
     trainer.fit(module, datamodule=data)
     row = {"seconds": time.perf_counter() - start}
 
+    with tempfile.TemporaryDirectory() as folder:
+        row["bytes"] = save_compressed(module, Path(folder) / "network.lcz").bytes
+
     def error() -> float:
         return trainer.test(module, datamodule=data, verbose=False)[0]["error"]
 
@@ -149,13 +154,16 @@ def main() -> None:
             if options.json is not None:
                 options.json.write_text(json.dumps(measured, indent=1))
     title = f"MNIST, 3 x {options.width}, {options.epochs} epochs, median of seeds {options.seeds}"
-    table = Table("weights", "1-bit error %", "real error %", "s / epoch", "published, 3 x 1024", title=title)
+    table = Table(
+        "weights", "1-bit error %", "real error %", "bytes of the file", "s / epoch", "published, 3 x 1024", title=title
+    )
     for method, rows in measured.items():
         median = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         table.add_row(
             method,
             f"{median['1-bit']:.2f}" if "1-bit" in median else "",
             f"{median['real']:.2f}" if "real" in median else "",
+            f"{median['bytes']:,.0f}",
             f"{median['seconds'] / options.epochs:.1f}",
             PUBLISHED.get(method, ""),
         )
