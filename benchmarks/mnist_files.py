@@ -40,9 +40,9 @@ PUBLISHED = {  # one file, test error
     "lenet5_deep_compression": "44 KB, 0.74 % (Deep Compression)",
     "lenet5_smallest": "2.84 KB, 1.0 % (entropy-penalised reparametrisation)",
 }
-PRUNED = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99)
-CLUSTERED = (2, 3, 4, 8, 16, 32)
-BOTH = ((0.9, 32), (0.95, 16), (0.97, 16), (0.98, 8), (0.985, 8), (0.99, 8))
+PRUNED = (0.9, 0.95, 0.97, 0.985, 0.99)
+CLUSTERED = (2, 4, 8, 32)
+BOTH = ((0.9, 32), (0.97, 16), (0.985, 8), (0.99, 8))
 BITS = ((8, 5), (8, 4), (4, 2))  # convolutions, linear layers: Deep Compression, table 6
 INCREASES = {"8/5 bits": "+0.00", "8/4 bits": "+0.01", "4/2 bits": "+1.99"}  # published, of AlexNet's top-1 error
 SILENT = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
