@@ -21,7 +21,7 @@ T = TypeVar("T")
 W = TypeVar("W", bound="Writer")
 
 MAX_SYMBOLS = 4096  # in one alphabet
-PIECE = 1 << 20  # symbols that are decoded at once
+PIECE = 1 << 16  # symbols that are coded at once, so that they stay in the cache
 _DIGIT = 16  # bits of a number that are written at once
 
 
@@ -213,6 +213,6 @@ def count(symbols: Array, size: int) -> Array:
         ones = int(np.count_nonzero(symbols))
         return np.array([len(symbols) - ones, ones])
     counts = np.zeros(size, np.int64)
-    for start in range(0, len(symbols), PIECE // 4):
-        counts += np.bincount(symbols[start : start + PIECE // 4], minlength=size)
+    for start in range(0, len(symbols), PIECE):
+        counts += np.bincount(symbols[start : start + PIECE], minlength=size)
     return counts

@@ -24,7 +24,6 @@ from functools import cache
 import numpy as np
 
 from lightning_compress.coding.frequencies import PRECISION, TOTAL
-from lightning_compress.coding.patterns import Words
 from lightning_compress.coding.streams import Array, Reader, Writer
 
 RATES = (10, 8, 6)
@@ -64,8 +63,8 @@ def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: i
     writer.binary(map_TJ.reshape(-1), np.concatenate(found))
 
 
-def read_adaptive(reader: Reader, out: Words, rows: int) -> int:
-    """Set the entries that are not zero to 1, and return how many there are."""
+def read_adaptive(reader: Reader, out: Array, rows: int) -> int:
+    """Set the entries that are not zero to true, and return how many there are."""
     axis = int(reader.uniform(1, 2)[0])
     rate = int(reader.uniform(1, len(RATES))[0])
     lag = int(reader.uniform(1, _LAGS)[0])

@@ -13,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 
 from lightning_compress.coding.encodings.adaptive import RATES, read_adaptive, write_adaptive
-from lightning_compress.coding.patterns import Words
 from lightning_compress.coding.streams import Array, Reader, Writer
 
 W = TypeVar("W", bound=Writer)
@@ -48,14 +47,14 @@ def _learned(writer: W, present: Array, shape: tuple[int, ...], axis: int, rate:
     return scratch
 
 
-def read_map(reader: Reader, out: Words, shape: tuple[int, ...]) -> int:
-    """Set the entries that are not zero to 1, and return how many there are."""
+def read_map(reader: Reader, out: Array, shape: tuple[int, ...]) -> int:
+    """Set the entries that are not zero to true, and return how many there are."""
     if reader.uniform(1, 2)[0]:
         if not shape or len(out) > _MOST_LEARNED:  # it would take hours
             reader.fail(f"{len(out)} entries of shape {shape} have a learned zero map")
         return read_adaptive(reader, out, shape[0])
     position = total = 0
-    for piece in reader.coded(len(out), np.array([0, 1], np.uint8)):
+    for piece in reader.coded(len(out), np.array([False, True])):
         out[position : position + len(piece)] = piece
         position += len(piece)
         total += int(np.count_nonzero(piece))
@@ -87,8 +86,8 @@ def write_relative(writer: Writer, gaps: Array, width: int) -> None:
     writer.coded(gaps, 1 << width)
 
 
-def read_relative(reader: Reader, out: Words) -> int:
-    """Set the entries that gaps lead to to 1, and return how many there are."""
+def read_relative(reader: Reader, out: Array) -> int:
+    """Set the entries that gaps lead to to true, and return how many there are."""
     width = 1 + reader.number(_MOST_BITS)
     count = reader.number(len(out) + 1)
     position = -1
@@ -97,7 +96,7 @@ def read_relative(reader: Reader, out: Words) -> int:
         position = int(places[-1])
         if position >= len(out):
             reader.fail("its gaps lead past the end of a tensor")
-        out[places] = 1
+        out[places] = True
     return count
 
 
