@@ -48,9 +48,6 @@ class AnsWriter(Writer):
         super().__init__()
         self._steps: list[_Step] = []
 
-    def scratch(self) -> AnsWriter:
-        return AnsWriter()
-
     def extend(self, other: AnsWriter) -> None:
         super().extend(other)
         self._steps += other._steps
