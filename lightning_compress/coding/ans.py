@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,17 @@ _PACKED, _UNIFORM = len(tables.RESOLUTIONS), len(tables.RESOLUTIONS) + 1  # kind
 _KINDS = len(tables.RESOLUTIONS) + 2
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Symbols to be coded: one by one, or so many in a row as one, of an alphabet of this size."""
+
+    symbols: Array
+    model: Any
+    chances: Array | None = None  # of each symbol its own
+    group: int = 1
+    size: int = 1
+
+
 class AnsWriter(Writer):
     """Codes symbols at their entropy."""
 
@@ -34,10 +46,7 @@ class AnsWriter(Writer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._steps: list[tuple[Array, Any, Array | None]] = []  # symbols, model, frequencies of each symbol
-
-    def scratch(self) -> AnsWriter:
-        return AnsWriter()
+        self._steps: list[_Step] = []
 
     def extend(self, other: AnsWriter) -> None:
         super().extend(other)
@@ -45,7 +54,7 @@ class AnsWriter(Writer):
 
     def uniform(self, values: Array | list[int], size: int) -> None:
         if size > 1 and len(values):
-            self._steps.append((np.asarray(values), Uniform(size), None))
+            self._steps.append(_Step(np.asarray(values), Uniform(size)))
             self.bits += len(values) * math.log2(size)
 
     def coded(self, symbols: Array, size: int) -> None:
@@ -76,29 +85,29 @@ class AnsWriter(Writer):
         group = _group(len(symbols), len(frequencies))
         whole = len(symbols) // group * group
         if group > 1:
-            joined = np.zeros(whole // group, np.uint8)
-            for place in range(group):
-                joined = joined * np.uint8(len(frequencies)) + symbols[place:whole:group].astype(np.uint8)
-            self._steps.append((joined, _model(tables.of_groups(frequencies, group)), None))
+            model = _model(tables.of_groups(frequencies, group))
+            self._steps.append(_Step(symbols[:whole], model, group=group, size=len(frequencies)))
         if whole < len(symbols) or group == 1:
-            self._steps.append((symbols if group == 1 else symbols[whole:], _model(frequencies), None))
+            self._steps.append(_Step(symbols if group == 1 else symbols[whole:], _model(frequencies)))
 
     def binary(self, symbols: Array, chances: Array) -> None:
-        self._steps.append((symbols, Categorical(perfect=False), chances))
+        self._steps.append(_Step(symbols, Categorical(perfect=False), chances))
         taken = np.where(symbols, chances, tables.TOTAL - chances)
         self.bits += float((tables.PRECISION - np.log2(taken)).sum())
 
     def finish(self) -> bytes:
         coder = AnsCoder()
-        for symbols, model, chances in reversed(self._steps):  # a stack: what is read first is written last
-            for start in reversed(range(0, len(symbols), PIECE)):
-                piece = symbols[start : start + PIECE].astype(np.int32)
-                if chances is None:
-                    coder.encode_reverse(piece, model)
+        for step in reversed(self._steps):  # a stack: what is read first is written last
+            piece = PIECE * step.group
+            for start in reversed(range(0, len(step.symbols), piece)):
+                symbols = _joined(step.symbols[start : start + piece], step.group, step.size)
+                if step.chances is None:
+                    coder.encode_reverse(symbols, step.model)
                 else:
-                    coder.encode_reverse(piece, model, _pairs(chances[start : start + PIECE]))
-        words: Array = coder.get_compressed().astype("<u4")
-        return words.tobytes().rstrip(b"\0")  # zeros of the last word only: a stack never ends in a zero word
+                    coder.encode_reverse(symbols, step.model, _pairs(step.chances[start : start + piece]))
+        octets: Array = coder.get_compressed().astype("<u4", copy=False).view(np.uint8)
+        end = len(octets) - 4 + len(octets[-4:].tobytes().rstrip(b"\0")) if len(octets) else 0
+        return octets[:end].tobytes()  # zeros of the last word only: a stack never ends in a zero word
 
 
 class AnsReader(Reader):
@@ -106,8 +115,9 @@ class AnsReader(Reader):
 
     def __init__(self, stream: memoryview, raw: memoryview) -> None:
         super().__init__(stream, raw)
-        padded = bytes(stream) + bytes(-len(stream) % 4)
-        words = np.frombuffer(padded, "<u4").astype(np.uint32)
+        octets = np.zeros(-(-len(stream) // 4) * 4, np.uint8)
+        octets[: len(stream)] = np.frombuffer(stream, np.uint8)
+        words = octets.view("<u4").astype(np.uint32, copy=False)
         if len(words) and not words[-1]:
             self.fail("its stream ends in zeros")
         self._coder = AnsCoder(words)
@@ -176,6 +186,17 @@ def _pairs(chances: Array) -> Array:
     pairs[:, 1] = chances - 1
     pairs[:, 0] = tables.TOTAL - 1 - chances
     return pairs
+
+
+def _joined(symbols: Array, group: int, size: int) -> Array:
+    """Groups of symbols as one each, the first the most significant, as constriction takes them."""
+    if group == 1:
+        return symbols.astype(np.int32)
+    joined = symbols[::group].astype(np.uint8)  # groups are below `_GROUPED`
+    for place in range(1, group):
+        joined *= np.uint8(size)
+        joined += symbols[place::group].astype(np.uint8, copy=False)
+    return joined.astype(np.int32)
 
 
 def _group(count: int, size: int) -> int:

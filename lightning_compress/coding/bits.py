@@ -27,9 +27,6 @@ class BitWriter(Writer):
         super().__init__()
         self._fields: list[tuple[Array | list[int], int]] = []
 
-    def scratch(self) -> BitWriter:
-        return type(self)()
-
     def extend(self, other: BitWriter) -> None:
         super().extend(other)
         self._fields += other._fields

@@ -21,7 +21,7 @@ T = TypeVar("T")
 W = TypeVar("W", bound="Writer")
 
 MAX_SYMBOLS = 4096  # in one alphabet
-PIECE = 1 << 20  # symbols that are decoded at once
+PIECE = 1 << 16  # symbols that are coded at once, so that they stay in the cache
 _DIGIT = 16  # bits of a number that are written at once
 
 
@@ -31,6 +31,7 @@ class Writer(ABC):
     Attributes:
         bits: What it costs, so far.
         raws: What goes beside the stream: numbers of bytes, and what makes them.
+        filled: Of the last zero map that was written: how many entries of each row are not zero.
     """
 
     adaptive = False  # whether `binary` is there
@@ -39,15 +40,19 @@ class Writer(ABC):
     def __init__(self) -> None:
         self.bits = 0.0
         self.raws: list[tuple[int, Callable[[], Iterable[bytes]]]] = []
+        self.filled: Array | None = None
 
-    @abstractmethod
     def scratch(self: W) -> W:
-        """Return an empty writer of the same kind."""
+        """Return an empty writer of the same kind, after the same zero map."""
+        writer = type(self)()
+        writer.filled = self.filled
+        return writer
 
     def extend(self: W, other: W) -> None:
         """Append what a scratch writer collected."""
         self.bits += other.bits
         self.raws += other.raws
+        self.filled = other.filled
 
     def cheapest(self: W, ways: Iterable[Callable[[W], T]]) -> T:
         """Write in the way that costs the fewest bits, the first one of equals, and return what that way returns."""
@@ -125,9 +130,13 @@ class Reader(ABC):
     Args:
         stream: The stream.
         raw: The raw bytes.
+
+    Attributes:
+        filled: As that of a writer.
     """
 
     def __init__(self, stream: memoryview, raw: memoryview) -> None:
+        self.filled: Array | None = None
         self._stream = stream
         self._raw = raw
         self._position = 0
@@ -213,6 +222,6 @@ def count(symbols: Array, size: int) -> Array:
         ones = int(np.count_nonzero(symbols))
         return np.array([len(symbols) - ones, ones])
     counts = np.zeros(size, np.int64)
-    for start in range(0, len(symbols), PIECE // 4):
-        counts += np.bincount(symbols[start : start + PIECE // 4], minlength=size)
+    for start in range(0, len(symbols), PIECE):
+        counts += np.bincount(symbols[start : start + PIECE], minlength=size)
     return counts

@@ -95,6 +95,25 @@ def test_a_learned_map_sees_uneven_rows_and_columns_and_costs_nothing_where_ther
     assert map_bytes(even, (300, 784)) < entropy + 5
 
 
+def test_a_learned_map_sees_that_units_without_inputs_have_no_outputs(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    alive = random.random(100) < 0.5
+    into = random.random((100, 60)) < 0.5 * alive[:, None]
+    chances = np.repeat(alive * 0.3, 4) * np.ones((60, 1))  # four places to the channel, as a flattened convolution has
+    out = random.random(chances.shape) < chances
+    known = chances > 0
+    ideal = -np.log2(np.where(out, chances, 1 - chances)[known]).sum() / 8
+    writer = AnsWriter()
+    positions.write_map(writer, into.reshape(-1), (100, 60))
+    positions.write_map(writer, alive, (100,))  # biases between them
+    before = writer.bits
+    positions.write_map(writer, out.reshape(-1), (60, 400))
+    assert ideal < (writer.bits - before) / 8 < 1.03 * ideal < map_bytes(out, (60, 400))
+    state = {"a": torch.from_numpy(into), "b": torch.from_numpy(into[:, 0]), "c": torch.from_numpy(out)}
+    save_compressed(state, tmp_path / "f")
+    assert all(torch.equal(one, state[name]) for name, one in load_compressed(tmp_path / "f").items())
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
 def test_gaps_lead_back_to_where_they_come_from(width: int) -> None:
     present = np.random.default_rng(width).random(5000) < 0.03

@@ -3,9 +3,10 @@
     step t:   x x . . x . x .     one slice of the tensor, along its first dimension or across it
               ^ block  ^          lanes are coded in blocks; what the blocks before held is known
 
-The log-odds that an entry is not zero are a weighted sum of: the log-odds of all entries so far; those of its lane and
-of its step, each less those of all; and the entries one step, two steps and `lag` steps before it (28, if the lanes'
-inputs are the pixels of MNIST). After each block the weights follow the gradient of the code's length:
+The log-odds that an entry is not zero are a weighted sum of those of all entries so far and, each less these, those of
+its lane; of its step; of entries whose neighbours 1, 2, lag - 1, lag and lag + 1 steps before are as its own (lag is
+28, if the lanes' inputs are the pixels of MNIST); and of entries whose inputs are as full, for units that lost their
+inputs in one layer lose their outputs in the next. After each block the weights follow the gradient of the code length:
 
     w <- w + 2^-rate * sum over the block of features * (x - p)
 
@@ -24,22 +25,24 @@ from functools import cache
 import numpy as np
 
 from lightning_compress.coding.frequencies import PRECISION, TOTAL
-from lightning_compress.coding.patterns import Words
 from lightning_compress.coding.streams import Array, Reader, Writer
 
-RATES = (10, 8, 6)
+RATES = (9, 7)
+MOST_STEPS = 1 << 14  # more take too long
 _LAGS = 64  # the largest is one less
 _ODDS = 8  # bits of the fraction of log-odds
 _WEIGHT = 16  # of weights
 _ERROR = 12  # of p - x
-_FIRST_WEIGHTS = (65536, 45875, 45875, 19661, 19661, 19661)
-_LANE_PRIOR, _STEP_PRIOR = 3, 20  # entries that the log-odds of lane and step start with
+_FIRST_WEIGHTS = (65536, 32768, 32768, 13107, 32768)
+_LANE_PRIOR, _STEP_PRIOR, _CONTEXT_PRIOR = 3, 20, 2  # entries that log-odds start with
+_NEIGHBOURS = 5
+_FULLNESS = np.array([1, *(digit << i for i in range(24) for digit in (2, 3))])  # entries of a row: half octaves
 _LIMIT = 12 << _ODDS  # of log-odds
 _MANTISSA = 10  # bits of a logarithm's argument that its table has
-_BLOCK, _BLOCKS = 64, 1 << 14  # lanes at least, blocks at most
+_BLOCK, _BLOCKS = 16, 1 << 11  # lanes at least, blocks at most
 
 
-def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: int) -> None:
+def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: int, inputs: Array | None) -> None:
     """Write which entries are not zero.
 
     Args:
@@ -48,6 +51,7 @@ def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: i
         rows: Size of the tensor's first dimension.
         axis: Steps go along the first dimension (0), or across it (1).
         rate: Index into `RATES`.
+        inputs: How full the input of each column is, which the reader knows too; or None.
     """
     map_TJ = _steps(present, rows, axis)
     lag = _best_lag(map_TJ)
@@ -60,32 +64,41 @@ def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: i
         found.append(chances)
         return map_TJ[step, lanes]
 
-    _walk(map_TJ.shape, lag, RATES[rate], known)
+    _walk(map_TJ.shape, lag, RATES[rate], _classes(inputs, axis), known)
     writer.binary(map_TJ.reshape(-1), np.concatenate(found))
 
 
-def read_adaptive(reader: Reader, out: Words, rows: int) -> int:
-    """Set the entries that are not zero to 1, and return how many there are."""
+def read_adaptive(reader: Reader, out: Array, rows: int, inputs: Array | None) -> None:
+    """Set the entries that are not zero to true."""
     axis = int(reader.uniform(1, 2)[0])
     rate = int(reader.uniform(1, len(RATES))[0])
     lag = int(reader.uniform(1, _LAGS)[0])
     if lag < 2:
         reader.fail(f"its zero map looks {lag} steps back")
     out_TJ = _steps(out, rows, axis)
+    if len(out_TJ) > MOST_STEPS:
+        reader.fail(f"its zero map has {len(out_TJ)} steps")
 
     def read(step: int, lanes: slice, chances: Array) -> Array:
         bits = reader.binary(chances)
         out_TJ[step, lanes] = bits
         return bits.astype(np.bool_)
 
-    _walk(out_TJ.shape, lag, RATES[rate], read)
-    return int(np.count_nonzero(out))
+    _walk(out_TJ.shape, lag, RATES[rate], _classes(inputs, axis), read)
 
 
 def _steps(entries: Array, rows: int, axis: int) -> Array:
     """The entries as steps x lanes, a view."""
     matrix = entries.reshape(rows, -1)
     return matrix.T if axis else matrix
+
+
+def _classes(inputs: Array | None, axis: int) -> Array | None:
+    """Classes of inputs that are about as full, as steps x 1 or 1 x lanes."""
+    if inputs is None:
+        return None
+    classes = np.searchsorted(_FULLNESS, inputs, side="right")
+    return classes[:, None] if axis else classes[None]
 
 
 def _best_lag(map_TJ: Array) -> int:
@@ -95,17 +108,26 @@ def _best_lag(map_TJ: Array) -> int:
     return max(shares, key=shares.__getitem__, default=2)
 
 
-def _walk(shape: tuple[int, ...], lag: int, rate: int, code: Callable[[int, slice, Array], Array]) -> None:
+def _walk(
+    shape: tuple[int, ...], lag: int, rate: int, classes: Array | None, code: Callable[[int, slice, Array], Array]
+) -> None:
     """Predict block after block; `code` takes the chances of a block and returns its entries."""
     steps, lanes = shape
     block = max(_BLOCK, -(-steps * lanes // _BLOCKS))
-    weights = np.array(_FIRST_WEIGHTS, np.int64)
-    past = [np.zeros(lanes, np.int64)] * lag  # the last steps, times 2^8
+    weights = np.array(_FIRST_WEIGHTS[: 4 if classes is None else 5], np.int64)
+    past = [np.zeros(lanes, np.int64)] * (lag + 1)  # the last steps
     rates: list[int] = []  # of the steps so far: share of entries that are there, in 2^-24
-    in_lane = np.zeros(lanes, np.int64)
+    of_lane = np.zeros((2, lanes), np.int64)  # entries that are missing, and that are there
+    contexts = (1 << _NEIGHBOURS) + (0 if classes is None else len(_FULLNESS) + 1)
+    of_context = np.zeros((2, contexts), np.int64)
     table = _chances()
     there = seen = expected = 0
     for step in range(steps):
+        distances = (1, 2, lag - 1, lag, lag + 1)
+        of_lanes = [sum(past[-distance] << place for place, distance in enumerate(distances))]
+        if classes is not None:
+            of_lanes.append(np.broadcast_to((1 << _NEIGHBOURS) + classes, shape)[step])
+        context_CJ = np.stack(of_lanes)
         in_step = start = 0
         newest = np.zeros(lanes, np.int64)
         while start < lanes:
@@ -113,32 +135,38 @@ def _walk(shape: tuple[int, ...], lag: int, rate: int, code: Callable[[int, slic
             size = here.stop - start
             share = ((2 * there + 1) << PRECISION) // (2 * seen + 24)
             overall = _log(share) - _log(TOTAL - share)
-            in_past = (in_lane[here] << PRECISION) + _LANE_PRIOR * share
-            not_in_past = ((step - in_lane[here]) << PRECISION) + _LANE_PRIOR * (TOTAL - share)
             of_step = _log((in_step << PRECISION) + _STEP_PRIOR * expected) - _log(
                 ((start - in_step) << PRECISION) + _STEP_PRIOR * (TOTAL - expected)
             )
             features = np.empty((len(weights), size), np.int64)
             features[0] = overall
-            features[1] = _logs(in_past) - _logs(not_in_past) - overall
+            features[1] = _odds(of_lane[:, here], _LANE_PRIOR, share) - overall
             features[2] = of_step - overall
-            for row, distance in enumerate((1, lag, 2), start=3):
-                features[row] = past[-distance][here]
-            odds = np.clip((weights @ features) >> _WEIGHT, -_LIMIT, _LIMIT)
-            chances = table[(odds + _LIMIT + 2) >> 2]
+            features[3:] = (_odds(of_context, _CONTEXT_PRIOR, share) - overall).take(context_CJ[:, here])
+            odds = (weights @ features) >> _WEIGHT
+            chances = table.take((odds + _LIMIT + 2) >> 2, mode="clip")
             bits = code(step, here, chances)
             error = ((bits.astype(np.int64) << PRECISION) - chances) >> (PRECISION - _ERROR)
             weights += (features @ error) >> (_ODDS + _ERROR - _WEIGHT + rate)
             newest[here] = bits
+            places = context_CJ[:, here] + contexts * newest[here]
+            of_context += np.bincount(places.reshape(-1), minlength=2 * contexts).reshape(2, -1)
             count = int(np.count_nonzero(bits))
             in_step, there, seen, start = in_step + count, there + count, seen + size, here.stop
-        in_lane += newest
-        past = [*past[1:], newest << _ODDS]
+        of_lane += (1 - newest, newest)
+        past = [*past[1:], newest]
         rates.append((in_step << PRECISION) // lanes)
         expected = (5 * rates[-1] + 3 * expected) >> 3 if step else rates[-1]
         if step >= lag:
             expected = (11 * expected + 5 * rates[step + 1 - lag]) >> 4
         expected = min(max(expected, 1 << 11), TOTAL - (1 << 11))
+
+
+def _odds(entries: Array, prior: int, share: int) -> Array:
+    """Log-odds after entries that are missing and that are there, and `prior` more with the share of all."""
+    missing, there = _logs((entries << PRECISION) + prior * np.array([[TOTAL - share], [share]]))
+    found: Array = there - missing
+    return found
 
 
 def _logs(numbers: Array) -> Array:

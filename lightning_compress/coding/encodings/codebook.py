@@ -15,7 +15,8 @@ from lightning_compress.coding.patterns import Words, one_zero
 from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
 
 _HASHED = 512  # distinct values that are looked up by a perfect hash; more are searched
-_STEP = 1 << 18  # patterns that are looked up at once, so that they stay in the cache
+_STEP = 1 << 16  # patterns that are looked up at once, so that they stay in the cache
+_SAMPLE = 1 << 18
 
 
 def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
@@ -28,7 +29,7 @@ def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
         >>> table.tolist(), index.tolist()
         ([3, 7], [1, 0, 1, 1])
     """
-    table = np.unique(words[:: max(1, len(words) // _STEP)][:_STEP])
+    table = np.unique(words[:: max(1, len(words) // _SAMPLE)][:_SAMPLE])
     while len(table) <= MAX_SYMBOLS:
         find, kind = _finder(table), np.uint8 if len(table) <= 256 else np.uint16
         index = np.empty(len(words), kind)
@@ -41,8 +42,16 @@ def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
                 break
         else:
             merged, places = np.unique(one_zero(table, dtype), return_inverse=True)
-            return (table, index) if np.array_equal(merged, table) else (merged, places.astype(kind)[index])
+            return (table, index) if np.array_equal(merged, table) else (merged, entries(places.astype(kind), index))
     return None
+
+
+def entries(table: Array, index: Array) -> Array:
+    """Return table[index]; piece by piece, for numpy would make 64-bit integers of the whole index."""
+    found = np.empty(len(index), table.dtype)
+    for start in range(0, len(index), _STEP):
+        table.take(index[start : start + _STEP], out=found[start : start + _STEP], mode="clip")
+    return found
 
 
 def without_zero(found: tuple[Words, Array] | None, present: Array) -> tuple[Words, Array] | None:
@@ -65,7 +74,7 @@ class _Finder:
             slots = table * self._factor >> self._shift
             if len(np.unique(slots)) == len(table):
                 break
-        self._slots = np.zeros(1 << self._bits, np.uint16)
+        self._slots = np.zeros(1 << self._bits, np.uint8 if len(table) <= 256 else np.uint16)
         self._slots[slots] = np.arange(len(table))
 
     def __call__(self, words: Words) -> Array:

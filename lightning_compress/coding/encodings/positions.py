@@ -8,12 +8,12 @@ RELATIVE   Deep Compression: the number of zeros before each, in k bits; where 2
 
 from __future__ import annotations
 
+from math import prod
 from typing import TypeVar
 
 import numpy as np
 
-from lightning_compress.coding.encodings.adaptive import RATES, read_adaptive, write_adaptive
-from lightning_compress.coding.patterns import Words
+from lightning_compress.coding.encodings.adaptive import MOST_STEPS, RATES, read_adaptive, write_adaptive
 from lightning_compress.coding.streams import Array, Reader, Writer
 
 W = TypeVar("W", bound=Writer)
@@ -24,14 +24,19 @@ _LEAST_LEARNED, _MOST_LEARNED, _ALL_RATES = 256, 1 << 22, 1 << 19  # entries: wh
 
 def write_map(writer: Writer, present: Array, shape: tuple[int, ...]) -> None:
     """Write which entries are not zero, with one probability for all, or with learned ones."""
-
-    if not (writer.adaptive and shape and _LEAST_LEARNED <= len(present) <= _MOST_LEARNED):
+    if writer.adaptive and shape and _LEAST_LEARNED <= len(present) <= _MOST_LEARNED:
+        _write_cheapest(writer, present, shape)
+    else:
         _write_one_chance(writer, present)
-        return
-    learned = [(axis, _learned(writer, present, shape, axis, 1)) for axis in (0, 1)]
-    axis, best = min(learned, key=lambda one: one[1].bits)
+    writer.filled = _filled(present, shape, writer.filled)
+
+
+def _write_cheapest(writer: Writer, present: Array, shape: tuple[int, ...]) -> None:
+    rows = shape[0]
+    axes = [axis for axis, steps in enumerate((rows, len(present) // rows)) if steps <= MOST_STEPS]
+    axis, best = min(((axis, _learned(writer, present, shape, axis, 0)) for axis in axes), key=lambda one: one[1].bits)
     if len(present) <= _ALL_RATES:
-        others = (_learned(writer, present, shape, axis, rate) for rate in range(len(RATES)) if rate != 1)
+        others = (_learned(writer, present, shape, axis, rate) for rate in range(1, len(RATES)))
         best = min([best, *others], key=lambda one: one.bits)
     writer.cheapest([lambda one: _write_one_chance(one, present), lambda one: one.extend(best)])
 
@@ -44,22 +49,36 @@ def _write_one_chance(writer: Writer, present: Array) -> None:
 def _learned(writer: W, present: Array, shape: tuple[int, ...], axis: int, rate: int) -> W:
     scratch = writer.scratch()
     scratch.uniform([1], 2)
-    write_adaptive(scratch, present, shape[0], axis, rate)
+    write_adaptive(scratch, present, shape[0], axis, rate, _inputs(writer.filled, shape))
     return scratch
 
 
-def read_map(reader: Reader, out: Words, shape: tuple[int, ...]) -> int:
-    """Set the entries that are not zero to 1, and return how many there are."""
+def read_map(reader: Reader, out: Array, shape: tuple[int, ...]) -> int:
+    """Set the entries that are not zero to true, and return how many there are."""
     if reader.uniform(1, 2)[0]:
         if not shape or len(out) > _MOST_LEARNED:  # it would take hours
             reader.fail(f"{len(out)} entries of shape {shape} have a learned zero map")
-        return read_adaptive(reader, out, shape[0])
-    position = total = 0
-    for piece in reader.coded(len(out), np.array([0, 1], np.uint8)):
-        out[position : position + len(piece)] = piece
-        position += len(piece)
-        total += int(np.count_nonzero(piece))
-    return total
+        read_adaptive(reader, out, shape[0], _inputs(reader.filled, shape))
+    else:
+        position = 0
+        for piece in reader.coded(len(out), np.array([False, True])):
+            out[position : position + len(piece)] = piece
+            position += len(piece)
+    reader.filled = _filled(out, shape, reader.filled)
+    return int(np.count_nonzero(out))
+
+
+def _filled(present: Array, shape: tuple[int, ...], before: Array | None) -> Array | None:
+    """How many entries of each row are there; vectors, as biases between two matrices, change nothing."""
+    if len(shape) < 2:
+        return before
+    return np.count_nonzero(present.reshape(shape[0], -1), axis=1) if len(present) <= _MOST_LEARNED else None
+
+
+def _inputs(filled: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """Of each column, how full the row of the matrix before is that its input comes from, if the sizes fit."""
+    columns = prod(shape[1:])
+    return None if filled is None or columns % len(filled) else np.repeat(filled, columns // len(filled))
 
 
 def padded(present: Array, width: int) -> tuple[Array, Array]:
@@ -87,8 +106,8 @@ def write_relative(writer: Writer, gaps: Array, width: int) -> None:
     writer.coded(gaps, 1 << width)
 
 
-def read_relative(reader: Reader, out: Words) -> int:
-    """Set the entries that gaps lead to to 1, and return how many there are."""
+def read_relative(reader: Reader, out: Array) -> int:
+    """Set the entries that gaps lead to to true, and return how many there are."""
     width = 1 + reader.number(_MOST_BITS)
     count = reader.number(len(out) + 1)
     position = -1
@@ -97,7 +116,7 @@ def read_relative(reader: Reader, out: Words) -> int:
         position = int(places[-1])
         if position >= len(out):
             reader.fail("its gaps lead past the end of a tensor")
-        out[places] = 1
+        out[places] = True
     return count
 
 

@@ -67,7 +67,8 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
     if len(words) > _LARGE and 2 * count < len(words):
         ways = []
     if len(words) - count > _FEW_ZEROS * len(words) or count < len(words) <= _SMALL:
-        sparse = _Content(words[present], codebook.without_zero(table, present), present)
+        others = codebook.without_zero(table, present)
+        sparse = _Content(words[present] if others is None else codebook.entries(*others), others, present)
         ways.append(at(positions.MAP, lambda one: positions.write_map(one, present, shape), sparse))
         if writer.relative and count:
             width = positions.best_width(present)
@@ -102,14 +103,15 @@ def read_tensor(reader: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> t
     if not len(words):
         return patterns.to_tensor(words, dtype, shape), _EMPTY
     places = int(reader.uniform(1, len(_PLACES))[0])
+    present = words.view(np.bool_)[-len(words) :]  # in the last bytes, which values overwrite after it was looked at
     if places == positions.DENSE:
         count = len(words)
     else:
         whole = patterns.part_shape(dtype, shape)
         count = (
-            positions.read_map(reader, words, whole)
+            positions.read_map(reader, present, whole)
             if places == positions.MAP
-            else positions.read_relative(reader, words)
+            else positions.read_relative(reader, present)
         )
     values, encoding = _read_values(
         reader, count, patterns.part_dtype(dtype), words.dtype, patterns.part_shape(dtype, shape)
@@ -119,7 +121,8 @@ def read_tensor(reader: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> t
         if places == positions.DENSE:
             piece[:] = values.take(start + np.arange(len(piece)) if values.scaled else None, len(piece))
         else:
-            where = np.flatnonzero(piece)
+            where = np.flatnonzero(present[start : start + PIECE])
+            piece[:] = 0
             piece[where] = values.take(start + where if values.scaled else None, len(where))
     if dtype == torch.bool and words.max() > 1:
         reader.fail("a truth value is neither true nor false")
@@ -186,7 +189,7 @@ def _write_values(
 
         ways.append(by_table)
         if dtype in grid.SCALED and (one_scale := grid.find_grid(table, dtype, np.zeros(1, np.int64))) is not None:
-            ways.append(_on_grid(one_scale.scales, one_scale.integers[index], dtype, 0))
+            ways.append(_on_grid(one_scale.scales, codebook.entries(one_scale.integers, index), dtype, 0))
     if dtype in grid.SCALED:
         for axis in range(1, min(_AXES, 1 + len(shape))):
             if (channels := _channel_grid(values, dtype, shape, axis)) is not None:
