@@ -160,7 +160,7 @@ class Walk:
         is_inplace = name.endswith("_") and not name.endswith("__")
         if is_inplace:
             name = name[:-1]
-        call = Call(name, arguments, shape, _module_of(node), self._units, self._reading)
+        call = Call(name, arguments, shape, module_of(node), self._units, self._reading)
         call.operate = target
         if is_inplace and _is_view(node.args[0]):
             return unknown(call, f"{call.where} writes into a part of another tensor")
@@ -183,7 +183,8 @@ def _is_view(node: Any) -> bool:
     return isinstance(base, fx.Node) and len(base.users) > 1
 
 
-def _module_of(node: fx.Node) -> str:
+def module_of(node: fx.Node) -> str:
+    """Return the name of the module whose forward an operator stands in, "" for the network's own."""
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
 
