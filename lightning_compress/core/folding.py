@@ -10,16 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import evaluating
-from lightning_compress.core.graphs import export, module_of
+from lightning_compress.core.graphs import CONTRACTIONS, export, module_of, operator_of
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.select import WEIGHT_LAYERS
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_OPERATORS = {"linear", *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))}
 
 
 @torch.no_grad()
@@ -83,11 +82,11 @@ def _pairs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[tuple[st
         )
 
     for node in program.graph.nodes:
-        if _operator(node) != "batch_norm" or _operator(node.args[0]) not in _OPERATORS:
+        if operator_of(node) != "batch_norm" or operator_of(node.args[0]) not in CONTRACTIONS:
             continue
         feed, gamma, beta, mean, var, by_batch = node.args[:6]
         weight, bias = feed.args[1], feed.args[2] if len(feed.args) > 2 else None
-        if by_batch or len(feed.users) > 1 or (_operator(feed) == "linear" and feed.meta["val"].dim() != 2):
+        if by_batch or len(feed.users) > 1 or (operator_of(feed) == "linear" and feed.meta["val"].dim() != 2):
             continue  # of sequences, the norm's channels are the second dimension and the Linear's the last
         layer_name, norm_name = module_of(feed), module_of(node)
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
@@ -125,11 +124,6 @@ def _along(layer: Any, vector: Tensor) -> Tensor:
         return vector.view(-1, 1, *tail)
     in_channels = layer.weight.shape[0] // layer.groups  # of a group
     return vector.view(layer.groups, -1).repeat_interleave(in_channels, 0).view(layer.weight.shape[0], -1, *tail)
-
-
-def _operator(node: Any) -> str:
-    target = node.target if isinstance(node, fx.Node) else None
-    return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def _uses(model: nn.Module) -> Counter[int]:
