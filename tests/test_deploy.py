@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_compress.deploy as deploy
+import lightning_compress.deploy.onnx_file as onnx_file
 from lightning_compress.deploy import capture, save_onnx, save_program
 
 
@@ -63,7 +63,7 @@ def test_a_program_that_computes_something_else_is_refused() -> None:
 
 def test_a_missing_extra_is_named_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = capture(nn.Linear(2, 1), torch.ones(2, 2))
-    monkeypatch.setattr(deploy, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(ImportError, match=r"onnxscript.*pip install 'lightning-compress\[deploy\]'"):
         save_onnx(program, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

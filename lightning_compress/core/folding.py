@@ -1,6 +1,6 @@
 """Batch norm folded into the layer that feeds it: in evaluation mode it is a factor and a shift for every channel.
 
-    y = (w x + b - mean) f + beta,  f = gamma / sqrt(var + eps)        w' = f w,  b' = (b - mean) f + beta
+y = (w x + b - mean) f + beta,  f = gamma / sqrt(var + eps)        w' = f w,  b' = (b - mean) f + beta
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ def _pairs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[tuple[st
         return uses[id(module)] == 1 and all(
             getattr(module, key) is None
             if node is None
-            else tensor_of.get(node.name) == f"{name}.{key}"
-            and len(node.users) == uses[id(getattr(module, key))] == 1
+            else tensor_of.get(node.name) == f"{name}.{key}" and len(node.users) == uses[id(getattr(module, key))] == 1
             for key, node in nodes.items()
         )
 

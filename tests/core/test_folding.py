@@ -53,7 +53,9 @@ def test_integers_stay_under_factors_of_both_signs(layer: nn.Conv2d) -> None:
     integers = torch.randint(-127, 128, layer.weight.shape).float()
     scales = torch.rand(6) + 0.1
     rows = scales if isinstance(layer, nn.Conv2d) else scales.view(2, 3).repeat_interleave(2, 0)
-    layer.weight.data = integers * (rows[:, None, None, None] if isinstance(layer, nn.Conv2d) else rows[..., None, None])
+    layer.weight.data = integers * (
+        rows[:, None, None, None] if isinstance(layer, nn.Conv2d) else rows[..., None, None]
+    )
     model = awake(nn.Sequential(layer, nn.BatchNorm2d(6)))
     norm = model[1]
     expected = scales.double() * (norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps))
