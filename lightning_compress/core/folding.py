@@ -101,7 +101,7 @@ def _pairs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[tuple[st
 def _fold(layer: Any, norm: Any, scale: Tensor | None) -> None:
     weight: nn.Parameter = layer.weight
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.affine:
+    if norm.weight is not None:
         factor = factor * norm.weight.double()
     if scale is None:
         weight.copy_(weight.double() * _along(layer, factor))
@@ -109,7 +109,7 @@ def _fold(layer: Any, norm: Any, scale: Tensor | None) -> None:
         integers = torch.round(weight / _along(layer, scale)).nan_to_num_(0, 0, 0)  # the scale of zeros may be zero
         weight.copy_(integers * _along(layer, (scale.double() * factor).to(weight.dtype)))
     shift = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
-    shift = (shift * factor + (norm.bias.double() if norm.affine else 0.0)).to(weight.dtype)
+    shift = (shift * factor + (0.0 if norm.bias is None else norm.bias.double())).to(weight.dtype)
     if layer.bias is None:
         layer.bias = nn.Parameter(shift, requires_grad=weight.requires_grad)
     else:

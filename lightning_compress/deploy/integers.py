@@ -77,8 +77,8 @@ def fold_quantized(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
-        >>> fold_quantized(net, torch.ones(1, 2))[1]
-        BatchNorm1d(2, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> type(fold_quantized(net, torch.ones(1, 2))[1]).__name__
+        'BatchNorm1d'
         >>> net[0].weight.data = torch.tensor([[0.5, -1.0], [0.25, 0.75]])
         >>> fold_quantized(net, torch.ones(1, 2))[1]
         Identity()
