@@ -74,7 +74,7 @@ class Net(nn.Module):
         super().__init__()
         self.kind = kind
         self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3, track_running_stats=kind != "batch")
-        if kind == "tied":
+        if kind in ("tied", "tied aside"):
             self.other = nn.Conv2d(3, 3, 3, padding=1)
             self.other.weight = self.conv.weight
         if kind == "weight norm":
@@ -92,14 +92,25 @@ class Net(nn.Module):
             return self.norm(y) + self.norm(2 * x)
         if kind == "second reader":
             return self.norm(y) + y
-        if kind == "tied":
+        if kind in ("tied", "tied aside"):
             return self.norm(y) + self.other(x)
         if kind == "weight read":
             return self.norm(y) + self.conv.weight.sum()
         return self.norm(y)
 
 
-KINDS = ["add", "shared layer", "shared norm", "second reader", "tied", "weight read", "batch", "weight norm", "hook"]
+KINDS = [
+    "add",
+    "shared layer",
+    "shared norm",
+    "second reader",
+    "tied",
+    "tied aside",
+    "weight read",
+    "batch",
+    "weight norm",
+    "hook",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
