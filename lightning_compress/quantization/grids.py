@@ -23,8 +23,8 @@ from lightning_compress.quantization.signs import by_channel
 Granularity = Literal["channel", "tensor"]
 
 _SEARCHED = 5  # bits; with more, what the largest weight asks for is near enough
-_BEGINNINGS = (1.0, 0.8, 0.6, 0.45, 0.3)
-_IMPROVEMENTS = 8
+_BEGINNINGS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # f
+_IMPROVEMENTS = 6
 
 
 def check_bits(name: str, bits: Any) -> None:
@@ -73,12 +73,12 @@ def weight_scales(
     """
     top = 2 ** (bits - 1) - 1
     view = by_scale(w.to(torch.promote_types(w.dtype, torch.float32)).contiguous(), granularity, groups)
-    covering = view.abs().amax((1, 3), keepdim=True) / top
+    covering: Tensor = view.abs().amax((1, 3), keepdim=True) / top
     if bits > _SEARCHED:
         return covering.to(w.dtype)
     if last is not None:
         return _improve(view, last.to(view.dtype), covering, top).to(w.dtype)
-    best = covering
+    best: Tensor = covering
     error = _error(view, covering, top)
     for beginning in _BEGINNINGS:
         scales = covering * beginning

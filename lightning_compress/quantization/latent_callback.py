@@ -103,8 +103,8 @@ class LatentCallback(QuantizingCallback):
                 self._inputs.remove()
             return
         self._replace(pl_module).load_state_dict(before)
-        for average in averaged_modules(trainer) if state is not None else ():
-            _put(average, state.get("averages", {}))
+        for average in averaged_modules(trainer):
+            _put(average, {} if state is None else state.get("averages", {}))
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
         self._check_pruning(trainer, pl_module)

@@ -56,7 +56,7 @@ class ObservedInputs(InputHooks):
         self.bits = bits
         self.hooks = {name: ObservingQuantizer(bits) for name in names}
         layers = {name: model.get_submodule(name) for name in names}
-        device = next((layer.weight.device for layer in layers.values()), None)
+        device = next((parameter.device for layer in layers.values() for parameter in layer.parameters()), None)
         self.ranges = torch.full((len(names), 2), torch.nan, device=device)  # low and high; NaN before the first update
         self._strange = torch.zeros(len(names), dtype=torch.bool, device=device)
         super().__init__(names, [handle for name in names for handle in self.hooks[name].attach(layers[name])])
