@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.quantization.grids import check_bits
 from lightning_compress.quantization.input_hooks import InputHook, InputHooks, input_hook
 
 
@@ -62,12 +63,6 @@ class InputGrid:
     def levels(self) -> list[float]:
         """Return the points of the grid."""
         return [self.scale * (q - self.zero_point) for q in range(2**self.bits)]
-
-
-def check_bits(name: str, bits: Any) -> None:
-    """Raise a ValueError unless `bits` is a whole number from 2 to 8."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ValueError(f"{name} must be a whole number from 2 to 8; got {bits!r}.")
 
 
 def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ class InputHook:
     """A forward pre-hook that changes a layer's input. A subclass supplies `kind`, `change`, `record` and `take`."""
 
     kind: ClassVar[str]
+    name: str = ""  # of the layer, for messages
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return what the layer sees in the place of x."""
@@ -52,24 +53,24 @@ class InputHook:
 
 
 class _OnSave:
-    def __init__(self, hook: InputHook) -> None:
-        self.hook = hook
+    def __init__(self, owner: InputHook) -> None:
+        self.owner = owner
 
     def __call__(self, layer: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        if (record := self.hook.record()) is not None:
-            local_metadata[INPUTS] = {"kind": self.hook.kind} | record
+        if (record := self.owner.record()) is not None:
+            local_metadata[INPUTS] = {"kind": self.owner.kind} | record
 
 
 class _OnLoad:
-    def __init__(self, hook: InputHook) -> None:
-        self.hook = hook
+    def __init__(self, owner: InputHook) -> None:
+        self.owner = owner
 
     def __call__(
         self, layer: nn.Module, state_dict: Any, prefix: str, local_metadata: Mapping[str, Any], *rest: Any
     ) -> None:
         if local_metadata:  # a copy of a state dict may have lost it, which says nothing
             record = local_metadata.get(INPUTS)
-            self.hook.take(record if record and record["kind"] == self.hook.kind else None)
+            self.owner.take(record if record and record["kind"] == self.owner.kind else None)
 
 
 class InputHooks:
