@@ -11,6 +11,7 @@ from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.group_lasso import GroupLassoCallback
 from lightning_compress.quantization.binary import BinaryWeightsCallback
 from lightning_compress.quantization.clustering import WeightClusteringCallback
+from lightning_compress.quantization.uniform import QuantizationAwareTrainingCallback
 
 __all__ = [
     "BinaryWeightsCallback",
@@ -21,6 +22,7 @@ __all__ = [
     "Footprint",
     "GroupLassoCallback",
     "IterativePruningCallback",
+    "QuantizationAwareTrainingCallback",
     "WeightClusteringCallback",
     "channel_groups",
     "cut",

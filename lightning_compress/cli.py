@@ -18,7 +18,7 @@ from rich.console import Console
 from lightning_compress.coding import load_compressed
 from lightning_compress.coding.files import read_compressed
 from lightning_compress.core.files import replacing
-from lightning_compress.deploy import capture, save_onnx, save_program
+from lightning_compress.deploy import capture, fold_quantized, save_onnx, save_program
 from lightning_compress.hydra import (
     build_datamodule,
     build_module,
@@ -30,8 +30,9 @@ from lightning_compress.hydra import (
     run_folder,
 )
 from lightning_compress.pruning.neighbours import check_disjoint
+from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
-from lightning_compress.tasks.inputs import example_inputs
+from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.inspect import inspection_tables
 from lightning_compress.tasks.run import COMPRESSED, Run, can_draw
 from lightning_compress.tasks.weights import load_weights
@@ -39,6 +40,7 @@ from lightning_compress.tasks.weights import load_weights
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"  # in a run's folder: what was composed, resolved
+CALIBRATION = 256  # samples for the ranges of what a quantized network leaves in float
 
 
 def main() -> None:
@@ -115,7 +117,10 @@ def compare(cfg: DictConfig) -> None:
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the network of a checkpoint as model.pt2 and model.onnx, which run without this package."""
+    """Write the network of a checkpoint as model.pt2 and model.onnx, which run without this package.
+
+    If its weights and inputs are quantized, its batch norms are folded, and model.onnx computes with integers.
+    """
     folder = Path(cfg.output_dir)
     source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED)
     if not source.is_file():
@@ -130,9 +135,13 @@ def export(cfg: DictConfig) -> None:
     load_compressed(source, module)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    program = capture(module, example_inputs(module, datamodule, batch_size=2))
+    inputs = example_inputs(module, datamodule, batch_size=2)
+    fold_quantized(module, inputs)
+    program = capture(module, inputs)
+    grids = input_grids(module)
     save_program(program, folder / "model.pt2")
-    save_onnx(program, folder / "model.onnx")
+    calibration = samples(module, datamodule, batch_size=CALIBRATION) if grids else None
+    save_onnx(program, folder / "model.onnx", grids=grids, calibration=calibration)
     Console().print(f"Written: {folder / 'model.pt2'}, {folder / 'model.onnx'}", soft_wrap=True)
 
 

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_compress.deploy as deploy
-from lightning_compress.deploy import capture, save_onnx, save_program
+import lightning_compress.deploy.onnx_file as onnx_file
+from lightning_compress.baselines.networks import ResidualBlock
+from lightning_compress.core.select import WEIGHT_LAYERS
+from lightning_compress.deploy import capture, fold_quantized, save_onnx, save_program
+from lightning_compress.quantization.grids import on_symmetric_grid, weight_scales
+from lightning_compress.quantization.input_grids import InputGrid, input_grids, quantize_inputs
 
 
 class TwoInputs(nn.Module):
@@ -29,8 +38,6 @@ def test_keyword_inputs_and_dict_outputs_of_any_batch_size(tmp_path: Path) -> No
     save_program(program, tmp_path / "model.pt2")
     save_onnx(program, tmp_path / "model.onnx")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     for size in (1, 2, 11):
         inputs = batch(size)
@@ -63,7 +70,162 @@ def test_a_program_that_computes_something_else_is_refused() -> None:
 
 def test_a_missing_extra_is_named_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = capture(nn.Linear(2, 1), torch.ones(2, 2))
-    monkeypatch.setattr(deploy, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(ImportError, match=r"onnxscript.*pip install 'lightning-compress\[deploy\]'"):
         save_onnx(program, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, x: Tensor, bits: int = 8) -> nn.Module:
+    """Weights on grids of one scale per output channel, and inputs of layers on the range that x spans."""
+    grids = {}
+    handles = []
+    for name, layer in model.eval().named_modules():
+        if isinstance(layer, WEIGHT_LAYERS):
+            grid_weight(layer, bits)
+            handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: grids.update({name: args[0]})))
+    model(x)
+    for handle in handles:
+        handle.remove()
+    covering = {name: InputGrid.covering(float(seen.min()), float(seen.max()), bits) for name, seen in grids.items()}
+    quantize_inputs(model, covering)
+    return model
+
+
+def grid_weight(layer: nn.Module, bits: int = 8) -> None:
+    groups = layer.groups if isinstance(layer, nn.ConvTranspose2d) else None
+    scales = weight_scales(layer.weight, bits, groups=groups)
+    layer.weight.data = on_symmetric_grid(layer.weight.data, scales, bits, groups=groups)
+
+
+def operators(path: Path) -> Counter[str]:
+    """What onnxruntime makes of the file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimized"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def run(path: Path, x: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def stored(path: Path) -> dict[str, Any]:
+    return {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
+
+
+FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "BatchNormalization", "Add"}
+
+
+def test_a_residual_network_runs_in_integers_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = ResidualBlock(3, 8, stride=2), ResidualBlock(8, 8)
+    model, x = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)), torch.randn(32, 3, 8, 8)
+    for _ in range(3):
+        model(x)  # statistics for the norms
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight)  # of both signs
+    expected = quantize(model, x)(x)
+    fold_quantized(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.05 * float(expected.detach().std()))
+    save_onnx(capture(model, x), tmp_path / "int8.onnx", grids=input_grids(model), calibration=x)
+    found = operators(tmp_path / "int8.onnx")
+    assert (found["QLinearConv"], found["QLinearAdd"], found["QGemm"]) == (5, 2, 1)
+    assert not FLOAT & found.keys()
+    outputs = torch.cat([run(tmp_path / "int8.onnx", x[:1]), run(tmp_path / "int8.onnx", x[1:])])
+    assert float((outputs - expected).std() / expected.std()) < 0.05
+    kinds = {name: value.dtype.name for name, value in stored(tmp_path / "int8.onnx").items() if value.ndim > 1}
+    assert list(kinds.values()) == ["int8"] * 6
+    assert not any("BatchNorm" in node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node)
+
+
+def test_inputs_of_two_bits_are_clipped_at_their_own_levels(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
+    model[0].weight.data.fill_(1.0)
+    grid = InputGrid(scale=0.5, zero_point=1, bits=2)
+    quantize_inputs(model, {"0": grid})
+    x = torch.linspace(-3, 3, 40)[:, None]
+    save_onnx(capture(model, x), tmp_path / "model.onnx", grids={"0": grid})
+    found = run(tmp_path / "model.onnx", x)
+    assert sorted(set(found.flatten().tolist())) == [-0.5, 0.0, 0.5, 1.0]
+    assert torch.equal(found, model(x))
+
+
+class Mixed(nn.Module):
+    """Kinds of layers, one of them called twice, in sequence and on sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.up, self.grouped = (
+            nn.Linear(6, 6),
+            nn.ConvTranspose2d(4, 4, 2),
+            nn.ConvTranspose2d(4, 4, 2, 2, groups=2),
+        )
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grouped(self.up(self.twice(torch.tanh(self.twice(x)))))
+
+
+def test_other_layers_compute_what_the_model_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(8, 4, 6, 6)
+    quantize(model, x)
+    grids = input_grids(model) | {"unused": InputGrid(scale=1.0, zero_point=0, bits=8)}
+    with caplog.at_level(logging.WARNING):
+        save_onnx(capture(model, x), tmp_path / "model.onnx", grids=grids)
+    assert [record.message for record in caplog.records] == [
+        "Not in the program as a linear layer or convolution, so not in integers: unused.",
+        "Inputs are quantized but weights stay float: grouped.weight (ConvTranspose).",
+    ]
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x), model(x), rtol=0, atol=0.02)
+    assert operators(tmp_path / "model.onnx")["MatMulIntegerToFloat"] == 2
+    assert stored(tmp_path / "model.onnx")["up.weight.integers"].dtype == "int8"
+
+
+def test_weights_alone_are_stored_as_integers_and_lose_nothing(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 5)).eval(), torch.randn(4, 2, 6, 6)
+    grid_weight(model[0])
+    save_onnx(capture(model, x), tmp_path / "model.onnx")
+    found = stored(tmp_path / "model.onnx")
+    assert (found["0.weight.integers"].dtype, found["2.weight"].dtype) == ("int8", "float32")
+    weight = found["0.weight.integers"] * found["0.weight.scales"][:, None, None, None]
+    assert torch.equal(torch.from_numpy(weight), model[0].weight.detach())
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x), model(x))
+
+
+def test_a_float_network_is_as_it_was(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).eval(), torch.randn(4, 2, 6, 6)
+    assert isinstance(fold_quantized(model, x)[1], nn.BatchNorm2d)
+    save_onnx(capture(model, x), tmp_path / "model.onnx", grids=input_grids(model), calibration=x)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {
+        n.op_type for n in onnx.load(tmp_path / "model.onnx").graph.node
+    }
+
+
+def test_a_channel_that_the_norm_silenced_keeps_its_bias(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3)),
+        torch.rand(8, 2, 8, 8),
+    )
+    model[1].weight.data = torch.tensor([1.0, 0.0, 1e-12, -1.0])  # in units of 1e-14, a bias of 3 is no int32
+    model[1].bias.data = torch.tensor([0.0, 2.0, 3.0, 1.0])
+    quantize(model, x)
+    expected = model(x)
+    fold_quantized(model, x)
+    save_onnx(capture(model, x), tmp_path / "model.onnx", grids=input_grids(model))
+    assert operators(tmp_path / "model.onnx")["QLinearConv"] == 1
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x), expected, rtol=0, atol=0.02)
+
+
+def test_grids_of_another_model_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(16, 8)
+    program = capture(quantize(model, x), x)
+    wrong = {"0": InputGrid(scale=4 * input_grids(model)["0"].scale, zero_point=0, bits=8)}
+    with pytest.raises(ValueError, match=r"computes something else .* Are the grids those of the model"):
+        save_onnx(program, tmp_path / "model.onnx", grids=wrong)
     assert not list(tmp_path.iterdir())

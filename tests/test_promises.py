@@ -79,7 +79,7 @@ def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path)
     second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own
     for part in ("weights", "optimizers"):
         assert differences(first[part], second[part]) == []
-    for part in ("keep", "codebooks", "indices", "binary", "generator"):
+    for part in ("keep", "codebooks", "indices", "weights", "generator"):
         assert differences(first["technique"].get(part), second["technique"].get(part)) == []
 
     resume = str(folder / f"step={2 * EPOCH // 2}.ckpt")

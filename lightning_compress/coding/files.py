@@ -17,6 +17,7 @@ from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.header import Header, describe, read_header, write_header
 from lightning_compress.coding.size import CompressedSize, TensorSize
 from lightning_compress.core.checkpoints import adopt, read_state
+from lightning_compress.quantization.inputs import following_inputs
 
 
 def save_compressed(
@@ -100,7 +101,10 @@ def load_compressed(
         state = read_compressed(path, max_bytes=max_bytes).state
     else:
         state = read_state(path)
-    return state if model is None else adopt(model, state, path)
+    if model is None:
+        return state
+    with following_inputs(model):
+        return adopt(model, state, path)
 
 
 @dataclass(frozen=True)

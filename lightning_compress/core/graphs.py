@@ -18,6 +18,10 @@ from lightning_compress.core.operators import Average, Call, run_rule, unknown, 
 from lightning_compress.core.units import Layer, Units, Value
 
 OUTPUT = "it is an output of the network"
+CONTRACTIONS = {  # operators of input, weight and bias
+    *("linear", "convolution"),
+    *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
+}
 READINGS = 3  # of what a reshape takes apart: (3, heads, width), (heads, 3, width) and (heads, width, 3) are in use
 
 
@@ -160,7 +164,7 @@ class Walk:
         is_inplace = name.endswith("_") and not name.endswith("__")
         if is_inplace:
             name = name[:-1]
-        call = Call(name, arguments, shape, _module_of(node), self._units, self._reading)
+        call = Call(name, arguments, shape, module_of(node), self._units, self._reading)
         call.operate = target
         if is_inplace and _is_view(node.args[0]):
             return unknown(call, f"{call.where} writes into a part of another tensor")
@@ -183,9 +187,16 @@ def _is_view(node: Any) -> bool:
     return isinstance(base, fx.Node) and len(base.users) > 1
 
 
-def _module_of(node: fx.Node) -> str:
+def module_of(node: fx.Node) -> str:
+    """Return the name of the module whose forward an operator stands in, "" for the network's own."""
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def operator_of(node: Any) -> str:
+    """Return the name of the ATen operator that a node calls, without its overload, "" for none."""
+    target = node.target if isinstance(node, fx.Node) else None
+    return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def _shape(val: Any) -> Any:

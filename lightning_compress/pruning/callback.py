@@ -29,6 +29,7 @@ from lightning_compress.pruning.scoring import (
 )
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.stopping import StopRule, StopWatch
+from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
@@ -268,6 +269,8 @@ class IterativePruningCallback(BacktrackingCallback):
                     self._cut(trainer, pl_module, keep)
                 else:
                     self._mask(keep)
+                    for other in _others(pl_module):
+                        other.leave_out(self.masks)
             self.current_amount = amount
             for name, mask in self.masks.items():
                 if name not in self._emptied and not mask.any():
@@ -281,6 +284,8 @@ class IterativePruningCallback(BacktrackingCallback):
         assert self._masked is not None
         alive = None if self.regrow else self._keep
         weights = {name: self._masked.value(name) for name in self._targets}
+        for other in _others(pl_module):  # values of few bits rank nothing: the real ones behind them do
+            weights |= {name: other.latent[name] for name in weights.keys() & other.latent.keys()}
         statistic, absolute = self._statistic, False
         if statistic is not None:
             statistic.reduce(all_reduce_sum)
@@ -337,3 +342,9 @@ class IterativePruningCallback(BacktrackingCallback):
 
     def leads_to_an_event(self) -> bool:
         return self._ramp is not None and self._steps >= self._ramp.start - self._ramp.interval
+
+
+def _others(pl_module: LightningModule) -> list[CompressionCallback]:
+    """The techniques of this fit that may hold real values behind the module's."""
+    callbacks = pl_module.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return [one for one in callbacks if isinstance(one, CompressionCallback)]

@@ -21,7 +21,7 @@ from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_
 from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.inputs import traced_network
-from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, record_cuts
+from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
 
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
 LassoShrink = Literal["never", "on_fit_end"]
@@ -240,7 +240,7 @@ class GroupLassoCallback(CompressionCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.shrink != "never":
-            record_cuts(checkpoint, pl_module)
+            keep_metadata(checkpoint, pl_module)
 
     # ------------------------------------------------------------------ around every optimizer step
 

@@ -22,7 +22,7 @@ from lightning_compress.pruning.scoring import Shrink, make_statistic
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.watching import WatchingCallback
 from lightning_compress.trainer.inputs import resolve_network, traced_network
-from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, record_cuts
+from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
 
 
 class RemovingCallback(WatchingCallback):
@@ -85,7 +85,7 @@ class RemovingCallback(WatchingCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.removes:
-            record_cuts(checkpoint, pl_module)
+            keep_metadata(checkpoint, pl_module)
 
     # ------------------------------------------------------------------ what may go
 

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
 
 from lightning_compress.core.select import select_parameters
-from lightning_compress.core.slicing import Kept
-from lightning_compress.quantization.binary_inputs import BinaryInputs, binarize_inputs, has_binary_inputs
+from lightning_compress.quantization.binary_inputs import binarize_inputs, has_binary_inputs, layers_with_signs
 from lightning_compress.quantization.binary_weights import BinaryWeights, LRScale
-from lightning_compress.quantization.quantizing import QuantizingCallback
+from lightning_compress.quantization.input_hooks import InputHooks
+from lightning_compress.quantization.latent_callback import LatentCallback
 from lightning_compress.quantization.signs import Mode, Scaling, check_binary, holds_signs, transposed_groups
-from lightning_compress.trainer.averages import averaged_modules
-from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.distributed import broadcast
-from lightning_compress.trainer.inputs import is_compiled
-
-_BY_VALUE = ("magnitude", "l2", "si")  # pruning criteria, to which all of -1 and +1 are the same
 
 
-class BinaryWeightsCallback(QuantizingCallback):
+class BinaryWeightsCallback(LatentCallback):
     """Trains a network whose weights are -1 and +1, or these times one number per output channel.
 
     Between steps the module holds binary weights W~; the gradient is taken there, and the optimizer steps, and `clip`
@@ -68,6 +61,7 @@ class BinaryWeightsCallback(QuantizingCallback):
     verb, done = "binarize", "binary"
     hidden = "of which binary weights keep their own"
     shrunk = "shrinks weights whose signs stay"
+    blind_criteria = ("magnitude", "l2", "si")
 
     def __init__(
         self,
@@ -100,77 +94,19 @@ class BinaryWeightsCallback(QuantizingCallback):
         self.clip = clip
         self.lr_scale: LRScale = lr_scale
 
-        self._binary: BinaryWeights | None = None  # is the projection
-        self._inputs: BinaryInputs | None = None
-        self._averages: dict[str, Tensor] = {}  # while a validation has their signs
-
-    # ------------------------------------------------------------------ what stands behind the signs
-
-    @property
-    def latent(self) -> dict[str, Tensor]:
-        """The real weights, by parameter name; empty before `start_epoch`."""
-        return {} if self._binary is None else self._binary.latent
-
-    @contextmanager
-    def real_weights(self, pl_module: LightningModule) -> Iterator[None]:
-        """Have the real weights in the module, as for a test of their accuracy, and afterwards again the binary ones.
-
-        Raises:
-            ValueError: The module is not the one that was fitted, or holds weights of another moment.
-        """
-        binary = self._binary
-        if binary is None or any(pl_module.get_parameter(name) is not p for name, p in binary.parameters.items()):
-            raise ValueError(
-                "real_weights: this callback has not made the weights of this module binary. Real weights are known "
-                "during and after a fit, or a resume, in the same process."
-            )
-        if not binary.holds():
-            raise ValueError(
-                "real_weights: the module no longer holds the signs of this fit's real weights, as after a test with "
-                "ckpt_path='best'. Resume from that checkpoint to have its real weights."
-            )
-        with binary.real():
-            yield
-
     # ------------------------------------------------------------------ the fit
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        super().prepare(trainer, pl_module, state)
-        self._check_others(trainer, pl_module)
-        if self.activations and is_compiled(pl_module):
-            raise ValueError(
-                "activations work by hooks, which a module compiled before the fit does not see: fit the module itself "
-                "and compile it afterwards."
-            )
         # All ranks draw the same samples.
         seed = torch.tensor(torch.initial_seed() % 2**63, device=pl_module.device)
         self.generator.manual_seed(int(broadcast(seed)))
-        before = None if self._binary is None else self._binary.state_dict()
-        if state is not None:
-            before = state["binary"]
-        elif self._binary is not None and not self._binary.holds():
-            raise ValueError(
-                "The module no longer holds the binary weights of an earlier fit with this callback. To binarize this "
-                "network from the beginning, make a new callback."
-            )
-        if before is None:
-            self._binary = self.projection = None
-            if self._inputs is not None:
-                self._inputs.remove()
-            return
-        self._binarize(pl_module).load_state_dict(before)
+        super().prepare(trainer, pl_module, state)
+        self._check_lasso(trainer, pl_module)
         if state is not None:
             self.generator.set_state(state["generator"].cpu())
-            for average in averaged_modules(trainer):
-                _put(average, state.get("averages", {}))
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        self._check_pruning(trainer, pl_module)
-        self._binarize(pl_module)
-        return "weights are binary"
-
-    def _binarize(self, pl_module: LightningModule) -> BinaryWeights:
-        self._binary = self.projection = BinaryWeights(
+    def make_weights(self, pl_module: LightningModule) -> BinaryWeights:
+        return BinaryWeights(
             pl_module,
             list(self._wanted),
             mode=self.mode,
@@ -179,14 +115,13 @@ class BinaryWeightsCallback(QuantizingCallback):
             lr_scale=self.lr_scale,
             generator=self.generator,
         )
-        if self.activations:
-            self._hook_inputs(pl_module)
-        return self._binary
 
-    def _hook_inputs(self, pl_module: LightningModule) -> None:
+    def hook_inputs(self, pl_module: LightningModule) -> InputHooks | None:
+        if not self.activations:
+            return None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # patterns that match nothing have been told
-            self._inputs = binarize_inputs(
+            return binarize_inputs(
                 pl_module,
                 activations=self.activations,
                 target=self.target,
@@ -194,95 +129,35 @@ class BinaryWeightsCallback(QuantizingCallback):
                 scale=self.scaling == "mean",
             )
 
+    def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
+        wanted = select_parameters(pl_module, self.target, exclude=self.exclude, warn=False)
+        return layers_with_signs(pl_module, self.activations, wanted)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        if self._binary is not None:
-            self._binary.check_finite()
-            pl_module.log(f"saturated{self.suffix(trainer)}", self._binary.saturated(), prog_bar=True, sync_dist=True)
+        if isinstance(self._weights, BinaryWeights):
+            saturated = self._weights.saturated()
+            pl_module.log(f"saturated{self.suffix(trainer)}", saturated, prog_bar=True, sync_dist=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self._binary is None:
-            return
-        for average in averaged_modules(trainer):  # has been put into the module
-            self._binary.take_real()
-            self.project_copy(average)
-        self._binary.show_signs()
+    def technique_state(self) -> dict[str, Any]:
+        return super().technique_state() | {"generator": self.generator.get_state()}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        if self._binary is not None and not trainer.validating and self._binary.holds():
-            self._binary.show_signs()
+    def shows_what_trains(self) -> bool:
+        return self.mode == "deterministic"
 
-    def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
-        """Slice what is held of tensors that another callback has cut."""
-        if self._binary is not None:
-            self._binary.follow_cut(pl_module, kept)
+    def _check_lasso(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for other, names in self.beside(trainer, pl_module):
+            if getattr(other, "strength", 0.0) > 0:
+                raise ValueError(
+                    f"{type(other).__name__} pulls groups of {names[0]} to zero, where BinaryWeightsCallback has none "
+                    f"but -1 and +1: give them targets that share nothing, or prune in an earlier fit."
+                )
 
-    # ------------------------------------------------------------------ validation, checkpoints, averages
+    # ------------------------------------------------------------------ binary inputs outside of a fit
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ready_inputs(trainer, pl_module)
-        if self._validates(trainer):
-            self._shown().show_signs()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for _ in averaged_modules(trainer) if self._validates(trainer) else ():
-            # The average is in the module now. It is put aside and not kept as signs, of which no average is made.
-            parameters = dict(pl_module.named_parameters())
-            self._averages = {name: parameters[name].detach().clone() for name in self._shown().parameters}
-            self.project_copy(pl_module)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        averages, self._averages = self._averages, {}
-        for average in averaged_modules(trainer):
-            _put(average, averages)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._validates(trainer):
-            self._shown().project()
-
-    def _validates(self, trainer: Trainer) -> bool:
-        """Whether this is a validation within a fit that trains binary weights."""
-        return self._binary is not None and trainer.state.fn == "fit" and not trainer.sanity_checking
-
-    def _shown(self) -> BinaryWeights:
-        assert self._binary is not None
-        return self._binary
-
-    def _project_averages(self, trainer: Trainer) -> None:
-        """Averages stay real: an average that was made of signs every step would never leave its first signs."""
-
-    def project_copy(self, module: nn.Module) -> None:
-        if self._binary is not None:
-            _put(module, self._binary.signs(dict(module.named_parameters())))
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        resuming = self._loaded is not None
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._binary is None or resuming:
-            return
-        averages: dict[str, Tensor] | None = None
-        for average in averaged_modules(trainer):
-            parameters = dict(average.named_parameters())
-            averages = {name: parameters[name].detach().clone() for name in self._binary.parameters}
-            checkpoint["callbacks"][self.state_key]["technique"]["averages"] = averages
-        # Signs are there already, or something else was put into the module after the fit.
-        if averages is None and (self.mode == "deterministic" or not self._binary.holds()):
-            return
-        first_name = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        signs = self._binary.signs(averages)
-        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-            if first_name[id(parameter)] in signs:
-                checkpoint["state_dict"][name] = signs[first_name[id(parameter)]]
-
-    def technique_state(self) -> dict[str, Any]:
-        return super().technique_state() | {
-            "binary": None if self._binary is None else self._binary.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    # ------------------------------------------------------------------ binary inputs outside of a fit
+        super().on_validation_start(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ready_inputs(trainer, pl_module)
@@ -296,48 +171,10 @@ class BinaryWeightsCallback(QuantizingCallback):
             return
         wanted = select_parameters(pl_module, self.target, exclude=self.exclude)
         if holds_signs(wanted, transposed_groups(pl_module)):
-            self._hook_inputs(pl_module)
+            self._inputs = self.hook_inputs(pl_module)
         else:
             warnings.warn(
                 f"The weights of {', '.join(wanted)} are not all binary, so that the inputs of layers are left as they "
                 f"are: load a checkpoint from after start_epoch={self.start_epoch}.",
                 stacklevel=2,
             )
-
-    # ------------------------------------------------------------------ refusals
-
-    def _check_others(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for other, names in self._beside(trainer, pl_module):
-            if getattr(other, "strength", 0.0) > 0:
-                raise ValueError(
-                    f"{type(other).__name__} pulls groups of {names[0]} to zero, where BinaryWeightsCallback has none "
-                    f"but -1 and +1: give them targets that share nothing, or prune in an earlier fit."
-                )
-
-    def _check_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for other, names in self._beside(trainer, pl_module):
-            criterion, prunes = getattr(other, "criterion", ""), getattr(other, "amount", 0.0) > 0
-            stops = getattr(other, "_stop", None) is not None
-            if prunes and not getattr(other, "finished", True) and (stops or criterion in _BY_VALUE):
-                what = "stop=" if stops else f"criterion={criterion!r}"
-                raise ValueError(
-                    f"{type(other).__name__}({what}) still prunes {names[0]} when its weights become binary at step "
-                    f"{self._start}, and all of them have the same magnitude then: end the pruning sooner (end_epoch), "
-                    f"start later (start_epoch), or use another criterion, such as 'taylor', without stop=."
-                )
-
-    def _beside(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[CompressionCallback, list[str]]]:
-        """Yield the other callbacks that change the same parameters, with these."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-            if isinstance(other, CompressionCallback) and not isinstance(other, QuantizingCallback):
-                target, exclude = getattr(other, "target", None), getattr(other, "exclude", ())
-                theirs = select_parameters(pl_module, target, exclude=exclude, warn=False)  # it says so itself
-                if both := [name for name in self._wanted if name in theirs]:
-                    yield other, both
-
-
-@torch.no_grad()
-def _put(module: nn.Module, values: dict[str, Tensor]) -> None:
-    parameters = dict(module.named_parameters())
-    for name, value in values.items():
-        parameters[name].copy_(value)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.select import WEIGHT_LAYERS, select_parameters
+from lightning_compress.quantization.input_hooks import InputHook, InputHooks, input_hook
 from lightning_compress.quantization.signs import sign_through
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,36 +62,49 @@ class _Order:
         self.has_run = True
 
 
-class _BinaryInput:
+class BinaryInput(InputHook):
     """The hook before a layer: signs instead of inputs. The hook after it multiplies with K."""
 
-    def __init__(self, name: str, *, scale: bool, after: _Order | None) -> None:
+    kind = "sign"
+
+    def __init__(self, name: str = "", *, scale: bool = False, after: _Order | None = None) -> None:
         self.name = name
         self.scale = scale
         self.after = after
         self.scales: Tensor | None = None
+        self._is_on = True
         self._seen = 0
         self._checked = False
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x: Tensor = args[0] if args else kwargs["input"]
-        if module.training and not self._checked:
+    def attach(self, layer: nn.Module) -> list[RemovableHandle]:
+        handles = super().attach(layer)
+        return [*handles, layer.register_forward_hook(self.behind, prepend=True)]  # before those that look at outputs
+
+    def record(self) -> dict[str, Any] | None:
+        return {"scale": self.scale} if self._is_on else None
+
+    def take(self, record: Mapping[str, Any] | None) -> None:
+        self._is_on = record is not None
+        self.scale = bool(record and record["scale"])
+
+    def change(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if not self._is_on:
+            return x
+        if layer.training and not self._checked:
             self._check(x)
         if self.scale:
-            self.scales = input_scales(module, x)
-        signs = sign_through(x)
-        return ((signs, *args[1:]), kwargs) if args else (args, kwargs | {"input": signs})
+            self.scales = input_scales(layer, x)
+        return sign_through(x)
 
-    def behind(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def behind(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         scales, self.scales = self.scales, None
-        assert scales is not None
-        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        if scales is None:
+            return output
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
         if bias is None:
             return output * scales.to(output.dtype)
-        if isinstance(module, _CONVOLUTIONS):
-            bias = bias.view(-1, *[1] * len(module.kernel_size))
+        if isinstance(layer, _CONVOLUTIONS):
+            bias = bias.view(-1, *[1] * len(layer.kernel_size))
         bias = bias.to(output.dtype)
         return (output - bias) * scales.to(output.dtype) + bias
 
@@ -111,23 +125,6 @@ class _BinaryInput:
             )
 
 
-class BinaryInputs:
-    """What `binarize_inputs` has put on a model; `remove` takes it away.
-
-    Attributes:
-        names: The layers that see signs.
-    """
-
-    def __init__(self, names: Sequence[str], handles: Sequence[RemovableHandle]) -> None:
-        self.names = list(names)
-        self._handles = list(handles)
-
-    def remove(self) -> None:
-        """Let the layers see their real inputs again."""
-        while self._handles:
-            self._handles.pop().remove()
-
-
 def binarize_inputs(
     model: nn.Module,
     *,
@@ -135,7 +132,7 @@ def binarize_inputs(
     target: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     scale: bool = False,
-) -> BinaryInputs:
+) -> InputHooks:
     """Let layers of a model see the signs of their inputs, by hooks: in training, and in a process that loads it.
 
     A layer that sees them already gets new hooks in the place of the old ones.
@@ -170,18 +167,14 @@ def binarize_inputs(
                 f"activations with scaling='mean': {name} is a {type(layer).__name__}, for which XNOR-Net has no "
                 f"scaling of inputs. Exclude it, or use scaling='none'."
             )
-    order, handles = None, []
+    order, handles = None, list[RemovableHandle]()
     if first:
         order = _Order(first)
         handles.append(model.get_submodule(first).register_forward_pre_hook(order))
     for name in names:
         layer = model.get_submodule(name)
-        _take_away(layer)
-        hook = _BinaryInput(name, scale=scale, after=order)
-        handles.append(layer.register_forward_pre_hook(hook.before, with_kwargs=True))
-        if scale:
-            handles.append(layer.register_forward_hook(hook.behind, prepend=True))  # before those that look at outputs
-    return BinaryInputs(names, handles)
+        handles += BinaryInput(name, scale=scale, after=order).attach(layer)
+    return InputHooks(names, handles)
 
 
 def _choose(
@@ -205,17 +198,13 @@ def _choose(
     return [name for name in mine if id(layers[name].weight) in chosen], ""
 
 
+def layers_with_signs(
+    model: nn.Module, activations: bool | str | Sequence[str], targeted: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """Return the layers that `binarize_inputs` puts hooks on, of those that have the targeted weights."""
+    return _choose(model, activations, targeted)[0]
+
+
 def has_binary_inputs(layer: nn.Module) -> bool:
     """Whether `binarize_inputs` has hooks on this layer."""
-    return any(_is_ours(hook) for hook in layer._forward_pre_hooks.values())
-
-
-def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), _BinaryInput)
-
-
-def _take_away(layer: nn.Module) -> None:
-    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-            del hooks[key]
-            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    return isinstance(input_hook(layer), BinaryInput)

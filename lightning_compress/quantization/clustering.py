@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,9 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_compress.core.select import select_parameters
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
+from lightning_compress.quantization.by_name import numbers_by_name
 from lightning_compress.quantization.kmeans import Init, check_init, kmeans
 from lightning_compress.quantization.quantizing import QuantizingCallback
 from lightning_compress.quantization.sharing import GradientRule, SharedWeights, check_rule
@@ -93,6 +92,7 @@ class WeightClusteringCallback(QuantizingCallback):
 
         self._wanted: dict[str, int]  # clusters by parameter
         self._shared: dict[str, SharedWeights] = {}  # by parameter, or by _ALL
+        self._others: list[QuantizingCallback] = []
         self._announced: torch.optim.Optimizer | None = None
 
     # ------------------------------------------------------------------ what has been reached
@@ -117,10 +117,19 @@ class WeightClusteringCallback(QuantizingCallback):
     # ------------------------------------------------------------------ the fit
 
     def wants(self, pl_module: LightningModule) -> dict[str, int]:
-        return clusters_by_name(pl_module, self.n_clusters, target=self.target, exclude=self.exclude)
+        return numbers_by_name(
+            pl_module,
+            self.n_clusters,
+            target=self.target,
+            exclude=self.exclude,
+            argument="n_clusters",
+            done="clustered",
+            leaving="0",
+        )
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         super().prepare(trainer, pl_module, state)
+        self._others = [one for one in trainer.callbacks if isinstance(one, QuantizingCallback) and one is not self]  # type: ignore[attr-defined]
         if self.scope == "global":
             self._check_one_optimizer(trainer, pl_module)
         if state is not None:
@@ -218,7 +227,7 @@ class WeightClusteringCallback(QuantizingCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._announced = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
         for shared in self._stepped_by(optimizer):
-            shared.share_gradients(self.gradient)
+            shared.share_gradients(self.gradient, behind=self._behind())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         announced, self._announced = self._announced, None
@@ -230,8 +239,13 @@ class WeightClusteringCallback(QuantizingCallback):
         super()._after_step(optimizer, args, kwargs)
 
     def _take_zeros(self) -> None:
+        behind = self._behind()
         for shared in self._shared.values():
-            shared.take_zeros()
+            shared.take_zeros(behind)
+
+    def _behind(self) -> dict[str, Tensor]:
+        """The shared values themselves, where another callback has put them on a grid."""
+        return {name: value for other in self._others for name, value in other.latent.items()}
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[SharedWeights]:
         share = {} if self.projection is None else self.projection.share(optimizer)
@@ -242,50 +256,6 @@ class WeightClusteringCallback(QuantizingCallback):
     def technique_state(self) -> dict[str, Any]:
         self._take_zeros()
         return super().technique_state() | {"codebooks": self.codebooks, "indices": self.indices}
-
-
-def clusters_by_name(
-    module: nn.Module,
-    n_clusters: int | Mapping[str, int],
-    *,
-    target: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (),
-) -> dict[str, int]:
-    """Return how many clusters each parameter gets, by name; what gets none is left out.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 2))
-        >>> clusters_by_name(net, {"0": 256, "3": 0, "*": 32})
-        {'0.weight': 256, '2.weight': 32}
-    """
-    if not isinstance(n_clusters, Mapping):
-        chosen = select_parameters(module, target, exclude=exclude)
-        return dict.fromkeys(chosen, n_clusters) if n_clusters else {}
-    considered: Mapping[str, nn.Parameter]
-    if target is None:
-        chosen = select_parameters(module, list(n_clusters), exclude=exclude, argument="n_clusters")
-        considered = _quietly(module, None, exclude=exclude)
-    else:
-        considered = chosen = select_parameters(module, target, exclude=exclude)
-    first: dict[str, int] = {}
-    for pattern, k in n_clusters.items():
-        for name in _quietly(module, pattern):
-            first.setdefault(name, k)
-    if unnamed := [name for name in considered if name not in first]:
-        warnings.warn(
-            f"Not clustered, because no pattern of n_clusters={dict(n_clusters)} names them: {', '.join(unnamed)}. "
-            f"Add a pattern (0 clusters: leave it), or exclude them.",
-            stacklevel=2,
-        )
-    return {name: first[name] for name in chosen if first.get(name)}
-
-
-def _quietly(module: nn.Module, target: str | None, *, exclude: str | Sequence[str] = ()) -> Mapping[str, nn.Parameter]:
-    """As `select_parameters`, where what matches nothing is told elsewhere."""
-    try:
-        return select_parameters(module, target, exclude=exclude, warn=False)
-    except ValueError:
-        return {}
 
 
 def _check_numbers(n_clusters: int | Mapping[str, int], scope: str) -> None:

@@ -55,6 +55,7 @@ class QuantizingCallback(CompressionCallback):
 
         self._start: int | None = None  # the optimizer step
         self._wanted: Collection[str] = ()
+        self._idle = True  # nothing is wanted
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Give the weights their values and set `self.projection`; return what monitors are told of it."""
@@ -63,6 +64,18 @@ class QuantizingCallback(CompressionCallback):
     def wants(self, pl_module: LightningModule) -> Collection[str]:
         """Return the names of the parameters that get a few values."""
         return select_parameters(pl_module, self.target, exclude=self.exclude)
+
+    def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
+        """Return the names of the layers whose inputs are changed."""
+        return ()
+
+    def goes_on_from(self, other: QuantizingCallback, trainer: Trainer, names: Sequence[str]) -> bool:
+        """Whether this technique takes the values that another gives the same parameters as its real ones.
+
+        Raises:
+            ValueError: It could, with other settings.
+        """
+        return False
 
     # ------------------------------------------------------------------ the fit
 
@@ -81,6 +94,7 @@ class QuantizingCallback(CompressionCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._wanted = self.wants(pl_module)
+        self._idle = not self._wanted and not self.inputs_of(pl_module)
         self._check_disjoint(trainer, pl_module)
         if state is not None:
             self._start = state["start"]
@@ -89,14 +103,14 @@ class QuantizingCallback(CompressionCallback):
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._start is not None
-        if self.projection is not None or not self._wanted or step < self._start:
+        if self.projection is not None or self._idle or step < self._start:
             return
         reason = self.begin(trainer, pl_module)
         if step > 0:
             count_anew(trainer, reason)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._wanted and self.projection is None:
+        if not self._idle and self.projection is None:
             warnings.warn(
                 f"The fit ended at step {self._steps}, before weights were {self.done} at step {self._start}: "
                 f"start_epoch={self.start_epoch} is too late.",
@@ -114,13 +128,18 @@ class QuantizingCallback(CompressionCallback):
 
     def _check_disjoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, QuantizingCallback) and other is not self:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # each says itself what its patterns leave out
-                    both = sorted(set(self.wants(pl_module)) & set(other.wants(pl_module)))
-                if both:
-                    mine, theirs = type(self).__name__, type(other).__name__
-                    who = (
-                        f"Two {mine}s {self.verb}" if mine == theirs else f"{mine} and {theirs} both set the values of"
-                    )
-                    raise ValueError(f"{who} {', '.join(both)}: give them targets that share nothing.")
+            if not isinstance(other, QuantizingCallback) or other is self:
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # each says itself what its patterns leave out
+                both = sorted({*self.wants(pl_module)} & {*other.wants(pl_module)})
+                inputs = sorted({*self.inputs_of(pl_module)} & {*other.inputs_of(pl_module)})
+            if both and not (self.goes_on_from(other, trainer, both) or other.goes_on_from(self, trainer, both)):
+                self._refuse(other, self.verb, "values", both)
+            if inputs:
+                self._refuse(other, "change the inputs of", "inputs", inputs)
+
+    def _refuse(self, other: QuantizingCallback, verb: str, what: str, names: list[str]) -> None:
+        mine, theirs = type(self).__name__, type(other).__name__
+        who = f"Two {mine}s {verb}" if mine == theirs else f"{mine} and {theirs} both set the {what} of"
+        raise ValueError(f"{who} {', '.join(names)}: give them targets that share nothing.")

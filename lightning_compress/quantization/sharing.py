@@ -156,12 +156,16 @@ class SharedWeights:
         return shared
 
     @torch.no_grad()
-    def share_gradients(self, rule: GradientRule = "mean") -> None:
+    def share_gradients(self, rule: GradientRule = "mean", *, behind: Mapping[str, Tensor] | None = None) -> None:
         """Give every weight the gradient of its value: the mean, or the sum, over the cluster. Zeros get none.
 
         A parameter without a gradient is left out, and gets one where it shares values with others that have one.
+
+        Args:
+            rule: "mean" or "sum".
+            behind: As for `take_zeros`.
         """
-        self.take_zeros()
+        self.take_zeros(behind)
         present = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         if not present:
             return
@@ -193,13 +197,18 @@ class SharedWeights:
             self._zeros = self._zeros_of_codebook()
 
     @torch.no_grad()
-    def take_zeros(self) -> None:
-        """Let entries that have become exactly zero leave their clusters for good: something has pruned them."""
-        if sum(_count_zeros(parameter.detach()) for parameter in self.parameters.values()) == self._zeros:
+    def take_zeros(self, behind: Mapping[str, Tensor] | None = None) -> None:
+        """Let entries that have become exactly zero leave their clusters for good: something has pruned them.
+
+        Args:
+            behind: The shared values by parameter, where parameters hold something else for now, as on a grid.
+        """
+        held = {name: (behind or {}).get(name, parameter.detach()) for name, parameter in self.parameters.items()}
+        if sum(map(_count_zeros, held.values())) == self._zeros:
             return
-        for name, parameter in self.parameters.items():
-            values = self.codebook.to(parameter.dtype).index_select(0, self.index[name].flatten().int())
-            gone = (parameter == 0) & (values != 0).view_as(parameter)  # a mean may happen to be zero
+        for name, tensor in held.items():
+            values = self.codebook.to(tensor.dtype).index_select(0, self.index[name].flatten().int())
+            gone = (tensor == 0) & (values != 0).view_as(tensor)  # a mean may happen to be zero
             self.index[name].masked_fill_(gone, 0)
         self._count()
 

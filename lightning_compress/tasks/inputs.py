@@ -21,8 +21,17 @@ def example_inputs(module: LightningModule, datamodule: LightningDataModule, *, 
         ValueError: The network's inputs can't be told from a batch.
     """
     given: ExampleInputs | None = module.example_input_array
-    if given is not None:
-        return given
+    return samples(module, datamodule, batch_size=batch_size) if given is None else given
+
+
+def samples(module: LightningModule, datamodule: LightningDataModule, *, batch_size: int) -> ExampleInputs:
+    """Return the inputs of the first training samples, at most `batch_size` of them and at most one batch.
+
+    The data module must be set up for training.
+
+    Raises:
+        ValueError: The network's inputs can't be told from a batch.
+    """
     loader = datamodule.train_dataloader()
     loader = loader[0] if isinstance(loader, list | tuple) else loader
     inputs: Any = inputs_of(next(iter(loader)), module)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.slicing import Kept
@@ -70,6 +72,14 @@ class CompressionCallback(Callback):
 
         `kept` has, by tensor and dimension, the positions that stayed.
         """
+
+    @property
+    def latent(self) -> dict[str, Tensor]:
+        """The real values that train behind parameters which hold others, by name; empty where there are none."""
+        return {}
+
+    def leave_out(self, masks: Mapping[str, Tensor]) -> None:
+        """Keep at zero, behind the module too, what another callback has just pruned: False in the masks, by name."""
 
     def synchronize(self) -> None:
         """Bring rank-local statistics together, before a checkpoint. Every rank takes part."""

@@ -28,6 +28,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Take the maximum of the tensor over all ranks, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def broadcast(tensor: Tensor) -> Tensor:
     """Give every rank the values of rank 0, in place, and return the tensor."""
     if world_size() > 1:

@@ -44,8 +44,8 @@ def follow_loads(trainer: Trainer, pl_module: LightningModule, callback: Callbac
         follow_leader(average, pl_module)
 
 
-def record_cuts(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
-    """See to it that a checkpoint says what was cut: the state dict of an average does not."""
+def keep_metadata(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
+    """See to it that a checkpoint says what was cut and what layers see: the state dict of an average does not."""
     checkpoint["state_dict"] = with_record(checkpoint["state_dict"], pl_module)
 
 

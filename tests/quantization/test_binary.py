@@ -144,7 +144,7 @@ def test_samples_train_and_signs_are_validated_and_saved(options: dict[str, Any]
     assert len(saved) == steps // 5
     for path in saved:
         content = torch.load(path, weights_only=True)
-        state = next(state for key, state in content["callbacks"].items() if "Binary" in key)["technique"]["binary"]
+        state = next(state for key, state in content["callbacks"].items() if "Binary" in key)["technique"]["weights"]
         for name in LAYERS:
             assert torch.equal(content["state_dict"][name], torch.where(state["latent"][name] >= 0, 1.0, -1.0))
     signs = {name: torch.where(value >= 0, 1.0, -1.0) for name, value in binary.latent.items()}
@@ -181,7 +181,7 @@ def test_real_weights_can_be_tested_apart_from_binary_ones() -> None:
         pass
     module.net.head.weight.data *= -1
     with (
-        pytest.raises(ValueError, match="no longer holds the signs of this fit's real weights"),
+        pytest.raises(ValueError, match="no longer holds the values of this fit's real weights"),
         binary.real_weights(module),
     ):
         pass
@@ -352,7 +352,7 @@ def test_ranks_that_resume_from_one_process_draw_the_same_samples(rank_pair: Ran
     resume = str(tmp_path / f"step={2 * EPOCH}.ckpt")
     first, second = rank_pair.run("support.jobs:fit_on_ranks", tmp_path, entry="binary-stochastic", resume=resume)
     for part in ("latent", "positive"):
-        assert differences(first["technique"]["binary"][part], second["technique"]["binary"][part]) == []
+        assert differences(first["technique"]["weights"][part], second["technique"]["weights"][part]) == []
 
 
 # ---------------------------------------------------------------------- averages
@@ -488,7 +488,7 @@ def test_real_weights_that_are_no_numbers_stop_the_fit() -> None:
                 for group in self.trainer.optimizers[0].param_groups:
                     group["lr"] = float("nan")
 
-    with pytest.raises(ValueError, match=r"NaN or infinite: 18 of 18 real values of net\.conv\.weight have no sign"):
+    with pytest.raises(ValueError, match=r"NaN or infinite: 18 of 18 real values of net\.conv\.weight have no value"):
         run(BinaryWeightsCallback(), module=Broken())
 
 

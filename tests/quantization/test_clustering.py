@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import GroupLassoCallback, IterativePruningCallback, WeightClusteringCallback
-from lightning_compress.quantization.clustering import clusters_by_name
+from lightning_compress.quantization.by_name import numbers_by_name
 from lightning_compress.quantization.kmeans import kmeans
 
 EPOCH = SAMPLES // BATCH
@@ -253,28 +253,33 @@ def test_a_cut_of_channels_is_followed() -> None:
 # ---------------------------------------------------------------------- which layers, and how many clusters
 
 
+def _clusters(net: nn.Module, numbers: Any, **options: Any) -> dict[str, int]:
+    names = {"argument": "n_clusters", "done": "clustered", "leaving": "0"}
+    return numbers_by_name(net, numbers, **names, **options)
+
+
 def test_the_first_pattern_that_matches_counts() -> None:
     net = SmallModule()
-    assert clusters_by_name(net, {"net.conv": 8, "net.head": 0, "*": 3}) == {LAYERS[0]: 8, LAYERS[1]: 3}
-    assert clusters_by_name(net, {"*": 3, "net.conv": 8}) == dict.fromkeys(LAYERS, 3)
-    assert clusters_by_name(net, {"*": 3, "net.head.bias": 2}, exclude="net.hidden") == {
+    assert _clusters(net, {"net.conv": 8, "net.head": 0, "*": 3}) == {LAYERS[0]: 8, LAYERS[1]: 3}
+    assert _clusters(net, {"*": 3, "net.conv": 8}) == dict.fromkeys(LAYERS, 3)
+    assert _clusters(net, {"*": 3, "net.head.bias": 2}, exclude="net.hidden") == {
         LAYERS[0]: 3,
         LAYERS[2]: 3,
         "net.head.bias": 2,
     }
-    assert clusters_by_name(net, 7, target="net.head") == {LAYERS[2]: 7}
-    assert clusters_by_name(net, 0) == {}
+    assert _clusters(net, 7, target="net.head") == {LAYERS[2]: 7}
+    assert _clusters(net, 0) == {}
 
 
 def test_layers_that_no_pattern_names_are_named_aloud() -> None:
     with pytest.warns(UserWarning, match=r"Not clustered, .* names them: net\.hidden\.weight, net\.head\.weight\. Add"):
-        assert clusters_by_name(SmallModule(), {"net.conv": 8}) == {LAYERS[0]: 8}
+        assert _clusters(SmallModule(), {"net.conv": 8}) == {LAYERS[0]: 8}
     with pytest.warns(UserWarning, match=r"names them: net\.head\.weight\."):
-        clusters_by_name(SmallModule(), {"net.conv": 8}, target=["net.conv", "net.head"])
+        _clusters(SmallModule(), {"net.conv": 8}, target=["net.conv", "net.head"])
     with pytest.warns(UserWarning, match="n_clusters pattern 'fc*' matches no parameter".replace("*", r"\*")):
-        clusters_by_name(SmallModule(), {"*": 8, "fc*": 4})
+        _clusters(SmallModule(), {"*": 8, "fc*": 4})
     with pytest.warns(UserWarning, match="matches no"), pytest.raises(ValueError, match=r"n_clusters=.*selects no"):
-        clusters_by_name(SmallModule(), {"fc*": 4})
+        _clusters(SmallModule(), {"fc*": 4})
 
 
 def test_more_clusters_than_weights_and_all_zero_layers_are_said_aloud() -> None:

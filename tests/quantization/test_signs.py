@@ -184,7 +184,7 @@ def test_signs_and_real_values_can_be_shown_and_the_sample_comes_back() -> None:
     binary = BinaryWeights(layer, ["weight"], mode="stochastic")
     loop(layer, binary, 2)
     sample, latent = layer.weight.detach().clone(), binary.latent["weight"].clone()
-    binary.show_signs()
+    binary.show()
     assert torch.equal(layer.weight.detach(), sign(latent))
     with binary.real():
         assert torch.equal(layer.weight.detach(), latent)
@@ -263,7 +263,7 @@ def test_a_cut_is_followed(options: Any) -> None:
 def test_numbers_without_a_sign_are_refused() -> None:
     layer = nn.Linear(6, 4)
     layer.weight.data[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="NaN or infinite: 1 of 24 real values of weight have no sign"):
+    with pytest.raises(ValueError, match="NaN or infinite: 1 of 24 real values of weight have no value"):
         BinaryWeights(layer, ["weight"])
 
 

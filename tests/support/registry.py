@@ -13,6 +13,7 @@ from lightning_compress import (
     BinaryWeightsCallback,
     GroupLassoCallback,
     IterativePruningCallback,
+    QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
 )
 
@@ -64,6 +65,14 @@ def binary(**options: Any) -> Entry:
     )
 
 
+def qat(*bits: Any, **options: Any) -> Entry:
+    settings: dict[str, Any] = {"start_epoch": 0.5} | options
+    return Entry(
+        make=lambda: QuantizationAwareTrainingCallback(*bits, **settings),
+        nothing=lambda: QuantizationAwareTrainingCallback(*bits, **(settings | {"start_epoch": 100.0})),
+    )
+
+
 REGISTRY: dict[str, Entry] = {
     "pruning": pruning(),
     "pruning-layer-random": pruning(criterion="random", scope="layer", schedule="linear"),
@@ -97,4 +106,9 @@ REGISTRY: dict[str, Entry] = {
     "pruning-then-binary": pruning(amount=0.6, end_epoch=1.5).with_(binary(start_epoch=2.0, mode="stochastic")),
     "binary-then-pruning-taylor": binary(scaling="mean").with_(pruning(amount=0.6, criterion="taylor")),
     "clustering-beside-binary": clustering(n_clusters={"net.head": 5}).with_(binary(exclude="net.head")),
+    "qat": qat(8, 4),
+    "qat-4bit-weights-only": qat({"net.hidden": 2, "*": 4}, None, start_epoch=0.0),
+    "pruning-clustering-qat": pruning(amount=0.6).with_(
+        clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
+    ),
 }

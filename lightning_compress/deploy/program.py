@@ -1,12 +1,8 @@
-"""A network as a file that runs without this package: a program of torch.export, or ONNX."""
+"""A network as a program of torch.export, which runs without this package."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.files import replacing
-from lightning_compress.core.inputs import ExampleInputs, call, tensors
+from lightning_compress.core.inputs import ExampleInputs, call
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
@@ -43,7 +39,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
         shapes = dynamic[1] if kwargs else dynamic[0]
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
         other = _resized(example_inputs, 3)
-        _compare(call(model, other), call(program.module(), other), "The exported program")
+        compare(call(model, other), call(program.module(), other), "The exported program")
     return program
 
 
@@ -51,34 +47,6 @@ def save_program(program: ExportedProgram, path: str | Path) -> None:
     """Write what `torch.export.load(path).module()` reads and runs; the file appears whole or not at all."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.export.save(program, file)
-
-
-def save_onnx(program: ExportedProgram, path: str | Path) -> None:
-    """Write the program as ONNX, and compare what onnxruntime computes with it; the file appears whole or not at all.
-
-    Raises:
-        ImportError: The extra `deploy` is not installed.
-        ValueError: onnxruntime computes something else.
-    """
-    if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
-        raise ImportError(
-            f"ONNX files need {', '.join(missing)}, which the extra `deploy` brings: pip install "
-            f"'lightning-compress[deploy]'."
-        )
-    import onnxruntime
-
-    with _quiet():
-        converted = torch.onnx.export(program, dynamo=True, verbose=False)
-    assert converted is not None
-    args, kwargs = program.example_inputs
-    expected = tensors((program.module()(*args, **kwargs),))
-    with replacing(path) as temporary:
-        converted.save(temporary)
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        names = [node.name for node in session.get_inputs()]
-        feed = {name: leaf.numpy() for name, leaf in zip(names, tensors((*args, kwargs)), strict=True)}
-        found = [torch.from_numpy(value) for value in session.run(None, feed)]
-        _compare(expected, found, "The ONNX file, run by onnxruntime,")
 
 
 def _arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -99,26 +67,10 @@ def _resized(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
     return resized
 
 
-def _compare(expected: Any, found: Any, what: str) -> None:
+def compare(expected: Any, found: Any, what: str) -> None:
     for ours, theirs in zip(tree_leaves(expected), tree_leaves(found), strict=True):
         if isinstance(ours, Tensor) and not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"{what} computes something else than the model: outputs differ by up to "
                 f"{float((ours - theirs).abs().max()):.3g}. Does forward depend on its data, or draw random numbers?"
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # They tell of every optimisation, of torchvision's operators, and of a type that torch is going to rename.
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

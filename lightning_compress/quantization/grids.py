@@ -1,0 +1,127 @@
+"""Weights on a symmetric grid of a few bits.
+
+    W~_i = s_c q_i,   q_i = clamp(round(w_i / s_c), -L, L),   L = 2^(b-1) - 1        c: the output channel of w_i
+
+6 to 8 bits: s_c = max |w| / L over the channel, so that nothing is clamped. 2 to 5 bits: the s_c that minimises the sum
+of (w - W~)^2, a local minimum of it: the best of a few beginnings f max |w| / L, each improved by
+
+    s_c <- sum of w_i q_i / sum of q_i^2        (the best scale for these q; then the best q for this scale)
+
+Jacob et al. 2018 (1712.05877), section 3; Krishnamoorthi 2018 (1806.08342), section 2; Nagel et al. 2021 (2106.08295),
+section 2.2 on symmetric grids and 2.5 on ranges of least squared error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_compress.quantization.signs import by_channel
+
+Granularity = Literal["channel", "tensor"]
+
+_SEARCHED = 5  # bits; with more, what the largest weight asks for is near enough
+_BEGINNINGS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # f
+_IMPROVEMENTS = 6
+
+
+def check_bits(name: str, bits: Any) -> None:
+    """Raise a ValueError unless `bits` is a whole number from 2 to 8."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        hint = " One bit: BinaryWeightsCallback." if name == "weight_bits" and bits in (1, True) else ""
+        raise ValueError(f"{name} must be a whole number from 2 to 8; got {bits!r}.{hint}")
+
+
+def check_granularity(granularity: str) -> None:
+    """Raise a ValueError unless the granularity exists."""
+    if granularity not in get_args(Granularity):
+        raise ValueError(f"granularity must be 'channel' or 'tensor' (one scale for each); got {granularity!r}.")
+
+
+def by_scale(w: Tensor, granularity: Granularity = "channel", groups: int | None = None) -> Tensor:
+    """See a contiguous weight as four dimensions, of which 1 and 3 lie within what has one scale.
+
+    Args:
+        w: A weight.
+        granularity: "channel": one scale for each output channel; "tensor": one for all.
+        groups: The `groups` of a transposed convolution, whose output channels lie in dim 1; None for others.
+    """
+    return w.view(1, -1, 1, 1) if granularity == "tensor" else by_channel(w, groups)
+
+
+@torch.no_grad()
+def weight_scales(
+    w: Tensor, bits: int, *, granularity: Granularity = "channel", groups: int | None = None, last: Tensor | None = None
+) -> Tensor:
+    """Return the scales s of a weight, shaped to multiply `by_scale` of it, in its dtype.
+
+    Args:
+        w: The real weights.
+        bits: b, 2 to 8.
+        granularity: As for `by_scale`.
+        groups: Likewise.
+        last: The scales of a moment ago: where a search is called for, one improvement of these is enough.
+
+    Example:
+        >>> w = torch.tensor([[0.1, -0.9, 1.1, 1.0], [0.0, 0.5, -0.5, 0.6]])
+        >>> weight_scales(w, 2).flatten()  # the means of the three magnitudes that become 1
+        tensor([1.0000, 0.5333])
+        >>> weight_scales(w, 8).flatten() * 127
+        tensor([1.1000, 0.6000])
+    """
+    top = 2 ** (bits - 1) - 1
+    view = by_scale(w.to(torch.promote_types(w.dtype, torch.float32)).contiguous(), granularity, groups)
+    covering: Tensor = view.abs().amax((1, 3), keepdim=True) / top
+    if bits > _SEARCHED:
+        return covering.to(w.dtype)
+    if last is not None:
+        return _improve(view, last.to(view.dtype), covering, top).to(w.dtype)
+    best: Tensor = covering
+    error = _error(view, covering, top)
+    for beginning in _BEGINNINGS:
+        scales = covering * beginning
+        for _ in range(_IMPROVEMENTS):
+            scales = _improve(view, scales, covering, top)
+        found = _error(view, scales, top)
+        best, error = torch.where(found < error, scales, best), torch.minimum(found, error)
+    return best.to(w.dtype)
+
+
+@torch.no_grad()
+def on_symmetric_grid(
+    w: Tensor, scales: Tensor, bits: int, *, granularity: Granularity = "channel", groups: int | None = None
+) -> Tensor:
+    """Return W~, whose entries are whole numbers times their scale, as the dtype of w multiplies.
+
+    Args:
+        w: The real weights.
+        scales: As `weight_scales` returns them.
+        bits: b, 2 to 8.
+        granularity: As for `by_scale`.
+        groups: Likewise.
+
+    Example:
+        >>> w = torch.tensor([[0.1, -0.9, 1.1, 1.0], [0.0, 0.5, -0.5, 0.6]])
+        >>> on_symmetric_grid(w, weight_scales(w, 2), 2)
+        tensor([[ 0.0000, -1.0000,  1.0000,  1.0000],
+                [ 0.0000,  0.5333, -0.5333,  0.5333]])
+    """
+    view = by_scale(w.to(torch.promote_types(w.dtype, torch.float32)).contiguous(), granularity, groups)
+    return _integers(view, scales.to(view.dtype), 2 ** (bits - 1) - 1).to(w.dtype).mul_(scales).view(w.shape)
+
+
+def _integers(view: Tensor, scales: Tensor, top: int) -> Tensor:
+    return (view / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-top, top)
+
+
+def _error(view: Tensor, scales: Tensor, top: int) -> Tensor:
+    return (view - _integers(view, scales, top).mul_(scales)).square_().sum((1, 3), keepdim=True)
+
+
+def _improve(view: Tensor, scales: Tensor, covering: Tensor, top: int) -> Tensor:
+    integers = _integers(view, scales, top)
+    squares = integers.square().sum((1, 3), keepdim=True)
+    better = integers.mul_(view).sum((1, 3), keepdim=True) / squares.clamp(min=1)
+    return torch.where(squares > 0, better, covering)  # where all have become 0, as after a long decay

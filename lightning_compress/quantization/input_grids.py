@@ -1,0 +1,219 @@
+"""Inputs of layers on an affine grid of a few bits, by hooks on the user's own layers.
+
+    x~ = scale * (q - z),  q = clamp(round(x / scale) + z, 0, 2^bits - 1)
+
+with one scale and one zero point z for all entries of an input (per tensor); 0 is always a point of the grid, so that
+padding stays exact. The gradient passes straight through where q was not clamped and is 0 elsewhere.
+Jacob et al. 2018 (1712.05877), section 2.1 and 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.quantization.grids import check_bits
+from lightning_compress.quantization.input_hooks import InputHook, InputHooks, input_hook
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """The grid of one layer's input: x~ = scale * (q - zero_point), q = 0 ... 2^bits - 1.
+
+    Args:
+        scale: The distance of neighbouring points, above 0.
+        zero_point: The q of x~ = 0.
+        bits: 2 to 8.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> InputGrid(scale=0.5, zero_point=1, bits=2).levels()
+        [-0.5, 0.0, 0.5, 1.0]
+    """
+
+    scale: float
+    zero_point: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits("bits", self.bits)
+        if not 0 <= self.zero_point < 2**self.bits:
+            raise ValueError(f"zero_point must be 0 to {2**self.bits - 1} with {self.bits} bits; got {self.zero_point}")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be a number above 0; got {self.scale!r}.")
+
+    @classmethod
+    def covering(cls, low: float, high: float, bits: int) -> InputGrid:
+        """Return the grid from `low` to `high`, both moved to 0 where they have the same sign.
+
+        Example:
+            >>> InputGrid.covering(-1.0, 2.0, 2)
+            InputGrid(scale=1.0, zero_point=1, bits=2)
+        """
+        scale, zero_point = affine(torch.tensor(low), torch.tensor(high), bits)
+        return cls(float(scale), int(zero_point), bits)
+
+    def levels(self) -> list[float]:
+        """Return the points of the grid."""
+        return [self.scale * (q - self.zero_point) for q in range(2**self.bits)]
+
+
+def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the scale and the zero point, in float32, of the grid that covers low ... high and has 0 as a point.
+
+    Where low and high are both 0, the scale is 1.
+
+    Example:
+        >>> affine(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 3.0]), 2)
+        (tensor([1., 1.]), tensor([1., 0.]))
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, (low.abs() / scale).round()
+
+
+class _OnGrid(torch.autograd.Function):
+    """x~, and whether q was not clamped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        q = x.to(torch.promote_types(x.dtype, torch.float32)).div(scale).round_().add_(zero_point)
+        clamped = q.clamp(0, top)
+        return clamped.sub(zero_point).mul_(scale).to(x.dtype), clamped == q
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
+
+
+def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return x on the grid, in its own dtype, with the gradient straight through where nothing is clamped.
+
+    Args:
+        x: Any shape.
+        scale: A tensor of one number.
+        zero_point: Likewise, whole.
+        bits: There are 2^bits points.
+
+    Example:
+        >>> x = torch.tensor([-3.0, -0.4, 0.2, 0.3, 5.0], requires_grad=True)
+        >>> y = on_grid(x, torch.tensor(0.5), torch.tensor(1.0), 2); y.data
+        tensor([-0.5000, -0.5000,  0.0000,  0.5000,  1.0000])
+        >>> y.sum().backward(); x.grad
+        tensor([0., 1., 1., 1., 0.])
+    """
+    top = 2**bits - 1
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _OnGrid.forward(x, scale, zero_point, top)[0]
+    quantized: Tensor = _OnGrid.apply(x, scale, zero_point, top)[0]  # type: ignore[no-untyped-call]
+    return quantized
+
+
+class InputQuantizer(InputHook):
+    """The hook that puts a layer's input on a grid; without a grid yet, it lets it pass.
+
+    Attributes:
+        bits: Of the grid.
+        scale: As in `InputGrid`, a tensor; None without a grid.
+        zero_point: Likewise.
+    """
+
+    kind = "grid"
+
+    def __init__(self, bits: int = 8) -> None:
+        self.bits = bits
+        self.scale: Tensor | None = None
+        self.zero_point: Tensor | None = None
+
+    @property
+    def grid(self) -> InputGrid | None:
+        """The grid, or None."""
+        if self.scale is None or self.zero_point is None:
+            return None
+        return InputGrid(float(self.scale), int(self.zero_point), self.bits)
+
+    def set(self, grid: InputGrid | None) -> None:
+        """Have another grid, or none."""
+        if grid is None:
+            self.scale = self.zero_point = None
+        else:
+            self.bits = grid.bits
+            self.scale, self.zero_point = torch.tensor(grid.scale), torch.tensor(float(grid.zero_point))
+
+    def change(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.scale is None or self.zero_point is None:
+            return x
+        if self.scale.device != x.device:
+            self.scale, self.zero_point = self.scale.to(x.device), self.zero_point.to(x.device)
+        return on_grid(x, self.scale, self.zero_point, self.bits)
+
+    def record(self) -> dict[str, Any] | None:
+        return None if (grid := self.grid) is None else asdict(grid)
+
+    def take(self, record: Mapping[str, Any] | None) -> None:
+        self.set(None if record is None else InputGrid(record["scale"], record["zero_point"], record["bits"]))
+
+
+def quantize_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> InputHooks:
+    """Put the inputs of layers on grids, by hooks that travel with copies and with the state dict's metadata.
+
+    Args:
+        model: The network; no module, parameter or key changes.
+        grids: By qualified name of the layer.
+
+    Returns:
+        What takes the hooks away: `.remove()`.
+
+    Raises:
+        ValueError: There is no such layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 1, bias=False))
+        >>> net[0].weight.data.fill_(1.0)
+        tensor([[1.]])
+        >>> handle = quantize_inputs(net, {"0": InputGrid(scale=0.5, zero_point=0, bits=2)})
+        >>> net(torch.tensor([[0.6], [9.0]])).flatten().tolist(), list(input_grids(net))
+        ([0.5, 1.5], ['0'])
+        >>> handle.remove(); net(torch.tensor([[0.6]])).item()
+        0.6000000238418579
+    """
+    layers = dict(model.named_modules())
+    if strange := [name for name in grids if name not in layers]:
+        raise ValueError(f"There is no layer {strange[0]!r} in {type(model).__name__}, which has {list(layers)[1:4]}.")
+    handles = []
+    for name, grid in grids.items():
+        hook = InputQuantizer()
+        hook.set(grid)
+        handles += hook.attach(layers[name])
+    return InputHooks(list(grids), handles)
+
+
+def input_grids(model: nn.Module) -> dict[str, InputGrid]:
+    """Return the grids of inputs, by qualified name of the layer; empty where no input is quantized.
+
+    Example:
+        >>> input_grids(nn.Linear(2, 2))
+        {}
+    """
+    found = {}
+    for name, layer in model.named_modules():
+        hook = input_hook(layer)
+        if isinstance(hook, InputQuantizer) and hook.grid is not None:
+            found[name] = hook.grid
+    return found

@@ -1,0 +1,113 @@
+"""Hooks that change what layers of the user's own network see, and that travel with its state dict.
+
+    forward        layer(x)  becomes  layer(change(x)); no module and no key of the state dict changes
+    state_dict()   the layer's entry of the metadata has the hook's record: a kind, and plain numbers
+    load           a layer with a hook takes the record that comes, or none where the network was saved without
+
+Metadata survive checkpoints of weights alone, compressed files and a strict load into the plain class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+INPUTS = "lightning_compress.inputs"  # the key in the metadata of a layer
+
+
+class InputHook:
+    """A forward pre-hook that changes a layer's input. A subclass supplies `kind`, `change`, `record` and `take`."""
+
+    kind: ClassVar[str]
+    name: str = ""  # of the layer, for messages
+
+    def change(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what the layer sees in the place of x."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any] | None:
+        """Return plain numbers that `take` needs to do the same elsewhere; None if nothing is done to inputs."""
+        raise NotImplementedError
+
+    def take(self, record: Mapping[str, Any] | None) -> None:
+        """Do what the record of another hook of this kind says."""
+        raise NotImplementedError
+
+    def attach(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Put the hook on a layer, in the place of one that was there."""
+        take_away(layer)
+        return [
+            layer.register_forward_pre_hook(self, with_kwargs=True),
+            layer.register_state_dict_post_hook(_OnSave(self)),  # type: ignore[no-untyped-call]
+            layer.register_load_state_dict_pre_hook(_OnLoad(self)),  # type: ignore[no-untyped-call]
+        ]
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        changed = self.change(layer, args[0] if args else kwargs["input"])
+        return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"input": changed})
+
+
+class _OnSave:
+    def __init__(self, owner: InputHook) -> None:
+        self.owner = owner
+
+    def __call__(self, layer: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+        if (record := self.owner.record()) is not None:
+            local_metadata[INPUTS] = {"kind": self.owner.kind} | record
+
+
+class _OnLoad:
+    def __init__(self, owner: InputHook) -> None:
+        self.owner = owner
+
+    def __call__(
+        self, layer: nn.Module, state_dict: Any, prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        if local_metadata:  # a copy of a state dict may have lost it, which says nothing
+            record = local_metadata.get(INPUTS)
+            self.owner.take(record if record and record["kind"] == self.owner.kind else None)
+
+
+class InputHooks:
+    """What has been put on layers; `remove` takes it away.
+
+    Attributes:
+        names: The layers.
+    """
+
+    def __init__(self, names: Sequence[str], handles: Sequence[RemovableHandle]) -> None:
+        self.names = list(names)
+        self._handles = list(handles)
+
+    def remove(self) -> None:
+        """Let the layers see their real inputs again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def input_hook(layer: nn.Module) -> InputHook | None:
+    """Return the hook that changes this layer's input, or None."""
+    return next((hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, InputHook)), None)
+
+
+def take_away(layer: nn.Module) -> None:
+    """Let a layer see its real input again."""
+    for hooks in (
+        layer._forward_pre_hooks,
+        layer._forward_hooks,
+        layer._state_dict_hooks,
+        layer._load_state_dict_pre_hooks,
+    ):
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _is_ours(hook: Any) -> bool:
+    hook = getattr(hook, "hook", hook)  # torch wraps those of a load
+    return isinstance(hook, InputHook | _OnSave | _OnLoad) or isinstance(getattr(hook, "__self__", None), InputHook)
