@@ -56,7 +56,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="config")
 def _main(cfg: DictConfig) -> None:
-    tasks = {"run": run, "inspect": inspect, "test": test, "compare": compare, "export": export}
+    tasks = {"run": run, "inspect": inspect, "test": evaluate, "compare": compare, "export": export}
     if cfg.task not in tasks:
         raise ValueError(f"task={cfg.task!r} is unknown; expected {', '.join(tasks)}.")
     check_choices(HydraConfig.get().overrides.task)
@@ -117,7 +117,7 @@ def inspect(cfg: DictConfig) -> None:
         console.print(table)
 
 
-def test(cfg: DictConfig) -> None:
+def evaluate(cfg: DictConfig) -> None:
     """Test the network in the file at `path`, a compressed one or a checkpoint, as its run did, on one device."""
     if cfg.path is None:
         raise ValueError(f"task=test wants path=<run folder>/{SMALL}.")
