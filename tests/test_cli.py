@@ -187,6 +187,24 @@ def test_neuron_pruning_runs(finished: Path, command: Callable[..., None]) -> No
     assert found(command, thin) == Report.load("neurons/report.json").compressed.test_accuracy
 
 
+@pytest.mark.parametrize(("recipe", "real"), [("binary_connect", set()), ("xnor", {"network.conv1", "network.fc"})])
+def test_binary_recipes_end_with_binary_layers_that_are_tested_alike_elsewhere(
+    recipe: str, real: set[str], command: Callable[..., None]
+) -> None:
+    short = [f"experiment={recipe}", "verify=false", "measure.repeats=1", "hydra.run.dir=binary"]
+    command(*SMALL, *short)
+    weights = {name: one for name, one in load_compressed("binary/compressed.lcz").items() if one.dim() > 1}
+    for name, weight in weights.items():
+        magnitudes = [len(filter_.abs().unique()) for filter_ in weight]
+        assert (max(magnitudes) > 1) == (name.removesuffix(".weight") in real)
+    accuracy = Report.load("binary/report.json").compressed.test_accuracy
+    assert found(command, Path("binary/compressed.lcz")) == accuracy
+    if recipe == "xnor":  # without its callback nobody makes signs of inputs
+        config = yaml.safe_load(Path("binary/config.yaml").read_text()) | {"callbacks": {}}
+        Path("binary/config.yaml").write_text(yaml.safe_dump(config))
+        assert found(command, Path("binary/compressed.lcz")) != accuracy
+
+
 def test_with_half_the_compressed_network_is_the_rounded_one(finished: Path, command: Callable[..., None]) -> None:
     wrapper = "+wrappers.mine._target_=support.pieces.Transparent"
     file = ["file.half=true", "file.coder=huffman", wrapper, "hydra.run.dir=half"]
