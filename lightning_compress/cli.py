@@ -1,7 +1,8 @@
-"""The command `lightning-compress`: a config composed by Hydra, and one of four tasks done with it."""
+"""The command `lightning-compress`: a config composed by Hydra, and one of five tasks done with it."""
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from functools import partial
@@ -10,10 +11,11 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
+from torch import distributed
 
 from lightning_compress.coding import load_compressed
 from lightning_compress.coding.files import read_compressed
@@ -26,16 +28,20 @@ from lightning_compress.hydra import (
     build_trainer_factory,
     build_wrapped,
     check_choices,
+    home,
     register_resolvers,
-    run_folder,
 )
 from lightning_compress.pruning.neighbours import check_disjoint
 from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
+from lightning_compress.report.write import write_text
 from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.inspect import inspection_tables
-from lightning_compress.tasks.run import COMPRESSED, Run, can_draw
+from lightning_compress.tasks.run import COMPRESSED, SMALL, Run, can_draw
+from lightning_compress.tasks.testing import accuracy, check_tested
+from lightning_compress.tasks.verify import verify
 from lightning_compress.tasks.weights import load_weights
+from lightning_compress.trainer.callback import CompressionCallback
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +58,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="config")
 def _main(cfg: DictConfig) -> None:
-    tasks = {"run": run, "inspect": inspect, "compare": compare, "export": export}
+    tasks = {"run": run, "inspect": inspect, "test": evaluate, "compare": compare, "export": export}
     if cfg.task not in tasks:
         raise ValueError(f"task={cfg.task!r} is unknown; expected {', '.join(tasks)}.")
     check_choices(HydraConfig.get().overrides.task)
@@ -75,6 +81,7 @@ def run(cfg: DictConfig) -> None:
         val_metric=cfg.val_metric,
         settings=_plain(cfg, resolve=False),  # as written, for a folder's name would differ in every run
         **cfg.measure,
+        **cfg.file,
     )
     _record(cfg)
     report = job.compress(
@@ -90,6 +97,11 @@ def run(cfg: DictConfig) -> None:
         console = Console()
         console.print(comparison_table(report))
         console.print(f"Written to {cfg.output_dir}", soft_wrap=True)
+        if cfg.verify:
+            alone = cfg.trainer.get("accelerator") == "cpu" and not distributed.is_initialized()
+            found = report.compressed.test_accuracy
+            verified = verify(job.folder / SMALL, metric=cfg.metric, expected=found, exact=alone)
+            console.print(verified, soft_wrap=True, highlight=False)
 
 
 def inspect(cfg: DictConfig) -> None:
@@ -105,6 +117,42 @@ def inspect(cfg: DictConfig) -> None:
     console = Console()
     for table in inspection_tables(callbacks, module, build_datamodule(cfg)):
         console.print(table)
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Test the network in the file at `path`, a compressed one or a checkpoint, as its run did, on one device."""
+    if cfg.path is None:
+        raise ValueError(f"task=test wants path=<run folder>/{SMALL}.")
+    path = Path(cfg.path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path={cfg.path!r} does not exist (looked for in {Path.cwd()}).")
+    recorded = _recorded(home(path))
+    if recorded is None:
+        raise FileNotFoundError(
+            f"There is no {CONFIG} in {home(path)}, which would say what network {path.name} holds, and what it is "
+            f"tested with: task=test wants a file in the folder of a run."
+        )
+    module, datamodule = _built(recorded, path)
+    metric = recorded.metric
+    found = {}
+    if metric is not None:
+        check_tested(module, metric)
+        seed_everything(recorded.seed, workers=True, verbose=False)
+        devices = recorded.trainer.get("devices")
+        found[metric] = accuracy(
+            module,
+            datamodule,
+            build_trainer_factory(recorded),
+            metric,
+            callbacks=[one for one in build_named(recorded.callbacks).values() if isinstance(one, CompressionCallback)],
+            devices=devices[:1] if isinstance(devices, ListConfig) else 1,  # of those that the run had
+            num_nodes=1,
+            strategy="auto",
+        )
+    result = ", ".join(f"{name} {value:.4f}" for name, value in found.items()) or "loaded; with metric=null not tested"
+    Console().print(f"{path}: {result}", soft_wrap=True, highlight=False)
+    if cfg.json is not None:
+        write_text(Path(cfg.json), json.dumps(found))
 
 
 def compare(cfg: DictConfig) -> None:
@@ -125,14 +173,10 @@ def export(cfg: DictConfig) -> None:
     source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED)
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: task=export wants weights=<run folder>/{COMPRESSED}.")
-    if (folder / CONFIG).is_file():
+    recorded = _recorded(folder)
+    if recorded is not None:
         log.info("The network and its data are those of %s.", folder / CONFIG)
-        recorded = OmegaConf.load(folder / CONFIG)
-        assert isinstance(recorded, DictConfig)
-        cfg = recorded
-    module, datamodule = build_module(cfg), build_datamodule(cfg)
-    module = build_wrapped(cfg.wrappers, module)
-    load_compressed(source, module)
+    module, datamodule = _built(cfg if recorded is None else recorded, source)
     datamodule.prepare_data()
     datamodule.setup("fit")
     inputs = example_inputs(module, datamodule, batch_size=2)
@@ -150,12 +194,28 @@ def _check_folder(cfg: DictConfig) -> None:
         return
     if not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={cfg.ckpt_path!r} does not exist (looked for in {Path.cwd()}).")
-    home = Path(run_folder("run", cfg.ckpt_path, None, ""))
-    if home.resolve() != Path(cfg.output_dir).resolve():
+    folder = home(cfg.ckpt_path)
+    if folder.resolve() != Path(cfg.output_dir).resolve():
         raise ValueError(
-            f"ckpt_path={cfg.ckpt_path!r} goes on in its own folder, {home}, but this run was given "
+            f"ckpt_path={cfg.ckpt_path!r} goes on in its own folder, {folder}, but this run was given "
             f"{cfg.output_dir}: leave out hydra.run.dir and -m."
         )
+
+
+def _recorded(folder: Path) -> DictConfig | None:
+    if not (folder / CONFIG).is_file():
+        return None
+    recorded = OmegaConf.load(folder / CONFIG)
+    assert isinstance(recorded, DictConfig)
+    return recorded
+
+
+def _built(cfg: DictConfig, path: Path) -> tuple[LightningModule, LightningDataModule]:
+    """Return a config's network with the weights of a file, and its data."""
+    module = build_wrapped(cfg.wrappers, build_module(cfg))
+    module.configure_model()  # where layers are made there
+    load_compressed(path, module)
+    return module, build_datamodule(cfg)
 
 
 @rank_zero_only

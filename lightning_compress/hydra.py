@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, inside the run's own
+READING = ("inspect", "test", "compare")  # tasks that make no folder
 
 
 def started() -> str:
@@ -28,23 +29,45 @@ def started() -> str:
 
 
 def run_folder(task: str, ckpt_path: str | None, weights: str | None, new: str) -> str:
-    """Return the folder that a command writes into: that of the run it goes on with, or a new one.
+    """Return the folder that a command writes into: that of the run it goes on with, or a new one, or none (".").
 
     Example:
         >>> run_folder("run", None, "dense.ckpt", "outputs/new")
         'outputs/new'
     """
+    if task in READING:
+        return "."
     source = {"run": ckpt_path, "export": ckpt_path or weights}.get(task)
     if source is None or not Path(source).is_file():  # the task says so; here it would make that folder
         return new
+    return str(home(source))
+
+
+def home(source: str | Path) -> Path:
+    """Return the folder of the run that wrote a file.
+
+    Example:
+        >>> home("run/compressed.lcz") == home("run/checkpoints/last.ckpt") == Path("run")
+        True
+    """
     folder = Path(source).parent
-    return str(folder.parent if folder.name == CHECKPOINTS else folder)
+    return folder.parent if folder.name == CHECKPOINTS else folder
+
+
+def hydra_folder(task: str) -> str | None:
+    """Return the folder for what Hydra writes beside a task's own files; None for tasks that only read."""
+    return None if task in READING else ".hydra"
+
+
+def log_handlers(task: str) -> list[str]:
+    """Return where a task's log goes; no file for tasks that only read."""
+    return ["console"] if task in READING else ["console", "file"]
 
 
 def register_resolvers() -> None:
-    """Make `${lightning_compress.run_folder:...}` and `${lightning_compress.started:}` known to OmegaConf."""
-    OmegaConf.register_new_resolver("lightning_compress.run_folder", run_folder, replace=True)
-    OmegaConf.register_new_resolver("lightning_compress.started", started, replace=True)
+    """Make `${lightning_compress.run_folder:...}` and the like known to OmegaConf."""
+    for resolver in (run_folder, hydra_folder, log_handlers, started):
+        OmegaConf.register_new_resolver(f"lightning_compress.{resolver.__name__}", resolver, replace=True)
 
 
 def build_module(cfg: DictConfig) -> LightningModule:

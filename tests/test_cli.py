@@ -56,7 +56,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one complete run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    process("hydra.run.dir=" + str(folder), *SMALL, cwd=folder.parent)
+    shown = process("hydra.run.dir=" + str(folder), *SMALL, "verify=true", cwd=folder.parent)
+    (folder.parent / "shown.txt").write_text(shown)
     return folder
 
 
@@ -66,6 +67,12 @@ def process(*overrides: str, cwd: Path) -> str:
     done = subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def found(run: Callable[..., None], path: Path) -> float:
+    run("task=test", f"path={path}", "json=number.json")
+    number: float = json.loads(Path("number.json").read_text())["test_acc"]
+    return number
 
 
 def failure(run: Callable[..., None], capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -120,6 +127,13 @@ def test_the_compressed_checkpoint_is_the_network_of_the_report(finished: Path) 
     assert all(torch.equal(loaded[name], value) for name, value in module.state_dict().items())
 
 
+def test_a_run_ends_by_testing_its_file_in_a_new_process(finished: Path) -> None:
+    report, size = Report.load(finished / "report.json"), (finished / "compressed.lcz").stat().st_size
+    *_, last = (finished.parent / "shown.txt").read_text().splitlines()
+    accuracy = f"test_acc {report.compressed.test_accuracy:.4f}, the same"
+    assert last == f"compressed.lcz, {size:,} bytes, loaded in a new process: {accuracy}"
+
+
 def test_the_composed_config_is_resolved(finished: Path) -> None:
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["callbacks"]["checkpoint"]["dirpath"] == str(finished / "checkpoints")
@@ -169,6 +183,58 @@ def test_neuron_pruning_runs(finished: Path, command: Callable[..., None]) -> No
     assert layers["network.fc"].nonzero_compressed > 0
     convolutions = [layer for name, layer in layers.items() if "conv" in name]
     assert any(layer.nonzero_compressed < layer.parameters for layer in convolutions)
+    thin = Path("neurons/compressed.lcz")
+    assert found(command, thin) == Report.load("neurons/report.json").compressed.test_accuracy
+
+
+@pytest.mark.parametrize(("recipe", "real"), [("binary_connect", set()), ("xnor", {"network.conv1", "network.fc"})])
+def test_binary_recipes_end_with_binary_layers_that_are_tested_alike_elsewhere(
+    recipe: str, real: set[str], command: Callable[..., None]
+) -> None:
+    short = [f"experiment={recipe}", "verify=false", "measure.repeats=1", "hydra.run.dir=binary"]
+    command(*SMALL, *short)
+    weights = {name: one for name, one in load_compressed("binary/compressed.lcz").items() if one.dim() > 1}
+    for name, weight in weights.items():
+        magnitudes = [len(filter_.abs().unique()) for filter_ in weight]
+        assert (max(magnitudes) > 1) == (name.removesuffix(".weight") in real)
+    accuracy = Report.load("binary/report.json").compressed.test_accuracy
+    assert found(command, Path("binary/compressed.lcz")) == accuracy
+    if recipe == "xnor":  # without its callback nobody makes signs of inputs
+        config = yaml.safe_load(Path("binary/config.yaml").read_text()) | {"callbacks": {}}
+        Path("binary/config.yaml").write_text(yaml.safe_dump(config))
+        assert found(command, Path("binary/compressed.lcz")) != accuracy
+
+
+def test_with_half_the_compressed_network_is_the_rounded_one(finished: Path, command: Callable[..., None]) -> None:
+    wrapper = "+wrappers.mine._target_=support.pieces.Transparent"
+    file = ["file.half=true", "file.coder=huffman", wrapper, "hydra.run.dir=half"]
+    command(*SMALL, f"weights={finished / 'dense.ckpt'}", *file)
+    read = read_compressed("half/compressed.lcz")
+    saved = torch.load("half/compressed.ckpt")["state_dict"]
+    assert all(torch.equal(read.state[name], value) for name, value in saved.items())
+    assert all(torch.equal(value, value.half().float()) for value in saved.values() if value.dtype == torch.float32)
+    report = Report.load("half/report.json")
+    assert read.size.coder == "huffman"
+    assert report.compressed.file_bytes == read.size.bytes < (finished / "compressed.lcz").stat().st_size
+    assert found(command, Path("half/compressed.lcz")) == report.compressed.test_accuracy
+
+
+def test_a_new_process_finds_modules_of_the_users_own(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "own.py").write_text(
+        "from torch import nn\n"
+        "from lightning_compress.baselines import Classifier, DigitsConvNet\n"
+        "class Own(Classifier):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(DigitsConvNet(width=4))\n"
+        "    def configure_model(self):\n"
+        "        self.late = nn.Linear(2, 2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "library"))
+    command(*SMALL[1:], "model=module", "model._target_=own.Own", "metric=null", "verify=true")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("with metric=null there is nothing to compare")
 
 
 def test_until_the_metric_drops_there_is_no_network_right_after_pruning_that_was_kept(
@@ -196,7 +262,7 @@ def test_inspect_says_what_would_happen_and_trains_nothing(
     assert "skipped: excluded by" in rows["network.fc.weight"]
     assert "skipped: not targeted" in rows["network.bn1.bias"]
     assert "32,854 of 36,504" in shown
-    assert not list(Path("outputs").rglob("*.ckpt"))
+    assert not list(Path().iterdir())
 
 
 def test_inspect_knows_neurons(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +284,20 @@ def test_inspect_says_what_is_in_a_compressed_file(
     assert f"{path.stat().st_size:,} bytes" in shown
     shown = str(read_compressed(path).size)
     assert any("network.conv2.weight" in line and "zero map" in line for line in shown.splitlines())
+
+
+def test_a_file_of_a_run_is_tested_as_the_run_did_and_nothing_is_written(
+    finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = Report.load(finished / "report.json")
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert report.dense.test_accuracy != report.compressed.test_accuracy
+    assert found(command, finished / "dense.ckpt") == report.dense.test_accuracy
+    for name in ("compressed.lcz", "compressed.ckpt", "checkpoints/last.ckpt"):
+        assert found(command, finished / name) == report.compressed.test_accuracy
+    assert f"last.ckpt: test_acc {report.compressed.test_accuracy:.4f}" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert [path.name for path in Path().iterdir()] == ["number.json"]
 
 
 def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -> None:
@@ -259,7 +339,7 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=fly"], "task='fly' is unknown; expected run, inspect, compare, export"),
+        (["task=fly"], "task='fly' is unknown; expected run, inspect, test, compare, export"),
         (["model._target_=torch.nn.ReLU"], "model._target_='torch.nn.ReLU' is no LightningModule"),
         (["weights=none.ckpt"], "There are no weights at none.ckpt"),
         (["ckpt_path=none/checkpoints/last.ckpt"], "ckpt_path='none/checkpoints/last.ckpt' does not exist"),
@@ -267,6 +347,10 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
         (["task=compare", "compare.root=nowhere"], "nowhere is no folder"),
         (["task=inspect", "compress=none"], "nothing to inspect"),
         (["task=inspect", "path=none.lcz"], "There is no file none.lcz"),
+        (["task=test"], "task=test wants path=<run folder>/compressed.lcz"),
+        (["task=test", "path=none.lcz"], "path='none.lcz' does not exist"),
+        (["task=test", f"path='{__file__}'"], f"There is no config.yaml in {TESTS}"),
+        (["file.coder=zip"], "coder='zip' is unknown"),
         (["data=mnist", "model=lenet300", "data.download=false"], "train-images-idx3-ubyte.gz"),
         (["metric=test_f1"], "metric='test_f1' is not logged by the test_step of Classifier"),
         (["callbacks.pruning.amount=1.5"], "got 1.5"),
@@ -311,12 +395,14 @@ def test_a_module_that_tests_nothing_is_refused_before_any_training(
 
 def test_a_sweep_on_two_ranks(finished: Path, tmp_path: Path) -> None:
     weights = f"weights={finished / 'dense.ckpt'}"
-    process("-m", *SMALL, weights, "trainer=ddp_cpu", "callbacks.pruning.amount=0.5,0.8", cwd=tmp_path)
-    (sweep,) = (tmp_path / "multirun").iterdir()  # one folder, not one per rank
+    sweep = ["trainer=ddp_cpu", "callbacks.pruning.amount=0.5,0.8", "verify=true"]
+    shown = process("-m", *SMALL, weights, *sweep, cwd=tmp_path)
+    assert sum(line.startswith("compressed.lcz, ") and line.endswith("the same") for line in shown.splitlines()) == 2
+    (folder,) = (tmp_path / "multirun").iterdir()  # one folder, not one per rank
     assert not (tmp_path / "outputs").exists()
     for job, amount in (("0", 0.5), ("1", 0.8)):
-        assert files(sweep / job) == RUN_FILES
-        report = Report.load(sweep / job / "report.json")
+        assert files(folder / job) == RUN_FILES
+        report = Report.load(folder / job / "report.json")
         assert report.dense.test_accuracy == Report.load(finished / "report.json").dense.test_accuracy
         assert report.history[-1].sparsity == pytest.approx(amount, abs=1e-3)
-        assert files(sweep / job / "checkpoints") == {"last.ckpt"}
+        assert files(folder / job / "checkpoints") == {"last.ckpt"}

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from support.small import SmallModule
 
 import lightning_compress
-from lightning_compress import IterativePruningCallback
+from lightning_compress import IterativePruningCallback, save_compressed
 from lightning_compress.hydra import (
     build_datamodule,
     build_module,
@@ -90,6 +90,12 @@ def test_technique_files_say_what_the_constructor_says(name: str) -> None:
     defaults = {key: parameter.default for key, parameter in signature.items() if key in written}
     differ = {key for key, value in written.items() if value != defaults[key] and (value, defaults[key]) != ([], ())}
     assert differ == DELIBERATE.get(("compress", name), set())
+
+
+def test_options_of_the_file_are_those_of_save_compressed() -> None:
+    signature = inspect.signature(save_compressed).parameters.values()
+    keywords = {option.name: option.default for option in signature if option.kind == option.KEYWORD_ONLY}
+    assert composed().file == keywords
 
 
 @pytest.mark.parametrize("name", ["digits_conv", "lenet300", "lenet5", "resnet20"])
@@ -225,5 +231,5 @@ def test_a_run_writes_into_the_folder_of_what_it_goes_on_with(tmp_path: Path) ->
     assert run_folder("export", None, str(compressed), "new") == run
     assert run_folder("export", str(checkpoint), None, "new") == run
     assert run_folder("run", None, str(compressed), "new") == "new"
-    assert run_folder("inspect", None, str(compressed), "new") == "new"
+    assert run_folder("inspect", None, str(compressed), "new") == "."
     assert run_folder("run", str(tmp_path / "typo" / "last.ckpt"), None, "new") == "new"

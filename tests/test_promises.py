@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,19 +18,53 @@ from support.jobs import fit
 from support.ranks import TESTS, RankPair
 from support.registry import REGISTRY
 from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
+from torch import Tensor
 
 from lightning_compress.core.reshaping import adopt_state
 
 ENTRIES = list(REGISTRY)
 MASKING = [entry for entry in ENTRIES if entry.startswith("pruning")]  # the others promise no masks
 EPOCH = SAMPLES // BATCH  # optimizer steps
+Whole = Callable[[str], tuple[dict[str, Any], Path]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A fit of an entry from its beginning to its end, and the folder with a checkpoint of each epoch."""
+
+    @cache
+    def fitted(entry: str) -> tuple[dict[str, Any], Path]:
+        folder = tmp_path_factory.mktemp("whole")
+        return fit(entry, folder=folder), folder
+
+    return fitted
+
+
+@cache
+def bare(like: str) -> dict[str, Any]:
+    return fit(like, bare=True)
+
+
+def assert_compressed(entry: str, state: dict[str, Tensor]) -> None:
+    """The state dict of a fit's end is that of a technique that has reached its end."""
+    hidden, weights = state["net.hidden.weight"], [one for name, one in state.items() if name.endswith("weight")]
+    if "neurons" in entry and hidden.shape != SmallModule().net.hidden.weight.shape:
+        assert hidden.shape[0] == state["net.head.weight"].shape[1]
+    elif entry in MASKING:
+        assert (torch.cat([weight.flatten() for weight in weights]) == 0).float().mean() > 0.3
+    if "clustering" in entry and "binary" not in entry:
+        assert max(len(state[f"net.{layer}.weight"].unique()) for layer in ("hidden", "head")) <= 6
+    if "binary" in entry:
+        for row in hidden.abs():
+            assert len(row[row > 0].unique()) <= 1  # a filter may be pruned altogether
+            assert "then" in entry or (row > 0).all()
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_resume_at_an_epochs_end_is_exact(entry: str, tmp_path: Path) -> None:
-    whole = fit(entry, folder=tmp_path)
-    resumed = fit(entry, resume=tmp_path / f"step={2 * EPOCH}.ckpt")
-    assert differences(whole, resumed) == []
+def test_resume_at_an_epochs_end_is_exact(entry: str, whole: Whole) -> None:
+    uninterrupted, folder = whole(entry)
+    resumed = fit(entry, resume=folder / f"step={2 * EPOCH}.ckpt")
+    assert differences(uninterrupted, resumed) == []
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -91,52 +128,39 @@ def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path)
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_doing_nothing_is_nothing(entry: str) -> None:
-    bare, idle = fit(entry, bare=True), fit(entry, nothing=True)
+    like = next(one for one in ENTRIES if REGISTRY[one].module == REGISTRY[entry].module)
+    idle = fit(entry, nothing=True)
     for part in ("weights", "optimizers", "random"):
-        assert differences(bare[part], idle[part]) == []
+        assert differences(bare(like)[part], idle[part]) == []
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(entry: str, tmp_path: Path) -> None:
-    fit(entry, folder=tmp_path)
-    checkpoint = torch.load(tmp_path / f"step={4 * EPOCH}.ckpt", weights_only=True)
+def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(entry: str, whole: Whole) -> None:
+    checkpoint = torch.load(whole(entry)[1] / f"step={4 * EPOCH}.ckpt", weights_only=True)
+    assert_compressed(entry, checkpoint["state_dict"])
     module = SmallModule()
     assert list(checkpoint["state_dict"]) == list(module.state_dict())
     if "during-fit" in entry:  # thinner than the plain class
         adopt_state(module, checkpoint["state_dict"])
         assert module.net.hidden.out_features == module.net.head.in_features < 16
-        return
-    module.load_state_dict(checkpoint["state_dict"], strict=True)
-    weights = torch.cat([p.flatten() for name, p in module.named_parameters() if name.endswith("weight")])
-    if entry in MASKING:
-        assert (weights == 0).float().mean() > 0.3
-    if "clustering" in entry and "binary" not in entry:
-        assert max(len(module.get_parameter(f"net.{layer}.weight").unique()) for layer in ("hidden", "head")) <= 6
-    if "binary" in entry:
-        for row in module.net.hidden.weight.abs():
-            assert len(row[row > 0].unique()) <= 1  # a filter may be pruned altogether
-            assert "then" in entry or (row > 0).all()
+    else:
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"fast_dev_run": True},
-        {"accumulate_grad_batches": 3, "val_check_interval": 4},
-        {"gradient_clip_val": 0.1},
-        {"precision": "bf16-mixed"},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_trainer_options(entry: str, options: dict[str, object]) -> None:
-    fit(entry, **options)
+def test_fast_dev_run(entry: str) -> None:
+    assert fit(entry, fast_dev_run=True)["step"] == 1
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_accumulation_validation_inside_epochs_clipping_and_bf16_together(entry: str) -> None:
+    options = {"accumulate_grad_batches": 3, "val_check_interval": 4, "gradient_clip_val": 0.1}
+    assert_compressed(entry, fit(entry, **options, precision="bf16-mixed")["weights"])
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_manual_optimization_with_two_optimizers(entry: str) -> None:
-    result = fit(entry, module=ManualModule(**REGISTRY[entry].module))
-    assert result["technique"].get("keep") is not None or entry not in MASKING
+    assert_compressed(entry, fit(entry, module=ManualModule(**REGISTRY[entry].module))["weights"])
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

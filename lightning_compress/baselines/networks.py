@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import pairwise
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "hardtanh": nn.Hardtanh}
 
 
 class DigitsConvNet(nn.Sequential):
@@ -20,6 +23,7 @@ class DigitsConvNet(nn.Sequential):
         in_channels: Channels of the image.
         width: Channels of the first pair of blocks.
         image_size: Height and width of the (square) image; the pooling wants a multiple of 4.
+        activation: "relu", or "hardtanh" before layers that see the signs of their inputs.
 
     Shapes:
         input (N, in_channels, image_size, image_size), output (N, num_classes).
@@ -30,7 +34,17 @@ class DigitsConvNet(nn.Sequential):
         torch.Size([5, 10])
     """
 
-    def __init__(self, *, num_classes: int = 10, in_channels: int = 1, width: int = 24, image_size: int = 8) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        width: int = 24,
+        image_size: int = 8,
+        activation: Literal["relu", "hardtanh"] = "relu",
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
         if image_size % 4 or image_size < 4:
             raise ValueError(
                 f"DigitsConvNet halves the image twice: image_size must be a multiple of 4, got {image_size}."
@@ -40,7 +54,7 @@ class DigitsConvNet(nn.Sequential):
         for i, (inputs, outputs) in enumerate(pairwise(channels), start=1):
             layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
             layers[f"bn{i}"] = nn.BatchNorm2d(outputs)
-            layers[f"relu{i}"] = nn.ReLU()
+            layers[f"{activation}{i}"] = _ACTIVATIONS[activation]()
             if i % 2 == 0:
                 layers[f"pool{i // 2}"] = nn.MaxPool2d(2)
         layers["flatten"] = nn.Flatten()

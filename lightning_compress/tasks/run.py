@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_compress.coding import save_compressed
+from lightning_compress.coding import load_compressed, save_compressed
+from lightning_compress.coding.container import Coder, make_writer
 from lightning_compress.coding.footprint import footprint
 from lightning_compress.core.files import replacing
 from lightning_compress.core.footprint import compare_latency
@@ -25,6 +25,7 @@ from lightning_compress.core.inputs import to_device
 from lightning_compress.report import Measurement, Report, compare_layers, write_report
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.recorder import Recorder
+from lightning_compress.tasks.testing import accuracy, check_tested, quietly, trainer_of
 from lightning_compress.tasks.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Run:
         val_metric: Validation accuracy, likewise.
         batch_size: Samples in the forward pass that is timed.
         repeats: Forward passes that the latency is the median of.
+        coder: Of compressed.lcz, as in `save_compressed`.
+        half: Whether its floats are rounded to float16. The compressed network is then the rounded one, everywhere.
         settings: What the report says the run was started with.
     """
 
@@ -56,6 +59,8 @@ class Run:
     val_metric: str = "val_acc"
     batch_size: int = 64
     repeats: int = 200
+    coder: Coder = "ans"
+    half: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def compress(
@@ -85,13 +90,11 @@ class Run:
 
         Raises:
             FileNotFoundError: `weights`, or the folder's dense.ckpt of a run to go on with, does not exist.
-            ValueError: The module has no test_step, or does not log the metric; the weights don't fit.
+            ValueError: The module has no test_step, or does not log the metric; the weights don't fit; no such coder.
         """
-        if self.metric is not None and not is_overridden("test_step", module):
-            raise ValueError(
-                f"{type(module).__name__} has no test_step that logs {self.metric!r}: write one, or set metric=null to "
-                f"compare costs only."
-            )
+        make_writer(self.coder)  # an unknown one shows now, not hours later
+        if self.metric is not None:
+            check_tested(module, self.metric)
         recorder = Recorder(self.val_metric)
         self.folder.mkdir(parents=True, exist_ok=True)
         if ckpt_path is not None:
@@ -102,7 +105,9 @@ class Run:
             self._accuracy(module, limit_test_batches=1)  # what is wrong with data or metric shows now, not hours later
             seed_everything(self.seed, workers=True, verbose=False)
             rank_zero_info("Dense training.")
-            trainer = self._trainer(**dense, callbacks=[recorder], logger=False, enable_checkpointing=False)
+            trainer = trainer_of(
+                self.make_trainer, **dense, callbacks=[recorder], logger=False, enable_checkpointing=False
+            )
             trainer.fit(module, datamodule=self.datamodule)
         dense_accuracy = self._accuracy(module)
         _save_dense(module, self.folder / DENSE)
@@ -110,55 +115,44 @@ class Run:
         compressed = wrap(copy.deepcopy(module))
         seed_everything(self.seed, workers=True, verbose=False)  # the same, whether the dense network was loaded or not
         rank_zero_info("Compression.")
-        trainer = self._trainer(callbacks=[*callbacks, recorder], logger=list(loggers) or False)
+        trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder], logger=list(loggers) or False)
         trainer.fit(compressed, datamodule=self.datamodule, ckpt_path=ckpt_path)
         before_recovery = None
         if recorder.snapshot is not None:
             snapshot = copy.deepcopy(compressed)
-            with _quietly("lightning_compress.core.reshaping", logging.ERROR):  # it is wider, of course
+            with quietly("lightning_compress.core.reshaping", logging.ERROR):  # it is wider, of course
                 snapshot.load_state_dict(recorder.snapshot)
             before_recovery = self._accuracy(snapshot)
+        if self.half:
+            self._round(compressed)
         compressed_accuracy = self._accuracy(compressed)
         trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
         if not trainer.is_global_zero:
             return None
         costs = self._costs(module, compressed, trainer.strategy.root_device)
+        size = save_compressed(compressed, self.folder / SMALL, coder=self.coder, half=self.half)
         report = Report(
             dense=replace(costs["dense"], test_accuracy=dense_accuracy),
-            compressed=replace(costs["compressed"], test_accuracy=compressed_accuracy),
+            compressed=replace(costs["compressed"], test_accuracy=compressed_accuracy, file_bytes=size.bytes),
             before_recovery=before_recovery,
             history=tuple(recorder.history),
             layers=compare_layers(dict(module.named_parameters()), dict(compressed.named_parameters())),
             settings=dict(self.settings),
         )
-        save_compressed(compressed, self.folder / SMALL)
         write_report(report, self.folder, figure=can_draw())
         return report
 
     def _accuracy(self, module: LightningModule, **options: Any) -> float | None:
         if self.metric is None:
             return None
-        trainer = self._trainer(
-            **options,
-            callbacks=[],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            use_distributed_sampler=False,  # Lightning's repeats samples until all ranks have equally many
-        )
-        logged: dict[str, float] = {}
-        for of_loader in trainer.test(module, self.datamodule, verbose=False):
-            logged |= of_loader
-        if self.metric not in logged:
-            raise ValueError(
-                f"metric={self.metric!r} is not logged by the test_step of {type(module).__name__}, which logs "
-                f"{', '.join(logged) or 'nothing'}."
-            )
-        return logged[self.metric]
+        return accuracy(module, self.datamodule, self.make_trainer, self.metric, **options)
 
-    def _trainer(self, **options: Any) -> Trainer:
-        with _quietly("lightning.pytorch"):  # it tells with every Trainer of accelerators, and what one could install
-            return self.make_trainer(**options)
+    def _round(self, module: LightningModule) -> None:
+        """Give the network what its file would give back, on every rank without the others."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / SMALL
+            save_compressed(module, path, half=True)
+            load_compressed(path, module)
 
     def _costs(
         self, dense: LightningModule, compressed: LightningModule, device: torch.device
@@ -172,17 +166,6 @@ class Run:
             )
             for name, network in networks.items()
         }
-
-
-@contextmanager
-def _quietly(name: str, level: int = logging.WARNING) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def can_draw() -> bool:

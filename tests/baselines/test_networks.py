@@ -36,9 +36,11 @@ def test_digits_net_is_between_30_and_60_thousand_parameters() -> None:
     assert parameters(DigitsConvNet()) == 38_722
 
 
-def test_digits_net_refuses_an_image_that_cannot_be_halved_twice() -> None:
+def test_digits_net_refuses_images_that_cannot_be_halved_twice_and_unknown_activations() -> None:
     with pytest.raises(ValueError, match="multiple of 4, got 10"):
         DigitsConvNet(image_size=10)
+    with pytest.raises(ValueError, match="activation must be one of relu, hardtanh; got 'gelu'"):
+        DigitsConvNet(activation="gelu")
 
 
 def test_caffe_lenet5_has_one_relu() -> None:

@@ -188,7 +188,9 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes there")
-@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize(
+    "coder", ["ans", *(pytest.param(one, marks=pytest.mark.slow) for one in CODERS if one != "ans")]
+)
 def test_memory_is_that_of_the_tensors_and_sixteen_files(coder: Any, tmp_path: Path) -> None:
     assert resource.RUSAGE_SELF is not None
     weight = torch.randn(16)[torch.randint(16, (6000, 5000))] * (torch.rand(6000, 5000) < 0.1)

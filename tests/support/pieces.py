@@ -36,6 +36,17 @@ class Wrapper(LightningModule):
         self.name = name
 
 
+class Transparent(LightningModule):
+    """A wrapper that is used like what it wraps, with the same keys under another prefix."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+        module.log = self.log  # type: ignore[method-assign]
+        for name in ("forward", "training_step", "validation_step", "test_step", "configure_optimizers"):
+            setattr(self, name, getattr(module, name))
+
+
 def make_module() -> LightningModule:
     """A factory, for a `_target_` that is no class."""
     return SmallModule()
