@@ -23,10 +23,10 @@ demo: .venv/.demo
 	$(BIN)/lightning-compress
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: .venv/.test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 check: .venv/.test
 	$(BIN)/ruff check .

@@ -99,7 +99,7 @@ REGISTRY: dict[str, Entry] = {
     "clustering-global-sum": clustering(scope="global", gradient="sum", target=["net.hidden", "net.head"]),
     "pruning-then-clustering": pruning(amount=0.6).with_(clustering()),
     "clustering-then-pruning": clustering(start_epoch=1.0).with_(pruning(amount=0.6)),
-    "pruning-neurons-during-fit-then-clustering": pruning(granularity="neuron", shrink="during_fit").with_(clustering()),
+    "neurons-during-fit-then-clustering": pruning(granularity="neuron", shrink="during_fit").with_(clustering()),
     "binary-deterministic": binary(start_epoch=0.0, lr_scale="glorot"),
     "binary-stochastic": binary(mode="stochastic"),
     "binary-xnor-activations": binary(scaling="mean", activations=True),
