@@ -21,8 +21,8 @@ from lightning_compress.coding.streams import PIECE, Array, Reader, Writer, coun
 AnsCoder = constriction_stream.stack.AnsCoder
 Categorical, Uniform = constriction_stream.model.Categorical, constriction_stream.model.Uniform
 
-_GROUPED = 256  # symbols of a large tensor are taken in groups, of which there are at most so many
-_GROUP_FROM = 1 << 14  # symbols; below, building the table takes longer
+_GROUPED = 4096  # symbols of a large tensor are taken in groups, of which there are at most so many
+_GROUP_FROM = 1 << 18  # symbols; below, building the table takes longer
 _PACK_FROM = 1 << 12  # symbols; below, a byte that is not full costs more
 _PACKED, _UNIFORM = len(tables.RESOLUTIONS), len(tables.RESOLUTIONS) + 1  # kinds of tables beside the resolutions
 _KINDS = len(tables.RESOLUTIONS) + 2
@@ -192,17 +192,17 @@ def _joined(symbols: Array, group: int, size: int) -> Array:
     """Groups of symbols as one each, the first the most significant, as constriction takes them."""
     if group == 1:
         return symbols.astype(np.int32)
-    joined = symbols[::group].astype(np.uint8)  # groups are below `_GROUPED`
+    joined = symbols[::group].astype(np.uint16)  # groups are below `_GROUPED`
     for place in range(1, group):
-        joined *= np.uint8(size)
-        joined += symbols[place::group].astype(np.uint8, copy=False)
+        joined *= np.uint16(size)
+        joined += symbols[place::group]
     return joined.astype(np.int32)
 
 
 def _group(count: int, size: int) -> int:
     if count < _GROUP_FROM:
         return 1
-    return max(1, next(group for group in range(9) if size ** (group + 1) > _GROUPED))
+    return max(1, next(group for group in range(13) if size ** (group + 1) > _GROUPED))
 
 
 def _group_lookup(lookup: Array, group: int) -> Array:

@@ -52,7 +52,7 @@ def coded(coder: str, symbols: np.ndarray, size: int) -> tuple[int, np.ndarray]:
 
 @pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 256, 300, 4096])
-@pytest.mark.parametrize("count", [0, 1, 2, 700, 16_384, 70_001])
+@pytest.mark.parametrize("count", [0, 1, 2, 700, 5000, 262_145])
 def test_symbols_come_back(coder: str, size: int, count: int) -> None:
     symbols = bell(size, count)
     assert np.array_equal(coded(coder, symbols, size)[1], symbols)

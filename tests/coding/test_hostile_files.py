@@ -153,16 +153,20 @@ def test_another_version_is_named(tmp_path: Path) -> None:
         load_compressed(tmp_path / "f")
 
 
-def test_a_learned_map_that_would_take_hours_is_refused() -> None:
+@pytest.mark.parametrize(("rows", "problem"), [(1 << 23, "have a learned zero map"), (1 << 20, "has 1048576 steps")])
+def test_a_learned_map_that_would_take_hours_is_refused(rows: int, problem: str) -> None:
     from lightning_compress.coding.ans import AnsReader, AnsWriter
     from lightning_compress.coding.encodings.tensor import read_tensor
 
     writer = AnsWriter()
     writer.uniform([1], 3)  # zero map
     writer.uniform([1], 2)  # learned
+    writer.uniform([0], 2)  # steps are rows
+    writer.uniform([0], 2)  # rate
+    writer.uniform([2], 64)  # lag
     reader = AnsReader(memoryview(writer.finish()), memoryview(b""))
-    with pytest.raises(CorruptFileError, match="have a learned zero map"):
-        read_tensor(reader, torch.bool, (1 << 23, 1))
+    with pytest.raises(CorruptFileError, match=problem):
+        read_tensor(reader, torch.bool, (rows, 1))
 
 
 def test_something_behind_the_end_is_found_though_the_checksum_fits(tmp_path: Path) -> None:
