@@ -88,7 +88,8 @@ def errors(options: argparse.Namespace) -> None:
     tuned = fit(copy.deepcopy(dense), data, options.epochs, options.lr)
     console.print(f"float, trained on: {error(tuned, data):.2f} %")
     table = Table("bits", "after training", "trained", "bytes, after training", "bytes, trained")
-    for name, (weight_bits, activation_bits) in SETTINGS.items():
+    for name in options.bits:
+        weight_bits, activation_bits = SETTINGS[name]
         at_once = after_training(copy.deepcopy(dense), data, weight_bits, activation_bits)
         callback = QuantizationAwareTrainingCallback(weight_bits, activation_bits)
         trained = fit(copy.deepcopy(dense), data, options.epochs, options.lr, callback)
@@ -148,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/mnist")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bits", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--dense-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=3e-4)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.attention import make_sliceable
-from lightning_compress.core.evaluation import entries_restored, evaluating
+from lightning_compress.core.evaluation import entries_restored, evaluating, take_rounding_away
 from lightning_compress.core.inputs import ExampleInputs
 
 
@@ -42,6 +42,7 @@ def laboratory(model: nn.Module) -> Iterator[None]:
     dtype = torch.get_default_dtype()
     eager = torch.compiler.set_stance("force_eager")
     with eager, entries_restored(model), evaluating(model), all_sliceable(model), _Doubles():
+        take_rounding_away(model)
         try:
             torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
             for module, name, parameter in owners:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.cutting import TOLERANCE, Drop, compare, drop_of, run, take
-from lightning_compress.core.evaluation import entries_restored, evaluating
+from lightning_compress.core.evaluation import entries_restored, evaluating, take_rounding_away
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.laboratory import laboratory
@@ -107,6 +107,7 @@ def cut(
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Forward passes that leave nothing behind, and that torch.compile does not see."""
     with torch.compiler.set_stance("force_eager"), entries_restored(model), evaluating(model):
+        take_rounding_away(model)
         yield
 
 

@@ -22,6 +22,7 @@ class InputHook:
     """A forward pre-hook that changes a layer's input. A subclass supplies `kind`, `change`, `record` and `take`."""
 
     kind: ClassVar[str]
+    rounds: ClassVar[bool] = True  # for core, which takes it away where it looks at channels
     name: str = ""  # of the layer, for messages
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:

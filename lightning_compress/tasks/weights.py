@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_compress.coding import load_compressed
 from lightning_compress.core.checkpoints import misfits
+from lightning_compress.quantization.inputs import following_inputs
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
@@ -34,4 +35,5 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     state = load_compressed(path)
     if problems := misfits(state, module, thinner=False):
         raise ValueError(f"{path} does not fit {type(module).__name__}: {problems}.")
-    module.load_state_dict(state)
+    with following_inputs(module):
+        module.load_state_dict(state)

@@ -18,6 +18,7 @@ from lightning_compress import (
     IterativePruningCallback,
     QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
+    channel_groups,
     load_compressed,
     save_compressed,
 )
@@ -282,11 +283,27 @@ def test_what_does_not_go_together_is_refused_and_the_rest_works() -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_channels_leave_a_network_on_grids(order: int) -> None:
-    pruning = IterativePruningCallback(0.5, granularity="neuron", end_epoch=2.0, shrink="during_fit")
-    module = run(*[pruning, QuantizationAwareTrainingCallback(4, 8)][::order])
+def test_channels_leave_a_network_on_grids(order: int, tmp_path: Path) -> None:
+    states = []
+    for resume in (None, tmp_path / "epoch=0.ckpt"):  # the grids are there already when the resumed fit plans
+        pruning = IterativePruningCallback(0.5, granularity="neuron", end_epoch=2.0, shrink="during_fit")
+        save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        torch.manual_seed(0)
+        module, trainer = (
+            SmallModule(),
+            quiet_trainer(
+                callbacks=[*[pruning, QuantizationAwareTrainingCallback(4, 8)][::order], save],
+                enable_checkpointing=True,
+            ),
+        )
+        trainer.fit(module, shuffled(), plain(), ckpt_path=resume, weights_only=True)
+        states.append(dict(module.state_dict()))
+    assert differences(*states) == []
     assert module.net.hidden.out_features < 16
     assert all(is_on_grid(weight, 4) for weight in weights(module).values())
+    assert len(input_grids(module)) == 3
+    groups = channel_groups(module, torch.randn(2, 12))
+    assert groups[0].frozen is None
     assert len(input_grids(module)) == 3
 
 
