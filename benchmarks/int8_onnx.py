@@ -38,7 +38,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "LeNet-5": LeNet5,
     "4 convolutions, 64 and 128 wide": lambda: DigitsConvNet(width=64, image_size=28),
     "ResNet-20": lambda: ResNet20(in_channels=1),
-    "ResNet-20, 4 x wider": lambda: ResNet20(in_channels=1, width=64),
 }
 INTEGER = ("QLinearConv", "QGemm", "QLinearAdd", "MatMulIntegerToFloat")
 FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add")

@@ -68,6 +68,7 @@ def _resized(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
 
 
 def compare(expected: Any, found: Any, what: str) -> None:
+    """Raise a ValueError, of which `what` is the subject, unless the tensors are the same but for rounding."""
     for ours, theirs in zip(tree_leaves(expected), tree_leaves(found), strict=True):
         if isinstance(ours, Tensor) and not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
             raise ValueError(
