@@ -22,7 +22,7 @@ from lightning_compress.quantization.input_grids import InputGrid
 
 log = logging.getLogger(__name__)
 
-_ROUNDING = (0.1, 0.5)  # of the outputs' root mean square: what integers may change, of 8 bits and of fewer
+_ROUNDING = {8: 0.1, 4: 0.5, 2: 1.0}  # bits, at least: what integers may change, of the outputs' root mean square
 
 
 def save_onnx(
@@ -34,9 +34,9 @@ def save_onnx(
 ) -> None:
     """Write the program as ONNX, and compare what onnxruntime computes with it; the file appears whole or not at all.
 
-    Weights of linear layers and convolutions that are integers times a scale, one for every output channel, are stored
-    as int8, from which the network computes them. Where a layer's input is quantized too, onnxruntime has integer
-    kernels for it. Everything else is float.
+    In a network with quantized inputs, weights of linear layers and convolutions that are integers times a scale, one
+    for every output channel, are stored as int8, and onnxruntime has integer kernels for the layers with both. All else
+    is float, and so is a network of quantized weights alone: it would multiply the scales out in every run.
 
     Args:
         program: Of `capture`; it stays as it is.
@@ -49,8 +49,9 @@ def save_onnx(
     Raises:
         ImportError: The extra `deploy` is not installed.
         ValueError: onnxruntime computes something else. With integers, outputs may change by a tenth of their root
-            mean square, or by half of it where grids have fewer than 8 bits: near a boundary, the least difference in
-            arithmetic moves a value by a whole step, and from layer to layer there are more of these.
+            mean square, by half of it where grids have fewer than 8 bits, by all of it with fewer than 4: near a
+            boundary, the least difference in arithmetic moves a value by a whole step, and from layer to layer there
+            are more of these.
     """
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
         raise ImportError(
@@ -64,7 +65,9 @@ def save_onnx(
         converted = torch.onnx.export(marked, dynamo=True, verbose=False, custom_translation_table=translations())
     assert converted is not None
     model = converted.model_proto
-    is_quantized = onnx_graph.quantize_weights(model) or marked is not program
+    is_quantized = marked is not program
+    if is_quantized:
+        onnx_graph.quantize_weights(model)
     if calibration is not None and (names := onnx_graph.float_outputs(model)):
         values = _run(onnx_graph.with_outputs(model, names).SerializeToString(), calibration)
         for name, value in zip(names, values, strict=True):
@@ -87,8 +90,9 @@ def save_onnx(
             expected = network(*args, **kwargs) if calibration is None else call(network, calibration)
         what = "The ONNX file, run by onnxruntime,"
         if is_quantized:
-            coarse = any(grid.bits < 8 for grid in (grids or {}).values())
-            _compare_rounded(tensors((expected,)), found, what, allowed=_ROUNDING[coarse])
+            fewest = min(grid.bits for grid in (grids or {}).values())
+            allowed = next(part for bits, part in _ROUNDING.items() if fewest >= bits)
+            _compare_rounded(tensors((expected,)), found, what, allowed=allowed)
         else:
             compare(tensors((expected,)), found, what)
 

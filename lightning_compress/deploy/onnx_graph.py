@@ -63,13 +63,9 @@ class Graph:
         return names
 
 
-def quantize_weights(model: Any) -> bool:
-    """Write weights that are on a grid as int8, and the biases beside them, where inputs are quantized, as int32.
-
-    Returns:
-        Whether there are any.
-    """
-    graph, found = Graph(model), False
+def quantize_weights(model: Any) -> None:
+    """Write weights that are on a grid as int8, and the biases beside them, where inputs are quantized, as int32."""
+    graph = Graph(model)
     for name in list(graph.initializers):
         readers = graph.readers[name]
         axes = {_channels(node, name) for node in readers}
@@ -89,8 +85,6 @@ def quantize_weights(model: Any) -> bool:
         for bias, (value, step) in biases.items():
             scales = weight.scales * np.float32(step)
             graph.replace_initializer(bias, np.rint(value / scales.astype(np.float64)).astype(np.int32), scales, 0)
-        found = True
-    return found
 
 
 def float_outputs(model: Any) -> list[str]:
