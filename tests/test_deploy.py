@@ -178,7 +178,7 @@ def test_other_layers_compute_what_the_model_does(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         save_onnx(capture(model, x), tmp_path / "model.onnx", grids=grids)
     assert [record.message for record in caplog.records] == [
-        "Not in the program as a linear layer or convolution, so not in integers: unused.",
+        "Not plain linear layers or convolutions in the program, so not in integers: unused.",
         "Inputs are quantized but weights stay float: grouped.weight (ConvTranspose).",
     ]
     torch.testing.assert_close(run(tmp_path / "model.onnx", x), model(x), rtol=0, atol=0.02)
@@ -231,3 +231,28 @@ def test_grids_of_another_model_are_refused_and_nothing_is_written(tmp_path: Pat
     with pytest.raises(ValueError, match=r"computes something else .* Are the grids those of the model"):
         save_onnx(program, tmp_path / "model.onnx", grids=wrong)
     assert not list(tmp_path.iterdir())
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 1.05 + 0.02)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+        ),
+        nn.Sequential(Shifted(4, 6), nn.Flatten(), nn.Linear(24, 3)),
+    ],
+    ids=["padding", "own forward"],
+)
+def test_what_a_layer_computes_before_its_product_stays(
+    model: nn.Sequential, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(8, 1, 4, 4)
+    quantize_inputs(model.eval(), {"0": InputGrid(scale=0.03, zero_point=128, bits=8)})
+    save_onnx(capture(model, x), tmp_path / "model.onnx", grids=input_grids(model))
+    assert "not in integers: 0" in caplog.text
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x), model(x))

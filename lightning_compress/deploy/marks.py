@@ -19,9 +19,9 @@ from lightning_compress.quantization.input_grids import InputGrid
 
 log = logging.getLogger(__name__)
 
+_HOOK = ("div", "round", "add", "clamp", "sub", "mul")  # what `on_grid` computes, in its order
+
 torch.library.define("lightning_compress::on_grid", "(Tensor x, float scale, int zero_point, int top) -> Tensor")
-
-
 torch.library.register_fake("lightning_compress::on_grid", lambda x, scale, zero_point, top: torch.empty_like(x))
 
 
@@ -35,26 +35,20 @@ def mark_inputs(program: ExportedProgram, grids: Mapping[str, InputGrid]) -> Exp
     if not grids:
         return program
     marked: ExportedProgram = program.run_decompositions({})
-    signature = marked.graph_signature
-    state = {
-        *signature.inputs_to_parameters,
-        *signature.inputs_to_buffers,
-        *signature.inputs_to_lifted_tensor_constants,
-    }
     found = set()
     for node in list(marked.graph.nodes):
         layer = module_of(node)
-        if operator_of(node) not in CONTRACTIONS or layer not in grids:
+        if operator_of(node) not in CONTRACTIONS or layer not in grids or (entry := _entry(node)) is None:
             continue
         grid = grids[layer]
         with marked.graph.inserting_before(node):
-            arguments = (_entry(node, state), grid.scale, grid.zero_point, 2**grid.bits - 1)
+            arguments = (entry, grid.scale, grid.zero_point, 2**grid.bits - 1)
             mark = marked.graph.call_function(torch.ops.lightning_compress.on_grid.default, arguments)
         mark.meta = dict(node.args[0].meta)
         node.replace_input_with(node.args[0], mark)
         found.add(layer)
     if lost := sorted(grids.keys() - found):
-        log.warning("Not in the program as a linear layer or convolution, so not in integers: %s.", ", ".join(lost))
+        log.warning("Not plain linear layers or convolutions in the program, so not in integers: %s.", ", ".join(lost))
     marked.graph.eliminate_dead_code()
     marked.graph_module.recompile()
     return marked
@@ -77,20 +71,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {torch.ops.lightning_compress.on_grid.default: on_grid}
 
 
-def _entry(layer: fx.Node, state: set[str]) -> fx.Node:
-    """The one tensor that the hooks before the layer got."""
-    call, pending, entries = _call(layer), [layer.args[0]], set()
-    while pending:
-        node = pending.pop()
-        assert isinstance(node, fx.Node)
-        if _call(node) == call:
-            pending += node.all_input_nodes
-        elif node.name not in state:
-            entries.add(node)
-    (entry,) = entries
-    return entry
-
-
-def _call(node: fx.Node) -> str:
-    """Tells one call of a module from the next."""
-    return str(next(reversed(node.meta.get("nn_module_stack") or {"": None})))
+def _entry(layer: fx.Node) -> fx.Node | None:
+    """What the hook before the layer got; None where the layer computes more between it and its product."""
+    node = layer.args[0]
+    for operator in reversed(_HOOK):
+        if not isinstance(node, fx.Node) or operator_of(node) != operator:
+            return None
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) else None

@@ -49,7 +49,14 @@ class InputHook:
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        changed = self.change(layer, args[0] if args else kwargs["input"])
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or not x.is_floating_point():  # a layer of the user's own, with its own forward
+            raise ValueError(
+                f"{type(layer).__name__} was called with {type(x).__name__ if not isinstance(x, Tensor) else x.dtype} "
+                f"as its input, which has no form of few bits: it must be a tensor of floats, the first argument or "
+                f"`input`. Exclude the layer."
+            )
+        changed = self.change(layer, x)
         return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"input": changed})
 
 

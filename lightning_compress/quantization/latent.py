@@ -7,6 +7,7 @@ gradient dL/dW~           gradient dL/dw
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -46,6 +47,8 @@ class LatentWeights(Projection):
         for name, latent in self.latent.items():
             self.leave_out(name, latent == 0)
             self._renew(name)
+        if zero := [name for name, latent in self.latent.items() if not latent.any()]:
+            warnings.warn(f"{', '.join(zero)}: every entry is zero, which counts as pruned and stays.", stacklevel=2)
         self._rewrite(self.parameters)
 
     # ------------------------------------------------------------------ what a subclass supplies
@@ -62,6 +65,10 @@ class LatentWeights(Projection):
         """Turn the gradient by W~ into that by w, in place."""
         if name in self.alive:
             gradient.mul_(self.alive[name])
+
+    def agree(self, held: Tensor, expected: Tensor) -> bool:
+        """Whether a parameter holds what it should."""
+        return torch.equal(held, expected)
 
     def _renew(self, name: str) -> None:
         """Follow the real values of a parameter, which have changed."""
@@ -130,12 +137,9 @@ class LatentWeights(Projection):
             self._rewrite(self.parameters)
 
     def holds(self) -> bool:
-        """Whether the module holds the values of these real ones.
-
-        Signs and zeros tell: scales are older than the real values where channels have been cut since the last step.
-        """
+        """Whether the module holds the values of these real ones."""
         return all(
-            torch.equal(parameter.detach().sign(), self.value(name, self.latent[name]).sign())
+            self.agree(parameter.detach(), self.value(name, self.latent[name]))
             for name, parameter in self.parameters.items()
         )
 
@@ -155,7 +159,7 @@ class LatentWeights(Projection):
             self.latent[name].masked_fill_(gone, 0.0)
 
     def check_finite(self) -> None:
-        """Raise a ValueError where a real value is NaN or infinite: its sign would hide that."""
+        """Raise a ValueError where a real value is NaN or infinite: rounding would hide that."""
         for name, latent in self.latent.items():
             if not bool(latent.isfinite().all()):
                 count = latent.numel() - int(latent.isfinite().sum())

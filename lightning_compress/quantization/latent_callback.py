@@ -113,6 +113,8 @@ class LatentCallback(QuantizingCallback):
 
     def _replace(self, pl_module: LightningModule) -> LatentWeights:
         self._weights = self.projection = self.make_weights(pl_module)
+        if self._inputs is not None:
+            self._inputs.remove()
         self._inputs = self.hook_inputs(pl_module)
         return self._weights
 

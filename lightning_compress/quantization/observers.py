@@ -27,7 +27,8 @@ class ObservingQuantizer(InputQuantizer):
         self.seen: Tensor | None = None  # -low and high since the last update
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if self.observes and layer.training and not torch.compiler.is_compiling():
+        trains = layer.training or torch.is_grad_enabled()  # a network may be trained in evaluation mode
+        if self.observes and trains and x.numel() and not torch.compiler.is_compiling():
             low, high = x.detach().float().aminmax()
             seen = torch.stack([-low, high])
             self.seen = seen if self.seen is None else torch.maximum(self.seen, seen)

@@ -90,9 +90,15 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         )
         if weight_bits == {}:
             raise ValueError("weight_bits={} names no layer: give {pattern: bits}, or None to leave weights alone.")
-        for bits in weight_bits.values() if isinstance(weight_bits, Mapping) else (weight_bits,):
+        given = list(weight_bits.values()) if isinstance(weight_bits, Mapping) else [weight_bits]
+        for bits in given:
             if bits is not None:
                 check_bits("weight_bits", bits)
+        if all(bits is None for bits in given) and (activation_bits is None or isinstance(weight_bits, Mapping)):
+            raise ValueError(
+                f"weight_bits={weight_bits!r} with activation_bits={activation_bits!r} quantizes nothing: give a "
+                f"number of bits, 2 to 8, for weights or for inputs."
+            )
         if activation_bits is not None:
             check_bits("activation_bits", activation_bits)
         check_granularity(granularity)
@@ -185,9 +191,9 @@ class QuantizationAwareTrainingCallback(LatentCallback):
             self._inputs.update(all_reduce_max(self._inputs.seen()))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
         if self._inputs is not None:
-            self._inputs.check_finite()
+            self._inputs.check_finite()  # before the weights, which follow
+        super().on_train_epoch_end(trainer, pl_module)
         if isinstance(self._weights, UniformWeights) and self._weights.latent:
             suffix = self.suffix(trainer)
             pl_module.log(f"weight_bits{suffix}", self._weights.mean_bits, prog_bar=True, sync_dist=True)
@@ -200,8 +206,8 @@ class QuantizationAwareTrainingCallback(LatentCallback):
             self._inputs.observe(False)
             if unseen := self._inputs.unseen():
                 warnings.warn(
-                    f"The inputs of {', '.join(unseen)} stay real: these layers were not called in training, perhaps "
-                    f"because another module uses their weights directly.",
+                    f"The inputs of {', '.join(unseen)} stay real: these layers were not called in training, or in "
+                    f"evaluation mode without gradients, perhaps because another module uses their weights directly.",
                     stacklevel=2,
                 )
 

@@ -23,6 +23,8 @@ from lightning_compress import (
     save_compressed,
 )
 from lightning_compress.quantization.input_grids import input_grids
+from lightning_compress.quantization.observers import ObservedInputs
+from lightning_compress.quantization.uniform_weights import quantize_weights
 
 EPOCH = SAMPLES // BATCH
 LAYERS = ("net.conv.weight", "net.hidden.weight", "net.head.weight")
@@ -387,3 +389,42 @@ def test_progress_is_logged() -> None:
     zeros = sum(int((weight == 0).sum()) for weight in weights(module).values())
     assert logged["zeros"] == pytest.approx(zeros / sum(count.values()))
     assert 0 < logged["clipped"] < 0.2
+
+
+def test_real_weights_of_another_epoch_are_refused(tmp_path: Path) -> None:
+    module = SmallModule()
+    qat = QuantizationAwareTrainingCallback()
+    quiet_trainer(callbacks=[qat], max_epochs=1).fit(module, plain())
+    with torch.no_grad():  # of the same signs, mostly as far from zero: what an earlier epoch's weights are like
+        for name in qat.latent:
+            module.get_parameter(name).mul_(1.01)
+    with pytest.raises(ValueError, match="no longer holds the values"), qat.real_weights(module):
+        pass
+
+
+def test_a_network_in_evaluation_mode_is_observed_all_the_same() -> None:
+    module = SmallModule()
+    module.net.eval()
+    qat = QuantizationAwareTrainingCallback()
+    quiet_trainer(callbacks=[qat], max_epochs=1).fit(module, plain())
+    assert sorted(qat.input_grids) == ["net.conv", "net.head", "net.hidden"]
+
+
+def test_odd_inputs() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    inputs = ObservedInputs(net, ["0"], 8)
+    assert net(torch.zeros(0, 2)).shape == (0, 2)  # an expert that nothing was sent to
+    assert inputs.seen().isneginf().all()
+    with pytest.raises(ValueError, match=r"Linear was called with torch\.int64"):
+        net(torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_what_quantizes_nothing_is_refused_and_what_is_zero_is_said_aloud() -> None:
+    with pytest.raises(ValueError, match="quantizes nothing"):
+        QuantizationAwareTrainingCallback(None, None)
+    with pytest.raises(ValueError, match="quantizes nothing"):
+        QuantizationAwareTrainingCallback({"*": None}, 8)
+    layer = nn.Linear(2, 2)
+    nn.init.zeros_(layer.weight)
+    with pytest.warns(UserWarning, match="weight: every entry is zero"):
+        quantize_weights(layer)
