@@ -232,7 +232,8 @@ def test_ranges_are_moving_averages_over_training_steps_alone() -> None:
         for value in batches:  # micro-batches of one step
             net(torch.tensor([[value]]))
         inputs.update(inputs.seen())
-    net.eval()(torch.tensor([[99.0]]))
+    with torch.no_grad():
+        net.eval()(torch.tensor([[99.0]]))
     inputs.update(inputs.seen())
     low, high = inputs.ranges[0].tolist()
     assert (low, high) == pytest.approx((0.25 * -2, 0.75 * 3))
