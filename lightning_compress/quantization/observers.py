@@ -4,7 +4,8 @@
     high <- a high + (1 - a) (largest entry, or 0)
     grid:   `affine(low, high, bits)`
 
-A step's inputs are those of all its micro-batches on all ranks, of layers in training mode or with gradients. Jacob et al. 2018 (1712.05877), section 3.1.
+A step's inputs are those of all its micro-batches on all ranks, of layers in training mode or with gradients.
+Jacob et al. 2018 (1712.05877), section 3.1.
 """
 
 from __future__ import annotations

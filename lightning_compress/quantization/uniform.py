@@ -30,9 +30,10 @@ class QuantizationAwareTrainingCallback(LatentCallback):
 
     Inputs: every targeted layer sees x~ = s (q - z), q = clamp(round(x / s) + z, 0, 2^b - 1), one scale s and zero
     point z per layer, with the gradient of x~ where q was not clamped. The range is a moving average over what it sees
-    in training (in training mode, or with gradients), the same on all ranks; it always holds 0, and is fixed elsewhere. Inputs are real up to the
-    first step after `start_epoch`. The hooks that do it stay on the module; their grids travel in the state dict's
-    metadata, so that `trainer.test(ckpt_path=...)` with this callback and `load_compressed` without it bring them back.
+    in training (in training mode, or with gradients), the same on all ranks; it always holds 0, and is fixed elsewhere.
+    Inputs are real up to the first step after `start_epoch`. The hooks that do it stay on the module; their grids
+    travel in the state dict's metadata, so that `trainer.test(ckpt_path=...)` with this callback and `load_compressed`
+    without it bring them back.
 
     Biases, norms and what `exclude` names stay real. `weight_bits` (the mean), `clipped` (the share of real weights
     beyond the grid) and `zeros` are logged once an epoch.
