@@ -37,7 +37,7 @@ from lightning_compress.report import comparison_table, gather, runs_table, writ
 from lightning_compress.report.write import write_text
 from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.inspect import inspection_tables
-from lightning_compress.tasks.run import COMPRESSED, SMALL, Run, can_draw
+from lightning_compress.tasks.run import COMPRESSED, SMALL, Run, can_draw, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested
 from lightning_compress.tasks.verify import verify
 from lightning_compress.tasks.weights import load_weights
@@ -68,10 +68,12 @@ def _main(cfg: DictConfig) -> None:
 def run(cfg: DictConfig) -> None:
     """Train or load the dense network, compress it, measure both, and write the report into the run's folder."""
     _check_folder(cfg)
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    module = build_module(cfg)
+    if not isinstance(cfg.teachers, int) or cfg.teachers < 1:
+        raise ValueError(f"teachers={cfg.teachers!r} is the number of dense networks to train, 1 or more.")
+    modules = [_seeded(cfg, "model", cfg.seed + number) for number in range(cfg.teachers)]
+    student = None if cfg.student is None else _seeded(cfg, "student", cfg.seed)
     callbacks = build_named(cfg.callbacks)
-    check_disjoint(module, callbacks.values())
+    check_disjoint(modules[0] if student is None else student, callbacks.values())
     job = Run(
         datamodule=build_datamodule(cfg),
         make_trainer=build_trainer_factory(cfg),
@@ -85,12 +87,13 @@ def run(cfg: DictConfig) -> None:
     )
     _record(cfg)
     report = job.compress(
-        module,
+        modules,
+        student=student,
         callbacks=list(callbacks.values()),
         loggers=list(build_named(cfg.logger).values()),
         wrap=partial(build_wrapped, cfg.wrappers),
         dense=_plain(cfg.dense),
-        weights=cfg.weights,
+        weights=_listed(cfg.weights),
         ckpt_path=cfg.ckpt_path,
     )
     if report is not None:
@@ -109,11 +112,10 @@ def inspect(cfg: DictConfig) -> None:
     if cfg.path is not None:
         Console().print(read_compressed(cfg.path).size)
         return
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    module, callbacks = build_module(cfg), build_named(cfg.callbacks)
+    module, callbacks = _seeded(cfg, _compressed(cfg), cfg.seed), build_named(cfg.callbacks)
     check_disjoint(module, callbacks.values())
-    if cfg.weights is not None:
-        load_weights(module, cfg.weights)
+    if cfg.weights is not None and cfg.student is None:  # dense weights; a student begins with its own
+        load_weights(module, _listed(cfg.weights)[0])
     console = Console()
     for table in inspection_tables(callbacks, module, build_datamodule(cfg)):
         console.print(table)
@@ -211,11 +213,30 @@ def _recorded(folder: Path) -> DictConfig | None:
 
 
 def _built(cfg: DictConfig, path: Path) -> tuple[LightningModule, LightningDataModule]:
-    """Return a config's network with the weights of a file, and its data."""
-    module = build_wrapped(cfg.wrappers, build_module(cfg))
+    """Return the network that a file of a run holds, dense or compressed, with its weights, and its data."""
+    if str(path) in dense_files(home(path), cfg.teachers):
+        module = build_module(cfg)
+    else:
+        module = build_wrapped(cfg.wrappers, build_module(cfg, _compressed(cfg)), training=False)
     module.configure_model()  # where layers are made there
     load_compressed(path, module)
     return module, build_datamodule(cfg)
+
+
+def _compressed(cfg: DictConfig) -> str:
+    """Return the key below which the config describes the network to compress."""
+    return "model" if cfg.student is None else "student"
+
+
+def _seeded(cfg: DictConfig, key: str, seed: int) -> LightningModule:
+    seed_everything(seed, workers=True, verbose=False)
+    return build_module(cfg, key)
+
+
+def _listed(weights: str | ListConfig | None) -> list[str]:
+    if weights is None:
+        return []
+    return [weights] if isinstance(weights, str) else list(weights)
 
 
 @rank_zero_only

@@ -13,6 +13,8 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.tasks.run import dense_files
+
 T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, inside the run's own
@@ -66,18 +68,19 @@ def log_handlers(task: str) -> list[str]:
 
 def register_resolvers() -> None:
     """Make `${lightning_compress.run_folder:...}` and the like known to OmegaConf."""
-    for resolver in (run_folder, hydra_folder, log_handlers, started):
+    for resolver in (run_folder, hydra_folder, log_handlers, started, dense_files):
         OmegaConf.register_new_resolver(f"lightning_compress.{resolver.__name__}", resolver, replace=True)
 
 
-def build_module(cfg: DictConfig) -> LightningModule:
-    """Return the LightningModule that `cfg.model` describes.
+def build_module(cfg: DictConfig, key: str = "model") -> LightningModule:
+    """Return the LightningModule that the config describes below `key`, "model" or "student".
 
     Raises:
         ValueError: Its `_target_` is, or makes, something else.
     """
-    wrap_it = f"A plain network goes into a Classifier: model=classifier model.network._target_={cfg.model._target_}"
-    return _build_checked(cfg.model, LightningModule, "model", wrap_it)
+    target, group = cfg[key]._target_, "model" if key == "model" else f"model@{key}"
+    wrap_it = f"A plain network goes into a Classifier: {group}=classifier {key}.network._target_={target}"
+    return _build_checked(cfg[key], LightningModule, key, wrap_it)
 
 
 def build_datamodule(cfg: DictConfig) -> LightningDataModule:
@@ -95,14 +98,21 @@ def build_named(nodes: DictConfig | None) -> dict[str, Any]:
     return {str(name): _build(node) for name, node in (nodes or {}).items() if node is not None}
 
 
-def build_wrapped(nodes: DictConfig | None, module: LightningModule) -> LightningModule:
+def build_wrapped(nodes: DictConfig | None, module: LightningModule, *, training: bool = True) -> LightningModule:
     """Return the module inside its wrappers: each `_target_` gets what the one before made, the first the module.
+
+    Args:
+        nodes: The wrappers by name, the innermost first.
+        module: What they wrap.
+        training: Whether it is to be trained; else wrappers whose class says `only_trains = True` are left out.
 
     Raises:
         ValueError: A wrapper is, or makes, something else than a LightningModule.
     """
     advice = "What changes the weights is a callback: put it below callbacks"
     for name, node in (nodes or {}).items():
+        if not training and getattr(get_object(node._target_), "only_trains", False):
+            continue
         module = _build_checked(node, LightningModule, f"wrappers.{name!s}", advice, module)
     return module
 

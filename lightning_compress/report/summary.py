@@ -106,6 +106,9 @@ class Layer:
 def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> tuple[Layer, ...]:
     """Return what is left of every parameter with two or more dimensions, in the order of the dense network.
 
+    A compressed network that has other parameters, or larger ones, is not what is left of the dense one: nothing is
+    returned then.
+
     Args:
         dense: Named parameters of the dense network.
         compressed: Those of the compressed one, which may be smaller or absent.
@@ -117,6 +120,8 @@ def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]
         >>> compare_layers(dict(dense.named_parameters()), dict(compressed.named_parameters()))
         (Layer(name='0', parameters=8, nonzero_dense=8, nonzero_compressed=4),)
     """
+    if not all(_fits(tensor, dense.get(name)) for name, tensor in compressed.items() if tensor.dim() > 1):
+        return ()
     return tuple(
         Layer(
             name=name.removesuffix(".weight"),
@@ -129,6 +134,14 @@ def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]
     )
 
 
+def _fits(tensor: Tensor, dense: Tensor | None) -> bool:
+    return (
+        dense is not None
+        and tensor.dim() == dense.dim()
+        and all(size <= whole for size, whole in zip(tensor.shape, dense.shape, strict=True))
+    )
+
+
 @dataclass(frozen=True)
 class Report:
     """A run: the dense network beside the compressed one, and how it went.
@@ -138,7 +151,7 @@ class Report:
         compressed: The network at the end.
         before_recovery: Test accuracy right after pruning, before any training; None where it was not measured.
         history: One entry per epoch, dense training first.
-        layers: One entry per weight tensor.
+        layers: One entry per weight tensor; none where the compressed network has other layers than the dense one.
         settings: What the run was started with (seed, amount, ...); values that JSON can write, nested as they are.
     """
 

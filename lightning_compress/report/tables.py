@@ -114,6 +114,7 @@ def report_markdown(report: Report) -> str:
     """Return the content of report.md: the table, what is left of each layer, and the settings."""
     lines = ["# Dense beside compressed", "", *markdown_table(HEADER, comparison_rows(report)), ""]
     lines += [line for note in notes(report) for line in (note, "")]
+    lines += ["## What is left of each layer", ""]
     if report.layers:
         header = ("layer", "parameters", "non-zero, dense", "non-zero, compressed", "left")
         rows = [
@@ -126,7 +127,9 @@ def report_markdown(report: Report) -> str:
             )
             for layer in report.layers
         ]
-        lines += ["## What is left of each layer", "", *markdown_table(header, rows), ""]
+        lines += [*markdown_table(header, rows), ""]
+    else:
+        lines += ["The compressed network has layers of its own, which are not compared with the dense ones.", ""]
     if report.settings:
         pairs = [(f"`{key}`", f"`{value}`") for key, value in flatten(report.settings).items()]
         lines += ["## Settings", "", *markdown_table(("setting", "value"), pairs, right=False), ""]

@@ -33,12 +33,16 @@ class Recorder(Callback):
     Args:
         val_metric: Name under which the module logs its validation accuracy.
 
+    Attributes:
+        phase: What an epoch is called that no technique says anything of.
+
     Example:
         >>> trainer = Trainer(callbacks=[Recorder("val_acc")], logger=False, enable_checkpointing=False)
     """
 
     def __init__(self, val_metric: str) -> None:
         self.val_metric = val_metric
+        self.phase = "dense"
         self.history: list[Epoch] = []
         self.snapshot: dict[str, Tensor] | None = None
         self._sparsity: list[float] = []
@@ -65,7 +69,7 @@ class Recorder(Callback):
                 epoch=trainer.current_epoch,
                 val_acc=float(metrics[self.val_metric]) if self.val_metric in metrics else None,
                 sparsity=max((technique.sparsity for technique in ramped), default=0.0),
-                phase=phase if ramped else "dense",
+                phase=phase if ramped else self.phase,
             )
         )
 

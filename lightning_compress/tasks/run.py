@@ -27,10 +27,11 @@ from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.recorder import Recorder
 from lightning_compress.tasks.testing import accuracy, check_tested, quietly, trainer_of
 from lightning_compress.tasks.weights import load_weights
+from lightning_compress.trainer.distributed import barrier
 
 log = logging.getLogger(__name__)
 
-DENSE, COMPRESSED, SMALL = "dense.ckpt", "compressed.ckpt", "compressed.lcz"  # in a run's folder
+COMPRESSED, SMALL = "compressed.ckpt", "compressed.lcz"  # in a run's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Run:
     Attributes:
         datamodule: Training, validation and test data.
         make_trainer: Makes a Trainer; its keyword arguments stand over the configured ones.
-        folder: Where dense.ckpt, compressed.ckpt, compressed.lcz and the report go.
+        folder: Where `dense_files`, compressed.ckpt, compressed.lcz and the report go.
         seed: Root of everything random.
         metric: Test accuracy, under the name by which `test_step` logs it; None: nothing is tested.
         val_metric: Validation accuracy, likewise.
@@ -65,54 +66,64 @@ class Run:
 
     def compress(
         self,
-        module: LightningModule,
+        modules: Sequence[LightningModule],
         *,
+        student: LightningModule | None = None,
         callbacks: Sequence[Callback],
         loggers: Sequence[Logger] = (),
         wrap: Callable[[LightningModule], LightningModule] = lambda module: module,
         dense: Mapping[str, Any],
-        weights: str | Path | None = None,
+        weights: Sequence[str | Path] = (),
         ckpt_path: str | Path | None = None,
     ) -> Report | None:
-        """Get the dense network, train a copy of it with the techniques, measure both, and write the report.
+        """Get the dense network, train a copy of it or a student with the techniques, measure both, write the report.
 
         Args:
-            module: The untrained network; it becomes the dense one.
+            modules: The untrained networks; they become the dense ones. The first is compared with the compressed
+                one, and all are in the folder when the wrappers are made, which may learn from them.
+            student: The network to compress, untrained; None: a copy of the first dense one.
             callbacks: Of the compression.
             loggers: Of the compression.
-            wrap: Gives the copy its wrappers.
+            wrap: Gives the network to compress its wrappers.
             dense: The Trainer's arguments for the dense training.
-            weights: Dense weights to load, instead of the dense training.
-            ckpt_path: A checkpoint of this run's compression to go on with; the dense network is that in the folder.
+            weights: Files to load instead of the dense training, one for each of `modules`.
+            ckpt_path: A checkpoint of this run's compression to go on with; the dense ones are those in the folder.
 
         Returns:
             The report on rank 0, None on the others.
 
         Raises:
             FileNotFoundError: `weights`, or the folder's dense.ckpt of a run to go on with, does not exist.
-            ValueError: The module has no test_step, or does not log the metric; the weights don't fit; no such coder.
+            ValueError: A module has no test_step, or does not log the metric; the weights don't fit, or are more or
+                less than `modules`; no such coder.
         """
         make_writer(self.coder)  # an unknown one shows now, not hours later
+        if weights and len(weights) != len(modules):
+            raise ValueError(f"{len(modules)} dense networks want as many weights, and there are {len(weights)}.")
         if self.metric is not None:
-            check_tested(module, self.metric)
-        recorder = Recorder(self.val_metric)
+            for one in modules[:1] if student is None else (modules[0], student):
+                check_tested(one, self.metric)
+        module, recorder = modules[0], Recorder(self.val_metric)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if ckpt_path is not None:
-            load_weights(module, self.folder / DENSE)
-        elif weights is not None:
-            load_weights(module, weights)
-        else:
-            self._accuracy(module, limit_test_batches=1)  # what is wrong with data or metric shows now, not hours later
-            seed_everything(self.seed, workers=True, verbose=False)
-            rank_zero_info("Dense training.")
-            trainer = trainer_of(
-                self.make_trainer, **dense, callbacks=[recorder], logger=False, enable_checkpointing=False
-            )
-            trainer.fit(module, datamodule=self.datamodule)
+        files = dense_files(self.folder, len(modules))
+        loaded = weights if ckpt_path is None else files
+        for one, path in zip(modules, loaded, strict=False):
+            load_weights(one, path)
+        # What is wrong with data or metric shows now, not hours later.
+        if not loaded:
+            self._accuracy(module, limit_test_batches=1)
+        if student is not None:
+            self._accuracy(student, limit_test_batches=1)
+        if not loaded:
+            self._train_dense(modules, dense, recorder)
         dense_accuracy = self._accuracy(module)
-        _save_dense(module, self.folder / DENSE)
+        for one, path in zip(modules, files, strict=True):
+            _save_dense(one, path)
+        barrier()  # the wrappers of every rank may read them
 
-        compressed = wrap(copy.deepcopy(module))
+        if student is not None:
+            recorder.phase = "student"
+        compressed = wrap(copy.deepcopy(module) if student is None else student)
         seed_everything(self.seed, workers=True, verbose=False)  # the same, whether the dense network was loaded or not
         rank_zero_info("Compression.")
         trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder], logger=list(loggers) or False)
@@ -141,6 +152,19 @@ class Run:
         )
         write_report(report, self.folder, figure=can_draw())
         return report
+
+    def _train_dense(self, modules: Sequence[LightningModule], options: Mapping[str, Any], recorder: Recorder) -> None:
+        for number, module in enumerate(modules):
+            seed_everything(self.seed + number, workers=True, verbose=False)
+            rank_zero_info(f"Dense training{f', {number + 1} of {len(modules)}' if len(modules) > 1 else ''}.")
+            trainer = trainer_of(
+                self.make_trainer,
+                **options,
+                callbacks=[recorder] if number == 0 else [],
+                logger=False,
+                enable_checkpointing=False,
+            )
+            trainer.fit(module, datamodule=self.datamodule)
 
     def _accuracy(self, module: LightningModule, **options: Any) -> float | None:
         if self.metric is None:
@@ -176,7 +200,17 @@ def can_draw() -> bool:
     return found
 
 
+def dense_files(folder: str | Path, number: int) -> list[str]:
+    """Return where the dense networks of a run are.
+
+    Example:
+        >>> dense_files("run", 3)
+        ['run/dense.ckpt', 'run/dense-1.ckpt', 'run/dense-2.ckpt']
+    """
+    return [str(Path(folder) / ("dense.ckpt" if i == 0 else f"dense-{i}.ckpt")) for i in range(number)]
+
+
 @rank_zero_only
-def _save_dense(module: LightningModule, path: Path) -> None:
+def _save_dense(module: LightningModule, path: str) -> None:
     with replacing(path) as temporary:
         torch.save({"state_dict": module.state_dict()}, temporary)

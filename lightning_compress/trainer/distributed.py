@@ -42,6 +42,12 @@ def broadcast(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def gather(value: T) -> list[T]:
     """Return every rank's value, on every rank, ordered by rank."""
     if world_size() == 1:

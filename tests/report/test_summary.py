@@ -102,6 +102,17 @@ def test_layers_are_counted_by_name_whatever_their_new_shape() -> None:
     )
 
 
+def test_a_network_that_is_no_part_of_the_dense_one_is_not_compared_layer_by_layer() -> None:
+    def layers(*modules: nn.Module) -> tuple[Layer, ...]:
+        return compare_layers(dict(dense.named_parameters()), dict(nn.Sequential(*modules).named_parameters()))
+
+    dense = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert layers(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 2)) == (Layer("0", 12, 12, 4), Layer("2", 6, 6, 2))
+    assert layers(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)) == ()  # wider
+    assert layers(nn.Linear(4, 2), nn.Linear(2, 2)) == ()  # another name
+    assert layers(nn.Conv1d(1, 1, 1), nn.ReLU(), nn.Linear(3, 2)) == ()  # another kind
+
+
 def test_a_parameter_that_is_no_weight_keeps_its_name() -> None:
     attention = nn.MultiheadAttention(4, 2)
     names = [layer.name for layer in compare_layers(dict(attention.named_parameters()), {})]

@@ -94,6 +94,10 @@ def test_the_markdown_has_table_layers_and_settings() -> None:
             assert len({line.replace("\\|", "").count("|") for line in block.strip().splitlines()}) == 1
 
 
+def test_the_markdown_says_why_there_are_no_layers() -> None:
+    assert "The compressed network has layers of its own" in report_markdown(replace(REPORT, layers=()))
+
+
 def test_a_pipe_in_a_cell_does_not_end_it() -> None:
     assert markdown_table(("a",), [("x|y",)])[-1] == "| x\\|y |"
 
