@@ -154,7 +154,9 @@ def evaluate(cfg: DictConfig) -> None:
     result = ", ".join(f"{name} {value:.4f}" for name, value in found.items()) or "loaded; with metric=null not tested"
     Console().print(f"{path}: {result}", soft_wrap=True, highlight=False)
     if cfg.json is not None:
-        write_text(Path(cfg.json), json.dumps(found))
+        answer = Path(cfg.json)
+        answer.parent.mkdir(parents=True, exist_ok=True)
+        write_text(answer, json.dumps(found))
 
 
 def compare(cfg: DictConfig) -> None:

@@ -70,8 +70,8 @@ def process(*overrides: str, cwd: Path) -> str:
 
 
 def found(run: Callable[..., None], path: Path) -> float:
-    run("task=test", f"path={path}", "json=number.json")
-    number: float = json.loads(Path("number.json").read_text())["test_acc"]
+    run("task=test", f"path={path}", "json=found/number.json")
+    number: float = json.loads(Path("found/number.json").read_text())["test_acc"]
     return number
 
 
@@ -297,7 +297,7 @@ def test_a_file_of_a_run_is_tested_as_the_run_did_and_nothing_is_written(
         assert found(command, finished / name) == report.compressed.test_accuracy
     assert f"last.ckpt: test_acc {report.compressed.test_accuracy:.4f}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
-    assert [path.name for path in Path().iterdir()] == ["number.json"]
+    assert [path.name for path in Path().rglob("*")] == ["found", "number.json"]
 
 
 def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -> None:
