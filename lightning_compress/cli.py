@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,7 +128,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Test the network in the file at `path`, a compressed one or a checkpoint, as its run did, on one device."""
     if cfg.path is None:
         raise ValueError(f"task=test wants path=<run folder>/{SMALL}.")
-    path = Path(cfg.path)
+    path = Path(cfg.path).absolute()
     if not path.is_file():
         raise FileNotFoundError(f"path={cfg.path!r} does not exist (looked for in {Path.cwd()}).")
     recorded = _recorded(home(path))
@@ -134,25 +137,10 @@ def evaluate(cfg: DictConfig) -> None:
             f"There is no {CONFIG} in {home(path)}, which would say what network {path.name} holds, and what it is "
             f"tested with: task=test wants a file in the folder of a run."
         )
-    module, datamodule = _built(recorded, path)
-    metric = recorded.metric
-    found = {}
-    if metric is not None:
-        check_tested(module, metric)
-        seed_everything(recorded.seed, workers=True, verbose=False)
-        devices = recorded.trainer.get("devices")
-        found[metric] = accuracy(
-            module,
-            datamodule,
-            build_trainer_factory(recorded),
-            metric,
-            callbacks=[one for one in build_named(recorded.callbacks).values() if isinstance(one, CompressionCallback)],
-            devices=devices[:1] if isinstance(devices, ListConfig) else 1,  # of those that the run had
-            num_nodes=1,
-            strategy="auto",
-        )
+    with _working_where(recorded):
+        found = _tested(recorded, path)
     result = ", ".join(f"{name} {value:.4f}" for name, value in found.items()) or "loaded; with metric=null not tested"
-    Console().print(f"{path}: {result}", soft_wrap=True, highlight=False)
+    Console().print(f"{cfg.path}: {result}", soft_wrap=True, highlight=False)
     if cfg.json is not None:
         answer = Path(cfg.json)
         answer.parent.mkdir(parents=True, exist_ok=True)
@@ -173,22 +161,23 @@ def export(cfg: DictConfig) -> None:
 
     If its weights and inputs are quantized, its batch norms are folded, and model.onnx computes with integers.
     """
-    folder = Path(cfg.output_dir)
-    source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED)
+    folder = Path(cfg.output_dir).absolute()
+    source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED).absolute()
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: task=export wants weights=<run folder>/{COMPRESSED}.")
     recorded = _recorded(folder)
     if recorded is not None:
         log.info("The network and its data are those of %s.", folder / CONFIG)
-    module, datamodule = _built(cfg if recorded is None else recorded, source)
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    inputs = example_inputs(module, datamodule, batch_size=2)
+    with nullcontext() if recorded is None else _working_where(recorded):
+        module, datamodule = _built(cfg if recorded is None else recorded, source)
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        inputs = example_inputs(module, datamodule, batch_size=2)
+        calibration = samples(module, datamodule, batch_size=CALIBRATION) if input_grids(module) else None
     fold_quantized(module, inputs)
     program = capture(module, inputs)
     grids = input_grids(module)
     save_program(program, folder / "model.pt2")
-    calibration = samples(module, datamodule, batch_size=CALIBRATION) if grids else None
     save_onnx(program, folder / "model.onnx", grids=grids, calibration=calibration)
     Console().print(f"Written: {folder / 'model.pt2'}, {folder / 'model.onnx'}", soft_wrap=True)
 
@@ -212,6 +201,41 @@ def _recorded(folder: Path) -> DictConfig | None:
     recorded = OmegaConf.load(folder / CONFIG)
     assert isinstance(recorded, DictConfig)
     return recorded
+
+
+@contextmanager
+def _working_where(recorded: DictConfig) -> Iterator[None]:
+    """Make the folder in which a run worked the current one: relative paths of its config begin there."""
+    before = Path.cwd()
+    if Path(recorded.cwd).is_dir():
+        os.chdir(recorded.cwd)
+    else:
+        log.warning("The run worked in %s, which is not there: its relative paths begin in %s.", recorded.cwd, before)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _tested(cfg: DictConfig, path: Path) -> dict[str, float]:
+    """Return what a config's test finds for the network in a file, by the metric's name; nothing with metric=null."""
+    module, datamodule = _built(cfg, path)
+    if cfg.metric is None:
+        return {}
+    check_tested(module, cfg.metric)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    devices = cfg.trainer.get("devices")
+    found = accuracy(
+        module,
+        datamodule,
+        build_trainer_factory(cfg),
+        cfg.metric,
+        callbacks=[one for one in build_named(cfg.callbacks).values() if isinstance(one, CompressionCallback)],
+        devices=devices[:1] if isinstance(devices, ListConfig) else 1,  # of those that the run had
+        num_nodes=1,
+        strategy="auto",
+    )
+    return {cfg.metric: found}
 
 
 def _built(cfg: DictConfig, path: Path) -> tuple[LightningModule, LightningDataModule]:
@@ -243,8 +267,9 @@ def _listed(weights: str | ListConfig | None) -> list[str]:
 
 @rank_zero_only
 def _record(cfg: DictConfig) -> None:
+    recorded = _plain(cfg) | {"cwd": os.getcwd()}
     with replacing(Path(cfg.output_dir) / CONFIG) as temporary:
-        OmegaConf.save(cfg, temporary, resolve=True)
+        OmegaConf.save(OmegaConf.create(recorded), temporary)
 
 
 def _plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:

@@ -300,6 +300,29 @@ def test_a_file_of_a_run_is_tested_as_the_run_did_and_nothing_is_written(
     assert [path.name for path in Path().rglob("*")] == ["found", "number.json"]
 
 
+def test_a_file_is_tested_and_exported_from_anywhere(
+    command: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "images").mkdir()
+    data = ["data=datamodule", "data._target_=support.pieces.Rooted", "+data.root=images"]
+    command(*SMALL, *data, "compress=none", "measure.repeats=1", "hydra.run.dir=run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    expected = Report.load("../run/report.json").compressed.test_accuracy
+    assert found(command, Path("../run/compressed.lcz")) == expected
+    command("task=export", "weights=../run/compressed.ckpt")
+    assert (tmp_path / "run" / "model.onnx").is_file()
+    assert Path.cwd() == tmp_path / "elsewhere"
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) | {"cwd": str(tmp_path / "gone")}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(tmp_path)
+    assert found(command, Path("run/compressed.lcz")) == expected
+    assert f"The run worked in {tmp_path / 'gone'}, which is not there" in capsys.readouterr().out
+
+
 def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -> None:
     root = Path("sweep")
     for run in ("0", "1"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_compress.baselines import Digits
 from support.small import SmallModule
 
 
@@ -25,6 +28,18 @@ class Untested(SmallModule):
 
     def training_step(self, batch: object, batch_idx: int) -> None:  # type: ignore[override]
         raise AssertionError("trained")
+
+
+class Rooted(Digits):
+    """Data that want a folder to be there, like those of files."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__()
+        self.root = Path(root)
+
+    def prepare_data(self) -> None:
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no data in {self.root.absolute()}")
 
 
 class Wrapper(LightningModule):
