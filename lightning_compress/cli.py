@@ -42,7 +42,7 @@ from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.inspect import inspection_tables
 from lightning_compress.tasks.run import COMPRESSED, SMALL, Run, can_draw, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested
-from lightning_compress.tasks.verify import verify
+from lightning_compress.tasks.verify import escaped, verify
 from lightning_compress.tasks.weights import load_weights
 from lightning_compress.trainer.callback import CompressionCallback
 
@@ -267,7 +267,7 @@ def _listed(weights: str | ListConfig | None) -> list[str]:
 
 @rank_zero_only
 def _record(cfg: DictConfig) -> None:
-    recorded = _plain(cfg) | {"cwd": os.getcwd()}
+    recorded = _plain(cfg) | {"cwd": escaped(os.getcwd())}
     with replacing(Path(cfg.output_dir) / CONFIG) as temporary:
         OmegaConf.save(OmegaConf.create(recorded), temporary)
 

@@ -306,9 +306,10 @@ def test_a_file_is_tested_and_exported_from_anywhere(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "images").mkdir()
+    (tmp_path / "in ${x}" / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in ${x}")  # no interpolation
     data = ["data=datamodule", "data._target_=support.pieces.Rooted", "+data.root=images"]
-    command(*SMALL, *data, "compress=none", "measure.repeats=1", "hydra.run.dir=run")
+    command(*SMALL, *data, "compress=none", "measure.repeats=1", f"hydra.run.dir={tmp_path}/run", "verify=true")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     expected = Report.load("../run/report.json").compressed.test_accuracy
@@ -318,9 +319,11 @@ def test_a_file_is_tested_and_exported_from_anywhere(
     assert Path.cwd() == tmp_path / "elsewhere"
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) | {"cwd": str(tmp_path / "gone")}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.chdir(tmp_path)
-    assert found(command, Path("run/compressed.lcz")) == expected
-    assert f"The run worked in {tmp_path / 'gone'}, which is not there" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command("task=test", "path=../run/compressed.lcz")
+    shown = capsys.readouterr()
+    assert f"The run worked in {tmp_path / 'gone'}, which is not there" in shown.out
+    assert f"no data in {tmp_path / 'elsewhere' / 'images'}" in shown.err
 
 
 def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def in_new_process(path: Path) -> dict[str, float]:
         if name not in _OF_RANKS and not name.startswith(_OF_LAUNCHERS)
     }
     environment |= {
-        "PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
         "PYTHONSAFEPATH": "1",  # and from nowhere else
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums are the same
     }
@@ -81,13 +82,25 @@ def in_new_process(path: Path) -> dict[str, float]:
         answer = Path(folder) / "answer.json"
         task = ["task=test", f"path={_quoted(path.absolute())}", f"json={_quoted(answer)}"]
         command = [sys.executable, "-m", "lightning_compress.cli", *task]
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+        # Not where this process works: Hydra takes a folder called ${x} for an interpolation.
+        done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
         if done.returncode != 0:
             raise ValueError(f"{path} could not be tested in a new process:\n{done.stderr.strip()[-2000:]}")
         numbers: dict[str, float] = json.loads(answer.read_text())
     return numbers
 
 
+def escaped(text: str) -> str:
+    """Return a string that OmegaConf reads as the given one, where this has what looks like an interpolation.
+
+    Example:
+        >>> print(escaped("runs/${name}"))
+        runs/\\${name}
+    """
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
 def _quoted(path: Path) -> str:
-    """As Hydra's command line wants what may hold blanks, commas and brackets."""
-    return "'" + str(path).replace("'", r"\'") + "'"
+    """As Hydra's command line wants what may hold blanks, commas, brackets and interpolations."""
+    closing = re.compile(r"(\\*)('|\Z)")  # backslashes count before a quote, and only there
+    return "'" + closing.sub(lambda found: 2 * found[1] + ("\\'" if found[2] else ""), escaped(str(path))) + "'"

@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from lightning_compress.tasks import verify as room
-from lightning_compress.tasks.verify import in_new_process, verify
+from lightning_compress.tasks.verify import escaped, in_new_process, verify
 
 
 def test_another_accuracy_is_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +40,13 @@ def test_a_process_that_is_no_rank_and_whose_last_words_are_quoted(
     environment = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
     assert not environment.keys() & set(of_a_rank)
     assert environment["PYTHONPATH"] == f"{tmp_path}:/somewhere"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"a,b[c]{d}=(e) f", r"it's", r"\it\'s", "end\\", "end\\\\", "${x}", r"\${x}", r"\\$${x:${y}}", r"'${x}\\'$y\\"],
+)
+def test_any_path_comes_through_the_command_line_and_a_config(text: str) -> None:
+    override = OverridesParser.create().parse_override(f"path={room._quoted(Path(text))}")
+    for value in (override.value(), escaped(text)):
+        assert OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create({"path": value}))).path == text
