@@ -247,6 +247,71 @@ def test_until_the_metric_drops_there_is_no_network_right_after_pruning_that_was
     assert Report.load("stop/report.json").before_recovery is None
 
 
+# ---------------------------------------------------------------------------------------------------- distillation
+
+
+def test_a_student_learns_from_the_dense_networks_of_its_run_and_needs_none_of_them_later(
+    command: Callable[..., None], tmp_path: Path
+) -> None:
+    settings = [*SMALL, "experiment=distill", "teachers=2", "verify=false", "measure.repeats=1"]
+    command(*settings, "hydra.run.dir=run")
+    assert files(Path("run")) == RUN_FILES | {"dense-1.ckpt"}
+    report = Report.load("run/report.json")
+    assert (report.dense.parameters, report.compressed.parameters) == (5586, 1422)
+    assert [epoch.phase for epoch in report.history] == ["dense"] * 2 + ["student"] * 3
+
+    weights = "weights=[run/dense.ckpt,run/dense-1.ckpt]"
+    command(*settings, weights, "hydra.run.dir=loaded")
+    command(*settings, weights, "hydra.run.dir=alone", "wrappers.distillation.alpha=0.0")
+    with pytest.raises(SystemExit):
+        cut = "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}"
+        command(*settings, weights, "hydra.run.dir=cut", cut)
+    command(*settings, "ckpt_path=cut/checkpoints/last.ckpt")
+    runs = [Path(name, "compressed.lcz").read_bytes() for name in ("run", "loaded", "cut", "alone")]
+    assert runs[0] == runs[1] == runs[2] != runs[3]
+
+    assert found(command, Path("run/dense.ckpt")) == report.dense.test_accuracy
+    first, second = (torch.load(f"run/{name}.ckpt")["state_dict"] for name in ("dense", "dense-1"))
+    assert not torch.equal(first["network.conv1.weight"], second["network.conv1.weight"])
+    for name in ("dense", "dense-1"):
+        Path("run", f"{name}.ckpt").unlink()
+    for name in ("compressed.lcz", "compressed.ckpt", "checkpoints/last.ckpt"):
+        assert found(command, Path("run", name)) == report.compressed.test_accuracy
+    command("task=export", "weights=run/compressed.ckpt")
+    assert Path("run/model.onnx").is_file()
+
+
+def test_a_student_of_another_kind_has_layers_of_its_own(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = ["model@student=lenet300", "student.network.in_features=64"]
+    command(*SMALL, *student, "compress=iterative_pruning", "measure.repeats=1", "hydra.run.dir=run")
+    report = Report.load("run/report.json")
+    assert report.layers == ()
+    assert "layers of its own" in Path("run/report.md").read_text()
+    assert report.history[-1].sparsity == pytest.approx(0.9, abs=1e-3)
+    assert report.compressed.parameters == 64 * 300 + 300 * 100 + 100 * 10 + 410
+    assert found(command, Path("run/compressed.lcz")) == report.compressed.test_accuracy
+    capsys.readouterr()
+    command("task=inspect", *student, "weights=run/dense.ckpt")
+    assert "300 x 64" in capsys.readouterr().out
+
+
+def test_a_pruned_network_learns_from_what_it_was(finished: Path, command: Callable[..., None]) -> None:
+    recipe = ["experiment=prune_then_distill", "measure.repeats=1", "verify=false"]
+    for folder, alpha in (("run", 0.9), ("alone", 0.0)):
+        weights = [f"weights={finished / 'dense.ckpt'}", f"wrappers.distillation.alpha={alpha}"]
+        command(*SMALL, *recipe, *weights, f"hydra.run.dir={folder}")
+    report = Report.load("run/report.json")
+    assert [epoch.phase for epoch in report.history] == ["pruning", "recovery", "recovery"]
+    assert report.before_recovery is not None
+    assert found(command, Path("run/compressed.lcz")) == report.compressed.test_accuracy
+    taught, alone = (load_compressed(f"{folder}/compressed.lcz") for folder in ("run", "alone"))
+    zeros = [float((state["network.conv3.weight"] == 0).float().mean()) for state in (taught, alone)]
+    assert min(zeros) > 0.5
+    assert not torch.equal(taught["network.conv3.weight"], alone["network.conv3.weight"])
+
+
 # ---------------------------------------------------------------------------------------------------- other tasks
 
 
@@ -368,6 +433,9 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
         (["task=fly"], "task='fly' is unknown; expected run, inspect, test, compare, export"),
         (["model._target_=torch.nn.ReLU"], "model._target_='torch.nn.ReLU' is no LightningModule"),
         (["weights=none.ckpt"], "There are no weights at none.ckpt"),
+        (["weights=none.ckpt", "teachers=2"], "2 dense networks want as many weights, [a.ckpt, ...]; got 1"),
+        (["teachers=0"], "teachers=0 is the number of dense networks"),
+        (["model@student=module", "student._target_=torch.nn.ReLU"], "goes into a Classifier: model@student=classifier"),
         (["ckpt_path=none/checkpoints/last.ckpt"], "ckpt_path='none/checkpoints/last.ckpt' does not exist"),
         (["task=export"], "task=export wants weights=<run folder>/compressed.ckpt"),
         (["task=compare", "compare.root=nowhere"], "nowhere is no folder"),
@@ -432,3 +500,11 @@ def test_a_sweep_on_two_ranks(finished: Path, tmp_path: Path) -> None:
         assert report.dense.test_accuracy == Report.load(finished / "report.json").dense.test_accuracy
         assert report.history[-1].sparsity == pytest.approx(amount, abs=1e-3)
         assert files(folder / job / "checkpoints") == {"last.ckpt"}
+
+
+def test_an_ensemble_teaches_on_two_ranks(tmp_path: Path) -> None:
+    recipe = ["experiment=distill_ensemble", "trainer=ddp_cpu", "trainer.devices=2", "measure.repeats=1"]
+    *_, last = process(*SMALL, *recipe, "hydra.run.dir=run", cwd=tmp_path).splitlines()
+    assert last.startswith("compressed.lcz, ")
+    assert last.endswith("the same")
+    assert files(tmp_path / "run") == RUN_FILES | {"dense-1.ckpt", "dense-2.ckpt"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import get_object
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -39,6 +39,7 @@ YOURS = {  # what these files leave to the user
 }
 DELIBERATE = {  # where a file has another value than the constructor's default, on purpose
     ("compress", "binary_weights"): {"lr_scale"},  # for the recipe's Adam
+    ("compress", "distillation"): {"teacher"},  # has no default
     ("compress", "group_lasso"): {"strength"},  # has no default
     ("compress", "iterative_pruning"): {"amount"},
     ("compress", "neuron_pruning"): {"granularity", "criterion"},
@@ -83,10 +84,10 @@ def test_every_file_composes_and_names_only_arguments_that_exist(group: str, nam
 @pytest.mark.parametrize("name", [name for group, name in FILES if group == "compress" and name != "none"])
 def test_technique_files_say_what_the_constructor_says(name: str) -> None:
     cfg = composed(f"compress={name}")
-    (node,) = [callback for key, callback in cfg.callbacks.items() if key != "checkpoint"]
+    (node,) = [one for key, one in [*cfg.callbacks.items(), *cfg.wrappers.items()] if key != "checkpoint"]
     signature = inspect.signature(get_object(node._target_)).parameters
     written = {str(key): value for key, value in OmegaConf.to_container(node).items() if key != "_target_"}
-    assert signature.keys() - written.keys() == {"example_inputs"} & signature.keys()  # no YAML for it
+    assert signature.keys() - written.keys() == {"example_inputs", "student"} & signature.keys()  # no YAML for them
     defaults = {key: parameter.default for key, parameter in signature.items() if key in written}
     differ = {key for key, value in written.items() if value != defaults[key] and (value, defaults[key]) != ([], ())}
     assert differ == DELIBERATE.get(("compress", name), set())
@@ -98,15 +99,29 @@ def test_options_of_the_file_are_those_of_save_compressed() -> None:
     assert composed().file == keywords
 
 
-@pytest.mark.parametrize("name", ["digits_conv", "lenet300", "lenet5", "resnet20"])
+@pytest.mark.parametrize("name", ["digits_conv", "digits_conv_narrow", "lenet300", "lenet5", "resnet20"])
 def test_model_files_make_networks_that_fit_their_data(name: str) -> None:
-    shape = {"digits_conv": (1, 8, 8), "resnet20": (3, 32, 32)}.get(name, (1, 28, 28))
+    shape = (1, 8, 8) if name.startswith("digits") else (3, 32, 32) if name == "resnet20" else (1, 28, 28)
     assert build_module(composed(f"model={name}"))(torch.zeros(2, *shape)).shape == (2, 10)
 
 
 def test_resnet20_has_width_and_channels() -> None:
     module = build_module(composed("model=resnet20", "model.network.width=4", "model.network.in_channels=1"))
     assert module.network.conv.weight.shape == (4, 1, 3, 3)
+
+
+def test_a_student_is_any_model_and_the_dense_network_stays_what_it_is() -> None:
+    assert composed().student is None
+    cfg = composed("model@student=lenet300", "student.network.in_features=64", "model.network.width=8")
+    assert build_module(cfg, "student").network.fc1.weight.shape == (300, 64)
+    assert build_module(cfg).network.conv1.weight.shape[0] == 8
+
+
+def test_teachers_are_the_dense_networks_of_the_run() -> None:
+    cfg = composed("experiment=distill_ensemble", "teachers=2", "model.network.width=8")
+    teacher = cfg.wrappers.distillation.teacher
+    assert teacher.paths == ["somewhere/dense.ckpt", "somewhere/dense-1.ckpt"]
+    assert teacher.module == cfg.model
 
 
 def test_any_module_and_its_arguments() -> None:
@@ -186,6 +201,14 @@ def test_wrappers_nest_in_their_order_the_first_innermost() -> None:
     module = SmallModule()
     outer = build_wrapped(cfg.wrappers, module)
     assert (outer.name, outer.module.name, outer.module.module) == ("second", "first", module)
+
+
+def test_to_read_a_network_no_wrapper_is_made_that_only_trains_it() -> None:
+    cfg = composed("compress=distillation", "+wrappers.mine={_target_:support.pieces.Wrapper,name:mine}")
+    module = SmallModule()
+    assert build_wrapped(cfg.wrappers, module, training=False).module is module  # somewhere/dense.ckpt is not there
+    with pytest.raises(InstantiationException, match=r"somewhere/dense\.ckpt"):
+        build_wrapped(cfg.wrappers, module)
 
 
 def test_a_callback_below_wrappers_is_refused() -> None:

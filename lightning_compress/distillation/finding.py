@@ -42,6 +42,37 @@ def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Mod
     return found
 
 
+def load_teachers(module: LightningModule, paths: Sequence[str | PathLike[str]]) -> list[nn.Module]:
+    """Return copies of a module, each with the weights of one file: an ensemble, or one teacher in a list.
+
+    Args:
+        module: Of the class, and with the arguments, that the files were written with.
+        paths: Checkpoints, state dicts or compressed files.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It does not fit the module.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_compress import save_compressed
+        >>> written, path = BoringModel(), Path(tempfile.mkdtemp()) / "teacher.lcz"
+        >>> _ = save_compressed(written, path)
+        >>> (teacher,) = load_teachers(BoringModel(), [path])
+        >>> bool((teacher.layer.weight == written.layer.weight).all())
+        True
+    """
+    return [_load(path, module) for path in paths]
+
+
+def _load(path: str | PathLike[str], module: LightningModule) -> nn.Module:
+    copied = copy.deepcopy(module)
+    copied.configure_model()  # where layers are made there
+    loaded: nn.Module = load_compressed(path, copied)
+    return loaded
+
+
 def _module(given: Any, student: LightningModule) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
@@ -54,10 +85,8 @@ def _module(given: Any, student: LightningModule) -> nn.Module:
 
 
 def _from_file(path: str | PathLike[str], student: LightningModule) -> nn.Module:
-    copied = copy.deepcopy(student)
-    copied.configure_model()  # where layers are made there
     try:
-        loaded: nn.Module = load_compressed(path, copied)
+        return _load(path, student)
     except ValueError as misfit:
         try:
             return type(student).load_from_checkpoint(Path(path), map_location="cpu")
@@ -67,7 +96,6 @@ def _from_file(path: str | PathLike[str], student: LightningModule) -> nn.Module
                 f"{type(student).__name__}.load_from_checkpoint can't make the module that it was written with "
                 f"({failure}): make that module yourself, and pass it instead of the path."
             ) from failure
-    return loaded
 
 
 def network_of(teacher: nn.Module, network: str) -> nn.Module:

@@ -99,7 +99,7 @@ class Run:
         """
         make_writer(self.coder)  # an unknown one shows now, not hours later
         if weights and len(weights) != len(modules):
-            raise ValueError(f"{len(modules)} dense networks want as many weights, and there are {len(weights)}.")
+            raise ValueError(f"{len(modules)} dense networks want as many weights, [a.ckpt, ...]; got {len(weights)}.")
         if self.metric is not None:
             for one in modules[:1] if student is None else (modules[0], student):
                 check_tested(one, self.metric)
