@@ -39,7 +39,7 @@ def soften(logits: Tensor, temperature: float, dim: int = -1) -> Tensor:
         >>> [round(p, 2) for p in soften(logits, 100.0).tolist()]
         [0.56, 0.23, 0.21]
     """
-    return (_precise(logits) / _positive(temperature)).softmax(dim)
+    return (at_least_float32(logits) / _positive(temperature)).softmax(dim)
 
 
 def soft_target_loss(
@@ -173,9 +173,14 @@ def unit_vectors(values: Tensor, dim: int) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    values = _precise(values)
+    values = at_least_float32(values)
     length: Tensor = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     return values / length.masked_fill(length == 0, 1.0)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _Aligned(NamedTuple):
@@ -229,7 +234,7 @@ def _aligned(
     for i, outputs in enumerate(teachers):
         if outputs.shape != student.shape:
             raise ValueError(_misfit(student.shape, outputs.shape, dim, i if len(teachers) > 1 else None))
-    student = _precise(student)
+    student = at_least_float32(student)
     teachers = [outputs.detach().to(student.dtype) for outputs in teachers]
     expected = student.shape[:dim] + student.shape[dim + 1 :]
     if mask is None:
@@ -292,7 +297,3 @@ def _positive(temperature: float) -> float:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature}: it must be a number above 0, such as 4.")
     return temperature
-
-
-def _precise(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
