@@ -55,8 +55,8 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Compute || Q(v)/||Q(v)|| - Q(u)/||Q(u)|| ||^2 averaged over samples, Q the sum of squares over channels.
 
-    The paper writes half the distance itself; its square, as in the authors' code, has a gradient that vanishes where the
-    maps agree. A sample whose features are all 0 has the map 0.
+    The paper writes half the distance itself; its square, as in the authors' code, has a gradient that vanishes where
+    the maps agree. A sample whose features are all 0 has the map 0.
 
     Args:
         student_features: v, of shape (N, C, ...): channels, then positions.

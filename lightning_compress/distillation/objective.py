@@ -15,7 +15,6 @@ from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.inputs import ExampleInputs, call, to_device
 from lightning_compress.distillation.cache import OutputCache
 from lightning_compress.distillation.hinting import Hint, features, watching
-from lightning_compress.distillation.hints import regressor
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured, select_output
@@ -94,7 +93,7 @@ class Distillation(Objective):
         inputs = to_device(given_or_peeked(module.trainer, module, network, self.example_inputs), device)
         with (
             evaluating(innermost(module)),
-            features(module, [hint.student for hint in self.hints], self.hints, "student") as mine,
+            features(innermost(module), [hint.student for hint in self.hints], self.hints, "student") as mine,
             self.teachers_features() as theirs,
         ):
             call(network, inputs)
@@ -104,8 +103,7 @@ class Distillation(Objective):
                 if hint not in mine or hint not in theirs:
                     who = "student" if hint not in mine else "teacher"
                     raise ValueError(f"{hint}: the layer of the {who} does not run in the forward pass of its network.")
-                made = regressor(tuple(mine[hint].shape), tuple(theirs[hint].shape), channel_dim=hint.channel_dim)
-                self.extra[key] = made.to(device)
+                self.extra[key] = hint.make_regressor(mine[hint], theirs[hint]).to(device)
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self.teachers.to(module.device)
@@ -132,11 +130,14 @@ class Distillation(Objective):
             batch, index = without_index(args[0], self.index)
             args = (batch, *args[1:])
         alpha, temperature = self.alpha.at(self._step), self.temperature.at(self._step)
+        self._log(module, alpha=alpha, temperature=temperature)
         if alpha == 0.0 and not self.hints:
             return run(*args, **kwargs)
         lesson = _Lesson(self, alpha, temperature, index)
         with (
-            watching(module, [hint.student for hint in self.hints], self.hints, "student", lesson.compare_layer),
+            watching(
+                innermost(module), [hint.student for hint in self.hints], self.hints, "student", lesson.compare_layer
+            ),
             captured(module, self.network, lesson.begin, lesson.compare_output) as was_called,
         ):
             output = run(*args, **kwargs)
@@ -144,7 +145,7 @@ class Distillation(Objective):
         if not isinstance(own, Tensor):  # a step that is skipped; Lightning tells of anything else
             return output
         was_called()
-        self._log(module, lesson)
+        self._log(module, distillation_loss=lesson.output_loss, hint_loss=lesson.hint_loss)
         total = lesson.added_to(own)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
@@ -174,7 +175,7 @@ class Distillation(Objective):
         function = logit_regression_loss if self.loss == "logit_regression" else cosine_loss
         return function(student, teachers, **options)
 
-    def _log(self, module: LightningModule, lesson: _Lesson) -> None:
+    def _log(self, module: LightningModule, **values: Tensor | float | None) -> None:
         trainer = module._trainer
         if trainer is None:
             return
@@ -182,13 +183,11 @@ class Distillation(Objective):
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
         if not interval or (module.global_step + 1) % interval:
             return
-        if lesson.output_loss is not None:
-            module.log("distillation_loss", lesson.output_loss.detach(), prog_bar=True)
-        if self.hints:
-            module.log("hint_loss", lesson.hint_loss.detach(), prog_bar=True)
-        for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
-            if not number.constant:
-                module.log(name, number.at(self._step))
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                module.log(name, value.detach(), prog_bar=True)
+            elif value is not None and not (self.alpha if name == "alpha" else self.temperature).constant:
+                module.log(name, value)
 
 
 class _Lesson:
@@ -242,16 +241,16 @@ class _Lesson:
             self.output_loss = self.objective.compare(student, self.said, self.temperature, self.mask)
 
     @property
-    def hint_loss(self) -> Tensor:
+    def hint_loss(self) -> Tensor | None:
         """The sum over the hints."""
-        return torch.stack(list(self.hint_losses.values())).sum()
+        return torch.stack(list(self.hint_losses.values())).sum() if self.hint_losses else None
 
     def added_to(self, own: Tensor) -> Tensor:
         """Return the loss to train with, from the student's own."""
-        total = own
+        hints, total = self.hint_loss, own
         if self.output_loss is not None:
             total = (1.0 - self.alpha) * own + self.alpha * self.output_loss
-        return total + self.hint_loss if self.hint_losses else total
+        return total if hints is None else total + hints
 
 
 def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
