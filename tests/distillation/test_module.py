@@ -423,6 +423,17 @@ def test_a_regressor_over_channels_that_were_cut_says_so() -> None:
         quiet_trainer(callbacks=[pruning]).fit(module, shuffled(), plain())
 
 
+def test_averages_are_cut_with_the_network_beside_a_regressor() -> None:
+    pruning = IterativePruningCallback(
+        0.5, granularity="neuron", shrink="during_fit", end_epoch=1.0, target="net.hidden"
+    )
+    module = DistillationModule(SmallModule(), SmallModule(), hints=[HINT])
+    averaging = EMAWeightAveraging(decay=0.5)
+    quiet_trainer(max_epochs=2, callbacks=[averaging, pruning]).fit(module, shuffled(), plain())
+    assert module.net.hidden.out_features == 8
+    assert module.state_dict().keys() == SmallModule().state_dict().keys()
+
+
 class Compiled(Plain):
     def __init__(self) -> None:
         super().__init__()
