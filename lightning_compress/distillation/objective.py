@@ -130,7 +130,9 @@ class Distillation(Objective):
             batch, index = without_index(args[0], self.index)
             args = (batch, *args[1:])
         alpha, temperature = self.alpha.at(self._step), self.temperature.at(self._step)
-        self._log(module, alpha=alpha, temperature=temperature)
+        written = _is_written(module)
+        if written:
+            self._log_schedules(module)
         if alpha == 0.0 and not self.hints:
             return run(*args, **kwargs)
         lesson = _Lesson(self, alpha, temperature, index)
@@ -145,7 +147,8 @@ class Distillation(Objective):
         if not isinstance(own, Tensor):  # a step that is skipped; Lightning tells of anything else
             return output
         was_called()
-        self._log(module, distillation_loss=lesson.output_loss, hint_loss=lesson.hint_loss)
+        if written:
+            lesson.log(module)
         total = lesson.added_to(own)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
@@ -175,19 +178,19 @@ class Distillation(Objective):
         function = logit_regression_loss if self.loss == "logit_regression" else cosine_loss
         return function(student, teachers, **options)
 
-    def _log(self, module: LightningModule, **values: Tensor | float | None) -> None:
-        trainer = module._trainer
-        if trainer is None:
-            return
-        # Only the steps that Lightning writes: logging every one adds a fifth to an epoch of a small network.
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
-        if not interval or (module.global_step + 1) % interval:
-            return
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                module.log(name, value.detach(), prog_bar=True)
-            elif value is not None and not (self.alpha if name == "alpha" else self.temperature).constant:
-                module.log(name, value)
+    def _log_schedules(self, module: LightningModule) -> None:
+        for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
+            if not number.constant:
+                module.log(name, number.at(self._step))
+
+
+def _is_written(module: LightningModule) -> bool:
+    """Whether the Trainer writes what this step logs: logging all adds a fifth to an epoch of a small network."""
+    trainer = module._trainer
+    if trainer is None:
+        return False
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+    return bool(interval) and (trainer.global_step + 1) % interval == 0
 
 
 class _Lesson:
@@ -244,6 +247,12 @@ class _Lesson:
     def hint_loss(self) -> Tensor | None:
         """The sum over the hints."""
         return torch.stack(list(self.hint_losses.values())).sum() if self.hint_losses else None
+
+    def log(self, module: LightningModule) -> None:
+        """Log the losses."""
+        for name, value in (("distillation_loss", self.output_loss), ("hint_loss", self.hint_loss)):
+            if value is not None:
+                module.log(name, value.detach(), prog_bar=True)
 
     def added_to(self, own: Tensor) -> Tensor:
         """Return the loss to train with, from the student's own."""
