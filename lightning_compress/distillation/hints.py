@@ -15,7 +15,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_compress.distillation.losses import at_least_float32, unit_vectors
+from lightning_compress.core.precision import widened
+from lightning_compress.distillation.losses import unit_vectors
 
 _CONVOLUTIONS: dict[int, Callable[[int, int, Any], nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -47,7 +48,7 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             f"{tuple(teacher_features.shape)}: a regressor is needed, which brings the student's to the teacher's "
             "shape (regressor: true), or attention_transfer, if only the numbers of channels differ."
         )
-    student = at_least_float32(student_features)
+    student = widened(student_features)
     total = F.mse_loss(student, teacher_features.detach().to(student.dtype), reduction="sum")
     return total / max(student.numel(), 1)
 
@@ -55,8 +56,8 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
 def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Compute || Q(v)/||Q(v)|| - Q(u)/||Q(u)|| ||^2 averaged over samples, Q the sum of squares over channels.
 
-    The paper writes half the distance itself; its square, as in the authors' code, has a gradient that vanishes where
-    the maps agree. A sample whose features are all 0 has the map 0.
+    The paper writes half the distance itself; the gradient of its square, as in the authors' code, vanishes where the
+    maps agree. A sample whose features are all 0 has the map 0.
 
     Args:
         student_features: v, of shape (N, C, ...): channels, then positions.
@@ -89,7 +90,7 @@ def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor) 
 
 
 def _attention(features: Tensor) -> Tensor:
-    return unit_vectors(at_least_float32(features).square().sum(1).flatten(1), dim=1)
+    return unit_vectors(widened(features).square().sum(1).flatten(1), dim=1)
 
 
 def regressor(
