@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.inputs import ExampleInputs, call, to_device
-from lightning_compress.distillation.cache import OutputCache
+from lightning_compress.distillation.cache import OutputCache, checksums
 from lightning_compress.distillation.hinting import Hint, features, watching
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
@@ -157,11 +157,12 @@ class Distillation(Objective):
         if self.cache is None or index is None:
             return [self._picked(found) for found in self.teachers(args, kwargs)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = self.cache.lookup(index, inputs)
+        keys = checksums(inputs, len(index))
+        known = self.cache.lookup(index, keys)
         if known is None:
             known = torch.stack([self._picked(found) for found in self.teachers(args, kwargs)], dim=1)
-            self.cache.store(index, inputs, known)
-        return list(known.to(inputs[0].device).unbind(1))
+            self.cache.store(index, keys, known)
+        return list(known.unbind(1))
 
     def _picked(self, found: Any) -> Tensor:
         return found if isinstance(found, Tensor) else select_output(found, self.output, "The teacher")
@@ -283,7 +284,7 @@ def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
         raise ValueError(
             f"cache={where!r} is where a training batch has the indices of its samples, but this one, a "
             f"{type(batch).__name__}, has nothing there: let the dataset give them, as "
-            f"lightning_compress.distillation.Indexed(dataset) does."
+            f"lightning_compress.distillation.cache.Indexed(dataset) does."
         ) from error
     if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
         raise ValueError(f"cache={where!r} is no tensor of sample indices in the training batch, but {index!r}.")

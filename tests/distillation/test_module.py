@@ -13,11 +13,23 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.compare import differences
-from support.small import BATCH, CLASSES, FEATURES, ManualModule, SmallModule, dataset, plain, quiet_trainer, shuffled
+from support.small import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    SAMPLES,
+    ManualModule,
+    SmallModule,
+    dataset,
+    plain,
+    quiet_trainer,
+    shuffled,
+)
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress import DistillationModule, IterativePruningCallback, load_compressed, save_compressed
+from lightning_compress.distillation.cache import Indexed
 
 HINT = {"student": "net.conv", "teacher": "net.conv", "regressor": True, "channel_dim": 1}
 
@@ -270,6 +282,66 @@ def test_alpha_and_temperature_follow_their_schedules_and_are_logged() -> None:
     assert [row[0] for row in logged[:4]] == [0.0, 0.0417, 0.0833, 0.125]
     assert logged[12][:2] == [0.5, 3.0]
     assert logged[-1][:2] == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------ a cache of the teacher's outputs
+
+
+class Counted(Plain):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += len(x)
+        return super().forward(x)
+
+
+class Augmented(Dataset[Any]):
+    """The same samples as `dataset()`, in tuples or dicts, which may change from epoch to epoch."""
+
+    def __init__(self, noise: float = 0.0, keyed: bool = False) -> None:
+        self.noise, self.keyed = noise, keyed
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = dataset()[i]
+        x = x + self.noise * torch.randn(FEATURES)
+        return {"x": x, "y": y} if self.keyed else (x, y)
+
+
+class Keyed(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert list(batch) == ["x", "y"]
+        return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+
+@pytest.mark.parametrize(("kind", "keyed", "where"), [(Plain, False, -1), (Keyed, True, "index")])
+def test_a_cached_teacher_runs_once_per_sample_and_teaches_the_same(
+    kind: type[Plain], keyed: bool, where: str | int
+) -> None:
+    results, calls = [], []
+    for cache in (None, where):
+        torch.manual_seed(0)
+        student, teachers = kind(), [Counted(width=20), Counted(width=5)]
+        data = Augmented(keyed=keyed)
+        loader = DataLoader(data if cache is None else Indexed(data), batch_size=BATCH, shuffle=True)
+        module = DistillationModule(student, teachers, cache=cache)
+        quiet_trainer(max_epochs=3).fit(module, loader)
+        results.append(list(student.state_dict().values()))
+        calls.append([teacher.calls for teacher in teachers])
+    torch.testing.assert_close(*results)
+    assert calls == [[3 * SAMPLES] * 2, [SAMPLES] * 2]
+
+
+def test_a_cache_refuses_inputs_that_change_and_batches_without_an_index() -> None:
+    loader = DataLoader(Indexed(Augmented(noise=0.1)), batch_size=BATCH)
+    with pytest.raises(ValueError, match="Random augmentation changes the inputs"):
+        quiet_trainer(max_epochs=2).fit(DistillationModule(Plain(), Plain(), cache=-1), loader)
+    with pytest.raises(ValueError, match=r"cache='index' .* has nothing there: .*Indexed\(dataset\)"):
+        fitted(DistillationModule(Plain(), Plain(), cache="index"))
+    with pytest.raises(ValueError, match="cache=0 is no tensor of sample indices"):
+        fitted(DistillationModule(Plain(), Plain(), cache=0))
 
 
 # ------------------------------------------------------------------ hints
