@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from lightning_compress.distillation.hints import attention_transfer_loss, fitnet_loss
+from lightning_compress.distillation.hints import attention_transfer_loss, fitnet_loss, regressor
 from lightning_compress.distillation.losses import cosine_loss
 from lightning_compress.trainer.capture import hooked, select_output
 
@@ -58,6 +58,17 @@ class Hint:
             raise ValueError(f"The weight of a hint is 0 or more; got {made.weight!r} for {made.student!r}.")
         return made
 
+    def make_regressor(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        """Return the layer that maps features like the student's to features like the teacher's.
+
+        Raises:
+            ValueError: None can.
+        """
+        try:
+            return regressor(student.shape, teacher.shape, channel_dim=self.channel_dim)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from error
+
     def between(self, student: Tensor, teacher: Tensor, regressor: nn.Module | None) -> Tensor:
         """Return the loss between the features of a batch, weighted.
 
@@ -99,11 +110,7 @@ def features(root: nn.Module, names: Sequence[str], hints: Sequence[Hint], who: 
         ValueError: There is no such layer, it ran twice, or it returned no tensor.
     """
     found: dict[Hint, Tensor] = {}
-
-    def keep(hint: Hint, features: Tensor) -> None:
-        found[hint] = features.clone()  # an in-place activation may follow
-
-    with watching(root, names, hints, who, keep):
+    with watching(root, names, hints, who, found.__setitem__):
         yield found
 
 
@@ -121,7 +128,8 @@ def watching(
                     f"{hint}: {name!r} of the {who} ran twice in one forward pass; name a layer that runs once."
                 )
             seen.add(hint)
-            act(hint, select_output(output, hint.output, f"{name!r} of the {who}"))
+            # A copy, for an activation in place may follow.
+            act(hint, select_output(output, hint.output, f"{name!r} of the {who}").clone())
 
         return hook
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_compress.core.precision import widened
+
 
 def soften(logits: Tensor, temperature: float, dim: int = -1) -> Tensor:
     """Return softmax(logits / T): probabilities that come closer to each other as the temperature T grows.
@@ -39,7 +41,7 @@ def soften(logits: Tensor, temperature: float, dim: int = -1) -> Tensor:
         >>> [round(p, 2) for p in soften(logits, 100.0).tolist()]
         [0.56, 0.23, 0.21]
     """
-    return (_precise(logits) / _positive(temperature)).softmax(dim)
+    return (widened(logits) / _positive(temperature)).softmax(dim)
 
 
 def soft_target_loss(
@@ -173,7 +175,7 @@ def unit_vectors(values: Tensor, dim: int) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    values = _precise(values)
+    values = widened(values)
     length: Tensor = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     return values / length.masked_fill(length == 0, 1.0)
 
@@ -229,7 +231,7 @@ def _aligned(
     for i, outputs in enumerate(teachers):
         if outputs.shape != student.shape:
             raise ValueError(_misfit(student.shape, outputs.shape, dim, i if len(teachers) > 1 else None))
-    student = _precise(student)
+    student = widened(student)
     teachers = [outputs.detach().to(student.dtype) for outputs in teachers]
     expected = student.shape[:dim] + student.shape[dim + 1 :]
     if mask is None:
@@ -292,7 +294,3 @@ def _positive(temperature: float) -> float:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature}: it must be a number above 0, such as 4.")
     return temperature
-
-
-def _precise(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.inputs import ExampleInputs, call, to_device
-from lightning_compress.distillation.cache import OutputCache
+from lightning_compress.distillation.cache import OutputCache, checksums
 from lightning_compress.distillation.hinting import Hint, features, watching
-from lightning_compress.distillation.hints import regressor
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured, select_output
@@ -94,7 +93,7 @@ class Distillation(Objective):
         inputs = to_device(given_or_peeked(module.trainer, module, network, self.example_inputs), device)
         with (
             evaluating(innermost(module)),
-            features(module, [hint.student for hint in self.hints], self.hints, "student") as mine,
+            features(innermost(module), [hint.student for hint in self.hints], self.hints, "student") as mine,
             self.teachers_features() as theirs,
         ):
             call(network, inputs)
@@ -104,8 +103,7 @@ class Distillation(Objective):
                 if hint not in mine or hint not in theirs:
                     who = "student" if hint not in mine else "teacher"
                     raise ValueError(f"{hint}: the layer of the {who} does not run in the forward pass of its network.")
-                made = regressor(tuple(mine[hint].shape), tuple(theirs[hint].shape), channel_dim=hint.channel_dim)
-                self.extra[key] = made.to(device)
+                self.extra[key] = hint.make_regressor(mine[hint], theirs[hint]).to(device)
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self.teachers.to(module.device)
@@ -132,11 +130,16 @@ class Distillation(Objective):
             batch, index = without_index(args[0], self.index)
             args = (batch, *args[1:])
         alpha, temperature = self.alpha.at(self._step), self.temperature.at(self._step)
+        written = _is_written(module)
+        if written:
+            self._log_schedules(module)
         if alpha == 0.0 and not self.hints:
             return run(*args, **kwargs)
         lesson = _Lesson(self, alpha, temperature, index)
         with (
-            watching(module, [hint.student for hint in self.hints], self.hints, "student", lesson.compare_layer),
+            watching(
+                innermost(module), [hint.student for hint in self.hints], self.hints, "student", lesson.compare_layer
+            ),
             captured(module, self.network, lesson.begin, lesson.compare_output) as was_called,
         ):
             output = run(*args, **kwargs)
@@ -144,7 +147,8 @@ class Distillation(Objective):
         if not isinstance(own, Tensor):  # a step that is skipped; Lightning tells of anything else
             return output
         was_called()
-        self._log(module, lesson)
+        if written:
+            lesson.log(module)
         total = lesson.added_to(own)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
@@ -153,11 +157,12 @@ class Distillation(Objective):
         if self.cache is None or index is None:
             return [self._picked(found) for found in self.teachers(args, kwargs)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = self.cache.lookup(index, inputs)
+        keys = checksums(inputs, len(index))
+        known = self.cache.lookup(index, keys)
         if known is None:
             known = torch.stack([self._picked(found) for found in self.teachers(args, kwargs)], dim=1)
-            self.cache.store(index, inputs, known)
-        return list(known.to(inputs[0].device).unbind(1))
+            self.cache.store(index, keys, known)
+        return list(known.unbind(1))
 
     def _picked(self, found: Any) -> Tensor:
         return found if isinstance(found, Tensor) else select_output(found, self.output, "The teacher")
@@ -174,21 +179,19 @@ class Distillation(Objective):
         function = logit_regression_loss if self.loss == "logit_regression" else cosine_loss
         return function(student, teachers, **options)
 
-    def _log(self, module: LightningModule, lesson: _Lesson) -> None:
-        trainer = module._trainer
-        if trainer is None:
-            return
-        # Only the steps that Lightning writes: logging every one adds a fifth to an epoch of a small network.
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
-        if not interval or (module.global_step + 1) % interval:
-            return
-        if lesson.output_loss is not None:
-            module.log("distillation_loss", lesson.output_loss.detach(), prog_bar=True)
-        if self.hints:
-            module.log("hint_loss", lesson.hint_loss.detach(), prog_bar=True)
+    def _log_schedules(self, module: LightningModule) -> None:
         for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
             if not number.constant:
                 module.log(name, number.at(self._step))
+
+
+def _is_written(module: LightningModule) -> bool:
+    """Whether the Trainer writes what this step logs: logging all adds a fifth to an epoch of a small network."""
+    trainer = module._trainer
+    if trainer is None:
+        return False
+    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+    return bool(interval) and (trainer.global_step + 1) % interval == 0
 
 
 class _Lesson:
@@ -242,16 +245,22 @@ class _Lesson:
             self.output_loss = self.objective.compare(student, self.said, self.temperature, self.mask)
 
     @property
-    def hint_loss(self) -> Tensor:
+    def hint_loss(self) -> Tensor | None:
         """The sum over the hints."""
-        return torch.stack(list(self.hint_losses.values())).sum()
+        return torch.stack(list(self.hint_losses.values())).sum() if self.hint_losses else None
+
+    def log(self, module: LightningModule) -> None:
+        """Log the losses."""
+        for name, value in (("distillation_loss", self.output_loss), ("hint_loss", self.hint_loss)):
+            if value is not None:
+                module.log(name, value.detach(), prog_bar=True)
 
     def added_to(self, own: Tensor) -> Tensor:
         """Return the loss to train with, from the student's own."""
-        total = own
+        hints, total = self.hint_loss, own
         if self.output_loss is not None:
             total = (1.0 - self.alpha) * own + self.alpha * self.output_loss
-        return total + self.hint_loss if self.hint_losses else total
+        return total if hints is None else total + hints
 
 
 def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
@@ -275,7 +284,7 @@ def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
         raise ValueError(
             f"cache={where!r} is where a training batch has the indices of its samples, but this one, a "
             f"{type(batch).__name__}, has nothing there: let the dataset give them, as "
-            f"lightning_compress.distillation.Indexed(dataset) does."
+            f"lightning_compress.distillation.cache.Indexed(dataset) does."
         ) from error
     if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
         raise ValueError(f"cache={where!r} is no tensor of sample indices in the training batch, but {index!r}.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
@@ -62,8 +62,9 @@ class Teachers:
             for network, dtype in zip(self.networks, self._dtypes, strict=True):
                 if network.training:  # whoever did that did not mean it
                     self._settle(network)
-                taken, named = (args, dict(kwargs)) if dtype is None else _cast((args, dict(kwargs)), dtype)
-                with torch.autocast(_device(network), enabled=False) if not self.autocast else nullcontext():
+                taken = [_cast(one, dtype) for one in args]
+                named = {name: _cast(one, dtype) for name, one in kwargs.items()}
+                with nullcontext() if self.autocast else _without_autocast(network):
                     outputs.append(network(*taken, **named))
         return outputs
 
@@ -79,9 +80,12 @@ def _dtype(network: nn.Module) -> torch.dtype | None:
     return next((one.dtype for one in network.parameters() if one.is_floating_point()), None)
 
 
-def _device(network: nn.Module) -> str:
-    return next((one.device.type for one in network.parameters()), "cpu")
+def _without_autocast(network: nn.Module) -> AbstractContextManager[Any]:
+    device = next((one.device.type for one in network.parameters()), "cpu")
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _cast(arguments: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(torch.Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, arguments)
+def _cast(argument: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(argument, Tensor):  # as nearly always
+        return argument.to(dtype) if argument.is_floating_point() else argument
+    return tree_map_only(Tensor, lambda one: _cast(one, dtype), argument)

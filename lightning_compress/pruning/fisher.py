@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.core.groups import Member
+from lightning_compress.core.precision import widened
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.outputs import OutputCapture
-from lightning_compress.pruning.persample import Call, SampleGradients, widened
+from lightning_compress.pruning.persample import Call, SampleGradients
 from lightning_compress.pruning.statistics import WeightStatistic
 
 

@@ -25,6 +25,8 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.precision import widened
+
 Layer: TypeAlias = nn.Linear | _ConvNd
 
 _LAYERS = (
@@ -124,11 +126,6 @@ class Call:
     def gradients(self, kind: str, rows: slice) -> Tensor:
         """Gradients of the samples `rows` with respect to the layer's "weight" or "bias", in float32 or wider."""
         return _GRADIENTS[kind](self.layer, widened(self.x[rows]), widened(self.delta[rows]))
-
-
-def widened(x: Tensor) -> Tensor:
-    """Convert to float32, unless it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Forward(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.inside import innermost
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def captured(
         if calls == 0:
             children = ", ".join(repr(name) for name, _ in module.named_children())
             raise ValueError(
-                f"{_said(module, network)} was not called in the training_step of {type(module).__name__} (through "
+                f"{_said(module, network)} was not called in the training_step of {_kind(module)} (through "
                 f".forward(...) it is not seen): pass network= with the path of the submodule whose output is the "
                 f"prediction; there are {children}."
             )
@@ -116,4 +117,8 @@ def _described(found: Any) -> str:
 
 
 def _said(module: LightningModule, network: str) -> str:
-    return f"network={network!r}" if network else f"the forward of {type(module).__name__}"
+    return f"network={network!r}" if network else f"The forward of {_kind(module)}"
+
+
+def _kind(module: LightningModule) -> str:
+    return type(innermost(module)).__name__

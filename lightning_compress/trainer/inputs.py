@@ -13,14 +13,16 @@ from torch import nn
 
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.trainer import rng
+from lightning_compress.trainer.inside import innermost
 
 
 def resolve_network(pl_module: LightningModule, network: str) -> nn.Module:
-    """Return the submodule at the dotted path `network`, or the LightningModule itself for an empty path.
+    """Return the submodule at the dotted path `network`, or the user's LightningModule itself for an empty path.
 
     Raises:
         ValueError: There is no such submodule.
     """
+    pl_module = innermost(pl_module)
     try:
         return pl_module.get_submodule(network)
     except AttributeError as error:

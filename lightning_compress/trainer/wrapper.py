@@ -74,13 +74,12 @@ class CompressionModule(LightningModule):
     _compression: _Level
 
     def __init__(self, module: LightningModule, objective: Objective) -> None:
-        wrapper: Any = type(self)
-        check_wrappable(module, wrapper)
-        self._stand_around(
-            wrapper, _Level(module, objective, ObjectiveCallback(objective, wrapper.__name__, depth(module)))
-        )
+        check_wrappable(module, type(self))
+        callback = ObjectiveCallback(objective, type(self).__name__, depth(module))
+        self._stand_around(_Level(module, objective, callback))
 
-    def _stand_around(self, wrapper: Any, level: _Level) -> None:
+    def _stand_around(self, level: _Level) -> None:
+        wrapper: Any = type(self)
         inside: Any = type(level.wrapped)
         object.__setattr__(self, "__class__", _class_over(wrapper, inside))
         object.__setattr__(self, "__dict__", level.wrapped.__dict__)
@@ -88,7 +87,11 @@ class CompressionModule(LightningModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For copies and other processes: the class can't be found by its name, and the copied two share a dict again.
-        return _rewrap, (type(self)._wrapper, self._compression)  # type: ignore[attr-defined]  # of the made class
+        wrapper = type(self)._wrapper  # type: ignore[attr-defined]  # of the made class
+        return _bare, (wrapper,), self._compression
+
+    def __setstate__(self, level: _Level) -> None:
+        self._stand_around(level)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -175,10 +178,8 @@ def _class_over(wrapper: type[CompressionModule], inside: type[LightningModule])
     return type(f"{wrapper.__name__}[{own.__name__}]", (wrapper, own), namespace)
 
 
-def _rewrap(wrapper: type[CompressionModule], level: _Level) -> CompressionModule:
-    made = wrapper.__new__(wrapper)
-    made._stand_around(wrapper, level)
-    return made
+def _bare(wrapper: type[CompressionModule]) -> CompressionModule:
+    return wrapper.__new__(wrapper)
 
 
 def check_wrappable(module: LightningModule, wrapper: type[CompressionModule]) -> None:

@@ -136,7 +136,7 @@ REGISTRY: dict[str, Entry] = {
     "distillation": distillation(),
     "distillation-hints-scheduled": distillation(
         temperature={"start": 6.0, "end": 1.0, "schedule": "cosine"},
-        hints=[{"student": "net.conv", "teacher": "net.conv", "regressor": True}],
+        hints=[{"student": "net.conv", "teacher": "net.conv", "regressor": True, "channel_dim": 1}],
     ),
     "distillation-twice": distillation().with_(distillation(loss="logit_regression", alpha=0.3)),
     "pruning-distillation": pruning().with_(distillation()),

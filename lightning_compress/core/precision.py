@@ -1,0 +1,11 @@
+"""The precision that numbers are computed in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def widened(x: Tensor) -> Tensor:
+    """Convert to float32, unless it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
