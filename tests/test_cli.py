@@ -263,8 +263,8 @@ def test_a_student_learns_from_the_dense_networks_of_its_run_and_needs_none_of_t
     weights = "weights=[run/dense.ckpt,run/dense-1.ckpt]"
     command(*settings, weights, "hydra.run.dir=loaded")
     command(*settings, weights, "hydra.run.dir=alone", "wrappers.distillation.alpha=0.0")
+    cut = "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}"
     with pytest.raises(SystemExit):
-        cut = "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}"
         command(*settings, weights, "hydra.run.dir=cut", cut)
     command(*settings, "ckpt_path=cut/checkpoints/last.ckpt")
     runs = [Path(name, "compressed.lcz").read_bytes() for name in ("run", "loaded", "cut", "alone")]
