@@ -253,7 +253,7 @@ def test_until_the_metric_drops_there_is_no_network_right_after_pruning_that_was
 def test_a_student_learns_from_the_dense_networks_of_its_run_and_needs_none_of_them_later(
     command: Callable[..., None], tmp_path: Path
 ) -> None:
-    settings = [*SMALL, "experiment=distill", "teachers=2", "verify=false", "measure.repeats=1"]
+    settings = [*SMALL, "experiment=distill_ensemble", "teachers=2", "verify=false", "measure.repeats=1"]
     command(*settings, "hydra.run.dir=run")
     assert files(Path("run")) == RUN_FILES | {"dense-1.ckpt"}
     report = Report.load("run/report.json")
@@ -490,24 +490,16 @@ def test_a_module_that_tests_nothing_is_refused_before_any_training(
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
-def test_a_sweep_on_two_ranks(finished: Path, tmp_path: Path) -> None:
+def test_a_sweep_of_recipes_on_two_ranks(finished: Path, tmp_path: Path) -> None:
     weights = f"weights={finished / 'dense.ckpt'}"
-    sweep = ["trainer=ddp_cpu", "callbacks.pruning.amount=0.5,0.8", "verify=true"]
+    sweep = ["trainer=ddp_cpu", "trainer.devices=2", "experiment=prune_then_distill,distill"]
     shown = process("-m", *SMALL, weights, *sweep, cwd=tmp_path)
     assert sum(line.startswith("compressed.lcz, ") and line.endswith("the same") for line in shown.splitlines()) == 2
     (folder,) = (tmp_path / "multirun").iterdir()  # one folder, not one per rank
     assert not (tmp_path / "outputs").exists()
-    for job, amount in (("0", 0.5), ("1", 0.8)):
+    for job, sparsity in (("0", 0.95), ("1", 0.0)):
         assert files(folder / job) == RUN_FILES
         report = Report.load(folder / job / "report.json")
         assert report.dense.test_accuracy == Report.load(finished / "report.json").dense.test_accuracy
-        assert report.history[-1].sparsity == pytest.approx(amount, abs=1e-3)
+        assert report.history[-1].sparsity == pytest.approx(sparsity, abs=1e-3)
         assert files(folder / job / "checkpoints") == {"last.ckpt"}
-
-
-def test_an_ensemble_teaches_on_two_ranks(tmp_path: Path) -> None:
-    recipe = ["experiment=distill_ensemble", "trainer=ddp_cpu", "trainer.devices=2", "measure.repeats=1"]
-    *_, last = process(*SMALL, *recipe, "hydra.run.dir=run", cwd=tmp_path).splitlines()
-    assert last.startswith("compressed.lcz, ")
-    assert last.endswith("the same")
-    assert files(tmp_path / "run") == RUN_FILES | {"dense-1.ckpt", "dense-2.ckpt"}
