@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from support.ranks import RankPair
+from support.small import quiet_trainer
+
+from lightning_compress.baselines import Classifier, Digits, DigitsConvNet
+from lightning_compress.tasks.run import Run
+
+
+def what_a_wrapper_finds(folder: str) -> list[str]:
+    def slowly(*args: Any) -> None:
+        time.sleep(0.5)
+        save(*args)
+
+    def wrap(module: LightningModule) -> LightningModule:
+        found.extend(sorted(path.name for path in Path(folder).glob("*.ckpt")))
+        raise InterruptedError
+
+    make_trainer = partial(quiet_trainer, strategy="ddp", devices=2, max_epochs=1, limit_train_batches=1)
+    job = Run(datamodule=Digits(), make_trainer=make_trainer, folder=Path(folder), metric=None)
+    modules = [Classifier(DigitsConvNet(width=2)) for _ in range(2)]
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        save = torch.save
+        patch.setattr(torch, "save", slowly)
+        with pytest.raises(InterruptedError):
+            job.compress(modules, callbacks=[], wrap=wrap, dense={})
+    return found
+
+
+def test_the_wrappers_of_every_rank_find_all_dense_networks(rank_pair: RankPair, tmp_path: Path) -> None:
+    found = rank_pair.run("tasks.test_run:what_a_wrapper_finds", tmp_path, folder=str(tmp_path / "run"))
+    assert found == [["dense-1.ckpt", "dense.ckpt"]] * 2
