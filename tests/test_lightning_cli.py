@@ -6,10 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from support.small import SmallModule
 
-from lightning_compress import BinaryWeightsCallback, IterativePruningCallback, WeightClusteringCallback
+from lightning_compress import (
+    BinaryWeightsCallback,
+    DistillationModule,
+    IterativePruningCallback,
+    WeightClusteringCallback,
+)
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
 
@@ -48,6 +54,28 @@ def test_yaml_makes_the_callback(tmp_path: Path) -> None:
     )
     expected = IterativePruningCallback(0.6, granularity="neuron", end_epoch=3.5, exclude="net.head")
     assert parse(f"--config={config}").state_key == expected.state_key
+
+
+def test_yaml_makes_a_wrapper(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model:\n  class_path: lightning_compress.DistillationModule\n"
+        "  init_args:\n"
+        "    student: {class_path: support.small.SmallModule, init_args: {optimizer: adam}}\n"
+        "    teacher: {class_path: support.small.SmallModule}\n"
+        "    temperature: {start: 4, end: 2}\n"
+        "    hints: [{student: net.conv, teacher: net.conv}]\n"
+    )
+    cli = LightningCLI(
+        LightningModule,
+        subclass_mode_model=True,
+        run=False,
+        save_config_callback=None,
+        args=[*QUIET, f"--config={config}"],
+    )
+    assert isinstance(cli.model, DistillationModule)
+    assert isinstance(cli.model, SmallModule)
+    assert cli.model.optimizer == "adam"
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,15 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
         module.load_state_dict(checkpoint["state_dict"], strict=True)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    ["pruning-obd", "pruning-neurons-taylor", "clustering", "binary-xnor-activations", "qat", "pruning-clustering-qat"],
+)
+def test_every_technique_goes_with_a_teacher(entry: str) -> None:
+    module = REGISTRY["distillation"].wrap(SmallModule(**REGISTRY[entry].module))
+    assert_compressed(entry, fit(entry, module=module)["weights"])
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_fast_dev_run(entry: str) -> None:
     assert fit(entry, fast_dev_run=True)["step"] == 1

@@ -43,6 +43,7 @@ class Teachers:
         self.roots = self.networks if roots is None else list(roots)
         self.train_bn = train_bn
         self.autocast = autocast
+        self._device = "cpu"
         self._dtypes = [_dtype(network) for network in self.networks]
         for network in self.networks:
             self._settle(network)
@@ -52,6 +53,7 @@ class Teachers:
 
     def to(self, device: torch.device | str) -> None:
         """Move the networks."""
+        self._device = torch.device(device).type
         for network in self.networks:
             network.to(device)
 
@@ -64,7 +66,7 @@ class Teachers:
                     self._settle(network)
                 taken = [_cast(one, dtype) for one in args]
                 named = {name: _cast(one, dtype) for name, one in kwargs.items()}
-                with nullcontext() if self.autocast else _without_autocast(network):
+                with nullcontext() if self.autocast else _without_autocast(self._device):
                     outputs.append(network(*taken, **named))
         return outputs
 
@@ -80,8 +82,7 @@ def _dtype(network: nn.Module) -> torch.dtype | None:
     return next((one.dtype for one in network.parameters() if one.is_floating_point()), None)
 
 
-def _without_autocast(network: nn.Module) -> AbstractContextManager[Any]:
-    device = next((one.device.type for one in network.parameters()), "cpu")
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

@@ -13,12 +13,12 @@ from support.ranks import TESTS
 SCRIPT = """
 import warnings
 from lightning.pytorch import seed_everything
-from lightning_compress import IterativePruningCallback
+from lightning_compress import DistillationModule, IterativePruningCallback
 from support.small import SmallModule, plain, quiet_trainer, shuffled
 
 if __name__ == "__main__":
     seed_everything(1)
-    module = SmallModule()
+    module = {module}
     callback = IterativePruningCallback(0.75, end_epoch=1.0)
     quiet_trainer(strategy={strategy!r}, devices=2, max_epochs=2, callbacks=[callback]).fit(module, shuffled(), plain())
     weights = [module.net.conv.weight, module.net.hidden.weight, module.net.head.weight]
@@ -26,10 +26,21 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
-def test_the_parent_gets_the_masked_weights(strategy: str, tmp_path: Path) -> None:
+ALONE, DISTILLED = "SmallModule()", "DistillationModule(SmallModule(), SmallModule())"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "module"),
+    [
+        ("ddp_fork", DISTILLED),
+        pytest.param("ddp_fork", ALONE, marks=pytest.mark.slow),
+        pytest.param("ddp_spawn", ALONE, marks=pytest.mark.slow),
+        pytest.param("ddp_spawn", DISTILLED, marks=pytest.mark.slow),
+    ],
+)
+def test_the_parent_gets_the_masked_weights(strategy: str, module: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(strategy=strategy))
+    script.write_text(SCRIPT.format(strategy=strategy, module=module))
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
