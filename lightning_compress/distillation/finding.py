@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -33,7 +35,7 @@ def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Mod
     found = [_module(one, student) for one in given]
     mine = {id(parameter): name for name, parameter in student.named_parameters()}
     for teacher in found:
-        shared = [mine[id(parameter)] for parameter in teacher.parameters() if id(parameter) in mine]
+        shared = [mine[id(one)] for one in teacher.parameters() if id(one) in mine and one.requires_grad]
         if shared:
             raise ValueError(
                 f"The teacher shares {shared[0]} with the student, and would change with it: pass a copy, "
@@ -85,17 +87,29 @@ def _module(given: Any, student: LightningModule) -> nn.Module:
 
 
 def _from_file(path: str | PathLike[str], student: LightningModule) -> nn.Module:
-    try:
-        return _load(path, student)
-    except ValueError as misfit:
+    kind, reason = type(student), "it was written with other hyperparameters"
+    if not _other_hyperparameters(path, student):
         try:
-            return type(student).load_from_checkpoint(Path(path), map_location="cpu")
-        except Exception as failure:
-            raise ValueError(
-                f"teacher={str(path)!r} holds other weights than {type(student).__name__} has ({misfit}), and "
-                f"{type(student).__name__}.load_from_checkpoint can't make the module that it was written with "
-                f"({failure}): make that module yourself, and pass it instead of the path."
-            ) from failure
+            return _load(path, student)
+        except ValueError as misfit:
+            reason = str(misfit)
+    try:
+        return kind.load_from_checkpoint(Path(path), map_location="cpu")
+    except Exception as failure:
+        raise ValueError(
+            f"teacher={str(path)!r} is no {kind.__name__} like the student ({reason}), and {kind.__name__}."
+            f"load_from_checkpoint can't make the module that it was written with ({failure}): make that module "
+            f"yourself, and pass it instead of the path."
+        ) from failure
+
+
+def _other_hyperparameters(path: str | PathLike[str], student: LightningModule) -> bool:
+    """Whether a checkpoint says that its module was made with other arguments: shapes don't tell an activation."""
+    if not zipfile.is_zipfile(path):  # nor is there any such file, or it is a compressed one
+        return False
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    theirs = content.get("hyper_parameters") if isinstance(content, dict) else None
+    return theirs is not None and repr(dict(theirs)) != repr(dict(student.hparams))
 
 
 def network_of(teacher: nn.Module, network: str) -> nn.Module:

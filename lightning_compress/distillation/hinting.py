@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -13,6 +13,7 @@ from lightning_compress.distillation.hints import attention_transfer_loss, fitne
 from lightning_compress.distillation.losses import cosine_loss
 from lightning_compress.trainer.capture import hooked, select_output
 
+Side = Literal["student", "teacher"]
 HintLoss = Literal["fitnet", "attention_transfer", "cosine"]
 
 
@@ -27,7 +28,7 @@ class Hint:
         weight: Before the loss.
         regressor: Whether a layer of its own maps the student's features to the teacher's shape.
         output: Key, position or attribute of the features, where the layers return more than a tensor.
-        channel_dim: Dimension of the channels, for features of three dimensions.
+        channel_dim: Dimension of the channels; None: 1, but features of three dimensions don't tell.
     """
 
     student: str
@@ -46,10 +47,10 @@ class Hint:
             ValueError: Keys that are missing or unknown, an unknown loss, a negative weight.
         """
         known = [field.name for field in fields(cls)]
-        if set(given) - set(known) or not {"student", "teacher"} <= set(given):
+        if not isinstance(given, Mapping) or set(given) - set(known) or not {"student", "teacher"} <= set(given):
             raise ValueError(
                 f"A hint has student= and teacher=, names of layers, and, if wanted, {', '.join(known[2:])}; got "
-                f"{dict(given)!r}."
+                f"{given!r}."
             )
         made = cls(**given)
         if made.loss not in get_args(HintLoss):
@@ -80,9 +81,15 @@ class Hint:
             if self.loss == "fitnet":
                 return self.weight * fitnet_loss(mapped, teacher)
             if self.loss == "attention_transfer":
+                if self.channel_dim not in (None, 1):
+                    mapped, teacher = (one.movedim(self.channel_dim, 1) for one in (mapped, teacher))
                 return self.weight * attention_transfer_loss(mapped, teacher)
-            dim = self.channel_dim if self.channel_dim is not None or mapped.dim() < 4 else 1
-            return self.weight * cosine_loss(mapped, teacher, class_dim=dim)
+            if self.channel_dim is None and mapped.dim() == 3:
+                raise ValueError(
+                    f"features of shape {tuple(mapped.shape)} need channel_dim=-1 for tokens (N, T, C), or 1 for "
+                    f"(N, C, L)."
+                )
+            return self.weight * cosine_loss(mapped, teacher, class_dim=self.channel_dim or 1)
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from error
 
@@ -103,38 +110,40 @@ def _regressed(student: Tensor, regressor: nn.Module) -> Tensor:
 
 
 @contextmanager
-def features(root: nn.Module, names: Sequence[str], hints: Sequence[Hint], who: str) -> Iterator[dict[Hint, Tensor]]:
-    """Collect the outputs of layers, as they are when the layer returns them, while a network runs.
+def features(root: nn.Module, hints: Mapping[str, Hint], who: Side) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of one side's layers, as they are when the layers return them, while a network runs.
 
     Raises:
         ValueError: There is no such layer, it ran twice, or it returned no tensor.
     """
-    found: dict[Hint, Tensor] = {}
-    with watching(root, names, hints, who, found.__setitem__):
+    found: dict[str, Tensor] = {}
+    with watching(root, hints, who, found.__setitem__):
         yield found
 
 
 @contextmanager
 def watching(
-    root: nn.Module, names: Sequence[str], hints: Sequence[Hint], who: str, act: Callable[[Hint, Tensor], None]
+    root: nn.Module, hints: Mapping[str, Hint], who: Side, act: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call `act` with the output of each hint's layer, while the block runs the network; once each."""
-    seen: set[Hint] = set()
+    """Call `act` with the key of each hint and the output of its layer, while the block runs the network; once each."""
+    seen: set[str] = set()
 
-    def hook_of(hint: Hint, name: str) -> Callable[..., None]:
+    def hook_of(key: str, hint: Hint) -> Callable[..., None]:
+        name = getattr(hint, who)
+
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            if hint in seen:
+            if key in seen:
                 raise ValueError(
                     f"{hint}: {name!r} of the {who} ran twice in one forward pass; name a layer that runs once."
                 )
-            seen.add(hint)
+            seen.add(key)
             # A copy, for an activation in place may follow.
-            act(hint, select_output(output, hint.output, f"{name!r} of the {who}").clone())
+            act(key, select_output(output, hint.output, f"{name!r} of the {who}").clone())
 
         return hook
 
-    layers = [_layer(root, name, hint, who) for name, hint in zip(names, hints, strict=True)]
-    hooks = [hook_of(hint, name) for name, hint in zip(names, hints, strict=True)]
+    layers = [_layer(root, getattr(hint, who), hint, who) for hint in hints.values()]
+    hooks = [hook_of(key, hint) for key, hint in hints.items()]
     with hooked(*(layer.register_forward_hook(hook) for layer, hook in zip(layers, hooks, strict=True))):
         yield
 

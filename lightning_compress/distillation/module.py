@@ -11,10 +11,8 @@ from torch import nn
 
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.distillation.finding import find_teachers, network_of
-from lightning_compress.distillation.hinting import Hint
 from lightning_compress.distillation.objective import Distillation, Loss
 from lightning_compress.distillation.teachers import Teachers
-from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 
 Teacher = nn.Module | str | PathLike[str]
@@ -30,6 +28,8 @@ class DistillationModule(CompressionModule):
     KL is summed over classes and averaged over samples (and tokens, and pixels). The student's `training_step` runs as
     it is; what `network` was called with goes to the teacher, and what it returned is compared. Use the wrapper in the
     place of the student, `trainer.fit(module)`; the student shares its weights, and checkpoints are the student's own.
+
+    At alpha 1 the student's own loss is left out, so that a batch needs no labels that it could use.
 
     Logged beside the student's own: `distillation_loss` (before alpha), `hint_loss`, and alpha and temperature
     where they follow a schedule; all at the steps that the Trainer writes.
@@ -50,13 +50,15 @@ class DistillationModule(CompressionModule):
             student's features to the shape of the teacher's; it trains with the student, and is kept in the
             Trainer's checkpoints for a resume, not in the `state_dict`.
         network: Dotted path of the submodule whose output is the prediction; empty: the student's own forward.
-        output: Key, position or attribute of the logits where the network returns more than a tensor.
+        output: Key, position or attribute of the logits where a network, of student or teacher, returns more than a
+            tensor.
         teacher_weights: Of several teachers, in their order; None: equal.
         class_dim: The dimension of the classes, where outputs have more than two: -1 for tokens (N, T, C), 1 for
             pixels (N, C, H, W).
-        mask: Name of a keyword argument of the network, such as "attention_mask": positions where it is 0 don't count.
+        mask: Name of a keyword argument of the network, such as "attention_mask": outputs at positions where it is 0
+            don't count; in hints all do.
         cache: Position or key of the sample's index in the batch: the teacher's outputs are then kept in memory and
-            computed once per sample. The student's step gets the batch without the index.
+            computed once per sample and fit. The student's step gets the batch without the index.
         teacher_train_bn: Whether the teacher's batch norms use the statistics of the batch.
         teacher_autocast: Whether bf16-mixed and the like hold for the teacher too.
         example_inputs: For the shapes of regressors: what the network is called with; None: the student's
@@ -104,38 +106,24 @@ class DistillationModule(CompressionModule):
     ) -> None:
         check_wrappable(student, type(self))
         roots = find_teachers(list(teacher) if isinstance(teacher, list | tuple) else [teacher], student)
-        settings = {
-            "temperature": _plain(temperature),
-            "alpha": _plain(alpha),
-            "loss": loss,
-            "hints": [dict(hint) for hint in hints],
-            "network": network,
-            "output": output,
-            "class_dim": class_dim,
-            "mask": mask,
-        }
+        teachers = Teachers(
+            [network_of(root, network) for root in roots],
+            roots=roots,
+            train_bn=teacher_train_bn,
+            autocast=teacher_autocast,
+        )
         objective = Distillation(
-            Teachers(
-                [network_of(root, network) for root in roots],
-                roots=roots,
-                train_bn=teacher_train_bn,
-                autocast=teacher_autocast,
-            ),
-            temperature=Scheduled.of(temperature, "temperature"),
-            alpha=Scheduled.of(alpha, "alpha"),
+            teachers,
+            temperature=temperature,
+            alpha=alpha,
             loss=loss,
-            hints=[Hint.of(hint) for hint in hints],
+            hints=hints,
             network=network,
             output=output,
-            weights=None if teacher_weights is None else list(teacher_weights),
+            teacher_weights=teacher_weights,
             class_dim=class_dim,
             mask=mask,
             cache=cache,
             example_inputs=example_inputs,
-            settings=settings,
         )
         super().__init__(student, objective)
-
-
-def _plain(value: float | Mapping[str, Any]) -> Any:
-    return dict(value) if isinstance(value, Mapping) else float(value)

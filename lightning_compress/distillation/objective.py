@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from lightning_compress.distillation.hinting import Hint, features, watching
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured, select_output
-from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.inputs import given_or_peeked, is_compiled, resolve_network
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.wrapper import Objective
@@ -33,59 +33,52 @@ class Distillation(Objective):
         ValueError: A number out of range, an unknown loss, hints or a cache with what they can't go with.
     """
 
-    def __init__(
-        self,
-        teachers: Teachers,
-        *,
-        temperature: Scheduled,
-        alpha: Scheduled,
-        loss: Loss,
-        hints: Sequence[Hint],
-        network: str,
-        output: str | int | None,
-        weights: Sequence[float] | None,
-        class_dim: int | None,
-        mask: str | None,
-        cache: str | int | None,
-        example_inputs: ExampleInputs | None,
-        settings: Mapping[str, Any],
-    ) -> None:
-        super().__init__(**settings)
-        for one in (alpha.start, alpha.end):
+    def __init__(self, teachers: Teachers, *, example_inputs: ExampleInputs | None, **settings: Any) -> None:
+        super().__init__(
+            **{name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()},
+            teacher_train_bn=teachers.train_bn,
+            teacher_autocast=teachers.autocast,
+            teachers=len(teachers.networks),
+        )
+        self.teachers = teachers
+        self.example_inputs = example_inputs
+        self.temperature = Scheduled.of(settings["temperature"], "temperature")
+        self.alpha = Scheduled.of(settings["alpha"], "alpha")
+        self.loss: Loss = settings["loss"]
+        self.hints = {str(number): Hint.of(hint) for number, hint in enumerate(settings["hints"])}
+        self.network: str = settings["network"]
+        self.output: str | int | None = settings["output"]
+        self.weights: Sequence[float] | None = settings["teacher_weights"]
+        self.class_dim: int | None = settings["class_dim"]
+        self.mask: str | None = settings["mask"]
+        self.index: str | int | None = settings["cache"]
+        self.cache = OutputCache()
+        self._step = 0
+        self._check()
+
+    def _check(self) -> None:
+        for one in (self.alpha.start, self.alpha.end):
             if not 0.0 <= one <= 1.0:
                 raise ValueError(f"alpha is the share of the teacher, 0 to 1; got {one!r}.")
-        for one in (temperature.start, temperature.end):
+        for one in (self.temperature.start, self.temperature.end):
             if not 0.0 < one < float("inf"):
                 raise ValueError(f"temperature is a number above 0; got {one!r}.")
-        if loss not in get_args(Loss):
-            raise ValueError(f"loss must be one of {', '.join(get_args(Loss))}; got {loss!r}.")
-        if weights is not None and len(weights) != len(teachers.networks):
-            raise ValueError(f"teacher_weights has {len(weights)} numbers for {len(teachers.networks)} teachers.")
-        if hints and len(teachers.networks) > 1:
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss must be one of {', '.join(get_args(Loss))}; got {self.loss!r}.")
+        several = len(self.teachers.networks)
+        if self.weights is not None and len(self.weights) != several:
+            raise ValueError(f"teacher_weights has {len(self.weights)} numbers for {several} teachers.")
+        if self.hints and several > 1:
             raise ValueError("Hints come from one teacher: wrap the student once for each, one wrapper in the other.")
-        if cache is not None and (hints or teachers.train_bn):
-            what = "hints" if hints else "teacher_train_bn=True"
+        if self.index is not None and (self.hints or self.teachers.train_bn):
+            what = "hints" if self.hints else "teacher_train_bn=True"
             raise ValueError(f"cache= keeps outputs only, which {what} can't do with: leave one of them out.")
-        self.teachers = teachers
-        self.temperature = temperature
-        self.alpha = alpha
-        self.loss = loss
-        self.hints = list(hints)
-        self.network = network
-        self.output = output
-        self.weights = weights
-        self.class_dim = class_dim
-        self.mask = mask
-        self.index = cache
-        self.cache = None if cache is None else OutputCache()
-        self.example_inputs = example_inputs
-        self._step = 0
 
     # ------------------------------------------------------------------ the fit
 
     def configure(self, module: LightningModule) -> None:
-        wanted = {str(i): hint for i, hint in enumerate(self.hints) if hint.regressor}
-        if wanted.keys() <= self.extra.keys():
+        wanted = {key: hint for key, hint in self.hints.items() if hint.regressor}
+        if wanted.keys() <= self.beside.keys():
             return
         network = resolve_network(module, self.network)
         device = next((one.device for one in network.parameters()), torch.device("cpu"))
@@ -93,24 +86,35 @@ class Distillation(Objective):
         inputs = to_device(given_or_peeked(module.trainer, module, network, self.example_inputs), device)
         with (
             evaluating(innermost(module)),
-            features(innermost(module), [hint.student for hint in self.hints], self.hints, "student") as mine,
-            self.teachers_features() as theirs,
+            features(innermost(module), self.hints, "student") as mine,
+            features(self.teachers.roots[0], self.hints, "teacher") as theirs,
         ):
-            call(network, inputs)
-            call(lambda *args, **kwargs: self.teachers(args, kwargs), inputs)
+            try:
+                call(network, inputs)
+                call(lambda *args, **kwargs: self.teachers(args, kwargs), inputs)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"The shapes of regressors could not be found, as the networks of student and teacher don't run on "
+                    f"the example inputs ({error}): pass example_inputs= with what the network is called with."
+                ) from error
         with torch.random.fork_rng([]):  # the student's random draws stay what they are without regressors
             for key, hint in wanted.items():
-                if hint not in mine or hint not in theirs:
-                    who = "student" if hint not in mine else "teacher"
+                if key not in mine or key not in theirs:
+                    who = "student" if key not in mine else "teacher"
                     raise ValueError(f"{hint}: the layer of the {who} does not run in the forward pass of its network.")
-                self.extra[key] = hint.make_regressor(mine[hint], theirs[hint]).to(device)
+                self.beside[key] = hint.make_regressor(mine[key], theirs[key]).to(device)
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self.teachers.to(module.device)
+        self.cache = OutputCache()  # the teachers or the data may be others in a second fit
+        if self.hints and is_compiled(module):
+            raise ValueError(
+                "Hints need the outputs of layers, which torch.compile hides: compile after the fit, or leave them out."
+            )
         for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
             number.plan(trainer, None if state is None else state[name])
         if state is not None:
-            self.extra.load_state_dict(state["regressors"])
+            self.beside.load_state_dict(state["regressors"])
 
     def at_step(self, step: int) -> None:
         self._step = step
@@ -119,7 +123,7 @@ class Distillation(Objective):
         return {
             "alpha": self.alpha.state(),
             "temperature": self.temperature.state(),
-            "regressors": dict(self.extra.state_dict()),
+            "regressors": dict(self.beside.state_dict()),
         }
 
     # ------------------------------------------------------------------ a step
@@ -130,16 +134,14 @@ class Distillation(Objective):
             batch, index = without_index(args[0], self.index)
             args = (batch, *args[1:])
         alpha, temperature = self.alpha.at(self._step), self.temperature.at(self._step)
-        written = _is_written(module)
-        if written:
+        logs = _is_written(module)
+        if logs:
             self._log_schedules(module)
         if alpha == 0.0 and not self.hints:
             return run(*args, **kwargs)
         lesson = _Lesson(self, alpha, temperature, index)
         with (
-            watching(
-                innermost(module), [hint.student for hint in self.hints], self.hints, "student", lesson.compare_layer
-            ),
+            watching(innermost(module), self.hints, "student", lesson.compare_layer),
             captured(module, self.network, lesson.begin, lesson.compare_output) as was_called,
         ):
             output = run(*args, **kwargs)
@@ -147,29 +149,33 @@ class Distillation(Objective):
         if not isinstance(own, Tensor):  # a step that is skipped; Lightning tells of anything else
             return output
         was_called()
-        if written:
-            lesson.log(module)
+        if own.requires_grad:
+            lesson.check_gradients()
+        if logs:
+            for name, value in lesson.losses().items():
+                module.log(self._named(name), value.detach(), prog_bar=True)
         total = lesson.added_to(own)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor | None) -> list[Tensor]:
         """Return the teachers' outputs, from the cache where they are there."""
-        if self.cache is None or index is None:
-            return [self._picked(found) for found in self.teachers(args, kwargs)]
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        keys = checksums(inputs, len(index))
-        known = self.cache.lookup(index, keys)
-        if known is None:
-            known = torch.stack([self._picked(found) for found in self.teachers(args, kwargs)], dim=1)
-            self.cache.store(index, keys, known)
+        if index is None:
+            return [select_output(found, self.output, "The teacher") for found in self.teachers(args, kwargs)]
+        leaves = tree_leaves((args, kwargs))
+        others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        keys = checksums([leaf for leaf in leaves if isinstance(leaf, Tensor)], len(index))
+        keys += zlib.crc32(repr(others).encode())
+        try:
+            known = self.cache.lookup(index, keys)
+            if known is None:
+                known = torch.stack(self.ask(args, kwargs, None), dim=1)
+                self.cache.store(index, keys, known)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Or the batch has something else than its samples' indices at cache={self.index!r}: "
+                f"lightning_compress.distillation.cache.Indexed(dataset) adds them."
+            ) from error
         return list(known.unbind(1))
-
-    def _picked(self, found: Any) -> Tensor:
-        return found if isinstance(found, Tensor) else select_output(found, self.output, "The teacher")
-
-    def teachers_features(self) -> AbstractContextManager[dict[Hint, Tensor]]:
-        """Collect what the hints want of the teacher, while it runs."""
-        return features(self.teachers.roots[0], [hint.teacher for hint in self.hints], self.hints, "teacher")
 
     def compare(self, student: Tensor, teachers: list[Tensor], temperature: float, mask: Tensor | None) -> Tensor:
         """Return the loss between the outputs of a batch."""
@@ -182,7 +188,10 @@ class Distillation(Objective):
     def _log_schedules(self, module: LightningModule) -> None:
         for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
             if not number.constant:
-                module.log(name, number.at(self._step))
+                module.log(self._named(name), number.at(self._step))
+
+    def _named(self, name: str) -> str:
+        return f"{name}_{self.depth + 1}" if self.depth else name
 
 
 def _is_written(module: LightningModule) -> bool:
@@ -202,11 +211,11 @@ class _Lesson:
         self.alpha = alpha
         self.temperature = temperature
         self.index = index
-        self.said: list[Tensor] = []
-        self.shown: dict[Hint, Tensor] = {}
         self.mask: Tensor | None = None
+        self.teachers_outputs: list[Tensor] = []
+        self.teachers_features: dict[str, Tensor] = {}
         self.output_loss: Tensor | None = None
-        self.hint_losses: dict[Hint, Tensor] = {}
+        self.hint_losses: dict[str, Tensor] = {}
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Ask the teachers, before the student's network can change what it was given."""
@@ -218,49 +227,54 @@ class _Lesson:
                     f"mask={objective.mask!r} is no keyword argument that the network was called with, which are: "
                     f"{', '.join(kwargs) or 'none'}."
                 )
-        if not objective.hints:
-            self.said = objective.ask(args, kwargs, self.index)
-            return
-        with objective.teachers_features() as self.shown:
-            self.said = objective.ask(args, kwargs, None)
+        with features(objective.teachers.roots[0], objective.hints, "teacher") as self.teachers_features:
+            self.teachers_outputs = objective.ask(args, kwargs, self.index)
 
-    def compare_layer(self, hint: Hint, mine: Tensor) -> None:
+    def compare_layer(self, key: str, mine: Tensor) -> None:
         """Compare the output of a layer, at the moment when it is there."""
-        if hint not in self.shown:
+        hint = self.objective.hints[key]
+        if key not in self.teachers_features:
             raise ValueError(
                 f"{hint}: one of them is no layer of its network, which network={self.objective.network!r} names, or "
                 f"did not run in its forward pass."
             )
-        regressors = dict(self.objective.extra.items())
-        mapping = regressors.get(str(self.objective.hints.index(hint)))
-        self.hint_losses[hint] = hint.between(mine, self.shown[hint], mapping)
+        beside = self.objective.beside
+        regressor = beside[key] if key in beside else None  # noqa: SIM401 - a ModuleDict has no get
+        self.hint_losses[key] = hint.between(mine, self.teachers_features[key], regressor)
 
     def compare_output(self, output: Any) -> None:
         """Compare what the network returned, before the caller can change it."""
-        missing = [hint for hint in self.objective.hints if hint not in self.hint_losses]
+        missing = [hint for key, hint in self.objective.hints.items() if key not in self.hint_losses]
         if missing:
             raise ValueError(f"{missing[0]}: the student's layer did not run in its network's forward pass.")
         if self.alpha > 0.0:
             student = select_output(output, self.objective.output, "The student's network")
-            self.output_loss = self.objective.compare(student, self.said, self.temperature, self.mask)
+            self.output_loss = self.objective.compare(student, self.teachers_outputs, self.temperature, self.mask)
 
-    @property
-    def hint_loss(self) -> Tensor | None:
-        """The sum over the hints."""
-        return torch.stack(list(self.hint_losses.values())).sum() if self.hint_losses else None
+    def check_gradients(self) -> None:
+        """Refuse outputs through which nothing could be learned, of a network that ran without gradients."""
+        compared = [] if self.output_loss is None else [("The output of the network", self.output_loss)]
+        compared += [(str(self.objective.hints[key]), loss) for key, loss in self.hint_losses.items()]
+        for what, loss in compared:
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"{what}: it has no gradient, and would teach the student nothing. It ran under torch.no_grad(), "
+                    f"in a reentrant checkpoint, or all before it is frozen."
+                )
 
-    def log(self, module: LightningModule) -> None:
-        """Log the losses."""
-        for name, value in (("distillation_loss", self.output_loss), ("hint_loss", self.hint_loss)):
-            if value is not None:
-                module.log(name, value.detach(), prog_bar=True)
+    def losses(self) -> dict[str, Tensor]:
+        """The loss of the outputs, and the sum over the hints."""
+        found = {} if self.output_loss is None else {"distillation_loss": self.output_loss}
+        hints = {"hint_loss": torch.stack(list(self.hint_losses.values())).sum()} if self.hint_losses else {}
+        return found | hints
 
     def added_to(self, own: Tensor) -> Tensor:
         """Return the loss to train with, from the student's own."""
-        hints, total = self.hint_loss, own
+        losses, total = self.losses(), own
         if self.output_loss is not None:
-            total = (1.0 - self.alpha) * own + self.alpha * self.output_loss
-        return total if hints is None else total + hints
+            taught = self.alpha * self.output_loss
+            total = (1.0 - self.alpha) * own + taught if self.alpha < 1.0 else taught  # which may be NaN without labels
+        return total + losses["hint_loss"] if self.hint_losses else total
 
 
 def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
@@ -288,4 +302,4 @@ def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
         ) from error
     if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
         raise ValueError(f"cache={where!r} is no tensor of sample indices in the training batch, but {index!r}.")
-    return (rest if isinstance(batch, Mapping | list) else type(batch)(rest)), index
+    return (tuple(rest) if isinstance(batch, tuple) else rest), index

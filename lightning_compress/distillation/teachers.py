@@ -52,10 +52,11 @@ class Teachers:
         return self
 
     def to(self, device: torch.device | str) -> None:
-        """Move the networks."""
+        """Move the networks, and see to their mode."""
         self._device = torch.device(device).type
-        for network in self.networks:
-            network.to(device)
+        for root in self.roots:
+            root.to(device)
+            self._settle(root)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return what each network returns for these arguments."""
@@ -64,10 +65,16 @@ class Teachers:
             for network, dtype in zip(self.networks, self._dtypes, strict=True):
                 if network.training:  # whoever did that did not mean it
                     self._settle(network)
+                versions = [(one, one._version) for one in (*args, *kwargs.values()) if _is_tracked(one)]
                 taken = [_cast(one, dtype) for one in args]
                 named = {name: _cast(one, dtype) for name, one in kwargs.items()}
                 with nullcontext() if self.autocast else _without_autocast(self._device):
                     outputs.append(network(*taken, **named))
+                if any(one._version != version for one, version in versions):
+                    raise ValueError(
+                        f"The teacher {type(network).__name__} changes its inputs in place, which are the student's "
+                        f"too: pass a module that gives it a copy (x.clone())."
+                    )
         return outputs
 
     def _settle(self, network: nn.Module) -> None:
@@ -84,6 +91,10 @@ def _dtype(network: nn.Module) -> torch.dtype | None:
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _is_tracked(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and not argument.is_inference()
 
 
 def _cast(argument: Any, dtype: torch.dtype | None) -> Any:

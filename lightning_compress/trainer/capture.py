@@ -81,7 +81,7 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
 
     Args:
         found: A tensor, or a dict, tuple, list or object that has it.
-        output: Key, position or attribute; None: `found` is the tensor itself.
+        output: Key, position or attribute; a tensor is taken as it is.
         who: Whose output it is, for the message.
 
     Raises:
@@ -92,7 +92,7 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
         tensor([1.])
     """
     picked: Any = found
-    if output is not None:
+    if output is not None and not isinstance(found, Tensor):  # of student and teacher, one may return just the tensor
         try:
             if isinstance(found, Mapping | tuple | list) and not (isinstance(output, str) and hasattr(found, output)):
                 picked = found[output]  # type: ignore[index]  # what does not fit is told below

@@ -51,7 +51,10 @@ def traced_network(
 
 def is_compiled(pl_module: LightningModule) -> bool:
     """Whether torch.compile was applied to the LightningModule or to one of its submodules."""
-    inside = any(isinstance(module, torch._dynamo.OptimizedModule) for module in pl_module.modules())
+    inside = any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in pl_module.modules()
+    )
     return inside or getattr(pl_module, "_compiler_ctx", None) is not None
 
 

@@ -40,7 +40,7 @@ class Scheduled:
         """Make one of a plain number, or of a mapping with this class's arguments.
 
         Raises:
-            ValueError: The mapping has other keys, or lacks start or end; an unknown schedule.
+            ValueError: The mapping has other keys, or lacks start or end; an unknown schedule; an end before the start.
         """
         if not isinstance(value, Mapping):
             return cls(start=float(value), end=float(value))
@@ -52,6 +52,14 @@ class Scheduled:
             )
         made = cls(**value)
         check_schedule(made.schedule, 1.0)
+        for name in ("start", "end"):
+            if isinstance(value[name], bool) or not isinstance(value[name], int | float):
+                raise ValueError(f"{argument} has {name}={value[name]!r}, which is no number.")
+        if made.end_epoch is not None and made.end_epoch <= made.start_epoch:
+            raise ValueError(
+                f"{argument} ends at epoch {made.end_epoch}, and begins at epoch {made.start_epoch}: give an end_epoch "
+                f"after start_epoch, or none."
+            )
         return made
 
     @property
@@ -68,7 +76,7 @@ class Scheduled:
 
     def at(self, step: int) -> float:
         """Return the number after optimizer step number `step`."""
-        if self.ramp is None:
+        if self.ramp is None or step < self.ramp.start:
             return self.start
         return self.start + (self.end - self.start) * amount_at(self.ramp.progress(step), 1.0, schedule=self.schedule)
 

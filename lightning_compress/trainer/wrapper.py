@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from lightning_compress.trainer.inside import depth
+from lightning_compress.trainer.inside import SLOT, innermost
 from lightning_compress.trainer.resume import ResumableCallback
 
 
@@ -26,20 +26,24 @@ class Objective:
         settings: The wrapper's plain constructor arguments: a checkpoint from other settings is recognised by them.
 
     Attributes:
-        extra: Modules with parameters that train beside the network during a fit, and are no part of it: no names in
+        beside: Modules with parameters that train beside the network during a fit, and are no part of it: no names in
             its state dict, no target of a pattern.
+        depth: How many wrappers are inside this one.
+        fitting: Whether a fit goes on, in which `beside` is among the wrapper's parameters.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
-        self.extra = nn.ModuleDict()
+        self.beside = nn.ModuleDict()
+        self.depth = 0
+        self.fitting = False
 
     def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what `training_step` returns; `run(*args, **kwargs)` is the wrapped module's own step."""
+        """Return what `training_step` returns; `run(*args, **kwargs)` is the step without this wrapper."""
         raise NotImplementedError
 
     def configure(self, module: LightningModule) -> None:
-        """Fill `extra` for a fit: the last moment before checkpoint, device and optimizer."""
+        """Fill `beside` for a fit, before checkpoint, device and optimizer; it may be called more than once."""
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         """Get ready for the first step: the module is on its device. `state` is from a checkpoint's `state`."""
@@ -58,40 +62,41 @@ class CompressionModule(LightningModule):
     It is a second object over the `__dict__` of the module inside, of a class that derives from the wrapper's and the
     module's own. So names, state dict, hooks, `hparams`, metrics, `self.trainer` and what the Trainer asks for are the
     module's, whichever of the two objects is asked, and whatever Lightning may add to them; the module itself is not
-    edited. Wrappers can stand inside wrappers: each runs the step of the one inside it.
+    edited. In all hooks and in the step, `self` is the outermost wrapper, which the Trainer has.
 
     Args:
-        module: The LightningModule inside.
+        module: The LightningModule inside, or a wrapper around one: each runs the step of the one inside it.
         objective: What is added.
 
     Raises:
         TypeError: `module` is no LightningModule.
         ValueError: Its step can't be run by another: manual optimization, a `dataloader_iter` step, a compiled module,
-            a step that is set on the object; or it has names of its own that the wrapper would hide.
+            a step that is set on the object; its class can't be derived from, or has names that the wrapper would hide.
     """
 
-    __slots__ = ("_compression",)
-    _compression: _Level
+    __slots__ = (SLOT,)  # not in the shared dict
+    _lightning_compress: _Inside
 
     def __init__(self, module: LightningModule, objective: Objective) -> None:
         check_wrappable(module, type(self))
-        callback = ObjectiveCallback(objective, type(self).__name__, depth(module))
-        self._stand_around(_Level(module, objective, callback))
+        levels = module._lightning_compress.levels if isinstance(module, CompressionModule) else ()
+        objective.depth = len(levels)
+        level = _Level(objective, ObjectiveCallback(objective, type(self).__name__))
+        self._stand_around(_Inside(innermost(module), (*levels, level)))
 
-    def _stand_around(self, level: _Level) -> None:
+    def _stand_around(self, inside: _Inside) -> None:
         wrapper: Any = type(self)
-        inside: Any = type(level.wrapped)
-        object.__setattr__(self, "__class__", _class_over(wrapper, inside))
-        object.__setattr__(self, "__dict__", level.wrapped.__dict__)
-        self._compression = level
+        own: Any = type(inside.own)
+        object.__setattr__(self, "__class__", _class_over(wrapper, own))
+        object.__setattr__(self, "__dict__", vars(inside.own))
+        object.__setattr__(self, SLOT, inside)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For copies and other processes: the class can't be found by its name, and the copied two share a dict again.
-        wrapper = type(self)._wrapper  # type: ignore[attr-defined]  # of the made class
-        return _bare, (wrapper,), self._compression
+        return _bare, (type(self).__bases__[0],), self._lightning_compress
 
-    def __setstate__(self, level: _Level) -> None:
-        self._stand_around(level)
+    def __setstate__(self, inside: _Inside) -> None:
+        self._stand_around(inside)
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -102,62 +107,72 @@ class CompressionModule(LightningModule):
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        level = self._compression
-        return level.objective.step(self, level.run, *args, **kwargs)
+        own: Any = type(self).__bases__[1]
+        run: Callable[..., Any] = partial(
+            own.training_step, self
+        )  # of the class: on the object there may be this step, compiled
+        if self._trainer is None or self._trainer.training:  # a validation_step may call it as well
+            for level in self._lightning_compress.levels:
+                run = partial(level.objective.step, self, run)
+        return run(*args, **kwargs)
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        level = self._compression
-        found = level.wrapped.configure_callbacks()
+        found = super().configure_callbacks()
         others = list(found) if isinstance(found, Sequence) else [found]
-        there = level.callback in self.trainer.callbacks  # type: ignore[attr-defined]  # from the verb before
-        return others if there else [*others, level.callback]
+        mine = [level.callback for level in self._lightning_compress.levels]
+        there = self.trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+        return others if all(one in there for one in mine) else [*others, *mine]  # there: from the verb before
 
     def configure_model(self) -> None:
-        level = self._compression
-        level.wrapped.configure_model()
+        super().configure_model()
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            level.objective.configure(self)
-            level.fitting = True
+            for level in self._lightning_compress.levels:
+                level.objective.configure(self)
+                level.objective.fitting = True
 
     def teardown(self, stage: str) -> None:
-        level = self._compression
-        level.wrapped.teardown(stage)
-        level.fitting = False
+        super().teardown(stage)
+        for level in self._lightning_compress.levels:
+            level.objective.fitting = False
+        left = vars(self).get(
+            "forward"
+        )  # by DistributedDataParallel; in the module's own pickle it would be all of this
+        if getattr(left, "__self__", None) is self:
+            del self.forward
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        level = self._compression
-        yield from level.wrapped.named_parameters(prefix, recurse, remove_duplicate)
-        if level.fitting:  # what asks during a fit is the optimizer, DistributedDataParallel or an average
-            mine = f"{level.callback.name}{depth(level.wrapped)}"  # no name that a module could have
-            yield from level.objective.extra.named_parameters(f"{prefix}.{mine}" if prefix else mine)
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        for level in self._lightning_compress.levels:
+            if level.objective.fitting:  # what asks is the optimizer, DistributedDataParallel or an average
+                mine = f"{level.callback.name}{level.objective.depth}"  # no name that a module could have
+                yield from level.objective.beside.named_parameters(f"{prefix}.{mine}" if prefix else mine)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressionModule:
-        level = self._compression
-        level.wrapped._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        level.objective.extra._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for level in self._lightning_compress.levels:
+            level.objective.beside._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 
 @dataclass
 class _Level:
-    """What one wrapper holds beside the shared dict."""
-
-    wrapped: LightningModule
     objective: Objective
     callback: ObjectiveCallback
-    fitting: bool = False
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        # Of the class: in the shared dict there may be the step of the outermost wrapper, compiled.
-        return type(self.wrapped).training_step(self.wrapped, *args, **kwargs)
+
+@dataclass
+class _Inside:
+    """What a wrapper holds: the user's module, and what stands around it, the innermost first."""
+
+    own: LightningModule
+    levels: tuple[_Level, ...]
 
 
 @cache
-def _class_over(wrapper: type[CompressionModule], inside: type[LightningModule]) -> type[CompressionModule]:
+def _class_over(wrapper: type[CompressionModule], own: type[LightningModule]) -> type[CompressionModule]:
     """Return the class of a wrapper around modules of one class."""
-    own: type[LightningModule] = getattr(inside, "_own", inside)  # of the innermost module
 
     @wraps(own.training_step)  # Lightning reads its signature
     def training_step(self: CompressionModule, *args: Any, **kwargs: Any) -> Any:
@@ -169,13 +184,17 @@ def _class_over(wrapper: type[CompressionModule], inside: type[LightningModule])
     namespace: dict[str, Any] = {
         "__slots__": (),
         "__module__": wrapper.__module__,
+        "__qualname__": f"{wrapper.__name__}[{own.__name__}]",
         "__doc__": own.__doc__,
-        "_own": own,
-        "_wrapper": wrapper,
         "training_step": training_step,
         "load_from_checkpoint": classmethod(load_from_checkpoint),
     }
-    return type(f"{wrapper.__name__}[{own.__name__}]", (wrapper, own), namespace)
+    try:
+        return type(own.__name__, (wrapper, own), namespace)
+    except TypeError as error:  # __slots__, an __init_subclass__ with arguments, another metaclass
+        raise ValueError(
+            f"{wrapper.__name__} can't wrap {own.__name__}, whose class nothing derives from: {error}."
+        ) from error
 
 
 def _bare(wrapper: type[CompressionModule]) -> CompressionModule:
@@ -189,34 +208,36 @@ def check_wrappable(module: LightningModule, wrapper: type[CompressionModule]) -
         raise ValueError(f"{name} got a compiled {type(module._orig_mod).__name__}: {_COMPILE}")
     if not isinstance(module, LightningModule):
         raise TypeError(f"{name} wraps a LightningModule of `lightning.pytorch`; got {kind}.")
-    check_automatic(module, name)
-    if "training_step" in vars(module):
-        what, how = (
-            ("is compiled", _COMPILE) if module._compiler_ctx else ("is set on the object", "Define it in the class.")
-        )
-        raise ValueError(f"{name} can't run the training_step of {kind}, which {what}. {how}")
+    check_step(module, name)
     if "dataloader_iter" in inspect.signature(type(module).training_step).parameters:
         raise ValueError(
             f"{name} does not support the training_step(dataloader_iter) of {kind}, which takes its batches itself: "
             f"write training_step(batch, batch_idx)."
         )
     mine = {one for base in wrapper.__mro__ for one in vars(base) if issubclass(base, CompressionModule)}
-    hidden = sorted(one for one in mine - set(dir(CompressionModule)) if hasattr(module, one))
+    theirs = {*dir(type(module)), *vars(module), *module._modules, *module._parameters, *module._buffers}
+    hidden = sorted((mine & theirs) - set(dir(CompressionModule)))
     if hidden and not isinstance(module, wrapper):
         raise ValueError(f"{name} has a {hidden[0]} of its own, which would hide that of {kind}: rename yours.")
 
 
-_COMPILE = "Compile the network inside it instead (self.net = torch.compile(self.net)), and pass network='net'."
-
-
-def check_automatic(module: LightningModule, name: str) -> None:
-    """Raise a ValueError for manual optimization."""
+def check_step(module: LightningModule, name: str) -> None:
+    """Raise a ValueError for manual optimization, and for a step that is not that of the class."""
+    kind = type(module).__name__
     if not module.automatic_optimization:
         raise ValueError(
-            f"{name} does not support the manual optimization of {type(module).__name__} "
-            f"(automatic_optimization=False), whose step is over before its loss is known here: take automatic "
-            f"optimization, or call the loss functions in that step."
+            f"{name} does not support the manual optimization of {kind} (automatic_optimization=False), whose step is "
+            f"over before its loss is known here: take automatic optimization, or call the loss functions in that step."
         )
+    if module._compiler_ctx:
+        raise ValueError(f"{name} does not support a {kind} that is compiled as a whole. {_COMPILE}")
+    if "training_step" in vars(module):
+        raise ValueError(
+            f"{name} can't run the training_step of {kind}, which is set on the object: put it into the class."
+        )
+
+
+_COMPILE = "Compile the network inside it instead (self.net = torch.compile(self.net)), and pass network='net'."
 
 
 class ObjectiveCallback(ResumableCallback):
@@ -225,35 +246,41 @@ class ObjectiveCallback(ResumableCallback):
     Args:
         objective: Of the wrapper.
         name: The wrapper's, for messages.
-        depth: How many wrappers are inside it.
     """
 
-    def __init__(self, objective: Objective, name: str, depth: int) -> None:
-        super().__init__(wrapper=name, depth=depth, **objective.settings)
+    def __init__(self, objective: Objective, name: str) -> None:
+        super().__init__(wrapper=name, depth=objective.depth, **objective.settings)
         self.objective = objective
         self.name = name
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
+        if not (isinstance(pl_module, CompressionModule) and self._stands_around(pl_module)):
+            # Left in this Trainer by a fit of another module, for whose checkpoint it was still wanted.
+            trainer.callbacks = [one for one in trainer.callbacks if one is not self]  # type: ignore[attr-defined]
             return
-        check_automatic(pl_module, self.name)
-        if pl_module._compiler_ctx:
-            raise ValueError(f"{self.name} does not support a module that is compiled as a whole. {_COMPILE}")
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            check_step(pl_module, self.name)
+
+    def _stands_around(self, module: CompressionModule) -> bool:
+        return any(level.callback is self for level in module._lightning_compress.levels)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.objective.fitting = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        extra = dict(self.objective.extra.named_parameters())
-        if not extra:
+        beside = dict(self.objective.beside.named_parameters())
+        if not beside:
             return
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
             raise ValueError(
-                f"{self.name} trains parameters beside the network ({', '.join(extra)}), which "
+                f"{self.name} trains parameters beside the network ({', '.join(beside)}), which "
                 f"strategy='ddp_{strategy._start_method}' can't bring back to the main process: use strategy='ddp'."
             )
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = {id(one) for group in groups for one in group["params"]}
-        left = [name for name, parameter in extra.items() if id(parameter) not in trained]
+        left = [name for name, parameter in beside.items() if id(parameter) not in trained]
         if left:
             raise ValueError(
                 f"{self.name} has parameters that no optimizer trains: {', '.join(left)}. They are among "

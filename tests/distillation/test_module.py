@@ -30,6 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress import DistillationModule, IterativePruningCallback, load_compressed, save_compressed
 from lightning_compress.distillation.cache import Indexed
+from lightning_compress.distillation.hinting import Hint
+from lightning_compress.trainer.ramp import Ramp
+from lightning_compress.trainer.scheduled import Scheduled
 
 HINT = {"student": "net.conv", "teacher": "net.conv", "regressor": True, "channel_dim": 1}
 
@@ -138,8 +141,15 @@ def test_batch_norms_of_the_teacher_use_the_batch_if_asked() -> None:
     assert not teacher.net.dropout.training
 
 
-@pytest.mark.parametrize(("options", "seen"), [({}, torch.float64), ({"teacher_autocast": True}, torch.bfloat16)])
-def test_the_teacher_computes_in_its_own_dtype(options: dict[str, Any], seen: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("own", "options", "seen"),
+    [
+        (torch.float32, {}, torch.float32),
+        (torch.float64, {}, torch.float64),
+        (torch.float32, {"teacher_autocast": True}, torch.bfloat16),
+    ],
+)
+def test_the_teacher_computes_in_its_own_dtype(own: torch.dtype, options: dict[str, Any], seen: torch.dtype) -> None:
     found = []
 
     class Typed(nn.Sequential):
@@ -147,7 +157,7 @@ def test_the_teacher_computes_in_its_own_dtype(options: dict[str, Any], seen: to
             found.append(super().forward(x).dtype)
             return super().forward(x)
 
-    teacher = Typed(nn.Linear(FEATURES, CLASSES)).to(torch.float64 if not options else torch.float32)
+    teacher = Typed(nn.Linear(FEATURES, CLASSES)).to(own)
     fitted(DistillationModule(Plain(), teacher, **options), precision="bf16-mixed")
     assert set(found) == {seen}
 
@@ -161,13 +171,58 @@ def test_a_teacher_may_be_a_file(tmp_path: Path) -> None:
     fitted(larger).save_checkpoint(tmp_path / "larger.ckpt")
     for name, kind in (("same.ckpt", teacher), ("same.lcz", teacher), ("larger.ckpt", larger)):
         module = DistillationModule(Plain(width=8), str(tmp_path / name))
-        (found,) = module._compression.objective.teachers.networks
+        (found,) = module._lightning_compress.levels[0].objective.teachers.networks
         assert differences(dict(found.state_dict()), dict(kind.state_dict())) == []
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     with pytest.raises(ValueError, match="make that module yourself, and pass it instead of the path"):
         DistillationModule(Plain(), tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError):
         DistillationModule(Plain(), tmp_path / "missing.ckpt")
+
+
+class Activated(Plain):
+    def __init__(self, activation: str = "tanh") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net[1] = nn.Tanh() if activation == "tanh" else nn.ReLU()
+
+
+def test_a_file_says_what_network_its_weights_are_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fitted(Activated("relu")).save_checkpoint(tmp_path / "relu.ckpt")
+    module = DistillationModule(Activated("tanh"), tmp_path / "relu.ckpt")
+    (found,) = module._lightning_compress.levels[0].objective.teachers.networks
+    assert isinstance(found.net[1], nn.ReLU)
+
+
+def test_the_teachers_mode_is_seen_to_at_each_fit() -> None:
+    teacher = SmallModule()
+    module = DistillationModule(SmallModule(), teacher, teacher_train_bn=True)
+    teacher.eval()
+    teacher.net.dropout.train()
+    quiet_trainer(max_epochs=1).fit(module, shuffled())
+    assert teacher.net.norm.training
+    assert not teacher.net.dropout.training
+    assert teacher.net.norm.num_batches_tracked == SAMPLES // BATCH
+
+
+def test_no_teacher_is_asked_for_nothing() -> None:
+    teacher = Counted()
+    fitted(DistillationModule(Plain(), teacher, alpha=0.0))
+    assert teacher.calls == 0
+
+
+def test_at_alpha_1_a_batch_needs_no_labels() -> None:
+    torch.manual_seed(0)
+    student, teacher = Unlabelled(), Plain(width=30)
+    expected = by_hand(student, [teacher], 1.0, 4.0, [1.0])
+    fitted(DistillationModule(student, teacher, alpha=1.0))
+    torch.testing.assert_close(student.net[0].weight, expected.net[0].weight, rtol=1e-5, atol=1e-6)
+
+
+class Unlabelled(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).sum() * float("nan")
 
 
 def test_self_distillation_and_a_pruned_network_with_its_dense_self() -> None:
@@ -280,6 +335,9 @@ def test_alpha_and_temperature_follow_their_schedules_and_are_logged() -> None:
     module = DistillationModule(Plain(), Plain(), alpha=alpha, temperature={"start": 5, "end": 1, "schedule": "cosine"})
     fitted(module, max_epochs=3, callbacks=[Look()], enable_checkpointing=True, log_every_n_steps=1)
     assert [row[0] for row in logged[:4]] == [0.0, 0.0417, 0.0833, 0.125]
+    late = Scheduled.of({"start": 8, "end": 2, "schedule": "one_shot"}, "temperature")
+    late.ramp = Ramp(start=5, end=6, interval=1)
+    assert [late.at(step) for step in (0, 4, 5, 9)] == [8, 8, 2, 2]
     assert logged[12][:2] == [0.5, 3.0]
     assert logged[-1][:2] == [1.0, 1.0]
 
@@ -345,6 +403,49 @@ def test_a_cache_refuses_inputs_that_change_and_batches_without_an_index() -> No
 
 
 # ------------------------------------------------------------------ hints
+
+
+@pytest.mark.parametrize("kind", ["fitnet", "attention_transfer", "cosine"])
+def test_a_hint_adds_its_weighted_loss(kind: str) -> None:
+    torch.manual_seed(0)
+    student, teacher = SmallModule().eval(), SmallModule().eval()
+    x = next(iter(plain()))
+    found = []
+    for weight in (0.0, 1.0, 3.0):
+        hint = {"student": "net.conv", "teacher": "net.conv", "loss": kind, "weight": weight, "channel_dim": 1}
+        found.append(DistillationModule(student, teacher, alpha=0.0, hints=[hint]).training_step(x, 0))
+    v, u = (one.net.conv(x[0].unsqueeze(1)) for one in (student, teacher))
+    maps = [one.square().sum(1) / one.square().sum(1).norm(dim=1, keepdim=True) for one in (v, u)]
+    expected = {
+        "fitnet": (v - u).square().mean(),
+        "attention_transfer": (maps[0] - maps[1]).square().sum(1).mean(),
+        "cosine": 1 - F.cosine_similarity(v, u, dim=1).mean(),
+    }[kind]
+    torch.testing.assert_close(found[1] - found[0], expected)
+    torch.testing.assert_close(found[2] - found[0], 3 * expected)
+
+
+def test_the_same_layer_may_have_two_hints_and_a_look_at_shapes_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    student = SmallModule()
+    module = DistillationModule(student, SmallModule(), hints=[HINT, HINT])
+    statistics = student.net.norm.running_mean.clone()
+
+    class Stop(ModelCheckpoint):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            assert torch.equal(student.net.norm.running_mean, statistics)
+            assert trainer.train_dataloader is None
+
+    quiet_trainer(max_epochs=1, callbacks=[Stop()], enable_checkpointing=True).fit(module, shuffled())
+    assert len(module._lightning_compress.levels[0].objective.beside) == 2
+
+
+def test_channels_may_be_last() -> None:
+    torch.manual_seed(0)
+    hint = Hint.of({"student": "a", "teacher": "a", "loss": "attention_transfer", "channel_dim": -1})
+    v, u = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    first = Hint.of({"student": "a", "teacher": "a", "loss": "attention_transfer"})
+    torch.testing.assert_close(hint.between(v, u, None), first.between(v.mT, u.mT, None))
 
 
 def test_a_regressor_trains_and_is_kept_for_a_resume_only(tmp_path: Path) -> None:
@@ -426,6 +527,18 @@ class Tupled(Plain):
         return F.cross_entropy(self(batch[0])[0], batch[1])
 
 
+class Graceless(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self(batch[0])
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Hurting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.sub_(0.5))
+
+
 class Headless(Plain):
     forward = LightningModule.forward
 
@@ -443,6 +556,16 @@ class Headless(Plain):
         (Tupled, Plain, {"output": 5}, "returns a tuple of 2, which has no output=5"),
         (Plain, Plain, {"alpha": 1.5}, r"alpha is the share of the teacher, 0 to 1; got 1\.5"),
         (Plain, Plain, {"alpha": {"start": 0.0, "end": -1}}, "alpha is the share of the teacher"),
+        (Graceless, Plain, {}, "it has no gradient, and would teach the student nothing"),
+        (Plain, Hurting(FEATURES, CLASSES), {}, "The teacher Hurting changes its inputs in place"),
+        (Plain, Plain, {"alpha": {"start": "1", "end": 0}}, "alpha has start='1', which is no number"),
+        (
+            Plain,
+            Plain,
+            {"alpha": {"start": 1, "end": 0, "start_epoch": 3, "end_epoch": 2}},
+            "alpha ends at epoch 2, and begins at epoch 3",
+        ),
+        (Plain, Plain, {"hints": ["net.0"]}, "A hint has student= and teacher=, .* got 'net.0'"),
         (Plain, Plain, {"alpha": {"from": 1, "end": 0}}, "alpha is a number, or a mapping with start and end"),
         (Plain, Plain, {"temperature": 0}, "temperature is a number above 0; got 0"),
         (Plain, Plain, {"temperature": float("nan")}, "temperature is a number above 0; got nan"),
@@ -513,6 +636,8 @@ class Compiled(Plain):
 
 
 def test_a_compiled_network_learns_as_the_plain_one() -> None:
+    with pytest.raises(ValueError, match=r"torch\.compile hides"):
+        fitted(DistillationModule(Compiled(), Plain(), hints=[{"student": "net", "teacher": "net"}], network="net"))
     results = []
     for kind in (Plain, Compiled):
         torch.manual_seed(0)

@@ -23,7 +23,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.core.select import select_parameters
-from lightning_compress.trainer.inside import depth, innermost
+from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.resume import ResumableCallback
 from lightning_compress.trainer.wrapper import CompressionModule, Objective
 
 
@@ -164,15 +165,14 @@ def test_it_is_what_is_inside() -> None:
     assert isinstance(module, Wrapper)
     assert type(own) is Recorded
     assert innermost(module) is own
-    assert (depth(own), depth(module)) == (0, 2)
     assert module.hparams == own.hparams
     assert list(module.state_dict()) == list(own.state_dict())
     assert dict(module.named_parameters()).keys() == dict(own.named_parameters()).keys()
     assert select_parameters(module).keys() == select_parameters(own).keys()
     module.note = 5
-    module.extra = nn.Linear(1, 1)
+    module.other = nn.Linear(1, 1)
     assert own.note == 5
-    assert "extra.weight" in own.state_dict()
+    assert "other.weight" in own.state_dict()
     assert torch.equal(module.example_input_array, own.example_input_array)
     module.to(torch.float64)
     assert own.dtype is torch.float64
@@ -270,6 +270,10 @@ class Widths(Wrapper):
     def set_width(self) -> None: ...
 
 
+class Slotted(SmallModule):
+    __slots__ = ("mine",)
+
+
 def on_the_object() -> SmallModule:
     module = SmallModule()
     module.training_step = module.validation_step  # type: ignore[method-assign]
@@ -281,9 +285,10 @@ def on_the_object() -> SmallModule:
     [
         (ManualModule, Wrapper, ValueError, "does not support the manual optimization of ManualModule"),
         (Iterating, Wrapper, ValueError, r"does not support the training_step\(dataloader_iter\) of Iterating"),
-        (on_the_object, Wrapper, ValueError, "is set on the object. Define it in the class"),
+        (on_the_object, Wrapper, ValueError, "is set on the object: put it into the class"),
         (lambda: torch.compile(SmallModule()), Wrapper, ValueError, "compiled SmallModule: Compile the network inside"),
         (lambda: nn.Linear(1, 1), Wrapper, TypeError, "wraps a LightningModule of `lightning.pytorch`; got Linear"),
+        (Slotted, Wrapper, ValueError, "can't wrap Slotted, whose class nothing derives from: multiple bases"),
         (Clashing, Widths, ValueError, "has a set_width of its own, which would hide that of Clashing"),
     ],
 )
@@ -297,17 +302,89 @@ def test_manual_optimization_that_is_chosen_later_and_compilation_as_a_whole() -
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="does not support the manual optimization of"):
         quiet_trainer().fit(module, shuffled(), plain())
-    with pytest.raises(ValueError, match="does not support a module that is compiled as a whole"):
+    with pytest.raises(ValueError, match="does not support a SmallModule that is compiled as a whole"):
         quiet_trainer().fit(torch.compile(Wrapper(SmallModule())), shuffled(), plain())
+
+
+class Looking(SmallModule):
+    """Compares itself in its step with what its hooks saw, and asks its own step for a validation loss."""
+
+    seen: Any = None
+
+    def on_train_start(self) -> None:
+        self.seen = [self, type(self).__name__]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.trainer.training:
+            assert self.seen[0] is self is self.trainer.lightning_module
+            assert self.seen[1] == type(self).__name__ == "Looking"
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def test_the_step_is_that_of_the_object_in_the_hooks_and_validation_takes_it_as_it_is() -> None:
+    losses = []
+    for wrap in (lambda module: module, lambda module: Wrapper(Wrapper(module), objective=Double())):
+        torch.manual_seed(0)
+        module = wrap(Looking())
+        trainer = quiet_trainer(max_epochs=1)
+        trainer.fit(module, shuffled(), plain())
+        losses.append(trainer.validate(module, plain(), verbose=False))
+        if not isinstance(module, Wrapper):
+            continue
+        torch.manual_seed(1)
+        assert type(innermost(module)) is Looking
+    assert losses[0][0]["val_loss"] != losses[1][0]["val_loss"]  # trained by twice the loss
+    module.load_state_dict(Looking().state_dict())
+    alone = Looking()
+    alone.load_state_dict(module.state_dict())
+    found = [quiet_trainer().validate(one, plain(), verbose=False)[0]["val_loss"] for one in (alone, module)]
+    assert found[0] == found[1]
+
+
+def test_a_step_that_is_exchanged_after_wrapping_is_told() -> None:
+    own = SmallModule()
+    module = Wrapper(own)
+    own.training_step = own.validation_step  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="is set on the object"):
+        quiet_trainer().fit(module, shuffled(), plain())
+
+
+def test_wrappers_in_turn_in_one_trainer() -> None:
+    own, trainer = SmallModule(), quiet_trainer(max_epochs=1)
+    first = Wrapper(own, "first", objective=Beside())
+    trainer.fit(first, shuffled())
+    outer = Wrapper(first, "outer")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(outer, shuffled())
+    keys = {one.state_key for one in trainer.callbacks if isinstance(one, ResumableCallback)}
+    assert keys == {level.callback.state_key for level in outer._lightning_compress.levels}
+    assert len(keys) == 2
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(SmallModule(), shuffled())
+    assert not any(isinstance(one, ResumableCallback) for one in trainer.callbacks)
+
+
+def test_after_a_failure_its_parameters_are_the_modules() -> None:
+    class Failing(SmallModule):
+        def on_train_epoch_end(self) -> None:
+            raise RuntimeError("the lights went out")
+
+    module = Wrapper(Failing(), objective=Beside())
+    with pytest.raises(RuntimeError, match="lights"):
+        quiet_trainer().fit(module, shuffled())
+    assert len(list(module.parameters())) == 8
 
 
 class Beside(Nothing):
     def configure(self, module: LightningModule) -> None:
-        if not self.extra:
-            self.extra["layer"] = nn.Linear(2, 2)
+        if not self.beside:
+            self.beside["layer"] = nn.Linear(2, 2)
 
     def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return run(*args, **kwargs) + self.extra["layer"](torch.ones(1, 2)).square().sum()
+        return run(*args, **kwargs) + self.beside["layer"](torch.ones(1, 2)).square().sum()
 
 
 class Selective(SmallModule):
@@ -323,7 +400,7 @@ def test_parameters_beside_the_network_train_and_are_no_part_of_it() -> None:
     trainer.fit(module, shuffled(), plain())
     (optimizer,) = trainer.optimizers
     assert len(optimizer.param_groups[0]["params"]) == 10
-    assert objective.extra["layer"](torch.ones(1, 2)).abs().max() < 0.3  # was trained to 0
+    assert objective.beside["layer"](torch.ones(1, 2)).abs().max() < 0.3  # was trained to 0
     assert len(list(module.parameters())) == 8
     assert module.state_dict().keys() == SmallModule().state_dict().keys()
     with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias\. .* let its configure_optimizers take these"):
