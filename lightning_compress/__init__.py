@@ -7,6 +7,7 @@ from lightning_compress.coding.footprint import footprint
 from lightning_compress.core.channels import ChannelGroup, ChannelGroups, channel_groups
 from lightning_compress.core.footprint import Footprint
 from lightning_compress.core.surgery import cut, shrink
+from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.group_lasso import GroupLassoCallback
 from lightning_compress.quantization.binary import BinaryWeightsCallback
@@ -19,6 +20,7 @@ __all__ = [
     "ChannelGroups",
     "CompressedSize",
     "CorruptFileError",
+    "DistillationModule",
     "Footprint",
     "GroupLassoCallback",
     "IterativePruningCallback",

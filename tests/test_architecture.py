@@ -14,7 +14,16 @@ FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 HYDRA_FILES = {"hydra.py", "cli.py"}
 GLUE = {
     *("callback.py", "module.py", "group_lasso.py", "watching.py", "removing.py", "backtracking.py", "neighbours.py"),
-    *("quantizing.py", "clustering.py", "latent_callback.py", "binary.py", "uniform.py"),
+    *(
+        "objective.py",
+        "finding.py",
+        "hinting.py",
+        "quantizing.py",
+        "clustering.py",
+        "latent_callback.py",
+        "binary.py",
+        "uniform.py",
+    ),
 }
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
 

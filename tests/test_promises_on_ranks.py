@@ -20,8 +20,9 @@ def test_ranks_agree_and_resume(entry: str, rank_pair: RankPair, tmp_path: Path)
     second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own
     for part in ("weights", "optimizers"):
         assert differences(first[part], second[part]) == []
-    for part in ("keep", "codebooks", "indices", "weights", "inputs", "generator"):
-        assert differences(first["technique"].get(part), second["technique"].get(part)) == []
+    for mine, other in zip(first["techniques"], second["techniques"], strict=True):
+        for part in ("keep", "codebooks", "indices", "weights", "inputs", "generator", "regressors"):
+            assert differences(mine.get(part), other.get(part)) == []
 
     resume = str(folder / f"step={2 * EPOCH // 2}.ckpt")
     # A save brings the ranks' sums together, in floating point, so both runs must save at the same steps.

@@ -22,6 +22,7 @@ from lightning_compress.pruning.scoring import Shrink, make_statistic
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.watching import WatchingCallback
 from lightning_compress.trainer.inputs import resolve_network, traced_network
+from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
 
 
@@ -92,7 +93,7 @@ class RemovingCallback(WatchingCallback):
     def _find_channels(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
         _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
         channels = PrunableChannels(
-            pl_module,
+            innermost(pl_module),
             self.network,
             inputs,
             self._targets,

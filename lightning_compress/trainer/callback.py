@@ -1,67 +1,37 @@
-"""The callback that every projection technique extends: resume, ranks, refusals and the moment of the projection."""
+"""The callback that every projection technique extends: refusals, and the moment of the projection."""
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
-from lightning_compress.trainer import rng
 from lightning_compress.trainer.averages import averaged_modules, check_averages
-from lightning_compress.trainer.distributed import gather, rank
-from lightning_compress.trainer.timeline import steps_done
+from lightning_compress.trainer.resume import ResumableCallback
 
 
-class CompressionCallback(Callback):
-    """A technique as a callback: subclasses say what happens, this class when, and that a resume is exact.
+class CompressionCallback(ResumableCallback):
+    """A technique that changes weights: subclasses say how, this class when.
 
-    A subclass passes its constructor arguments on as settings and supplies `prepare`, `at_step`, `technique_state` and
-    `project_copy`; it puts its `Projection` into `self.projection`. Everything that happens is tied to the
-    number of optimizer steps, because that survives every kind of resume.
+    A subclass supplies, beside what a `ResumableCallback` wants, `project_copy`, and `prepare` puts its `Projection`
+    into `self.projection`.
 
     Args:
-        settings: The constructor arguments. They make up the `state_key`, so that two callbacks of one class can live
-            in one Trainer, and a checkpoint from other settings is recognised.
+        settings: The constructor arguments, which make up the `state_key`.
     """
 
     def __init__(self, **settings: Any) -> None:
-        self._state_key = self._generate_state_key(**settings)  # read by the Trainer's profiler at every hook
+        super().__init__(**settings)
         self.projection: Projection | None = None
-        self.generator = torch.Generator()  # own, so that the network's random draws stay what they were without us
-        self._steps = 0
-        self._offset = 0
-        self._fitted: weakref.ref[LightningModule] | None = None
-        self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
-        self._loads_state = True
         self._handles: dict[int, RemovableHandle] = {}  # by the id of the optimizer
 
     # ------------------------------------------------------------------ what a technique supplies
-
-    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        """Find the parameters, go on from `state` where there is one, and build the projection.
-
-        The module is on its device, and the loaders exist. `state` is what `technique_state` returned for a checkpoint;
-        without one, an earlier fit of this module goes on.
-        """
-        raise NotImplementedError
-
-    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        """Act after optimizer step number `step`; 0 is the moment before the first one."""
-        raise NotImplementedError
-
-    def technique_state(self) -> dict[str, Any]:
-        """Return tensors, numbers, strings, lists and dicts that a resume needs."""
-        raise NotImplementedError
 
     def project_copy(self, module: torch.nn.Module) -> None:
         """Project an averaged copy of the LightningModule, in place."""
@@ -81,35 +51,12 @@ class CompressionCallback(Callback):
     def leave_out(self, masks: Mapping[str, Tensor]) -> None:
         """Keep at zero, behind the module too, what another callback has just pruned: False in the masks, by name."""
 
-    def synchronize(self) -> None:
-        """Bring rank-local statistics together, before a checkpoint. Every rank takes part."""
-
     # ------------------------------------------------------------------ refusals
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        name = type(self).__name__
-        if not isinstance(trainer, Trainer):
-            raise TypeError(
-                f"{name} is a callback of `lightning.pytorch`, but the Trainer comes from {type(trainer).__module__}: "
-                f"import Trainer and LightningModule from `lightning.pytorch`."
-            )
-        if stage != "fit":
-            return
-        self._check_strategy(trainer)
-        check_averages(trainer, self)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if any(other is not self and other.state_key == self.state_key for other in callbacks):
-            raise ValueError(f"The Trainer has two {name} with the same settings: {self.state_key}. Leave one out.")
-
-    def _check_strategy(self, trainer: Trainer) -> None:
-        name, strategy = type(self).__name__, trainer.strategy
-        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise ValueError(
-                f"{name} does not support {type(strategy).__name__}: it is tested with a single device and with "
-                f"strategy='ddp' or 'ddp_find_unused_parameters_true'."
-            )
-
-    # ------------------------------------------------------------------ the fit's beginning and end
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            check_averages(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
@@ -133,46 +80,17 @@ class CompressionCallback(Callback):
                 f"torch.optim.Optimizer.__init__."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loaded, self._loaded = self._loaded, None
-        self._begin_counting(trainer, pl_module, loaded)
-        self.generator.manual_seed(torch.initial_seed() + rank())
-        self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
-        random_state = None if loaded is None else self._random_state(loaded["rng"])
-        if random_state is not None:
-            self.generator.set_state(random_state["own"].cpu())
+    # ------------------------------------------------------------------ the projection, around every optimizer step
+
+    def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
             self._hook(optimizer)
-        self.at_step(trainer, pl_module, self._steps)
+        super().before_first_step(trainer, pl_module)
         self._project_averages(trainer)
-        if loaded is not None and random_state is not None:
-            rng.restore(random_state["global"])
-            self._match_batches(trainer, inside_epoch=loaded["inside_epoch"])
-
-    def _begin_counting(self, trainer: Trainer, pl_module: LightningModule, loaded: dict[str, Any] | None) -> None:
-        if loaded is not None:
-            self._offset = loaded["offset"]
-        elif self._fitted is not None:
-            if self._fitted() is not pl_module:
-                raise ValueError(
-                    f"This {type(self).__name__} has compressed another module in an earlier fit: make a new one."
-                )
-            self._offset = max(0, self._steps - steps_done(trainer))  # a new Trainer counts its steps from 0
-        self._fitted = weakref.ref(pl_module)
-        self._steps = steps_done(trainer) + self._offset
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Neither can be sent to a spawned process, and both are made anew when a fit starts.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_fitted", "generator")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_fitted": None, "generator": torch.Generator()}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         while self._handles:
             self._handles.popitem()[1].remove()
-
-    # ------------------------------------------------------------------ the projection, around every optimizer step
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -199,10 +117,7 @@ class CompressionCallback(Callback):
     ) -> None:
         if self.projection is not None:
             self.projection.settle()
-        step = steps_done(trainer) + self._offset
-        if step != self._steps:  # accumulation has batches that end without a step
-            self._steps = step
-            self.at_step(trainer, pl_module, step)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._project_averages(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,71 +130,3 @@ class CompressionCallback(Callback):
     def _project_averages(self, trainer: Trainer) -> None:
         for module in averaged_modules(trainer):
             self.project_copy(module)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    @property
-    def state_key(self) -> str:
-        return self._state_key
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Written here and not in `state_dict`, because gathering over ranks needs to know that all of them take part:
-        # after an exception they may not.
-        together = trainer.state.status != TrainerStatus.INTERRUPTED
-        if together:
-            self.synchronize()
-        mine = {"global": rng.capture(), "own": self.generator.get_state()}
-        checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
-            "technique": self.technique_state(),
-            "rng": gather(mine) if together else [mine],
-            "offset": self._offset,
-            "inside_epoch": not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._loads_state:
-            self._loaded = state_dict
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._loads_state = trainer.state.fn == "fit"  # Lightning restores callbacks for validate and test as well
-        if not self._loads_state:
-            return
-        states = checkpoint["callbacks"]
-        mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
-        others = [key for key in states if key.startswith(type(self).__qualname__ + "{") and key not in mine]
-        if self.state_key not in states and others:
-            raise ValueError(
-                f"The checkpoint was written with other settings. It holds {others[0]}, this run has {self.state_key}. "
-                f"Resume with the same settings, or start a new fit from the weights alone."
-            )
-
-    def _random_state(self, states: list[dict[str, Any]]) -> dict[str, Any] | None:
-        if rank() < len(states):
-            return states[rank()]
-        warnings.warn(
-            f"The checkpoint holds the random states of {len(states)} process(es) and not of rank {rank()}: random "
-            f"decisions such as dropout will differ from the uninterrupted run's.",
-            stacklevel=2,
-        )
-        return None
-
-    def _match_batches(self, trainer: Trainer, *, inside_epoch: bool) -> None:
-        """See to it that the resumed run draws the batches that the uninterrupted one would have drawn."""
-        if not inside_epoch:
-            # The uninterrupted run would draw the next epoch's shuffling seeds now; Lightning made the resumed run's
-            # iterator before the random state was back.
-            fetcher = trainer.fit_loop._data_fetcher
-            assert fetcher is not None
-            iter(fetcher)
-        elif not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
-            warnings.warn(
-                "Resumed in the middle of an epoch with a training loader that has no state_dict/load_state_dict: "
-                "the rest of this epoch has other batches than the uninterrupted run. Weights, masks and random "
-                "states are exact.",
-                stacklevel=2,
-            )
-
-
-def _train_loaders(trainer: Trainer) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)

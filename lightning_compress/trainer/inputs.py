@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.trainer import rng
+from lightning_compress.trainer.inside import innermost
 
 
 def resolve_network(pl_module: LightningModule, network: str) -> nn.Module:
-    """Return the submodule at the dotted path `network`, or the LightningModule itself for an empty path.
+    """Return the submodule at the dotted path `network`, or the user's LightningModule itself for an empty path.
 
     Raises:
         ValueError: There is no such submodule.
     """
+    pl_module = innermost(pl_module)
     try:
         return pl_module.get_submodule(network)
     except AttributeError as error:
@@ -57,15 +60,22 @@ def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network
 
     Peeking leaves the random states and a stateful loader's position as they were.
     """
+    found = given_or_peeked(trainer, pl_module, network, given)
+    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(found))
+
+
+def given_or_peeked(trainer: Trainer, pl_module: LightningModule, network: nn.Module, given: Any) -> Any:
+    """Return example inputs as they come: the given ones, else `example_input_array`, else a peeked batch."""
     if given is None:
         given = getattr(pl_module, "example_input_array", None)
-    if given is None:
-        given = inputs_of(_peek(trainer), network)
-    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(given))
+    return inputs_of(_peek(trainer), network) if given is None else given
 
 
 def _peek(trainer: Trainer) -> Any:
-    loader = next(iter(trainer.fit_loop._combined_loader.flattened))  # type: ignore[union-attr]
+    combined = trainer.fit_loop._combined_loader
+    if combined is None:  # before the fit has set it up
+        combined = CombinedLoader(trainer.fit_loop._data_source.dataloader())
+    loader = next(iter(combined.flattened))
     random_states = rng.capture()
     position = loader.state_dict() if hasattr(loader, "load_state_dict") else None
     try:

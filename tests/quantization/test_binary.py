@@ -352,7 +352,7 @@ def test_ranks_that_resume_from_one_process_draw_the_same_samples(rank_pair: Ran
     resume = str(tmp_path / f"step={2 * EPOCH}.ckpt")
     first, second = rank_pair.run("support.jobs:fit_on_ranks", tmp_path, entry="binary-stochastic", resume=resume)
     for part in ("latent", "positive"):
-        assert differences(first["technique"]["weights"][part], second["technique"]["weights"][part]) == []
+        assert differences(first["techniques"][0]["weights"][part], second["techniques"][0]["weights"][part]) == []
 
 
 # ---------------------------------------------------------------------- averages

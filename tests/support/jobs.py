@@ -9,12 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_compress.trainer.resume import ResumableCallback
 from support.registry import REGISTRY
 from support.small import SmallModule, StatefulLoader, plain, quiet_trainer, shuffled
-
-
-def technique_state(callback: Callback) -> dict[str, Any]:
-    return callback.technique_state()  # type: ignore[attr-defined]
 
 
 def fit(
@@ -40,7 +37,9 @@ def fit(
     module = module or (SmallModule() if entry is None else SmallModule(**REGISTRY[entry].module))
     mine = []
     if entry is not None and not bare:
-        mine = [REGISTRY[entry].nothing()] if nothing else [REGISTRY[entry].make(), *REGISTRY[entry].beside()]
+        known = REGISTRY[entry]
+        mine = known.idle() if nothing else known.callbacks()
+        module = known.idle_wrap(module) if nothing else known.wrap(module)
     if folder is not None:
         checkpoint = ModelCheckpoint(
             folder,
@@ -56,8 +55,7 @@ def fit(
     return {
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "technique": technique_state(mine[0]) if mine else None,
-        "beside": [technique_state(one) for one in mine[1:]],
+        "techniques": [one.technique_state() for one in trainer.callbacks if isinstance(one, ResumableCallback)],
         "step": trainer.global_step,
         "random": torch.rand(3),
     }

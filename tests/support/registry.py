@@ -4,73 +4,98 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 
 from lightning_compress import (
     BinaryWeightsCallback,
+    DistillationModule,
     GroupLassoCallback,
     IterativePruningCallback,
     QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
 )
+from support.small import SmallModule
+
+Wrap = Callable[[LightningModule], LightningModule]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One technique with settings under which a fit of four epochs exercises all of it."""
+    """Techniques with settings under which a fit of four epochs exercises all of them: callbacks, wrappers, or both.
 
-    make: Callable[[], Callback]
-    nothing: Callable[[], Callback]  # the setting under which it must change nothing at all
-    beside: Callable[[], list[Callback]] = list  # other techniques in the same Trainer, after this one
+    `idle` and `idle_wrap` have the settings under which nothing at all may change.
+    """
+
+    callbacks: Callable[[], list[Callback]] = list
+    idle: Callable[[], list[Callback]] = list
+    wrap: Wrap = lambda module: module
+    idle_wrap: Wrap = lambda module: module
     module: dict[str, Any] = field(default_factory=dict)  # options of SmallModule
 
     def with_(self, *others: Entry) -> Entry:
-        """This technique followed by others."""
-        return replace(self, beside=lambda: [other.make() for other in others])
+        """These callbacks followed by others, and the wrappers around these wrappers."""
+
+        def wrap(module: LightningModule) -> LightningModule:
+            for entry in (self, *others):
+                module = entry.wrap(module)
+            return module
+
+        return replace(
+            self, callbacks=lambda: [one for entry in (self, *others) for one in entry.callbacks()], wrap=wrap
+        )
+
+
+def technique(kind: Callable[..., Callback], *args: Any, idle: dict[str, Any], **settings: Any) -> Entry:
+    """A callback, and the settings that make it do nothing."""
+    return Entry(lambda: [kind(*args, **settings)], lambda: [kind(*args, **(settings | idle))])
 
 
 def pruning(**options: Any) -> Entry:
     settings: dict[str, Any] = {"amount": 0.7, "end_epoch": 2.5, "every_n_steps": 5} | options
-    return Entry(
-        make=lambda: IterativePruningCallback(**settings),
-        nothing=lambda: IterativePruningCallback(**(settings | {"amount": 0.0, "stop": None})),
-    )
+    return technique(IterativePruningCallback, idle={"amount": 0.0, "stop": None}, **settings)
 
 
 def lasso(**options: Any) -> Entry:
     settings: dict[str, Any] = {"strength": 0.05} | options
-    return Entry(
-        make=lambda: GroupLassoCallback(**settings),
-        nothing=lambda: GroupLassoCallback(**(settings | {"strength": 0.0})),
-    )
+    return technique(GroupLassoCallback, idle={"strength": 0.0}, **settings)
 
 
 def clustering(**options: Any) -> Entry:
     settings: dict[str, Any] = {"n_clusters": 5, "start_epoch": 1.5} | options
-    return Entry(
-        make=lambda: WeightClusteringCallback(**settings),
-        nothing=lambda: WeightClusteringCallback(**(settings | {"n_clusters": 0})),
-    )
+    return technique(WeightClusteringCallback, idle={"n_clusters": 0}, **settings)
 
 
 def binary(**options: Any) -> Entry:
     settings: dict[str, Any] = {"start_epoch": 0.5} | options
-    return Entry(
-        make=lambda: BinaryWeightsCallback(**settings),
-        nothing=lambda: BinaryWeightsCallback(**(settings | {"start_epoch": 100.0})),
-        module={"activation": F.hardtanh} if "activations" in options else {},
-    )
+    entry = technique(BinaryWeightsCallback, idle={"start_epoch": 100.0}, **settings)
+    return replace(entry, module={"activation": F.hardtanh} if "activations" in options else {})
 
 
 def qat(*bits: Any, **options: Any) -> Entry:
     settings: dict[str, Any] = {"start_epoch": 0.5} | options
-    return Entry(
-        make=lambda: QuantizationAwareTrainingCallback(*bits, **settings),
-        nothing=lambda: QuantizationAwareTrainingCallback(*bits, **(settings | {"start_epoch": 100.0})),
-    )
+    return technique(QuantizationAwareTrainingCallback, *bits, idle={"start_epoch": 100.0}, **settings)
+
+
+def distillation(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"temperature": 4.0, "alpha": 0.6} | options
+
+    def wrap(module: LightningModule, **changed: Any) -> LightningModule:
+        return DistillationModule(module, small_teacher(), **(settings | changed))
+
+    idle = {"alpha": 0.0, "hints": ()}
+    return Entry(wrap=wrap, idle_wrap=partial(wrap, **idle))
+
+
+def small_teacher() -> SmallModule:
+    """Always the same weights, whatever the random state, which stays as it is."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(7)
+        return SmallModule()
 
 
 REGISTRY: dict[str, Entry] = {
@@ -108,6 +133,18 @@ REGISTRY: dict[str, Entry] = {
     "clustering-beside-binary": clustering(n_clusters={"net.head": 5}).with_(binary(exclude="net.head")),
     "qat": qat(8, 4),
     "qat-4bit-weights-only": qat({"net.hidden": 2, "*": 4}, None, start_epoch=0.0),
+    "distillation": distillation(),
+    "distillation-hints-scheduled": distillation(
+        temperature={"start": 6.0, "end": 1.0, "schedule": "cosine"},
+        hints=[{"student": "net.conv", "teacher": "net.conv", "regressor": True, "channel_dim": 1}],
+    ),
+    "distillation-twice": distillation().with_(distillation(loss="logit_regression", alpha=0.3)),
+    "pruning-distillation": pruning().with_(distillation()),
+    "pruning-neurons-during-fit-distillation": pruning(granularity="neuron", amount=0.5, shrink="during_fit").with_(
+        distillation(
+            hints=[{"student": "net.norm", "teacher": "net.norm", "loss": "attention_transfer", "weight": 10.0}]
+        )
+    ),
     "pruning-clustering-qat": pruning(amount=0.6).with_(
         clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
     ),

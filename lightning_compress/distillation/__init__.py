@@ -1,0 +1,1 @@
+"""Distillation: a network learns from what another one makes of the same inputs."""

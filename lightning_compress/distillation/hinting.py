@@ -1,0 +1,150 @@
+"""Layers of the student that learn from layers of the teacher, while both networks run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from lightning_compress.distillation.hints import attention_transfer_loss, fitnet_loss, regressor
+from lightning_compress.distillation.losses import cosine_loss
+from lightning_compress.trainer.capture import hooked, select_output
+
+HintLoss = Literal["fitnet", "attention_transfer", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hint:
+    """One pair of layers.
+
+    Attributes:
+        student: The layer's qualified name in the student.
+        teacher: The layer's qualified name in the teacher's network.
+        loss: How their outputs are compared.
+        weight: Before the loss.
+        regressor: Whether a layer of its own maps the student's features to the teacher's shape.
+        output: Key, position or attribute of the features, where the layers return more than a tensor.
+        channel_dim: Dimension of the channels, for features of three dimensions.
+    """
+
+    student: str
+    teacher: str
+    loss: HintLoss = "fitnet"
+    weight: float = 1.0
+    regressor: bool = False
+    output: str | int | None = None
+    channel_dim: int | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Hint:
+        """Make one of a mapping.
+
+        Raises:
+            ValueError: Keys that are missing or unknown, an unknown loss, a negative weight.
+        """
+        known = [field.name for field in fields(cls)]
+        if set(given) - set(known) or not {"student", "teacher"} <= set(given):
+            raise ValueError(
+                f"A hint has student= and teacher=, names of layers, and, if wanted, {', '.join(known[2:])}; got "
+                f"{dict(given)!r}."
+            )
+        made = cls(**given)
+        if made.loss not in get_args(HintLoss):
+            raise ValueError(f"The loss of a hint is one of {', '.join(get_args(HintLoss))}; got {made.loss!r}.")
+        if not made.weight >= 0.0:
+            raise ValueError(f"The weight of a hint is 0 or more; got {made.weight!r} for {made.student!r}.")
+        return made
+
+    def make_regressor(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        """Return the layer that maps features like the student's to features like the teacher's.
+
+        Raises:
+            ValueError: None can.
+        """
+        try:
+            return regressor(student.shape, teacher.shape, channel_dim=self.channel_dim)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from error
+
+    def between(self, student: Tensor, teacher: Tensor, regressor: nn.Module | None) -> Tensor:
+        """Return the loss between the features of a batch, weighted.
+
+        Raises:
+            ValueError: The features don't fit.
+        """
+        try:
+            mapped = student if regressor is None else _regressed(student, regressor)
+            if self.loss == "fitnet":
+                return self.weight * fitnet_loss(mapped, teacher)
+            if self.loss == "attention_transfer":
+                return self.weight * attention_transfer_loss(mapped, teacher)
+            dim = self.channel_dim if self.channel_dim is not None or mapped.dim() < 4 else 1
+            return self.weight * cosine_loss(mapped, teacher, class_dim=dim)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from error
+
+    def __str__(self) -> str:
+        return f"Hint {self.student!r} from {self.teacher!r}"
+
+
+def _regressed(student: Tensor, regressor: nn.Module) -> Tensor:
+    weight = regressor.get_parameter("weight")
+    channels = student.shape[-1 if weight.dim() == 2 else 1]
+    if channels != weight.shape[1]:
+        raise ValueError(
+            f"the regressor was made for {weight.shape[1]} channels of the student, and there are {channels} now: a "
+            f"layer whose channels are cut during the fit can be compared by attention_transfer only."
+        )
+    mapped: Tensor = regressor(student)
+    return mapped
+
+
+@contextmanager
+def features(root: nn.Module, names: Sequence[str], hints: Sequence[Hint], who: str) -> Iterator[dict[Hint, Tensor]]:
+    """Collect the outputs of layers, as they are when the layer returns them, while a network runs.
+
+    Raises:
+        ValueError: There is no such layer, it ran twice, or it returned no tensor.
+    """
+    found: dict[Hint, Tensor] = {}
+    with watching(root, names, hints, who, found.__setitem__):
+        yield found
+
+
+@contextmanager
+def watching(
+    root: nn.Module, names: Sequence[str], hints: Sequence[Hint], who: str, act: Callable[[Hint, Tensor], None]
+) -> Iterator[None]:
+    """Call `act` with the output of each hint's layer, while the block runs the network; once each."""
+    seen: set[Hint] = set()
+
+    def hook_of(hint: Hint, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            if hint in seen:
+                raise ValueError(
+                    f"{hint}: {name!r} of the {who} ran twice in one forward pass; name a layer that runs once."
+                )
+            seen.add(hint)
+            # A copy, for an activation in place may follow.
+            act(hint, select_output(output, hint.output, f"{name!r} of the {who}").clone())
+
+        return hook
+
+    layers = [_layer(root, name, hint, who) for name, hint in zip(names, hints, strict=True)]
+    hooks = [hook_of(hint, name) for name, hint in zip(names, hints, strict=True)]
+    with hooked(*(layer.register_forward_hook(hook) for layer, hook in zip(layers, hooks, strict=True))):
+        yield
+
+
+def _layer(root: nn.Module, name: str, hint: Hint, who: str) -> nn.Module:
+    try:
+        return root.get_submodule(name)
+    except AttributeError as error:
+        names = [one for one, _ in root.named_modules() if one]
+        near = [one for one in names if one.rpartition(".")[2] == name.rpartition(".")[2]] or names
+        raise ValueError(
+            f"{hint}: the {who} {type(root).__name__} has no layer {name!r}; it has {', '.join(map(repr, near[:5]))}."
+        ) from error

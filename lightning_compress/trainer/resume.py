@@ -1,0 +1,196 @@
+"""The callback that every technique extends: its place among the strategies, its steps, and a resume that is exact."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
+
+from lightning_compress.trainer import rng
+from lightning_compress.trainer.distributed import gather, rank
+from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.timeline import steps_done
+
+
+class ResumableCallback(Callback):
+    """A technique that goes on after an interruption as if there had been none.
+
+    A subclass passes its constructor arguments on as settings and supplies `prepare`, `at_step` and `technique_state`.
+    Everything that happens is tied to the number of optimizer steps, because that survives every kind of resume.
+
+    Args:
+        settings: The constructor arguments. They make up the `state_key`, so that two callbacks of one class can live
+            in one Trainer, and a checkpoint from other settings is recognised.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.name = type(self).__name__  # in messages
+        self._state_key = self._generate_state_key(**settings)  # read by the Trainer's profiler at every hook
+        self.generator = torch.Generator()  # own, so that the network's random draws stay what they were without us
+        self._steps = 0
+        self._offset = 0
+        self._fitted: weakref.ref[LightningModule] | None = None
+        self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
+        self._loads_state = True
+
+    # ------------------------------------------------------------------ what a technique supplies
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        """Get ready for the first step, and go on from `state` where there is one.
+
+        The module is on its device, and the loaders exist. `state` is what `technique_state` returned for a checkpoint;
+        without one, an earlier fit of this module goes on.
+        """
+        raise NotImplementedError
+
+    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Act after optimizer step number `step`; 0 is the moment before the first one."""
+        raise NotImplementedError
+
+    def technique_state(self) -> dict[str, Any]:
+        """Return tensors, numbers, strings, lists and dicts that a resume needs."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Bring rank-local statistics together, before a checkpoint. Every rank takes part."""
+
+    # ------------------------------------------------------------------ refusals
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        name = self.name
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"{name} is a callback of `lightning.pytorch`, but the Trainer comes from {type(trainer).__module__}: "
+                f"import Trainer and LightningModule from `lightning.pytorch`."
+            )
+        if stage != "fit":
+            return
+        self._check_strategy(trainer)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if any(other is not self and other.state_key == self.state_key for other in callbacks):
+            raise ValueError(f"The Trainer has two {name} with the same settings: {self.state_key}. Leave one out.")
+
+    def _check_strategy(self, trainer: Trainer) -> None:
+        name, strategy = self.name, trainer.strategy
+        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+            raise ValueError(
+                f"{name} does not support {type(strategy).__name__}: it is tested with a single device and with "
+                f"strategy='ddp' or 'ddp_find_unused_parameters_true'."
+            )
+
+    # ------------------------------------------------------------------ the fit's beginning, and its steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loaded, self._loaded = self._loaded, None
+        self._begin_counting(trainer, pl_module, loaded)
+        self.generator.manual_seed(torch.initial_seed() + rank())
+        self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
+        random_state = None if loaded is None else self._random_state(loaded["rng"])
+        if random_state is not None:
+            self.generator.set_state(random_state["own"].cpu())
+        self.before_first_step(trainer, pl_module)
+        if loaded is not None and random_state is not None:
+            rng.restore(random_state["global"])
+            self._match_batches(trainer, inside_epoch=loaded["inside_epoch"])
+
+    def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Act before the first step; everything is prepared."""
+        self.at_step(trainer, pl_module, self._steps)
+
+    def _begin_counting(self, trainer: Trainer, pl_module: LightningModule, loaded: dict[str, Any] | None) -> None:
+        if loaded is not None:
+            self._offset = loaded["offset"]
+        elif self._fitted is not None:
+            if self._fitted() is not innermost(pl_module):
+                raise ValueError(f"This {self.name} has compressed another module in an earlier fit: make a new one.")
+            self._offset = max(0, self._steps - steps_done(trainer))  # a new Trainer counts its steps from 0
+        self._fitted = weakref.ref(innermost(pl_module))
+        self._steps = steps_done(trainer) + self._offset
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither can be sent to a spawned process, and both are made anew when a fit starts.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_fitted", "generator")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_fitted": None, "generator": torch.Generator()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = steps_done(trainer) + self._offset
+        if step != self._steps:  # accumulation has batches that end without a step
+            self._steps = step
+            self.at_step(trainer, pl_module, step)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def state_key(self) -> str:
+        return self._state_key
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Written here and not in `state_dict`, because gathering over ranks needs to know that all of them take part:
+        # after an exception they may not.
+        together = trainer.state.status != TrainerStatus.INTERRUPTED
+        if together:
+            self.synchronize()
+        mine = {"global": rng.capture(), "own": self.generator.get_state()}
+        checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
+            "technique": self.technique_state(),
+            "rng": gather(mine) if together else [mine],
+            "offset": self._offset,
+            "inside_epoch": not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._loads_state:
+            self._loaded = state_dict
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loads_state = trainer.state.fn == "fit"  # Lightning restores callbacks for validate and test as well
+        if not self._loads_state:
+            return
+        states = checkpoint["callbacks"]
+        mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
+        others = [key for key in states if key.startswith(type(self).__qualname__ + "{") and key not in mine]
+        if self.state_key not in states and others:
+            raise ValueError(
+                f"The checkpoint was written with other settings. It holds {others[0]}, this run has {self.state_key}. "
+                f"Resume with the same settings, or start a new fit from the weights alone."
+            )
+
+    def _random_state(self, states: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if rank() < len(states):
+            return states[rank()]
+        warnings.warn(
+            f"The checkpoint holds the random states of {len(states)} process(es) and not of rank {rank()}: random "
+            f"decisions such as dropout will differ from the uninterrupted run's.",
+            stacklevel=2,
+        )
+        return None
+
+    def _match_batches(self, trainer: Trainer, *, inside_epoch: bool) -> None:
+        """See to it that the resumed run draws the batches that the uninterrupted one would have drawn."""
+        if not inside_epoch:
+            # The uninterrupted run would draw the next epoch's shuffling seeds now; Lightning made the resumed run's
+            # iterator before the random state was back.
+            fetcher = trainer.fit_loop._data_fetcher
+            assert fetcher is not None
+            iter(fetcher)
+        elif not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
+            warnings.warn(
+                "Resumed in the middle of an epoch with a training loader that has no state_dict/load_state_dict: "
+                "the rest of this epoch has other batches than the uninterrupted run. Weights, masks and random "
+                "states are exact.",
+                stacklevel=2,
+            )
+
+
+def _train_loaders(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
