@@ -3,10 +3,11 @@
 from lightning_compress.baselines.classifier import Classifier
 from lightning_compress.baselines.data import CIFAR10, MNIST, Digits, FashionMNIST
 from lightning_compress.baselines.loader import RandomShift, TensorLoader
-from lightning_compress.baselines.networks import DigitsConvNet, LeNet5, LeNet300, ResNet20
+from lightning_compress.baselines.networks import MLP, DigitsConvNet, LeNet5, LeNet300, ResNet20
 
 __all__ = [
     "CIFAR10",
+    "MLP",
     "MNIST",
     "Classifier",
     "Digits",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.baselines import DigitsConvNet, LeNet5, LeNet300, ResNet20
+from lightning_compress.baselines import MLP, DigitsConvNet, LeNet5, LeNet300, ResNet20
 
 
 def weights(module: nn.Module) -> int:
@@ -43,6 +43,18 @@ def test_digits_net_refuses_images_that_cannot_be_halved_twice_and_unknown_activ
         DigitsConvNet(activation="gelu")
 
 
+def test_mlp_has_dropout_where_it_is_asked_for_and_needs_an_input_and_an_output() -> None:
+    def kinds(network: nn.Module) -> list[str]:
+        return [type(layer).__name__ for layer in network]  # type: ignore[attr-defined]  # a Sequential
+
+    assert kinds(MLP(widths=(4, 3, 2))) == ["Flatten", "Linear", "ReLU", "Linear"]
+    dropped = MLP(widths=(4, 3, 2), dropout=0.5, input_dropout=0.25)
+    assert kinds(dropped) == ["Flatten", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
+    assert [layer.p for layer in dropped if isinstance(layer, nn.Dropout)] == [0.25, 0.5]
+    with pytest.raises(ValueError, match=r"widths has two numbers or more; got \[784\]"):
+        MLP(widths=[784])
+
+
 def test_caffe_lenet5_has_one_relu() -> None:
     assert sum(isinstance(m, nn.ReLU) for m in LeNet5(conv_relu=False)) == 1
     assert sum(isinstance(m, nn.ReLU) for m in LeNet5()) == 3
@@ -53,6 +65,7 @@ def test_caffe_lenet5_has_one_relu() -> None:
     [
         (DigitsConvNet(num_classes=3, in_channels=2, image_size=16), (2, 16, 16)),
         (LeNet300(in_features=64, num_classes=3), (1, 8, 8)),
+        (MLP(widths=(64, 5, 3)), (1, 8, 8)),
         (LeNet5(in_channels=3, num_classes=3), (3, 28, 28)),
         (ResNet20(width=4, in_channels=1, num_classes=3), (1, 28, 28)),
     ],
