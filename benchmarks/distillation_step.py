@@ -26,22 +26,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_compress import DistillationModule
-from lightning_compress.baselines import Classifier, LeNet300, ResNet20, TensorLoader
+from lightning_compress.baselines import MLP, Classifier, LeNet300, ResNet20, TensorLoader
 
 BATCH = 128
 
 
-class MLP(nn.Sequential):
-    def __init__(self, width: int) -> None:
-        layers = [nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
-        super().__init__(nn.Flatten(), *layers)
+def mlp(width: int) -> MLP:
+    return MLP(widths=(784, width, width, 10))
 
 
 PAIRS: dict[
     str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...], int, list[dict[str, Any]]]
 ] = {
-    "MLP 2x1200 -> LeNet-300-100": (LeNet300, lambda: MLP(1200), (1, 28, 28), 25_600, []),
-    "MLP 2x1200 -> MLP 2x800": (lambda: MLP(800), lambda: MLP(1200), (1, 28, 28), 12_800, []),
+    "MLP 2x1200 -> LeNet-300-100": (LeNet300, lambda: mlp(1200), (1, 28, 28), 25_600, []),
+    "MLP 2x1200 -> MLP 2x800": (lambda: mlp(800), lambda: mlp(1200), (1, 28, 28), 12_800, []),
     "ResNet-20, width 32 -> 8": (lambda: ResNet20(width=8), lambda: ResNet20(width=32), (3, 32, 32), 1_280, []),
     "the same, attention transfer": (
         lambda: ResNet20(width=8),

@@ -402,6 +402,18 @@ def test_a_cache_refuses_inputs_that_change_and_batches_without_an_index() -> No
         fitted(DistillationModule(Plain(), Plain(), cache=0))
 
 
+def test_a_resume_keeps_the_schedule_that_was_planned(tmp_path: Path) -> None:
+    def module() -> DistillationModule:
+        return DistillationModule(Plain(), Plain(), temperature={"start": 8, "end": 2})
+
+    trainer = fitted(module(), max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "it.ckpt")
+    longer = module()
+    quiet_trainer(max_epochs=9).fit(longer, plain(), ckpt_path=tmp_path / "it.ckpt", weights_only=True)
+    number = longer._lightning_compress.levels[0].objective.temperature
+    assert number.ramp == Ramp(start=0, end=24, interval=1)  # two thirds of three epochs
+
+
 # ------------------------------------------------------------------ hints
 
 

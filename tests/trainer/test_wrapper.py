@@ -367,6 +367,27 @@ def test_wrappers_in_turn_in_one_trainer() -> None:
     assert not any(isinstance(one, ResumableCallback) for one in trainer.callbacks)
 
 
+def test_two_that_are_the_same_are_two() -> None:
+    module = Wrapper(Wrapper(SmallModule(), objective=Beside()), objective=Beside())
+    trainer = quiet_trainer(max_epochs=1)
+    names: list[str] = []
+
+    class Names(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            names.extend(name for name, _ in pl_module.named_parameters())
+
+    trainer.callbacks.append(Names())  # type: ignore[attr-defined]
+    trainer.fit(module, shuffled())
+    assert len(set(names)) == len(names) == 12
+
+
+def test_what_trains_beside_the_network_would_be_lost_in_a_fork() -> None:
+    module = Wrapper(SmallModule(), objective=Beside())
+    trainer = quiet_trainer(strategy="ddp_fork", devices=2, max_epochs=1)
+    with pytest.raises(Exception, match=r"layer\.weight, layer\.bias.* can't bring back to the main process"):
+        trainer.fit(module, shuffled())
+
+
 def test_after_a_failure_its_parameters_are_the_modules() -> None:
     class Failing(SmallModule):
         def on_train_epoch_end(self) -> None:
