@@ -108,9 +108,7 @@ class CompressionModule(LightningModule):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         own: Any = type(self).__bases__[1]
-        run: Callable[..., Any] = partial(
-            own.training_step, self
-        )  # of the class: on the object there may be this step, compiled
+        run: Callable[..., Any] = partial(own.training_step, self)
         if self._trainer is None or self._trainer.training:  # a validation_step may call it as well
             for level in self._lightning_compress.levels:
                 run = partial(level.objective.step, self, run)
