@@ -132,10 +132,8 @@ class CompressionModule(LightningModule):
         super().teardown(stage)
         for level in self._lightning_compress.levels:
             level.objective.fitting = False
-        left = vars(self).get(
-            "forward"
-        )  # by DistributedDataParallel; in the module's own pickle it would be all of this
-        if getattr(left, "__self__", None) is self:
+        # Lightning leaves it there with DistributedDataParallel; a pickle of the module would hold this wrapper by it.
+        if getattr(vars(self).get("forward"), "__self__", None) is self:
             del self.forward
 
     def named_parameters(
