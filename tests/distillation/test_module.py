@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.compare import differences
@@ -616,6 +617,14 @@ def test_one_clear_error(
     teacher = teacher() if isinstance(teacher, type) else teacher
     with pytest.raises(ValueError, match=message):
         fitted(DistillationModule(student(), teacher, **options), fast_dev_run=True)
+
+
+def test_hydra_makes_student_and_teacher() -> None:
+    small = {"_target_": "support.small.SmallModule", "optimizer": "adam"}
+    config = {"_target_": "lightning_compress.DistillationModule", "student": small, "teacher": [small, small]}
+    module = instantiate(config | {"temperature": {"start": 8, "end": 1}}, _convert_="all")
+    assert isinstance(module, SmallModule)
+    quiet_trainer(max_epochs=1).fit(module, shuffled())
 
 
 def test_a_teacher_of_no_kind_and_a_config_that_was_not_instantiated() -> None:
