@@ -1,11 +1,12 @@
 """Hinton's MNIST (Hinton et al. 2015, section 3): what a teacher with dropout and jitter gives a plain student.
 
 Teacher: 784-1200-1200-10, two fifths of the hidden units dropped, images jittered by up to two pixels; half of them
-and a fifth of the inputs, as is usual, want more epochs. Student: 784-800-800-10 without regularisation on the images
-as they are, alone and distilled at T = 20 on the soft targets only. Then the same two students without the images of
-a digit: they never see one, the teacher did. The bias of that digit is raised afterwards, as in the paper, by what
-makes fewest errors on the test images; and, so that they select nothing, by what makes fewest on all training images.
-Learning rates, dropout and epochs were chosen on 10,000 of the training images, with another seed.
+and a fifth of the inputs, in batches of 128, left 117 errors on 10,000 validation images after 40 epochs, where three
+tenths of the hidden units alone, in batches of 256, left 104. Student: 784-800-800-10 without regularisation on the
+images as they are, alone and distilled at T = 20 on the soft targets only; its learning rate, batch and epochs were
+chosen on those validation images as well, with another seed. Then the same two students without the images of a digit:
+they never see one, the teacher did. The bias of that digit is raised afterwards, as in the paper, by what makes fewest
+errors on the test images; and, so that they select nothing, by what makes fewest on all training images.
 
 All 60,000 training images train; what is counted are the errors of the last epoch's network on the 10,000 test images.
 
