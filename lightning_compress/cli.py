@@ -207,10 +207,11 @@ def _recorded(folder: Path) -> DictConfig | None:
 def _working_where(recorded: DictConfig) -> Iterator[None]:
     """Make the folder in which a run worked the current one: relative paths of its config begin there."""
     before = Path.cwd()
-    if Path(recorded.cwd).is_dir():
-        os.chdir(recorded.cwd)
+    there = recorded.get("cwd", ".")  # runs of before did not say
+    if Path(there).is_dir():
+        os.chdir(there)
     else:
-        log.warning("The run worked in %s, which is not there: its relative paths begin in %s.", recorded.cwd, before)
+        log.warning("The run worked in %s, which is not there: its relative paths begin in %s.", there, before)
     try:
         yield
     finally:
