@@ -95,7 +95,7 @@ def _from_file(path: str | PathLike[str], student: LightningModule) -> nn.Module
             reason = str(misfit)
     try:
         return kind.load_from_checkpoint(Path(path), map_location="cpu")
-    except Exception as failure:
+    except Exception as failure:  # whatever the class's own code raises
         raise ValueError(
             f"teacher={str(path)!r} is no {kind.__name__} like the student ({reason}), and {kind.__name__}."
             f"load_from_checkpoint can't make the module that it was written with ({failure}): make that module "

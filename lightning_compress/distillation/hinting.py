@@ -23,7 +23,7 @@ class Hint:
 
     Attributes:
         student: The layer's qualified name in the student.
-        teacher: The layer's qualified name in the teacher's network.
+        teacher: The layer's qualified name in the teacher, as it was passed.
         loss: How their outputs are compared.
         weight: Before the loss.
         regressor: Whether a layer of its own maps the student's features to the teacher's shape.
