@@ -106,7 +106,7 @@ def logits(output: Any) -> Tensor:
 def half(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
     groups = channel_groups(model, example_inputs)
     keep = {group.name: range(group.size - group.size // 2) for group in groups.free()}
-    return cut(model, keep, example_inputs, groups=groups)
+    return cut(model, example_inputs, keep=keep, groups=groups)
 
 
 def half_by_peer(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:

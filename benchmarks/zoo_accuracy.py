@@ -55,7 +55,7 @@ def one_network(name: str, seeds: list[int]) -> dict[str, float]:
         keep: dict[str, Tensor] = {
             group.name: torch.randperm(group.size, generator=generator)[: max(1, group.size // 2)] for group in free
         }
-        cut(thin, keep, inputs, allow_inexact=True, groups=groups)
+        cut(thin, inputs, keep=keep, allow_inexact=True, groups=groups)
         output = run(thin, inputs)
         found["absent"] = max(found["absent"], relative_difference(output, absent(model, free, keep, inputs)))
         if not specimen.emits_at_zero:

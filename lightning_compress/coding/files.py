@@ -93,7 +93,7 @@ def load_compressed(
         >>> def make():
         ...     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> path = Path(tempfile.mkdtemp()) / "thin.lcz"
-        >>> _ = save_compressed(cut(make(), {"0": [0, 3, 5]}, torch.zeros(2, 3)), path)
+        >>> _ = save_compressed(cut(make(), torch.zeros(2, 3), keep={"0": [0, 3, 5]}), path)
         >>> load_compressed(path, make())[0]
         Linear(in_features=3, out_features=3, bias=True)
     """

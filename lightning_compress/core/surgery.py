@@ -23,16 +23,17 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, to
 
 def cut(
     model: nn.Module,
-    keep: Mapping[str, Tensor | Sequence[int]],
-    example_inputs: ExampleInputs,
-    *,
+    *inputs: ExampleInputs,
+    keep: Mapping[str, Tensor | Sequence[int]] | None = None,
+    remove: Mapping[str, Tensor | Sequence[int]] | None = None,
+    example_inputs: ExampleInputs | None = None,
     allow_inexact: bool = False,
     groups: ChannelGroups | None = None,
     optimizers: Iterable[torch.optim.Optimizer] = (),
     copies: Iterable[nn.Module] = (),
     owner: nn.Module | None = None,
 ) -> nn.Module:
-    """Keep some channels of some groups, and cut the others out.
+    """Cut channels out of some groups: `cut(model, x, keep={...})`, or `cut(model, x, remove={...})`.
 
     Parameters stay the same objects, with their `requires_grad`, gradients and hooks; buffers, the sizes that modules
     note, and the optimizers' state follow. The thin network is compared with the dense one without those channels on
@@ -40,7 +41,9 @@ def cut(
 
     Args:
         model: The network, changed in place.
+        inputs: The example inputs, where they are not given as `example_inputs=`.
         keep: By group name the indices that stay, in ascending order or not; groups that are not named stay whole.
+        remove: By group name the indices that leave, instead of `keep`.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; batch first.
         allow_inexact: Whether groups may be cut whose channels are counted by a norm or a softmax. The network
             then computes what it would if these averaged over the channels that stay.
@@ -54,21 +57,23 @@ def cut(
         The model.
 
     Raises:
+        TypeError: Not exactly one of `keep` and `remove` is given, or the example inputs are missing or given twice.
         ValueError: A group is unknown or frozen, inexact without `allow_inexact`, or left with nothing; indices are out
             of range; or the thin network does not compute what it should. The model is as it was then.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> cut(net, {"0": [0, 3, 5]}, torch.zeros(2, 3))
+        >>> cut(net, torch.zeros(2, 3), keep={"0": [0, 3, 5]})
         Sequential(
           (0): Linear(in_features=3, out_features=3, bias=True)
           (1): ReLU()
           (2): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    chosen, side, example_inputs = _asked(inputs, keep, remove, example_inputs)
     groups = channel_groups(model, example_inputs) if groups is None else groups
     named = {group.name: group for group in groups}
-    checked = {name: _checked(named, name, indices, allow_inexact) for name, indices in keep.items()}
+    checked = {name: _checked(named, name, indices, side, allow_inexact) for name, indices in chosen.items()}
     drop = drop_of(named, checked)
     if not drop:
         return model
@@ -147,23 +152,45 @@ def _check(slices: Slices, drop: Drop, wrong: str | None) -> None:
         )
 
 
+def _asked(
+    inputs: tuple[ExampleInputs, ...],
+    keep: Mapping[str, Tensor | Sequence[int]] | None,
+    remove: Mapping[str, Tensor | Sequence[int]] | None,
+    example_inputs: ExampleInputs | None,
+) -> tuple[Mapping[str, Tensor | Sequence[int]], str, ExampleInputs]:
+    """The indices by group, whether they are to "keep" or to "remove", and the example inputs."""
+    given = [*inputs, *([] if example_inputs is None else [example_inputs])]
+    if (keep is None) == (remove is None) or len(given) != 1:
+        raise TypeError(
+            "Say by name whether channels stay or leave: cut(model, example_inputs, keep={'conv1': [0, 2, 5]}) or "
+            "cut(model, example_inputs, remove={'conv1': [1, 3, 4]}), one of the two. Got "
+            f"keep={keep}, remove={remove} and {len(given)} arguments that could be the example inputs."
+        )
+    side, chosen = ("keep", keep) if keep is not None else ("remove", remove)
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"{side} must be a dict of indices by group name, such as {{'conv1': [0, 2]}}: got {chosen}.")
+    return chosen, side, given[0]
+
+
 def _checked(
-    named: Mapping[str, ChannelGroup], name: str, indices: Tensor | Sequence[int], allow_inexact: bool
+    named: Mapping[str, ChannelGroup], name: str, indices: Tensor | Sequence[int], side: str, allow_inexact: bool
 ) -> Tensor:
+    """The indices that stay, in order; `side` says whether `indices` are those, or the ones to remove."""
     if name not in named:
         raise ValueError(f"There is no channel group {name!r}; there are {', '.join(map(repr, named))}.")
     group = named[name]
     units = torch.as_tensor(indices, device="cpu").reshape(-1)
     units = units.long() if units.numel() == 0 else units
     if units.dtype == torch.bool or units.is_floating_point():
-        raise ValueError(f"keep for {name!r} must be indices, that is integers; got {units.dtype}.")
-    units = torch.tensor(sorted(set(units.tolist())), dtype=torch.long)
+        raise ValueError(f"{side} for {name!r} must be indices, that is integers; got {units.dtype}.")
+    if units.numel() and (int(units.min()) < 0 or int(units.max()) >= group.size):
+        raise ValueError(
+            f"{side} for {name!r} must lie in 0 to {group.size - 1}; got {int(units.min())} to {int(units.max())}."
+        )
+    chosen = torch.isin(torch.arange(group.size), units)
+    units = (chosen if side == "keep" else ~chosen).nonzero().squeeze(1)
     if units.numel() == 0:
         raise ValueError(f"Nothing would be left of {name!r}: at least one of its {group.size} channels must stay.")
-    if int(units.min()) < 0 or int(units.max()) >= group.size:
-        raise ValueError(
-            f"keep for {name!r} must lie in 0 to {group.size - 1}; got {int(units.min())} to {int(units.max())}."
-        )
     if len(units) < group.size and group.frozen is not None:
         raise ValueError(f"{name!r} cannot be cut: {group.frozen}.")
     if len(units) < group.size and not group.exact and not allow_inexact:
@@ -234,4 +261,4 @@ def shrink(
             )
         if not bool(speaks.all()):
             keep[name] = speaks.nonzero().squeeze(1)
-    return cut(model, keep, example_inputs, groups=groups, optimizers=optimizers, copies=copies, owner=owner)
+    return cut(model, example_inputs, keep=keep, groups=groups, optimizers=optimizers, copies=copies, owner=owner)

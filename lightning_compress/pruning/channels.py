@@ -131,8 +131,8 @@ class PrunableChannels:
         kept = positions_kept(groups, sliced, named_tensors(self._model))
         cut(
             self._model.get_submodule(self._network),
-            {name: mask.nonzero().squeeze(1) for name, mask in here.items()},
             self._inputs,
+            keep={name: mask.nonzero().squeeze(1) for name, mask in here.items()},
             groups=self._groups,
             optimizers=optimizers,
             copies=[copy.get_submodule(self._network) for copy in copies],

@@ -234,7 +234,7 @@ class GroupLassoCallback(CompressionCallback):
             )
         kept = positions_kept(groups, keep, named_tensors(network))
         indices = {name: speaks.nonzero().squeeze(1) for name, speaks in keep.items()}
-        cut(network, indices, inputs, groups=groups, optimizers=optimizers, owner=pl_module)
+        cut(network, inputs, keep=indices, groups=groups, optimizers=optimizers, owner=pl_module)
         return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

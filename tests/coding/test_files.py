@@ -158,7 +158,7 @@ def test_a_record_of_any_structure_travels(tmp_path: Path) -> None:
 
 def test_a_thin_network_is_rebuilt_in_the_dense_class(tmp_path: Path) -> None:
     x = normal(3, 1, 4, 4)
-    thin = cut(build().eval(), {"0": [0, 2]}, x)
+    thin = cut(build().eval(), x, keep={"0": [0, 2]})
     save_compressed(thin, tmp_path / "f")
     other = load_compressed(tmp_path / "f", build().eval())
     assert other[0].weight.shape == (2, 1, 3, 3)

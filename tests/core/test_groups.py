@@ -145,11 +145,11 @@ def test_three_cuts_are_one(name: str) -> None:
         for group in now.free():
             stays = torch.randperm(group.size, generator=generator)[: max(1, group.size * 3 // 4)]
             keep[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, stays, True)
-        cut(thin, {one: stays.nonzero().squeeze(1) for one, stays in keep.items()}, inputs, groups=now)
+        cut(thin, inputs, keep={one: stays.nonzero().squeeze(1) for one, stays in keep.items()}, groups=now)
         now = thinned(now, keep)
         left = {one: units[keep[one]] if one in keep else units for one, units in left.items()}
     assert any(len(units) < group.size for group, units in zip(groups.free(), left.values(), strict=True))
-    at_once = cut(copy.deepcopy(dense), left, inputs, groups=groups).state_dict()
+    at_once = cut(copy.deepcopy(dense), inputs, keep=left, groups=groups).state_dict()
     assert {key: tuple(value.shape) for key, value in thin.state_dict().items()} == {
         key: tuple(value.shape) for key, value in at_once.items()
     }
@@ -200,7 +200,7 @@ def test_buffers_may_be_parts_of_one_tensor() -> None:
     (group,) = channel_groups(net, torch.zeros(2, 3)).free()
     assert {one.tensor for one in group.members} == {"first.weight", "first.bias", "last.weight", "scale", "shift"}
     assert net.scale.dtype == torch.float32
-    cut(net, {group.name: [1, 4]}, torch.ones(2, 3))
+    cut(net, torch.ones(2, 3), keep={group.name: [1, 4]})
     assert (net.scale.tolist(), net.shift.tolist()) == ([1, 4], [9, 12])
 
 
@@ -209,6 +209,6 @@ def test_a_plan_that_follows_a_cut_and_a_new_one_list_the_same_free_groups() -> 
     x = torch.randn(2, 3)
     groups = channel_groups(net, x)
     keep = {"0": mask(0, 0, 1, 0), "2": mask(1, 0, 1, 1, 0, 1, 1, 1)}
-    cut(net, {name: stays.nonzero().squeeze(1) for name, stays in keep.items()}, x, groups=groups)
+    cut(net, x, keep={name: stays.nonzero().squeeze(1) for name, stays in keep.items()}, groups=groups)
     followed, anew = (found.free() for found in (thinned(groups, keep), channel_groups(net, x)))
     assert [(one.name, one.size) for one in followed] == [(one.name, one.size) for one in anew] == [("2", 6)]

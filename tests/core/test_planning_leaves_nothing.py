@@ -79,7 +79,7 @@ def test_habits_of_a_network_neither_freeze_it_nor_change_it(make: type[Net], wa
     assert torch.equal(net(X), untouched(X))
     with torch.no_grad():
         untouched.last.weight[:, [1, 2]] = 0
-    cut(net, {"first": [0, 3, 4, 5, 6, 7]}, X)
+    cut(net, X, keep={"first": [0, 3, 4, 5, 6, 7]})
     torch.testing.assert_close(net(X), untouched(X))
 
 
@@ -121,7 +121,7 @@ def test_an_output_from_before_the_cut_does_not_disturb_training_after_it() -> N
     net = Net()
     earlier = net(X)
     net(X).sum().backward()
-    cut(net, {"first": [0, 3, 5]}, X)
+    cut(net, X, keep={"first": [0, 3, 5]})
     net(X).sum().backward()
     assert net.first.weight.grad is not None
     assert net.first.weight.grad.shape == (3, 3)
@@ -137,7 +137,7 @@ def test_groups_are_found_behind_torch_compile_without_compiling(monkeypatch: py
 
     net: Any = torch.compile(Net(), backend=backend)
     (group,) = channel_groups(net, X).free()
-    cut(net, {group.name: [0, 1]}, X)
+    cut(net, X, keep={group.name: [0, 1]})
     assert not compiled
     assert net(X).shape == (4, 2)
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_planned_is_named(model: nn.Module, inputs: Any, message:
 def test_a_checkpoint_that_widens_a_cut_network_says_so(caplog: pytest.LogCaptureFixture) -> None:
     net = Net()
     dense = copy.deepcopy(net.state_dict())
-    cut(net, {"first": [0, 3, 5]}, X)
+    cut(net, X, keep={"first": [0, 3, 5]})
     thin = copy.deepcopy(net.state_dict())
     net.load_state_dict(thin)
     assert "takes the shapes" not in caplog.text

@@ -340,7 +340,7 @@ def check(program: Program, end: int, seed: int, exact_only: bool) -> tuple[int,
         if (group.exact or not exact_only) and float(torch.rand((), generator=generator)) < 0.7:
             how_many = int(torch.randint(1, max(2, group.size), (), generator=generator))
             keep[group.name] = torch.randperm(group.size, generator=generator)[:how_many].sort().values
-    thin = cut(copy.deepcopy(model), keep, inputs, allow_inexact=not exact_only, groups=groups)
+    thin = cut(copy.deepcopy(model), inputs, keep=keep, allow_inexact=not exact_only, groups=groups)
     # More than the example: what holds for its values only would show.
     others = torch.randn(3, 3, SIDE, SIDE, dtype=torch.float64, generator=generator)
     output = run(thin, others)

@@ -66,7 +66,7 @@ def test_parameters_modes_hooks_and_requires_grad_stay() -> None:
     seen: list[tuple[int, ...]] = []
     net.body.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
     before, modes = dict(net.named_parameters()), [one.training for one in net.modules()]
-    assert cut(net, KEEP, X) is net
+    assert cut(net, X, keep=KEEP) is net
     seen.clear()
     net(X)
     assert seen == [(4, 2)]
@@ -112,11 +112,11 @@ def test_training_on_after_a_cut_equals_training_on_behind_masks(name: str) -> N
         for which in (0, 1):
             step(number, which)
     mask()
-    cut(nets[1], KEEP, x[0], optimizers=optimizers[1:], groups=channel_groups(nets[1], x[0]))
+    cut(nets[1], x[0], keep=KEEP, optimizers=optimizers[1:], groups=channel_groups(nets[1], x[0]))
     for number in range(10, 60):
         for which in (0, 1):
             step(number, which)
-    cut(nets[0], KEEP, x[0], groups=groups)
+    cut(nets[0], x[0], keep=KEEP, groups=groups)
     for (key, masked), thin in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
         torch.testing.assert_close(masked, thin, rtol=1e-9, atol=1e-9, msg=key)
 
@@ -127,7 +127,7 @@ def test_factored_moments_follow() -> None:
     F.cross_entropy(net(X), torch.tensor([0, 1, 2, 3])).backward()
     optimizer.step()
     before = copy.deepcopy(optimizer.state[net.body.weight])
-    cut(net, KEEP, X, optimizers=[optimizer])
+    cut(net, X, keep=KEEP, optimizers=[optimizer])
     after = optimizer.state[net.body.weight]
     columns = (torch.tensor(KEEP["conv2"])[:, None] * 16 + torch.arange(16)).flatten()
     assert torch.equal(after["row_var"], before["row_var"][KEEP["body"]])
@@ -141,7 +141,7 @@ def test_gradients_follow() -> None:
     net = make()
     net(X).sum().backward()
     expected = net.conv1.weight.grad[KEEP["conv1"]].clone()
-    cut(net, KEEP, X)
+    cut(net, X, keep=KEEP)
     assert torch.equal(net.conv1.weight.grad, expected)
 
 
@@ -150,7 +150,7 @@ def test_a_copy_is_cut_alike() -> None:
     with torch.no_grad():
         for parameter in average.parameters():
             parameter.mul_(2)
-    cut(net, KEEP, X, copies=[average])
+    cut(net, X, keep=KEEP, copies=[average])
     assert torch.equal(average.conv2.weight, 2 * net.conv2.weight)
 
 
@@ -169,7 +169,55 @@ def test_what_cannot_be_cut_is_refused(keep: dict[str, Any], message: str) -> No
     net = make()
     before = snapshot(net)
     with pytest.raises(ValueError, match=message):
-        cut(net, keep, X)
+        cut(net, X, keep=keep)
+    assert_untouched(net, before)
+
+
+def test_what_stays_and_what_leaves_are_two_ways_to_say_the_same() -> None:
+    leaves = {"conv1": [4, 1, 3], "conv2": torch.tensor([0, 4, 5, 6]), "body": [1, 2, 3, 5, 6, 7, 8, 9]}
+    kept, removed = cut(make(), X, keep=KEEP), cut(make(), example_inputs=X, remove=leaves)
+    for (name, one), (_, other) in zip(kept.named_parameters(), removed.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert cut(net := make(), X, remove={"conv1": []}) is net
+    assert net.conv1.out_channels == 6
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: cut(net, KEEP, X),
+        lambda net: cut(net, KEEP, example_inputs=X),
+        lambda net: cut(net, KEEP),
+        lambda net: cut(net, X),
+        lambda net: cut(net, keep=KEEP),
+        lambda net: cut(net, X, example_inputs=X, keep=KEEP),
+        lambda net: cut(net, X, keep=KEEP, remove=KEEP),
+        lambda net: cut(net, X, KEEP, remove=KEEP),
+    ],
+)
+def test_a_cut_that_does_not_say_which_side_stays_is_refused(call: Callable[[nn.Module], nn.Module]) -> None:
+    net = make()
+    before = snapshot(net)
+    with pytest.raises(TypeError, match=r"cut\(model, example_inputs, keep=\{.*cut\(model, example_inputs, remove=\{"):
+        call(net)
+    assert_untouched(net, before)
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [
+        ({"conv1": range(6)}, "Nothing would be left of 'conv1': at least one of its 6 channels must stay"),
+        ({"conv1": [-1, 2]}, "remove for 'conv1' must lie in 0 to 5; got -1 to 2"),
+        ({"head": [0]}, "'head' cannot be cut: it is an output of the network"),
+    ],
+)
+def test_what_cannot_be_removed_is_refused(remove: dict[str, Any], message: str) -> None:
+    net = make()
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=message):
+        cut(net, X, remove=remove)
+    with pytest.raises(TypeError, match="remove must be a dict"):
+        cut(net, X, remove=[0, 1])
     assert_untouched(net, before)
 
 
@@ -177,9 +225,9 @@ def test_inexact_groups_need_a_word() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     before = snapshot(net)
     with pytest.raises(ValueError, match=r"layer_norm in '1' averages over channels: pass allow_inexact=True"):
-        cut(net, {"0": [0, 1]}, torch.randn(2, 4))
+        cut(net, torch.randn(2, 4), keep={"0": [0, 1]})
     assert_untouched(net, before)
-    assert cut(net, {"0": [0, 1]}, torch.randn(2, 4), allow_inexact=True)[1].normalized_shape == (2,)
+    assert cut(net, torch.randn(2, 4), keep={"0": [0, 1]}, allow_inexact=True)[1].normalized_shape == (2,)
 
 
 def test_an_optimizer_that_cannot_follow_stops_the_cut() -> None:
@@ -197,7 +245,7 @@ def test_an_optimizer_that_cannot_follow_stops_the_cut() -> None:
     net.zero_grad()
     before = snapshot(net)
     with pytest.raises(ValueError, match=r"Odd keeps 'sketch' of shape \(7,\)"):
-        cut(net, KEEP, X, optimizers=[optimizer])
+        cut(net, X, keep=KEEP, optimizers=[optimizer])
     assert_untouched(net, before)
 
 
@@ -264,7 +312,7 @@ def test_a_network_that_cannot_be_exported_is_refused_by_name() -> None:
 def test_thin_and_dense_state_dicts_load_into_a_cut_module() -> None:
     net, dense = make(), make()
     wide = copy.deepcopy(net.state_dict())
-    cut(net, KEEP, X)
+    cut(net, X, keep=KEEP)
     thin = copy.deepcopy(net.state_dict())
     expected = net.eval()(X)
     net.load_state_dict(wide)
@@ -276,7 +324,7 @@ def test_thin_and_dense_state_dicts_load_into_a_cut_module() -> None:
 
 
 def test_a_thin_file_rebuilds_the_dense_class(tmp_path: Any) -> None:
-    net = cut(make(), KEEP, X).eval()
+    net = cut(make(), X, keep=KEEP).eval()
     torch.save(net.state_dict(), tmp_path / "thin.pt")
     other = Net().eval()
     adopt_state(other, torch.load(tmp_path / "thin.pt", weights_only=True))
@@ -284,7 +332,7 @@ def test_a_thin_file_rebuilds_the_dense_class(tmp_path: Any) -> None:
 
 
 def test_shapes_that_fit_no_cut_are_refused() -> None:
-    net = cut(make(), KEEP, X)
+    net = cut(make(), X, keep=KEEP)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = copy.deepcopy(net.state_dict())
     state["norm1.weight"] = torch.ones(4)
@@ -303,7 +351,7 @@ def test_heads_are_told_by_the_record() -> None:
     net = nn.Sequential(nn.Linear(5, 12), layer, nn.Linear(12, 2)).eval()
     x = torch.randn(2, 7, 5)
     heads = next(group for group in channel_groups(net, x).free() if group.size == 3)
-    cut(net, {heads.name: [0, 2]}, x)
+    cut(net, x, keep={heads.name: [0, 2]})
     state = copy.deepcopy(net.state_dict())
     again = nn.Sequential(
         nn.Linear(5, 12), nn.TransformerEncoderLayer(12, 3, 20, batch_first=True, dropout=0.0), nn.Linear(12, 2)
@@ -335,7 +383,7 @@ POINTS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_thin_file_slices_the_buffers_that_it_does_not_hold(tmp_path: Any) -> None:
-    thin = cut(Scaled(), {"first": [0, 3, 5]}, POINTS)
+    thin = cut(Scaled(), POINTS, keep={"first": [0, 3, 5]})
     torch.save(thin.state_dict(), tmp_path / "thin.pt")
     other = load_compressed(tmp_path / "thin.pt", Scaled())
     assert other.scale.tolist() == [1, 4, 6]
@@ -344,8 +392,8 @@ def test_a_thin_file_slices_the_buffers_that_it_does_not_hold(tmp_path: Any) -> 
 
 
 def test_two_cuts_in_a_row_count_from_the_dense_buffer() -> None:
-    thin = cut(Scaled(), {"first": [0, 3, 5]}, POINTS)
-    cut(thin, {"first": [1, 2]}, POINTS)
+    thin = cut(Scaled(), POINTS, keep={"first": [0, 3, 5]})
+    cut(thin, POINTS, keep={"first": [1, 2]})
     other = Scaled()
     adopt_state(other, thin.state_dict())
     assert other.scale.tolist() == thin.scale.tolist() == [4, 6]
@@ -355,7 +403,7 @@ def test_two_cuts_in_a_row_count_from_the_dense_buffer() -> None:
 def test_buffers_come_back_with_a_dense_state_dict() -> None:
     net = Scaled()
     wide, dense = copy.deepcopy(net.state_dict()), net(POINTS)
-    thin = copy.deepcopy(cut(net, {"first": [0, 3, 5]}, POINTS).state_dict())
+    thin = copy.deepcopy(cut(net, POINTS, keep={"first": [0, 3, 5]}).state_dict())
     expected = net(POINTS)
     for _ in range(2):
         net.load_state_dict(wide)
@@ -368,7 +416,7 @@ def test_buffers_come_back_with_a_dense_state_dict() -> None:
 def test_a_thin_network_that_was_copied_is_cut_again_and_saved(way: str, tmp_path: Any) -> None:
     net = Scaled()
     wide, dense = copy.deepcopy(net.state_dict()), net(POINTS)
-    cut(net, {"first": [0, 3, 5]}, POINTS)
+    cut(net, POINTS, keep={"first": [0, 3, 5]})
     if way == "deepcopy":
         other = copy.deepcopy(net)
     elif way == "pickle":
@@ -377,7 +425,7 @@ def test_a_thin_network_that_was_copied_is_cut_again_and_saved(way: str, tmp_pat
     else:
         torch.save(net.state_dict(), tmp_path / "net.pt")
         other = load_compressed(tmp_path / "net.pt", Scaled())
-    cut(other.double(), {"first": [2]}, POINTS.double())
+    cut(other.double(), POINTS.double(), keep={"first": [2]})
     again = Scaled().double()
     adopt_state(again, copy.deepcopy(other.state_dict()))
     assert again.scale.tolist() == [6]
@@ -392,13 +440,13 @@ def test_a_cut_that_is_undone_leaves_no_trace_of_its_buffers() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     optimizer.state[net.last.weight] = {"sketch": torch.zeros(7)}
     with pytest.raises(ValueError, match="'sketch'"):
-        cut(net, {"first": [0, 3, 5]}, POINTS, optimizers=[optimizer])
+        cut(net, POINTS, keep={"first": [0, 3, 5]}, optimizers=[optimizer])
     assert net.scale.tolist() == [1, 2, 3, 4, 5, 6]
     assert not [name for name in vars(net) if "dense" in name]
 
 
 def test_a_thin_state_dict_without_its_record_is_refused_for_its_buffers() -> None:
-    net = cut(Scaled(), {"first": [0, 3, 5]}, POINTS)
+    net = cut(Scaled(), POINTS, keep={"first": [0, 3, 5]})
     bare = dict(net.state_dict())
     for load in (net.load_state_dict, lambda state: adopt_state(Scaled(), state)):
         with pytest.raises(ValueError, match=r"no record of what goes with them \(.*s[ch].*its metadata was lost"):
@@ -406,7 +454,7 @@ def test_a_thin_state_dict_without_its_record_is_refused_for_its_buffers() -> No
 
 
 def test_a_file_of_another_network_is_refused_by_its_dense_shapes() -> None:
-    state = cut(Scaled(9), {"first": [0, 3, 5]}, POINTS).state_dict()
+    state = cut(Scaled(9), POINTS, keep={"first": [0, 3, 5]}).state_dict()
     other = Scaled()
     before = snapshot(other)
     with pytest.raises(ValueError, match=r"its first\.weight had shape \(9, 3\) before.*this network has \(6, 3\)"):
@@ -424,7 +472,7 @@ def test_a_network_that_was_not_cut_leaves_no_record() -> None:
     follow_checkpoints(net, channel_groups(net, X))
     assert net.state_dict()._metadata == bare
     wide = copy.deepcopy(net.state_dict())
-    cut(net, KEEP, X)
+    cut(net, X, keep=KEEP)
     assert net.state_dict()._metadata != bare
     net.load_state_dict(wide)
     assert net.state_dict()._metadata == bare
@@ -434,13 +482,13 @@ def test_another_process_goes_on_where_the_first_one_was(tmp_path: Any) -> None:
     net = make().eval()
     states, outputs = [copy.deepcopy(net.state_dict())], [net(X)]
     for keep in (KEEP, {"conv2": [1, 3]}, {"conv1": [2]}):
-        cut(net, keep, X)
+        cut(net, X, keep=keep)
         states.append(copy.deepcopy(net.state_dict()))
         outputs.append(net(X))
     for first in (1, 2, 3):  # what the new process starts from
         torch.save(states[first], tmp_path / "thin.pt")
         other = load_compressed(tmp_path / "thin.pt", Net().eval())
-        cut(other, {"body": [1]}, X)  # the groups that it finds are those of the thin network
+        cut(other, X, keep={"body": [1]})  # the groups that it finds are those of the thin network
         for state, output in zip(states, outputs, strict=True):
             other.load_state_dict(state)
             torch.testing.assert_close(other(X), output)
@@ -457,8 +505,8 @@ def test_a_part_that_was_cut_by_itself_lies_in_the_whole() -> None:
 
     whole = Whole()
     wide, dense = copy.deepcopy(whole.state_dict()), whole(POINTS)
-    cut(whole.part, {"first": [0, 3, 4, 5]}, POINTS)
-    cut(whole, {"part.first": [1, 3]}, POINTS)
+    cut(whole.part, POINTS, keep={"first": [0, 3, 4, 5]})
+    cut(whole, POINTS, keep={"part.first": [1, 3]})
     other = Whole()
     adopt_state(other, copy.deepcopy(whole.state_dict()))
     assert other.part.scale.tolist() == [4, 6]
@@ -471,7 +519,7 @@ def test_a_part_that_was_cut_by_itself_lies_in_the_whole() -> None:
 def test_the_owner_takes_the_shapes_of_what_is_loaded_into_it() -> None:
     owner = nn.ModuleDict({"net": Scaled(), "other": nn.Linear(2, 2)})
     wide = copy.deepcopy(owner.state_dict())
-    cut(owner["net"], {"first": [0, 3, 5]}, POINTS, owner=owner)
+    cut(owner["net"], POINTS, keep={"first": [0, 3, 5]}, owner=owner)
     assert "lightning_compress" in owner.state_dict()._metadata[""]
     assert "lightning_compress" not in owner.state_dict()._metadata["net"]
     owner.load_state_dict(wide)

@@ -41,7 +41,7 @@ def thinned(name: str) -> tuple[nn.Module, dict[str, int], dict[str, Tensor]]:
     thin = copy.deepcopy(model)
     before = {key: id(parameter) for key, parameter in thin.named_parameters()}
     keep = halves(free(name))
-    assert cut(thin, keep, inputs, allow_inexact=True) is thin
+    assert cut(thin, inputs, keep=keep, allow_inexact=True) is thin
     return thin, before, keep
 
 
@@ -127,7 +127,7 @@ def test_cutting_exact_groups_equals_zeros_in_the_network_as_it_is(name: str) ->
     model, inputs = dense(name)
     groups = [group for group in free(name) if group.exact]
     keep = halves(groups)
-    thin = cut(copy.deepcopy(model), keep, inputs)
+    thin = cut(copy.deepcopy(model), inputs, keep=keep)
     assert relative_difference(run(thin, inputs), zeroed(model, groups, keep, inputs, norms=False)) <= TOLERANCE
 
 

@@ -250,7 +250,7 @@ def test_channels_that_leave_during_the_fit_leave_the_penalty() -> None:
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             if trainer.current_epoch == 0:
                 inputs = torch.zeros(2, FEATURES)
-                cut(pl_module, {"net.hidden": list(range(1, 16, 2))}, inputs, optimizers=trainer.optimizers)
+                cut(pl_module, inputs, keep={"net.hidden": list(range(1, 16, 2))}, optimizers=trainer.optimizers)
 
     for granularity in ("filter", "group"):
         callback = GroupLassoCallback(STRENGTH, granularity=granularity)

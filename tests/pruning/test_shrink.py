@@ -273,7 +273,7 @@ def test_a_thin_network_goes_back_to_a_thin_one() -> None:
 
     seed_everything(1, verbose=False)
     module = Module()
-    cut(module.net, {"body": [0, 3, 4, 6]}, X, owner=module)
+    cut(module.net, X, keep={"body": [0, 3, 4, 6]}, owner=module)
     stopping = IterativePruningCallback(
         0.999, schedule="one_shot", start_epoch=1.0, stop={"monitor": "val_acc", "max_drop": 0.05}
     )
