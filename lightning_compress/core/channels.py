@@ -18,6 +18,7 @@ from torch import nn
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups, Member
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.laboratory import laboratory
+from lightning_compress.core.memory import shared_memory
 from lightning_compress.core.plan import Plan
 from lightning_compress.core.slicing import named_tensors
 from lightning_compress.core.trial import Trial
@@ -48,9 +49,10 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
         4 10 ['4.weight', '4.bias'] it is an output of the network
     """
     _check(model)
+    shared = shared_memory(named_tensors(model))
     with laboratory(model):
         plan = Plan.make(model, example_inputs)
-        groups = _named(Trial(model, plan).survivors())
+        groups = _named(_frozen_by_memory(Trial(model, plan).survivors(), shared))
     groups.plan = plan
     return groups
 
@@ -61,6 +63,18 @@ def _check(model: nn.Module) -> None:
     empty = next((name for name, tensor in named_tensors(model).items() if tensor.is_meta), None)
     if empty is not None:
         raise ValueError(f"{empty} is on the meta device and has no values: materialise the model first.")
+
+
+def _frozen_by_memory(groups: Sequence[ChannelGroup], shared: Sequence[tuple[str, str]]) -> list[ChannelGroup]:
+    """Freeze what a cut would tear apart: two tensors over one memory, of which each gets a memory of its own."""
+    partners = {name: f"{' and '.join(pair)} are two tensors over one memory" for pair in shared for name in pair}
+    reasons = [
+        next((partners[one.tensor] for one in group.members if one.tensor in partners), None) for group in groups
+    ]
+    return [
+        group if reason is None or group.frozen is not None else replace(group, frozen=reason)
+        for group, reason in zip(groups, reasons, strict=True)
+    ]
 
 
 def _named(groups: Sequence[ChannelGroup]) -> ChannelGroups:

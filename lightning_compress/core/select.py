@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lightning_compress.core.memory import refuse_shared_memory
+
 _COMPILED = "_orig_mod."  # what torch.compile puts into the names of a compiled submodule
 _WILDCARDS = frozenset("*?[")
 
@@ -45,7 +47,8 @@ def select_parameters(
         warn: Whether to warn of patterns that match nothing; not where that has been told before.
 
     Raises:
-        ValueError: Nothing is left, or a taken layer has no `weight` of its own (not built yet, or parametrized).
+        ValueError: Nothing is left, a taken layer has no `weight` of its own (not built yet, or parametrized), or a
+            taken parameter shares its memory with another one.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
@@ -66,6 +69,7 @@ def select_parameters(
     for name, parameter in chosen.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} is a lazy parameter without a shape: run one batch through the model first.")
+    refuse_shared_memory(module, chosen)
     return chosen
 
 

@@ -15,6 +15,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_compress.coding import load_compressed
+from lightning_compress.core.memory import shared_memory
+from lightning_compress.core.slicing import named_tensors
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.inside import innermost
 
@@ -36,12 +38,21 @@ def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Mod
     mine = {id(parameter): name for name, parameter in student.named_parameters()}
     for teacher in found:
         shared = [mine[id(one)] for one in teacher.parameters() if id(one) in mine and one.requires_grad]
+        shared += _in_memory_of(student, teacher)
         if shared:
             raise ValueError(
                 f"The teacher shares {shared[0]} with the student, and would change with it: pass a copy, "
                 f"copy.deepcopy(student), which stays what it is."
             )
     return found
+
+
+def _in_memory_of(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Return the student's trained parameters in whose memory other tensors of the teacher lie."""
+    mine = {f"student.{name}": one for name, one in student.named_parameters() if one.requires_grad}
+    theirs = {f"teacher.{name}": one for name, one in named_tensors(teacher).items()}
+    between = [pair for pair in shared_memory(mine | theirs) if pair[0] in mine and pair[1] in theirs]
+    return [first.removeprefix("student.") for first, _ in between]
 
 
 def load_teachers(module: LightningModule, paths: Sequence[str | PathLike[str]]) -> list[nn.Module]:

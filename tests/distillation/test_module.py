@@ -235,6 +235,10 @@ def test_self_distillation_and_a_pruned_network_with_its_dense_self() -> None:
     assert pruning.sparsity == pytest.approx(0.8, abs=0.01)
     with pytest.raises(ValueError, match=r"shares net\.conv\.weight with the student"):
         DistillationModule(module, module)
+    view = SmallModule()
+    view.net.head.weight.data = module.net.head.weight.data  # another Parameter, the same memory
+    with pytest.raises(ValueError, match=r"shares net\.head\.weight with the student"):
+        DistillationModule(module, view)
 
 
 # ------------------------------------------------------------------ what the step sees and returns
