@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.attention import SliceableMultiheadAttention
+from lightning_compress.core.optimizer_state import slice_state
 
 Kept = Mapping[str, Mapping[int, Tensor]]  # tensor name -> dim -> the positions that stay
 Undo = Callable[[], None]
@@ -43,7 +44,7 @@ class Slices:
                 tensor = getattr(modules[module], attribute)
                 if isinstance(tensor, nn.Parameter):
                     for optimizer in optimizers:
-                        self._slice_state(optimizer, tensor, dims)
+                        self._undo.append(slice_state(optimizer, tensor, dims, select))
                 elif attribute in modules[module]._non_persistent_buffers_set:
                     self._remember(modules[module], attribute, dims)
                 self._slice(tensor, dims)
@@ -89,31 +90,6 @@ class Slices:
         here = {dim: before[dim][keep.cpu()] if dim in before else keep.cpu() for dim, keep in dims.items()}
         self._undo.append(partial(_set_dense, module, known))
         _set_dense(module, known | {name: (dense, before | here)})
-
-    def _slice_state(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dims: Mapping[int, Tensor]
-    ) -> None:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
-        state = optimizer.state.get(parameter)
-        if not state:
-            return
-        old = dict(state)
-
-        def undo() -> None:
-            state.clear()
-            state.update(old)
-
-        self._undo.append(undo)
-        for name, value in old.items():
-            if isinstance(value, Tensor) and value.numel() > 1:
-                where = _dims_of_state(name, tuple(value.shape), tuple(parameter.shape))
-                if where is None:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} for a parameter of "
-                        f"shape {tuple(parameter.shape)}, which cannot be cut like it. Use SGD, Adam, AdamW or "
-                        f"Adafactor, or cut before the optimizer is made."
-                    )
-                state[name] = select(value, {where[dim]: keep for dim, keep in dims.items() if dim in where})
 
     def _refresh(self, module: nn.Module) -> None:
         """Set the sizes that a module of torch notes of its tensors."""
@@ -214,17 +190,6 @@ def sliced(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
                 [3, 5]])}
     """
     return {name: select(tensor, kept[name]) if name in kept else tensor for name, tensor in tensors.items()}
-
-
-def _dims_of_state(name: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
-    """Which dimension of an optimizer's tensor belongs to which of the parameter; None if that can't be told."""
-    if len(shape) == len(parameter) and all(a in (b, 1) for a, b in zip(shape, parameter, strict=True)):
-        return {dim: dim for dim, size in enumerate(shape) if size == parameter[dim]}
-    if shape == parameter[:-1] and "col" not in name:  # factored second moments: a row's
-        return {dim: dim for dim in range(len(shape))}
-    if len(parameter) > 1 and shape == (*parameter[:-2], parameter[-1]):  # and a column's
-        return {dim: dim for dim in range(len(shape) - 1)} | {len(parameter) - 1: len(shape) - 1}
-    return None
 
 
 def sizes(module: nn.Module) -> dict[str, Any]:

@@ -76,6 +76,18 @@ class PrunableChannels:
         self.neurons = [layer for layer in found if layer.frozen is None]
         return found
 
+    @property
+    def cut_parameters(self) -> list[str]:
+        """The parameters that get thinner where these channels go."""
+        mine = {layer.name for layer in self.neurons}
+        cut = {
+            member.tensor
+            for group in self._groups.prefixed(self._network)
+            if group.name in mine
+            for member in group.members
+        }
+        return [name for name, _ in self._model.named_parameters() if name in cut]
+
     def is_dense(self, keep: Mapping[str, Tensor]) -> bool:
         """Whether the network has all the channels that `keep` masks, those that it drops too."""
         return all(layer.size == keep[layer.name].numel() for layer in self.neurons) and len(self.neurons) == len(keep)

@@ -208,7 +208,7 @@ class GroupLassoCallback(CompressionCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.shrink == "on_fit_end" and self.strength > 0:
             self._refresh(trainer, pl_module)
-            cut_in_fit(trainer, self, partial(self._cut, trainer, pl_module))
+            cut_in_fit(trainer, self, partial(self._cut, trainer, pl_module), at_end=True)
             self._refresh(trainer, pl_module)
 
     def _cut(

@@ -23,7 +23,7 @@ from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.watching import WatchingCallback
 from lightning_compress.trainer.inputs import resolve_network, traced_network
 from lightning_compress.trainer.inside import innermost
-from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
+from lightning_compress.trainer.surgery import check_cuts_in_fit, cut_in_fit, follow_loads, keep_metadata
 
 
 class RemovingCallback(WatchingCallback):
@@ -100,6 +100,8 @@ class RemovingCallback(WatchingCallback):
             exclude=self._excluded(pl_module),
             keep=self._kept,
         )
+        if self.shrink == "during_fit":
+            check_cuts_in_fit(trainer, self, map(innermost(pl_module).get_parameter, channels.cut_parameters))
         if self.scope == "global" and self._costs is None:
             self._costs = channels.costs(self.cost)
         if not channels.neurons:
@@ -150,7 +152,7 @@ class RemovingCallback(WatchingCallback):
         """Take channels out for good: of the module, the optimizers' state, averages, and the ranks' wrapper."""
         assert self._channels is not None
         self._mask(None)
-        cut_in_fit(trainer, self, partial(self._channels.cut, keep))
+        cut_in_fit(trainer, self, partial(self._channels.cut, keep), at_end=self.shrink == "on_fit_end")
         self._kept = self._channels.keep
         if self._statistic is not None:
             self._statistic.end()

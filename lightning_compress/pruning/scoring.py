@@ -23,6 +23,7 @@ Granularity = Literal["weight", "neuron"]
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STATIC: tuple[Criterion, ...] = ("magnitude", "l2", "random")
+DIFFERENTIATING: tuple[Criterion, ...] = ("obd", "fisher")  # the loss, which the training does a second time
 _NEURONS_ONLY = ("apoz", "mean_activation")
 # A masked channel is silent, so what these measure of it stays zero and it would never come back.
 _BLIND_TO_MASKED_NEURONS = ("apoz", "mean_activation", "taylor", "fisher")

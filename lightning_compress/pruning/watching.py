@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from lightning_compress.pruning.scoring import STATIC, Criterion, Granularity
+from lightning_compress.pruning.scoring import DIFFERENTIATING, STATIC, Criterion, Granularity
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.distributed import all_reduce_sum, rank
@@ -37,6 +38,14 @@ class WatchingCallback(CompressionCallback):
             raise ValueError(
                 f"criterion={self.criterion!r} watches gradients, which are infinite whenever precision='16-mixed' "
                 f"skips a step: use precision='bf16-mixed' or '32-true', or criterion='magnitude'."
+            )
+        strategy = trainer.strategy
+        static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
+        if static and self.criterion in DIFFERENTIATING:
+            raise ValueError(
+                f"criterion={self.criterion!r} goes back from the loss once more in every step, which "
+                f"DDPStrategy(static_graph=True) takes for the first step of the training, so that it never averages "
+                f"the gradients: leave static_graph out, or use another criterion, such as 'taylor'."
             )
         gradients_only = self.criterion == "si" or (self.criterion == "taylor" and self.granularity == "weight")
         if not gradients_only and is_compiled(pl_module):

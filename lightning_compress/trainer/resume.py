@@ -16,6 +16,16 @@ from lightning_compress.trainer.distributed import gather, rank
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.timeline import steps_done
 
+# Of DistributedDataParallel: those that leave every rank with the same gradients and parameters after every step.
+_DDP_OPTIONS = {
+    "broadcast_buffers",
+    "bucket_cap_mb",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "init_sync",
+    "static_graph",
+}
+
 
 class ResumableCallback(Callback):
     """A technique that goes on after an interruption as if there had been none.
@@ -82,6 +92,18 @@ class ResumableCallback(Callback):
                 f"{name} does not support {type(strategy).__name__}: it is tested with a single device and with "
                 f"strategy='ddp' or 'ddp_find_unused_parameters_true'."
             )
+        if isinstance(strategy, DDPStrategy):
+            local = "LocalSGD" in type(strategy._ddp_comm_state).__name__
+            if local or strategy._model_averaging_period is not None:
+                raise ValueError(
+                    f"{name} needs equal weights on all ranks after every step: model_averaging_period and local SGD "
+                    f"let them train apart. Leave these options of DDPStrategy out."
+                )
+            if others := [option for option in strategy._ddp_kwargs if option not in _DDP_OPTIONS]:
+                raise ValueError(
+                    f"{name} is not tested with DDPStrategy({others[0]}=...), only with "
+                    f"{', '.join(sorted(_DDP_OPTIONS))}: leave it out."
+                )
 
     # ------------------------------------------------------------------ the fit's beginning, and its steps
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from lightning_compress.core.optimizer_state import check_state, forget_unsliceable
 from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
 from lightning_compress.core.slicing import Kept
 from lightning_compress.trainer.averages import averaged_modules
@@ -23,8 +25,18 @@ class Cut(Protocol):
     def __call__(self, *, optimizers: list[torch.optim.Optimizer], copies: list[nn.Module]) -> Kept: ...
 
 
-def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut) -> None:
-    """Cut the network that is being trained: its optimizers, averages, wrapper and other callbacks follow."""
+def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut, *, at_end: bool) -> None:
+    """Cut the network that is being trained: its optimizers, averages, wrapper and other callbacks follow.
+
+    At the fit's end an optimizer's state that cannot be cut is forgotten, for no step follows; a warning says so.
+    """
+    for optimizer in trainer.optimizers if at_end else ():
+        if reason := forget_unsliceable(optimizer, trainer.lightning_module.parameters()):
+            warnings.warn(
+                f"{reason} The fit is over, so this state is forgotten: a fit that is resumed from a later checkpoint "
+                f"starts it anew.",
+                stacklevel=2,
+            )
     with rewrapped(trainer):
         kept = cut(optimizers=trainer.optimizers, copies=list(averaged_modules(trainer)))
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
@@ -57,6 +69,29 @@ def refuse_forks(trainer: Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} changes the network's shapes, which strategy='ddp_{strategy._start_method}' "
             f"can't bring back to the main process: use strategy='ddp', or shrink='never'."
         )
+
+
+def check_cuts_in_fit(trainer: Trainer, callback: Callback, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise a ValueError if the fit could not go on after parameters have been cut, before it begins."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        hook = getattr(strategy._ddp_comm_hook, "__name__", "")
+        for option, found, why in (
+            (
+                "static_graph",
+                strategy._ddp_kwargs.get("static_graph"),
+                "it averages by what the first step was",
+            ),
+            ("ddp_comm_hook", "powerSGD" in hook, "PowerSGD's errors of earlier steps have the old shapes"),
+        ):
+            if found:
+                raise ValueError(
+                    f"{type(callback).__name__} changes the network's shapes during the fit, which DDPStrategy("
+                    f"{option}=...) does not survive ({why}): leave {option} out, or use shrink='on_fit_end'."
+                )
+    parameters = list(parameters)
+    for optimizer in trainer.optimizers:
+        check_state(optimizer, parameters)
 
 
 @contextmanager

@@ -168,6 +168,41 @@ def test_strategies_that_bring_weights_back_are_refused() -> None:
         trainer.callbacks[0].setup(trainer, SmallModule(), "fit")
 
 
+class InBits(torch.optim.SGD):
+    """Keeps a map of 16 levels for each parameter, as optimizers in 8 bits do: 16 is the width of a layer, too."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["qmap1"] = torch.linspace(-1, 1, 16)
+        return loss
+
+
+class InBitsModule(SmallModule):
+    def configure_optimizers(self) -> Any:
+        return InBits(self.parameters(), lr=0.05, momentum=0.9)
+
+
+def test_state_that_cannot_be_cut_is_refused_before_the_first_step() -> None:
+    seed_everything(1, verbose=False)
+    module = InBitsModule()
+    before = copy.deepcopy(module.state_dict())
+    trainer = quiet_trainer(callbacks=[pruning(shrink="during_fit")], num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=r"InBits keeps 'qmap1' of shape \(16,\).*at the fit's end"):
+        trainer.fit(module, shuffled(), plain())
+    assert trainer.global_step == 0
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not trainer.optimizers[0].state
+
+
+def test_state_that_cannot_be_cut_is_forgotten_at_the_fits_end() -> None:
+    with pytest.warns(UserWarning, match="InBits keeps 'qmap1'.*The fit is over, so this state is forgotten"):
+        trainer, module = run(pruning(), make=InBitsModule)
+    assert sum(widths(module)) == 11
+    assert all("qmap1" not in trainer.optimizers[0].state[one] for one in module.parameters())
+
+
 @pytest.mark.parametrize("cost", ["macs", "latency"])
 def test_costs_weigh_groups(cost: str) -> None:
     callback = pruning(cost=cost)

@@ -24,6 +24,9 @@ import lightning_compress
 PACKAGE = Path(lightning_compress.__file__).parent
 
 
+DDP_FIELDS = ("_start_method", "_ddp_kwargs", "_ddp_comm_hook", "_ddp_comm_state", "_model_averaging_period")
+
+
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     """The fields of Lightning in the middle of a fit."""
@@ -47,7 +50,7 @@ def seen() -> dict[str, Any]:
 
     quiet_trainer(callbacks=[averaging, Look()], max_steps=1).fit(Fused(), plain())
     return found | {
-        "_start_method": vars(DDPStrategy())["_start_method"],
+        **{name: vars(DDPStrategy(static_graph=True))[name] for name in DDP_FIELDS},
         "_compiler_ctx": vars(compiled())["_compiler_ctx"],
     }
 
@@ -64,6 +67,10 @@ EXPECTED = {
     "_average_model": lambda value: isinstance(value.module, SmallModule),
     "_step_supports_amp_scaling": lambda value: value is True,
     "_start_method": lambda value: value == "popen",
+    "_ddp_kwargs": lambda value: value == {"static_graph": True},
+    "_ddp_comm_hook": lambda value: value is None,
+    "_ddp_comm_state": lambda value: value is None,
+    "_model_averaging_period": lambda value: value is None,
     "_compiler_ctx": lambda value: value is not None,
 }
 

@@ -1,0 +1,224 @@
+"""What an optimizer remembers of a parameter, sliced like the parameter: only where it is known what a tensor is.
+
+An optimizer's tensor is sliced if it has plain floats, the parameter's shape (or 1 in some of its dimensions), and a
+name that moments have; or another name which has that shape for parameters of several sizes. A length alone proves
+nothing: a map of 256 levels has the length of a layer with 256 rows, a preconditioner that of a square weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_MOMENTS = re.compile(
+    r"momentum_buffer|(max_)?exp_avg\w*|exp_inf|square_avg|grad_avg|acc_delta|sum|prev|step_size|ax|variance"
+    r"|(row|col)_var"
+)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+_ADVICE = (
+    "Use SGD, Adam, AdamW or Adafactor, or cut before the optimizer is made, or at the fit's end (shrink='on_fit_end')."
+)
+
+Select = Callable[[Tensor, Mapping[int, Tensor]], Tensor]
+
+
+def slice_state(
+    optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int, Tensor], select: Select
+) -> Callable[[], None]:
+    """Slice what an optimizer, and optimizers inside it, remember of a parameter; return what undoes it.
+
+    Args:
+        optimizer: The optimizer, or Lightning's wrapper of it.
+        parameter: The parameter, which has its old shape still.
+        dims: By dimension the positions that stay.
+        select: Takes positions out of a tensor.
+
+    Raises:
+        ValueError: It can't be told how something would have to be sliced; nothing has changed.
+    """
+    _check_groups(optimizer)
+    changes = []
+    for state in _states(optimizer, parameter):
+        new = {}
+        for name, value in state.items():
+            where = _places(optimizer, parameter, name, value)
+            if where:
+                new[name] = select(value, {where[dim]: keep for dim, keep in dims.items() if dim in where})
+        changes.append((state, dict(state), new))
+    for state, _, new in changes:
+        state.update(new)
+
+    def undo() -> None:
+        for state, old, _ in changes:
+            state.clear()
+            state.update(old)
+
+    return undo
+
+
+def check_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise a ValueError unless the optimizer's state of these parameters could be sliced, now and after steps.
+
+    A twin of an optimizer that is not torch's own takes a step with copies of parameters, which tells what it keeps.
+    """
+    mine = {id(one) for level in _levels(optimizer) for group in level.param_groups for one in group["params"]}
+    its = [one for one in parameters if id(one) in mine]
+    _check(optimizer, its)
+    if (twin := _after_a_step(optimizer, its)) is not None:
+        _check(twin, [one for level in _levels(twin) for group in level.param_groups for one in group["params"]])
+
+
+def _check(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    _check_groups(optimizer)
+    for parameter in parameters:
+        for state in _states(optimizer, parameter):
+            for name, value in state.items():
+                _places(optimizer, parameter, name, value)
+
+
+def forget_unsliceable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
+    """Forget the state of parameters that could not be sliced; return why, in words, or None if all could be."""
+    reason = None
+    for parameter in parameters:
+        try:
+            _check(optimizer, [parameter])
+        except ValueError as error:
+            reason = reason or str(error)
+            for state in _states(optimizer, parameter):
+                state.clear()
+    return reason
+
+
+def _levels(optimizer: Any) -> list[Optimizer]:
+    """The optimizer and those inside it, as Lightning, SAM or ZeroRedundancyOptimizer wrap them."""
+    found: list[Optimizer] = []
+    todo = [optimizer]
+    while todo:
+        one = todo.pop()
+        if isinstance(one, Optimizer):
+            found.append(one)
+        inner = [value for value in vars(one).values() if isinstance(value, Optimizer)]
+        todo += [value for value in inner if all(value is not other for other in found)]
+    return found
+
+
+def _states(optimizer: Optimizer, parameter: nn.Parameter) -> list[dict[str, Any]]:
+    states = [level.state[parameter] for level in _levels(optimizer) if parameter in level.state]
+    return list({id(state): state for state in states}.values())
+
+
+def _check_groups(optimizer: Optimizer) -> None:
+    """Raise a ValueError if something is remembered of several parameters together."""
+    for level in _levels(optimizer):
+        loose: list[tuple[Any, Any]] = [
+            (key, value) for key, value in level.state.items() if not isinstance(key, Tensor)
+        ]
+        loose += [item for group in level.param_groups for item in group.items() if item[0] != "params"]
+        for name, value in loose:
+            if any(one.numel() > 1 for one in _tensors(value)):
+                raise ValueError(
+                    f"{type(level).__name__} keeps {name!r} for several parameters together, which cannot be cut like "
+                    f"each of them. {_ADVICE}"
+                )
+
+
+def _places(optimizer: Optimizer, parameter: nn.Parameter, name: str, value: Any) -> dict[int, int]:
+    """Which dimension of what is remembered belongs to which of the parameter's.
+
+    Raises:
+        ValueError: That can't be told.
+    """
+    tensors = [one for one in _tensors(value) if one.numel() > 1]
+    if not tensors:
+        return {}
+    refused = f"keeps {name!r} of shape {tuple(tensors[0].shape)} ({tensors[0].dtype})"
+    where: dict[int, int] | None = None
+    if tensors[0] is value and type(value) in (Tensor, nn.Parameter) and value.dtype in _FLOATS:
+        where = _fit(name, tuple(value.shape), tuple(parameter.shape))
+        if where is not None and not _MOMENTS.fullmatch(name) and not _is_proven(optimizer, name):
+            where = None
+    if where is None:
+        kind = next(type(level).__name__ for level in _levels(optimizer))
+        raise ValueError(
+            f"{kind} {refused} for a parameter of shape {tuple(parameter.shape)}, which cannot be cut like it: it is "
+            f"not known to hold an entry for each of the parameter's. {_ADVICE}"
+        )
+    return where
+
+
+def _fit(name: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
+    if len(shape) == len(parameter) and all(a in (b, 1) for a, b in zip(shape, parameter, strict=True)):
+        return {dim: dim for dim, size in enumerate(shape) if size == parameter[dim]}
+    if "row" in name and shape == parameter[:-1]:  # factored second moments: a row's
+        return {dim: dim for dim in range(len(shape))}
+    if "col" in name and len(parameter) > 1 and shape == (*parameter[:-2], parameter[-1]):  # and a column's
+        return {dim: dim for dim in range(len(shape) - 1)} | {len(parameter) - 1: len(shape) - 1}
+    return None
+
+
+def _is_proven(optimizer: Optimizer, name: str) -> bool:
+    """Whether something of this name has the shape of all parameters, and some of these have shapes that tell."""
+    lengths: set[int] = set()
+    tells = False
+    for level in _levels(optimizer):
+        for parameter, state in level.state.items():
+            value = state.get(name) if isinstance(state, dict) else None
+            if not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            if value.shape != parameter.shape:
+                return False
+            lengths.add(len(parameter) if parameter.dim() == 1 else 0)
+            tells |= parameter.dim() > 1 and len(set(parameter.shape)) == parameter.dim()
+    return tells or len(lengths - {0}) > 1
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _tensors(one)
+    elif isinstance(value, list | tuple | set):
+        for one in value:
+            yield from _tensors(one)
+
+
+def _after_a_step(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Optimizer | None:
+    """A twin of the optimizer that has taken a step with a copy of one parameter of each kind; None if that can't be.
+
+    Torch's own need none, and one that holds parameters in places of its own would step these.
+    """
+    levels = _levels(optimizer)
+    elsewhere = [
+        value for level in levels for key, value in vars(level).items() if key not in ("state", "param_groups")
+    ]
+    holds = any(isinstance(one, nn.Parameter) for one in _tensors(elsewhere))
+    if holds or all(type(level).__module__.startswith("torch.optim.") for level in levels):
+        return None
+    kinds = {(one.shape, one.dtype): one for one in parameters}
+    copies = {id(one): nn.Parameter(one.detach().clone()) for one in kinds.values()}
+    for one in copies.values():
+        one.grad = torch.ones_like(one)
+    twins = {id(level): object.__new__(type(level)) for level in levels}
+    for level in levels:
+        twin = twins[id(level)]
+        for name, value in vars(level).items():
+            setattr(twin, name, type(value)() if "hooks" in name else twins.get(id(value), value))
+        twin.state = defaultdict(dict)
+        twin.param_groups = [
+            {**group, "params": [copies[id(one)] for one in group["params"] if id(one) in copies]}
+            for group in level.param_groups
+        ]
+    with torch.random.fork_rng():
+        try:
+            type(optimizer).step(twins[id(levels[0])])
+        except Exception:  # it wants a closure, a device or other parameters: the first cut will tell
+            return None
+    return twins[id(levels[0])]
