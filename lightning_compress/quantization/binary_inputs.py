@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.select import WEIGHT_LAYERS, select_parameters
-from lightning_compress.quantization.input_hooks import InputHook, InputHooks, input_hook
+from lightning_compress.quantization.input_hooks import InputHook, InputHooks, NotScriptable, input_hook
 from lightning_compress.quantization.signs import sign_through
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,7 +51,7 @@ def input_scales(layer: nn.Module, x: Tensor) -> Tensor:
     return scales if layer.groups == 1 else scales.repeat_interleave(layer.out_channels // layer.groups, channels)
 
 
-class _Order:
+class _Order(NotScriptable):
     """Remembers that the layer that sees the network's own input has run."""
 
     def __init__(self, name: str) -> None:

@@ -12,13 +12,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 INPUTS = "lightning_compress.inputs"  # the key in the metadata of a layer
 
+_NEXT = "next_handle"  # in the state of a pickled hook
 
-class InputHook:
+
+class NotScriptable:
+    """A hook that torch.jit.script does not compile, and which says so: torch asks every hook for its name."""
+
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(
+            "torch.jit.script can't compile a layer whose input is changed by a hook, as after quantization-aware "
+            "training or with binary inputs: use torch.jit.trace or torch.export, which run the hook."
+        )
+
+
+class InputHook(NotScriptable):
     """A forward pre-hook that changes a layer's input. A subclass supplies `kind`, `change`, `record` and `take`."""
 
     kind: ClassVar[str]
@@ -40,11 +54,21 @@ class InputHook:
     def attach(self, layer: nn.Module) -> list[RemovableHandle]:
         """Put the hook on a layer, in the place of one that was there."""
         take_away(layer)
+        _have_compilation_see_hooks()
         return [
             layer.register_forward_pre_hook(self, with_kwargs=True),
             layer.register_state_dict_post_hook(_OnSave(self)),  # type: ignore[no-untyped-call]
             layer.register_load_state_dict_pre_hook(_OnLoad(self)),  # type: ignore[no-untyped-call]
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {_NEXT: RemovableHandle.next_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickled network keeps torch's numbers for its hooks, which a new process would give to others.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state[_NEXT])
+        self.__dict__ |= {key: value for key, value in state.items() if key != _NEXT}
+        _have_compilation_see_hooks()
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -58,6 +82,17 @@ class InputHook:
             )
         changed = self.change(layer, x)
         return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"input": changed})
+
+
+def _have_compilation_see_hooks() -> None:
+    """Have torch.compile look at hooks, and drop what it has compiled without.
+
+    By default it takes the code of a network without hooks for every other network of the same class.
+    """
+    config = torch._dynamo.config
+    if getattr(config, "skip_nnmodule_hook_guards", False):
+        config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
 
 
 class _OnSave:

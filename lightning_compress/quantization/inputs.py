@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -20,10 +22,7 @@ class _OnLoad:
     """Puts hooks on the layers that had some when the state dict was made; these then take their records."""
 
     def __call__(self, model: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for path, entry in getattr(state_dict, "_metadata", {}).items():
-            if INPUTS not in entry or not f"{path}.".startswith(prefix):
-                continue
-            name, kind = f"{path}."[len(prefix) : -1], entry[INPUTS]["kind"]
+        for name, kind in _changed(state_dict, prefix).items():
             if kind not in _KINDS:
                 raise ValueError(f"The inputs of {name} were changed in a way that this version does not know: {kind}.")
             layer = model.get_submodule(name)
@@ -31,6 +30,47 @@ class _OnLoad:
                 hook = _KINDS[kind]()
                 hook.name = name
                 hook.attach(layer)
+
+
+def _changed(state_dict: Any, prefix: str = "") -> dict[str, str]:
+    """Return the layers of the module at `prefix` that saw other inputs when a state dict was made, and which kind."""
+    entries = {f"{path}.": entry for path, entry in (getattr(state_dict, "_metadata", None) or {}).items()}
+    return {
+        path[len(prefix) : -1]: entry[INPUTS]["kind"]
+        for path, entry in entries.items()
+        if INPUTS in entry and path.startswith(prefix)
+    }
+
+
+def _warn_where_inputs_are_lost() -> None:
+    """Have every load of a state dict warn where layers saw other inputs when it was made, and do not any more.
+
+    A class of the user's own, as in `load_from_checkpoint`, has nothing else of ours that could say it.
+    """
+    load = nn.Module.load_state_dict
+
+    @wraps(load)
+    def load_and_look(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = load(module, state_dict, *args, **kwargs)
+        layers = dict(module.named_modules())
+        hooks = {
+            name: (kind, input_hook(layers[name])) for name, kind in _changed(state_dict).items() if name in layers
+        }
+        if lost := [name for name, (kind, hook) in hooks.items() if hook is None or hook.kind != kind]:
+            warnings.warn(
+                f"The weights that {type(module).__name__} has loaded were trained with inputs of few bits, which this "
+                f"load does not bring along: the inputs of {', '.join(lost)} stay real, and the outputs differ. Call "
+                f"lightning_compress.quantization.inputs.follow_inputs(model) before the load (for "
+                f"load_from_checkpoint in the module's on_load_checkpoint), give trainer.test the callback that trained"
+                f" them, or use save_compressed and load_compressed.",
+                stacklevel=2,
+            )
+        return result
+
+    nn.Module.load_state_dict = load_and_look  # type: ignore[assignment,method-assign]
+
+
+_warn_where_inputs_are_lost()
 
 
 def follow_inputs(model: nn.Module) -> RemovableHandle | None:
