@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.cutting import Drop, run, take, tensors_of
+from lightning_compress.core.evaluation import entries_restored, renew_caches
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.slicing import Slices
 
@@ -26,6 +28,7 @@ class Calls:
         handles = [
             module.register_forward_hook(self._recorder(name), with_kwargs=True)
             for name, module in model.named_modules(remove_duplicate=False)
+            if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         ]
         try:
             run(model, example_inputs)
@@ -38,7 +41,13 @@ class Calls:
         path = self._around([member.tensor for group, _ in drop for member in group.members])
         args, kwargs = self._calls[path]
         module = self._model.get_submodule(path)
-        thin = without(self._model, drop, lambda: tensors_of(module(*args, **kwargs)))
+
+        def called() -> list[Tensor]:
+            with entries_restored(module):
+                renew_caches(module)
+                return tensors_of(module(*args, **kwargs))
+
+        thin = without(self._model, drop, called)
         return thin if isinstance(thin, str) else None
 
     def _recorder(self, name: str) -> Any:

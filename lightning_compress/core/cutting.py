@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.attention import make_sliceable
-from lightning_compress.core.evaluation import buffers_restored
+from lightning_compress.core.evaluation import buffers_restored, entries_restored, renew_caches
 from lightning_compress.core.groups import Attribute, ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.core.slicing import Slices, named_tensors
@@ -107,9 +109,15 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """The tensors of the model's output, the same every time: random numbers start anew, and buffers are put back."""
+    """The tensors of the model's output, the same every time: random numbers start anew, and no call sees another's.
+
+    Buffers, caches and counters are put back, and what modules keep for evaluation is made anew from their weights.
+    """
     torch.manual_seed(0)
-    with buffers_restored(model):
+    random.seed(0)
+    np.random.seed(0)
+    with entries_restored(model), buffers_restored(model):
+        renew_caches(model)
         return tensors_of(call(model, example_inputs))
 
 

@@ -1,19 +1,25 @@
-"""Run a network for a look at it, and leave it as it was."""
+"""Run a network for a look at it, and leave it as it was.
+
+Everything is put back whatever fails, the network's own code among it: each step of the way back is taken even if
+another one raises.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes, buffers and torch's random state are as before.
+    """Evaluation mode without gradients; afterwards modes, buffers and random states are as before.
 
     Every submodule gets its own mode back, frozen ones too, and a buffer that the forward pass wrote to, replaced or
     added is undone. Not inference mode: a tensor that the network caches there could never be trained on.
@@ -26,66 +32,112 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         >>> net.training
         True
     """
-    modes = [(module, module.training) for module in model.modules()]
+    with random_state_restored(model), torch.no_grad(), buffers_restored(model), modes_restored(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Give every module its own mode back after a `with` block, by way of `train`, in which some do more."""
+    mode, modes = model.training, [(module, module.training) for module in model.modules()]
+    with ExitStack() as back:
+        for module, training in modes:
+            back.callback(setattr, module, "training", training)
+        back.callback(lambda: model.train(mode))
+        yield
+
+
+def renew_caches(model: nn.Module) -> None:
+    """Let modules drop what they keep for evaluation, or make it anew: they do so when the mode changes."""
+    with modes_restored(model):
+        model.train(not model.training)
+
+
+@contextmanager
+def random_state_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a `with` block draws from the random numbers of torch, of Python and of NumPy."""
     cuda_devices = sorted({buffer.device.index for buffer in (*model.parameters(), *model.buffers()) if buffer.is_cuda})
-    with torch.random.fork_rng(cuda_devices), torch.no_grad(), buffers_restored(model):
-        try:
-            model.eval()
-            yield
-        finally:
-            model.train(modes[0][1])  # for modules that do more in it than set the flag
-            for module, training in modes:
-                module.training = training
+    with torch.random.fork_rng(cuda_devices), ExitStack() as back:
+        back.callback(random.setstate, random.getstate())
+        back.callback(np.random.set_state, np.random.get_state())
+        yield
 
 
 @contextmanager
 def buffers_restored(model: nn.Module) -> Iterator[None]:
     """Undo what a `with` block writes to buffers, replaces or adds."""
-    buffers = [(module, dict(module._buffers.items())) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
+    tables = [(module, module._buffers, dict(module._buffers.items())) for module in model.modules()]
+    with ExitStack() as back:
+        back.enter_context(_values_restored(model.buffers()))
+        for module, _, registered in tables:
+            back.callback(_restore_buffers, module, registered)
         yield
-    finally:
-        for module, registered in buffers:
-            for name in set(module._buffers.keys()) - registered.keys():
-                delattr(module, name)
-            for name, buffer in registered.items():
-                if module._buffers[name] is not buffer:
-                    module._buffers[name] = buffer
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):  # an idle write would still count as one for autograd
-                    buffer.copy_(value)
+
+
+def _restore_buffers(module: nn.Module, registered: dict[str, Tensor | None]) -> None:
+    for name in set(module._buffers.keys()) - registered.keys():
+        delattr(module, name)
+    for name, buffer in registered.items():
+        if module._buffers[name] is not buffer:
+            module._buffers[name] = buffer
+
+
+@contextmanager
+def _values_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Undo what a `with` block writes into tensors."""
+    with ExitStack() as back:
+        for tensor in tensors:
+            back.callback(_restore_value, tensor, tensor.data, tensor.detach().clone())
+        yield
+
+
+def _restore_value(tensor: Tensor, data: Tensor, value: Tensor) -> None:
+    if tensor.dtype != value.dtype or tensor.shape != value.shape:
+        tensor.data = data if data.shape == value.shape else value
+    with torch.no_grad():
+        if not torch.equal(tensor, value):  # an idle write would still count as one for autograd
+            tensor.copy_(value)
 
 
 @contextmanager
 def entries_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a `with` block changes in the entries of modules, and in the dicts, lists and sets among these.
+    """Undo what a `with` block changes in the entries of modules, and in what hangs on these.
 
-    A forward pass may keep masks and tables for the next one there, or hooks that it registers.
+    That is in dicts, lists, sets, tensors, random generators and objects of the network's own classes. A forward pass
+    may keep masks and tables for the next one there, or counters, or hooks that it registers.
     """
-    entries = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [(one, _content(one)) for one in _containers(model)]
-    try:
+    modules = list(model.modules())
+    containers, tensors, generators = _hanging_on(modules)
+    with ExitStack() as back:
+        back.enter_context(_values_restored(tensors))
+        for generator in generators:
+            back.callback(generator.set_state, generator.get_state())
+        for container in containers:
+            back.callback(_refill, container, _content(container))
+        for module in modules:
+            back.callback(_restore_entries, vars(module), dict(vars(module)))
         yield
-    finally:
-        for module, before in entries:
-            mine = vars(module)
-            for name in mine.keys() - before.keys():
-                del mine[name]
-            mine.update(before)
-        for container, content in contents:
-            now = _content(container)
-            if len(now) == len(content) and all(a is b for a, b in zip(now, content, strict=True)):
-                continue
-            container.clear()
-            if isinstance(container, dict):
-                keys, values = content[: len(content) // 2], content[len(content) // 2 :]
-                container.update(zip(keys, values, strict=True))
-            elif isinstance(container, set):
-                container.update(content)
-            else:
-                container.extend(content)
+
+
+def _restore_entries(mine: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in mine.keys() - before.keys():
+        del mine[name]
+    mine.update(before)
+
+
+def _refill(container: Any, content: list[Any]) -> None:
+    now = _content(container)
+    if len(now) == len(content) and all(a is b for a, b in zip(now, content, strict=True)):
+        return
+    container.clear()
+    if isinstance(container, dict):
+        keys, values = content[: len(content) // 2], content[len(content) // 2 :]
+        container.update(zip(keys, values, strict=True))
+    elif isinstance(container, set):
+        container.update(content)
+    else:
+        container.extend(content)
 
 
 def take_rounding_away(model: nn.Module) -> None:
@@ -99,17 +151,37 @@ def take_rounding_away(model: nn.Module) -> None:
             del hooks[key]
 
 
-def _containers(model: nn.Module) -> Iterator[Any]:
-    found: dict[int, Any] = {}
-    left: list[Any] = [value for module in model.modules() for value in vars(module).values()]
-    while left:
-        one = left.pop()
-        if isinstance(one, dict | list | set | deque) and id(one) not in found:
-            found[id(one)] = one
-            left += one.values() if isinstance(one, dict) else one
+_NOT_THE_NETWORKS = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "builtins", "functools")
+
+
+def _hanging_on(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Tensor], list[torch.Generator]]:
+    """The containers, tensors and generators that modules hold, besides parameters and buffers."""
+    containers: dict[int, Any] = {}
+    tensors: dict[int, Tensor] = {}
+    generators: dict[int, torch.Generator] = {}
+    tables = {id(table) for module in modules for table in (module._parameters, module._buffers, module._modules)}
+    for module in modules:  # the tables' own content is put back too, but what they hold is not looked into
+        containers |= {id(one): one for one in vars(module).values() if id(one) in tables and isinstance(one, dict)}
+    left: list[Any] = [value for module in modules for value in vars(module).values()]
+    objects: list[Any] = []  # their tensors are left alone, because a whole data set may hang on one
+    while left or objects:
+        direct = bool(left)
+        one = left.pop() if direct else objects.pop()
+        if id(one) in containers:
+            continue
+        if isinstance(one, dict | list | set | deque):
+            containers[id(one)] = one
+            (left if direct else objects).extend(one.values() if isinstance(one, dict) else one)
         elif isinstance(one, tuple):
-            left += one
-    return iter(found.values())
+            (left if direct else objects).extend(one)
+        elif isinstance(one, torch.Generator):
+            generators[id(one)] = one
+        elif type(one) is Tensor:
+            if direct and one.layout is torch.strided and not one.is_meta:
+                tensors[id(one)] = one
+        elif not isinstance(one, type) and type(one).__module__.partition(".")[0] not in _NOT_THE_NETWORKS:
+            objects.append(getattr(one, "__dict__", None))
+    return list(containers.values()), list(tensors.values()), list(generators.values())
 
 
 def _content(container: Any) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +14,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.attention import make_sliceable
-from lightning_compress.core.evaluation import entries_restored, evaluating, take_rounding_away
+from lightning_compress.core.evaluation import (
+    entries_restored,
+    modes_restored,
+    random_state_restored,
+    take_rounding_away,
+)
 from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.scripts import scripts_callable
 
 
 @contextmanager
@@ -26,44 +32,42 @@ def laboratory(model: nn.Module) -> Iterator[None]:
     and a difference is either rounding or an error.
     """
     generator = torch.Generator().manual_seed(0)
-    owners = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     # Others in their place: the network's own carry hooks, such as DistributedDataParallel's, which a new dtype drops.
-    others: dict[int, nn.Parameter] = {}
-    for _, _, parameter in owners:
-        if id(parameter) not in others:
-            others[id(parameter)] = _random_parameter(names[id(parameter)], parameter, generator)
-    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    dtype = torch.get_default_dtype()
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, entries_restored(model), evaluating(model), all_sliceable(model), _Doubles():
+    others: dict[int, Tensor] = {
+        id(one): _random_parameter(name, one, generator) for name, one in model.named_parameters()
+    }
+    others |= {id(one): _double(name, one, generator) for name, one in model.named_buffers()}
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    with ExitStack() as back:
+        back.enter_context(torch.compiler.set_stance("force_eager"))
+        back.enter_context(random_state_restored(model))
+        back.enter_context(torch.no_grad())
+        back.enter_context(entries_restored(model))
+        for table in tables:  # also those of scripted modules, which are not among their entries
+            back.callback(_fill, table, dict(table.items()))
+        back.callback(torch.set_default_dtype, torch.get_default_dtype())
         take_rounding_away(model)
-        try:
-            torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
-            for module, name, parameter in owners:
-                setattr(module, name, others[id(parameter)])
-            doubles = {id(buffer): _double(name, buffer, generator) for name, buffer in model.named_buffers()}
-            for table, before in tables:
-                table.update({name: None if one is None else doubles[id(one)] for name, one in before.items()})
-            for module in model.modules():
-                _double_attributes(vars(module), doubles | others)
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            for table, before in tables:
-                table.clear()
-                table.update(before)
-            for module, name, parameter in owners:
-                setattr(module, name, parameter)
+        for table in tables:
+            _fill(table, {name: others.get(id(one), one) for name, one in table.items()})
+        for module in model.modules():
+            _double_attributes(vars(module), others)
+        for context in (modes_restored(model), all_sliceable(model), scripts_callable(model), _Doubles()):
+            back.enter_context(context)
+        torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
+        model.train()
+        model.eval()  # in two steps, so that what modules keep for evaluation is made anew of these weights
+        yield
+
+
+def _fill(table: Any, values: dict[str, Any]) -> None:
+    """Write into a module's table of parameters or buffers; a scripted module's takes no others than it has."""
+    for name, value in values.items():
+        if table[name] is not value:
+            table[name] = value
 
 
 def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> None:
-    """Put tensors in double precision in place of those that a module holds as plain attributes, or in dicts and lists.
+    """Put tensors in double precision in place of those that a module holds as attributes, in dicts and lists too.
 
     `known` has, by the id of a parameter or buffer, what stands for it already.
     """
@@ -72,16 +76,18 @@ def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> 
         if isinstance(value, nn.Parameter):  # recurrent layers keep a list of theirs
             return known.get(id(value), value)
         if isinstance(value, Tensor):
-            alike = value.detach().double() if value.is_floating_point() else value
+            alike = value.detach().to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
             return known.get(id(value), alike)
         if type(value) is list:
             value[:] = [double(one) for one in value]
+        elif type(value) is tuple:
+            return tuple(double(one) for one in value)
         elif type(value) is dict:
             value.update({key: double(one) for key, one in value.items()})
         return value
 
     for name, value in list(entries.items()):
-        if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, Tensor | list | dict):
+        if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, Tensor | list | tuple | dict):
             entries[name] = double(value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -27,9 +28,11 @@ class Slices:
         self._undo: list[Undo] = []
 
     def undo(self) -> None:
-        """Put everything back, the last first."""
-        while self._undo:
-            self._undo.pop()()
+        """Put everything back, the last first, and all of it whatever fails."""
+        with ExitStack() as back:
+            for undo in self._undo:
+                back.callback(undo)
+            self._undo.clear()
 
     def take(self, model: nn.Module, kept: Kept, *, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         """Slice parameters with their gradients, buffers, optimizer state, and the sizes that modules note of them.

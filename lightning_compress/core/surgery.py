@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.cutting import TOLERANCE, Drop, compare, drop_of, run, take
-from lightning_compress.core.evaluation import entries_restored, evaluating, take_rounding_away
+from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.laboratory import laboratory
@@ -105,6 +105,8 @@ def cut(
     for tensors in map(named_tensors, (model, *copies)):
         for tensor in (tensors[name] for name in sliced if tensors[name].requires_grad):
             forget_graphs(tensor)
+    for module in (model, *copies):
+        renew_caches(module)
     return model
 
 

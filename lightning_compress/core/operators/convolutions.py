@@ -10,10 +10,10 @@ from lightning_compress.core.operators.elementwise import plus_bias
 from lightning_compress.core.units import FIXED, Layer, Value
 
 
-@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution")
 def convolution(call: Call) -> Value:
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"] or 1
-    transposed = "transpose" in call.name
+    transposed = "transpose" in call.name or bool(call["transposed"])
     n = len(weight.shape) - 2
     batched = "a" if len(x.shape) == n + 2 else ""
     channel = len(batched)

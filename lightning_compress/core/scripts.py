@@ -1,0 +1,108 @@
+"""Scripted and traced parts of a network: opened to torch.export where that can be done, and one operator where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+_CLOSED: dict[int, _Part] = {}  # the parts of the networks that are being planned, as long as they are
+_NUMBERS = count()
+
+
+@contextmanager
+def scripts_callable(model: nn.Module) -> Iterator[None]:
+    """Let torch.export, and calls in double precision, pass through scripted modules, within `entries_restored`."""
+    with ExitStack() as back:
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                for name in module._c._method_names():
+                    part = _Part(module._c._get_method(name))
+                    number = next(_NUMBERS)
+                    _CLOSED[number] = part
+                    back.callback(_CLOSED.pop, number)
+                    vars(module)[name] = part.entrance(number)
+        yield
+
+
+class _Part:
+    """A method of a scripted module. One with constants in single precision, such as a frozen one, is called in that.
+
+    torch.export sees its operators. Where it cannot, for constants or control flow that depends on data, it sees the
+    operator `closed_part`, which is unknown to the planner, so that everything that it touches stays whole.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        self._single: bool | None = None
+        self._outputs: dict[tuple[Any, ...], tuple[list[Any], TreeSpec]] = {}  # by the inputs' shapes
+        self._inputs: TreeSpec | None = None
+
+    def entrance(self, number: int) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_exporting():
+                return self._run(args, kwargs)
+            if not self._single:
+                try:
+                    with torch._C.DisableTorchFunctionSubclass():  # a call of theirs would pass the module twice
+                        return self._method(*args, **kwargs)
+                except Exception:  # whatever torch's tracer says to what it cannot see through
+                    if not self._outputs:
+                        raise
+            leaves, self._inputs = tree_flatten((args, kwargs))
+            _, spec = self._outputs[_shapes(leaves)]
+            return tree_unflatten(torch.ops.lightning_compress.closed_part(leaves, number), spec)
+
+        return called
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch._C.DisableTorchFunction():
+            if self._single is None:
+                try:
+                    result = self._method(*args, **kwargs)
+                    self._single = False
+                except RuntimeError:
+                    self._single = True
+            if self._single:
+                args, kwargs = _to(torch.float32, torch.float64, (args, kwargs))
+                result = _to(torch.float64, torch.float32, self._method(*args, **kwargs))
+            else:
+                result = self._method(*args, **kwargs)
+        leaves, spec = tree_flatten(result)
+        self._outputs[_shapes(tree_flatten((args, kwargs))[0])] = ([_empty(one) for one in leaves], spec)
+        return result
+
+    def closed(self, leaves: list[Any]) -> list[Any]:
+        assert self._inputs is not None
+        args, kwargs = tree_unflatten(leaves, self._inputs)
+        return [one.clone() for one in tree_flatten(self._run(args, kwargs))[0]]
+
+    def like(self, leaves: list[Any]) -> list[Any]:
+        return [torch.empty_like(one, device=leaves[0].device) for one in self._outputs[_shapes(leaves)][0]]
+
+
+@torch.library.custom_op("lightning_compress::closed_part", mutates_args=())
+def _closed_part(inputs: list[Tensor], number: int) -> list[Tensor]:
+    return _CLOSED[number].closed(inputs)
+
+
+@_closed_part.register_fake
+def _(inputs: list[Tensor], number: int) -> list[Tensor]:
+    return _CLOSED[number].like(inputs)
+
+
+def _shapes(leaves: list[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(one.shape) if isinstance(one, Tensor) else one for one in leaves)
+
+
+def _empty(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _to(dtype: torch.dtype, other: torch.dtype, tree: Any) -> Any:
+    return tree_map_only(Tensor, lambda one: one.to(dtype) if one.dtype == other else one, tree)
