@@ -84,6 +84,7 @@ def run(cfg: DictConfig) -> None:
         seed=cfg.seed,
         metric=cfg.metric,
         val_metric=cfg.val_metric,
+        metric_mode=cfg.metric_mode,
         settings=_plain(cfg, resolve=False),  # as written, for a folder's name would differ in every run
         **cfg.measure,
         **cfg.file,
@@ -105,7 +106,7 @@ def run(cfg: DictConfig) -> None:
         console.print(f"Written to {cfg.output_dir}", soft_wrap=True)
         if cfg.verify:
             alone = cfg.trainer.get("accelerator") == "cpu" and not distributed.is_initialized()
-            found = report.compressed.test_accuracy
+            found = report.compressed.test_metric
             verified = verify(job.folder / SMALL, metric=cfg.metric, expected=found, exact=alone)
             console.print(verified, soft_wrap=True, highlight=False)
 
@@ -151,7 +152,7 @@ def compare(cfg: DictConfig) -> None:
     """Gather the reports below `compare.root` into one table and one figure, which are written there."""
     comparison = gather(cfg.compare.root)
     console = Console()
-    console.print(runs_table(comparison))
+    console.print(runs_table(comparison, width=console.width))
     paths = write_comparison(comparison, cfg.compare.root, figure=can_draw())
     console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
 

@@ -98,7 +98,7 @@ def test_the_report_tells_of_both_networks(finished: Path) -> None:
     content = json.loads((finished / "report.json").read_text())
     for network in ("dense", "compressed"):
         assert {
-            "test_accuracy",
+            "test_metric",
             "parameters",
             "nonzero_parameters",
             "macs",
@@ -108,7 +108,7 @@ def test_the_report_tells_of_both_networks(finished: Path) -> None:
     dense, compressed = content["dense"], content["compressed"]
     assert dense["parameters"] == compressed["parameters"] == dense["nonzero_parameters"]
     assert compressed["file_bytes"] == (finished / "compressed.lcz").stat().st_size < dense["file_bytes"] / 4
-    assert 0 < content["before_recovery"]["test_accuracy"] < 1
+    assert 0 < content["before_recovery"]["test_metric"] < 1
     assert [epoch["phase"] for epoch in content["history"]] == ["dense", "dense", "pruning", "recovery", "recovery"]
     assert content["history"][-1]["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert content["settings"]["callbacks"]["pruning"]["amount"] == 0.9
@@ -130,7 +130,7 @@ def test_the_compressed_checkpoint_is_the_network_of_the_report(finished: Path) 
 def test_a_run_ends_by_testing_its_file_in_a_new_process(finished: Path) -> None:
     report, size = Report.load(finished / "report.json"), (finished / "compressed.lcz").stat().st_size
     *_, last = (finished.parent / "shown.txt").read_text().splitlines()
-    accuracy = f"test_acc {report.compressed.test_accuracy:.4f}, the same"
+    accuracy = f"test_acc {report.compressed.test_metric:.4f}, the same"
     assert last == f"compressed.lcz, {size:,} bytes, loaded in a new process: {accuracy}"
 
 
@@ -146,10 +146,10 @@ def test_the_same_seed_gives_the_same_run_and_weights_stand_for_the_dense_traini
     command(*SMALL, f"weights={finished / 'dense.ckpt'}", "hydra.run.dir=again")
     assert Path("again/compressed.lcz").read_bytes() == (finished / "compressed.lcz").read_bytes()
     first, again = Report.load(finished / "report.json"), Report.load("again/report.json")
-    assert again.dense.test_accuracy == first.dense.test_accuracy
+    assert again.dense.test_metric == first.dense.test_metric
     assert again.before_recovery == first.before_recovery
     assert {epoch.phase for epoch in again.history} == {"pruning", "recovery"}
-    assert "test accuracy" in capsys.readouterr().out
+    assert "test_acc" in capsys.readouterr().out
 
 
 def test_without_a_technique_the_run_is_the_control(finished: Path, command: Callable[..., None]) -> None:
@@ -172,7 +172,7 @@ def test_a_resumed_run_ends_in_its_own_folder_like_the_uninterrupted_one(
     whole, resumed = Report.load(finished / "report.json"), Report.load("cut/report.json")
     assert resumed.history == whole.history
     assert resumed.before_recovery == whole.before_recovery
-    assert resumed.dense.test_accuracy == whole.dense.test_accuracy
+    assert resumed.dense.test_metric == whole.dense.test_metric
     assert not Path("outputs").exists()
 
 
@@ -184,7 +184,7 @@ def test_neuron_pruning_runs(finished: Path, command: Callable[..., None]) -> No
     convolutions = [layer for name, layer in layers.items() if "conv" in name]
     assert any(layer.nonzero_compressed < layer.parameters for layer in convolutions)
     thin = Path("neurons/compressed.lcz")
-    assert found(command, thin) == Report.load("neurons/report.json").compressed.test_accuracy
+    assert found(command, thin) == Report.load("neurons/report.json").compressed.test_metric
 
 
 @pytest.mark.parametrize(("recipe", "real"), [("binary_connect", set()), ("xnor", {"network.conv1", "network.fc"})])
@@ -197,7 +197,7 @@ def test_binary_recipes_end_with_binary_layers_that_are_tested_alike_elsewhere(
     for name, weight in weights.items():
         magnitudes = [len(filter_.abs().unique()) for filter_ in weight]
         assert (max(magnitudes) > 1) == (name.removesuffix(".weight") in real)
-    accuracy = Report.load("binary/report.json").compressed.test_accuracy
+    accuracy = Report.load("binary/report.json").compressed.test_metric
     assert found(command, Path("binary/compressed.lcz")) == accuracy
     if recipe == "xnor":  # the file says itself that inputs are signs: no callback needs to be there
         config = yaml.safe_load(Path("binary/config.yaml").read_text()) | {"callbacks": {}}
@@ -216,7 +216,7 @@ def test_with_half_the_compressed_network_is_the_rounded_one(finished: Path, com
     report = Report.load("half/report.json")
     assert read.size.coder == "huffman"
     assert report.compressed.file_bytes == read.size.bytes < (finished / "compressed.lcz").stat().st_size
-    assert found(command, Path("half/compressed.lcz")) == report.compressed.test_accuracy
+    assert found(command, Path("half/compressed.lcz")) == report.compressed.test_metric
 
 
 def test_a_new_process_finds_modules_of_the_users_own(
@@ -270,13 +270,13 @@ def test_a_student_learns_from_the_dense_networks_of_its_run_and_needs_none_of_t
     runs = [Path(name, "compressed.lcz").read_bytes() for name in ("run", "loaded", "cut", "alone")]
     assert runs[0] == runs[1] == runs[2] != runs[3]
 
-    assert found(command, Path("run/dense.ckpt")) == report.dense.test_accuracy
+    assert found(command, Path("run/dense.ckpt")) == report.dense.test_metric
     first, second = (torch.load(f"run/{name}.ckpt")["state_dict"] for name in ("dense", "dense-1"))
     assert not torch.equal(first["network.conv1.weight"], second["network.conv1.weight"])
     for name in ("dense", "dense-1"):
         Path("run", f"{name}.ckpt").unlink()
     for name in ("compressed.lcz", "compressed.ckpt", "checkpoints/last.ckpt"):
-        assert found(command, Path("run", name)) == report.compressed.test_accuracy
+        assert found(command, Path("run", name)) == report.compressed.test_metric
     command("task=export", "weights=run/compressed.ckpt")
     assert Path("run/model.onnx").is_file()
 
@@ -291,7 +291,7 @@ def test_a_student_of_another_kind_has_layers_of_its_own(
     assert "layers of its own" in Path("run/report.md").read_text()
     assert report.history[-1].sparsity == pytest.approx(0.5, abs=1e-3)
     assert report.compressed.parameters == 64 * 300 + 300 * 100 + 100 * 10 + 410
-    assert found(command, Path("run/compressed.lcz")) == report.compressed.test_accuracy
+    assert found(command, Path("run/compressed.lcz")) == report.compressed.test_metric
     capsys.readouterr()
     command("task=inspect", *student, "weights=run/dense.ckpt")
     assert "300 x 64" in capsys.readouterr().out
@@ -305,7 +305,7 @@ def test_a_pruned_network_learns_from_what_it_was(finished: Path, command: Calla
     report = Report.load("run/report.json")
     assert [epoch.phase for epoch in report.history] == ["pruning", "recovery", "recovery"]
     assert report.before_recovery is not None
-    assert found(command, Path("run/compressed.lcz")) == report.compressed.test_accuracy
+    assert found(command, Path("run/compressed.lcz")) == report.compressed.test_metric
     taught, alone = (load_compressed(f"{folder}/compressed.lcz") for folder in ("run", "alone"))
     zeros = [float((state["network.conv3.weight"] == 0).float().mean()) for state in (taught, alone)]
     assert min(zeros) > 0.5
@@ -356,11 +356,11 @@ def test_a_file_of_a_run_is_tested_as_the_run_did_and_nothing_is_written(
 ) -> None:
     report = Report.load(finished / "report.json")
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert report.dense.test_accuracy != report.compressed.test_accuracy
-    assert found(command, finished / "dense.ckpt") == report.dense.test_accuracy
+    assert report.dense.test_metric != report.compressed.test_metric
+    assert found(command, finished / "dense.ckpt") == report.dense.test_metric
     for name in ("compressed.lcz", "compressed.ckpt", "checkpoints/last.ckpt"):
-        assert found(command, finished / name) == report.compressed.test_accuracy
-    assert f"last.ckpt: test_acc {report.compressed.test_accuracy:.4f}" in capsys.readouterr().out
+        assert found(command, finished / name) == report.compressed.test_metric
+    assert f"last.ckpt: test_acc {report.compressed.test_metric:.4f}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
     assert [path.name for path in Path().rglob("*")] == ["found", "number.json"]
 
@@ -377,7 +377,7 @@ def test_a_file_is_tested_and_exported_from_anywhere(
     command(*SMALL, *data, "compress=none", "measure.repeats=1", f"hydra.run.dir={tmp_path}/run", "verify=true")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    expected = Report.load("../run/report.json").compressed.test_accuracy
+    expected = Report.load("../run/report.json").compressed.test_metric
     assert found(command, Path("../run/compressed.lcz")) == expected
     command("task=export", "weights=../run/compressed.ckpt")
     assert (tmp_path / "run" / "model.onnx").is_file()
@@ -500,6 +500,6 @@ def test_a_sweep_of_recipes_on_two_ranks(finished: Path, tmp_path: Path) -> None
     for job, sparsity in (("0", 0.95), ("1", 0.0)):
         assert files(folder / job) == RUN_FILES
         report = Report.load(folder / job / "report.json")
-        assert report.dense.test_accuracy == Report.load(finished / "report.json").dense.test_accuracy
+        assert report.dense.test_metric == Report.load(finished / "report.json").dense.test_metric
         assert report.history[-1].sparsity == pytest.approx(sparsity, abs=1e-3)
         assert files(folder / job / "checkpoints") == {"last.ckpt"}

@@ -10,6 +10,7 @@ from math import prod
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_compress.coding.encodings.tensor import Encoding
 from lightning_compress.coding.header import Entry
@@ -101,18 +102,17 @@ class CompressedSize:
         return 8 * self.dense_bytes / bits if bits else 1.0
 
     def __rich__(self) -> Table:
-        caption = (
+        caption = Text(
             f"{self.bytes:,} bytes, coder {self.coder}: {self.rate:.1f}x smaller than {self.dense_bytes:,} in memory; "
             f"by the formula n b / (n log2 k + k b), without a file, it would be {self.formula_rate:.1f}x."
         )
         table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")
-        table.add_column("tensor", no_wrap=True)
-        table.add_column("shape", overflow="fold")
-        table.add_column("stored as", min_width=12, overflow="fold")
-        for heading in ("bytes", "bits per weight", "share"):
-            table.add_column(heading, justify="right")
+        for heading in ("tensor", "shape", "stored as"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("bytes", "bits per\nweight", "share"):
+            table.add_column(heading, justify="right", no_wrap=True)  # a number in two lines is none
         for row in self._rows():
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # Text: names may hold what is markup in a plain string
         return table
 
     def _rows(self) -> Iterator[tuple[str, ...]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +22,8 @@ from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.inputs import ExampleInputs, batch_size, call, tensors
 from lightning_compress.core.macs import count_macs
 
+_CALM = 0.15  # spread up to which the median is trusted
+_SAME = 1.1  # ratio of two halves of the passes from which on the machine counts as busy
 _WARM_UP = 3  # forward passes before the clock counts: allocators, kernel choice, compilation
 
 
@@ -33,7 +36,7 @@ class Footprint:
         nonzero: Those of them that are not zero.
         macs: Multiply-accumulates of a forward pass, per sample; zeros cost as much as other values.
         bytes: Size of a file that was written, read back and compared.
-        latency: Median seconds of a forward pass of the whole batch.
+        latency: Seconds of a forward pass of the whole batch; see `time_in_turns`.
         peak_memory: Bytes of parameters and buffers, and of the tensors alive at the worst moment of a forward pass.
         uncounted: Operators that ran and are missing from `macs`, because torch's counter has no formula for them.
     """
@@ -62,7 +65,7 @@ def measure(
         model: Any module; parameters, gradients, buffers, modes, hooks and torch's random state stay as they are.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first, on the
             model's device.
-        repeats: How many forward passes the latency is the median of.
+        repeats: How many forward passes are timed.
         file_bytes: Writes the network into a file, and returns its size.
 
     Raises:
@@ -93,12 +96,83 @@ def measure(
     )
 
 
-def compare_latency(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, repeats: int = 30) -> dict[str, float]:
-    """Return the median seconds of a forward pass of each network, taken in turns.
+@dataclass(frozen=True)
+class Latency:
+    """How long a forward pass of one of several networks takes, which were timed in turns.
 
-    Round-robin, so that all networks meet the same state of the machine: the ratio of two latencies can be trusted when
-    the latencies themselves move. Each forward pass is timed to the end of the device's work, after three untimed ones,
-    in evaluation mode without gradients.
+    Attributes:
+        seconds: Of a forward pass of the whole batch.
+        spread: Width of the middle half of the timed passes, over their median.
+        busy: Whether the machine was too busy for these seconds to be compared with those of the other networks.
+    """
+
+    seconds: float
+    spread: float
+    busy: bool
+
+
+def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, repeats: int = 30) -> dict[str, Latency]:
+    """Time the forward passes of several networks in turns, in evaluation mode without gradients.
+
+    In every turn each network runs once, in an order drawn anew, so that all meet the same state of the machine. Each
+    forward pass is timed to the end of the device's work, after three untimed ones. `seconds` is the median where the
+    passes of every network agree (a spread of at most 15 %). Elsewhere other work interrupts some of them, and
+    `seconds` is the lowest decile of each network: what a pass takes that was not interrupted. Where even this differs
+    by more than 10 % between the passes with even and those with odd numbers, or between the first and the second half,
+    in relation to the first network's, `busy` is True.
+
+    Args:
+        networks: Model and example inputs by name.
+        repeats: Timed forward passes of each network.
+
+    Raises:
+        ValueError: As for `measure`.
+
+    Example:
+        >>> net, x = nn.Linear(64, 64), torch.randn(8, 64)
+        >>> list(time_in_turns({"dense": (net, x), "compressed": (net, x)}, repeats=4))
+        ['dense', 'compressed']
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, for a median needs a value; got {repeats!r}.")
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    accelerators: set[torch.device] = set()
+    with ExitStack() as stack:
+        for model, example_inputs in networks.values():
+            _check(model, example_inputs)
+            accelerators |= _accelerators(model, example_inputs)
+            stack.enter_context(evaluating(model))
+        shuffled = random.Random(0)  # in one order, another process could interrupt always the same network
+        for turn in range(-_WARM_UP, repeats):
+            for name, (model, example_inputs) in shuffled.sample(list(networks.items()), len(networks)):
+                elapsed = _forward_seconds(model, example_inputs, accelerators)
+                if turn >= 0:
+                    seconds[name].append(elapsed)
+    return summarize_latency(seconds)
+
+
+def summarize_latency(seconds: Mapping[str, Sequence[float]]) -> dict[str, Latency]:
+    """Return what the seconds of passes that were timed in turns come to, as `time_in_turns` says.
+
+    Args:
+        seconds: Of each pass, in order, by network; equally many of each.
+
+    Example:
+        >>> quiet = summarize_latency({"dense": [2.0, 2.1, 2.0, 2.0], "compressed": [1.0, 1.0, 1.1, 1.0]})
+        >>> quiet["dense"].seconds, quiet["dense"].busy
+        (2.0, False)
+        >>> summarize_latency({"dense": [2.0, 2.0, 9.0, 9.0], "compressed": [9.0, 9.0, 2.0, 2.0]})["dense"].busy
+        True
+    """
+    spreads = {name: _spread(values) for name, values in seconds.items()}
+    calm = all(spread <= _CALM for spread in spreads.values())
+    estimate = statistics.median if calm else _low
+    busy = _busy(seconds, estimate)
+    return {name: Latency(estimate(values), spreads[name], busy) for name, values in seconds.items()}
+
+
+def compare_latency(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, repeats: int = 30) -> dict[str, float]:
+    """Return the seconds of a forward pass of each network, timed in turns; see `time_in_turns`.
 
     Args:
         networks: Model and example inputs by name.
@@ -112,21 +186,32 @@ def compare_latency(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, 
         >>> seconds = compare_latency({"dense": (dense, x), "compressed": (compressed, x)})
         >>> speed_up = seconds["dense"] / seconds["compressed"]
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, for a median needs a value; got {repeats!r}.")
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
-    accelerators: set[torch.device] = set()
-    with ExitStack() as stack:
-        for model, example_inputs in networks.values():
-            _check(model, example_inputs)
-            accelerators |= _accelerators(model, example_inputs)
-            stack.enter_context(evaluating(model))
-        for turn in range(-_WARM_UP, repeats):
-            for name, (model, example_inputs) in networks.items():
-                elapsed = _forward_seconds(model, example_inputs, accelerators)
-                if turn >= 0:
-                    seconds[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: latency.seconds for name, latency in time_in_turns(networks, repeats=repeats).items()}
+
+
+def _spread(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return (ordered[-1 - quarter] - ordered[quarter]) / max(statistics.median(ordered), 1e-12)
+
+
+def _low(values: Sequence[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 10]
+
+
+def _busy(seconds: Mapping[str, Sequence[float]], estimate: Callable[[Sequence[float]], float]) -> bool:
+    length = min(map(len, seconds.values()))
+    if length < 4:
+        return False  # too few to tell
+    half = length // 2
+    for one, other in [(slice(0, None, 2), slice(1, None, 2)), (slice(0, half), slice(half, None))]:
+        ratios = []
+        for part in (one, other):
+            found = [estimate(values[part]) for values in seconds.values()]
+            ratios.append([value / found[0] for value in found] if len(found) > 1 else found)
+        if any(max(a, b) > _SAME * min(a, b) for a, b in zip(*ratios, strict=True)):
+            return True
+    return False
 
 
 def _check(model: nn.Module, example_inputs: ExampleInputs) -> None:

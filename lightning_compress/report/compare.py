@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,23 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_compress.report.figure import BLUE, GREY, LIGHT, ORANGE, new_figure, tidy
+from lightning_compress.report.metric import Metric
 from lightning_compress.report.summary import Measurement, Report
-from lightning_compress.report.tables import flatten, markdown_table, percent
+from lightning_compress.report.tables import flatten, markdown_table
 from lightning_compress.report.write import write_figure, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLUMNS = (
-    "accuracy",
-    "change",
-    "non-zeros",
-    "bytes",
-    "smaller",
-    "ms",
-    "faster",
-)  # the last two pairs: value, against dense
+COSTS = ("non-zeros", "bytes", "smaller", "ms", "faster")  # bytes and ms, each followed by what they are to dense
+NARROW = 110  # below this many characters a terminal gets the ratios alone; comparison.md has everything
 
 
 @dataclass(frozen=True)
@@ -83,28 +77,38 @@ def varying_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def comparison_cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows for people: run, varying settings, accuracy, what is left, ratios to dense."""
-    varying = varying_settings(runs)
-    header = ["#", "run", *_short(varying), *COLUMNS]
+    """Return the header and the rows for people: run, varying settings, the test's metric, costs, ratios to dense."""
+    varying, metric = varying_settings(runs), common_metric(runs)
+    header = ["#", "run", *_short(varying), "metric" if metric is None else metric.name, "change", *COSTS]
     rows = []
     for number, run in enumerate(runs, start=1):
         dense, compressed = run.report.dense, run.report.compressed
         settings = flatten(run.report.settings)
+        own = metric or run.report.tested
         rows.append(
             [
                 str(number),
                 run.name,
                 *(str(settings.get(name, "-")) for name in varying),
-                percent(compressed.test_accuracy),
-                _change(dense, compressed),
+                own.show(compressed.test_metric) if metric else f"{own.name} {own.show(compressed.test_metric)}",
+                own.change(dense.test_metric, compressed.test_metric, word=False),
                 f"{compressed.nonzero_parameters:,}",
                 f"{compressed.file_bytes:,}",
                 f"{dense.file_bytes / compressed.file_bytes:.1f}x",
                 f"{compressed.latency_ms:.3f}",
-                f"{dense.latency_ms / compressed.latency_ms:.2f}x",
+                "busy" if run.report.busy else f"{dense.latency_ms / compressed.latency_ms:.2f}x",
             ]
         )
     return header, rows
+
+
+def common_metric(runs: Sequence[Run]) -> Metric | None:
+    """Return how the metric of the tests is shown, over all runs; None where they have different ones."""
+    first = runs[0].report
+    if any((run.report.metric, run.report.metric_mode) != (first.metric, first.metric_mode) for run in runs):
+        return None
+    values = [network.test_metric for run in runs for network in (run.report.dense, run.report.compressed)]
+    return Metric.of(first.metric or "not tested", values, mode=first.metric_mode)
 
 
 def _short(names: Sequence[str]) -> list[str]:
@@ -113,15 +117,25 @@ def _short(names: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else list(names)
 
 
-def runs_table(comparison: Comparison) -> Table:
-    """Return the table for a rich console; what could not be read stands in its caption."""
+def runs_table(comparison: Comparison, *, width: int | None = None) -> Table:
+    """Return the table for a rich console; what could not be read stands in its caption.
+
+    Args:
+        comparison: The runs.
+        width: Characters of the console. A narrow one gets the ratios without the numbers that they come from.
+    """
     header, rows = comparison_cells(comparison.runs)
+    left_out = {"non-zeros", "bytes", "ms"} if width is not None and width < NARROW else set()
     caption = Text("\n".join(comparison.unreadable), style="red") if comparison.unreadable else None
     table = Table(title=f"{len(rows)} runs", title_style="bold", caption=caption, caption_justify="left")
-    for heading in header:
-        table.add_column(heading, justify="left" if heading == "run" else "right", overflow="fold")
+    shown = [column for column, heading in enumerate(header) if heading not in left_out]
+    for column in shown:
+        # What follows the settings is a number, which two lines would make unreadable.
+        number = column == 0 or column >= len(header) - len(COSTS) - 2
+        table.add_column(header[column], justify="left" if column == 1 else "right", overflow="fold", no_wrap=number)
     for row in rows:
-        table.add_row(*map(Text, row))  # Text: a run may be called [a,b], which is markup in a plain string
+        # Text: a run may be called [a,b], which is markup in a plain string
+        table.add_row(*(Text(row[column]) for column in shown))
     return table
 
 
@@ -151,7 +165,9 @@ def runs_csv(comparison: Comparison) -> str:
 
 
 def runs_figure(comparison: Comparison) -> Figure:
-    """Return the figure: test accuracy against bytes of the file, and against latency; numbers are those of the table.
+    """Return the figure: the test's metric against bytes of the file, and against latency, as in the table.
+
+    Runs that were tested by another metric than the first are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -160,17 +176,20 @@ def runs_figure(comparison: Comparison) -> Figure:
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     left, right = figure.subplots(1, 2, sharey=True)
-    _scatter(left, comparison.runs, "file_bytes", "file")
+    first = comparison.runs[0].report.metric
+    runs = {number: run for number, run in enumerate(comparison.runs, start=1) if run.report.metric == first}
+    metric = common_metric(list(runs.values())) or comparison.runs[0].report.tested
+    _scatter(left, runs, metric, "file_bytes", "file")
     left.set_xscale("log")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter(EngFormatter(unit="B"))
     left.xaxis.set_minor_formatter(NullFormatter())
-    left.set_ylabel("test accuracy (%)")
-    left.set_title("Accuracy against bytes of the file", loc="left", fontweight="bold")
-    _scatter(right, comparison.runs, "latency_ms", "latency (ms)")
+    left.set_ylabel(metric.label)
+    left.set_title(f"{metric.name} against bytes of the file", loc="left", fontweight="bold")
+    _scatter(right, runs, metric, "latency_ms", "latency (ms)")
     slowest = max(max(run.report.dense.latency_ms, run.report.compressed.latency_ms) for run in comparison.runs)
     right.set_xlim(0, 1.1 * slowest)  # from 0: else the noise of equal latencies would fill the panel
-    right.set_title("Accuracy against latency", loc="left", fontweight="bold")
+    right.set_title(f"{metric.name} against latency", loc="left", fontweight="bold")
     right.legend(frameon=False, labelcolor=GREY, loc="best")
     return figure
 
@@ -192,31 +211,29 @@ def write_comparison(comparison: Comparison, folder: str | Path, *, figure: bool
     return paths
 
 
-def _scatter(axes: Axes, runs: Sequence[Run], quantity: str, label: str) -> None:
+def _scatter(axes: Axes, runs: Mapping[int, Run], metric: Metric, quantity: str, label: str) -> None:
     tidy(axes)
     axes.grid(axis="x", color=LIGHT, linewidth=0.8)
     axes.set_xlabel(label)
-    tested = [(i, run.report) for i, run in enumerate(runs, start=1) if run.report.compressed.test_accuracy is not None]
-    dense = {
-        (getattr(report.dense, quantity), 100 * report.dense.test_accuracy)
-        for _, report in tested
-        if report.dense.test_accuracy is not None
-    }
-    _points(axes, sorted(dense), label="dense", color="white", edgecolors=ORANGE, s=60, zorder=2)
-    places = [(getattr(r.compressed, quantity), 100 * (r.compressed.test_accuracy or 0.0)) for _, r in tested]
-    _points(axes, places, label="compressed", color=BLUE, s=36, zorder=3)
-    for (number, _), place in zip(tested, places, strict=True):
+    dense, compressed = (
+        {
+            number: (getattr(one, quantity), metric.scaled(one.test_metric))
+            for number, one in side
+            if one.test_metric is not None
+        }
+        for side in (
+            [(number, run.report.dense) for number, run in runs.items()],
+            [(number, run.report.compressed) for number, run in runs.items()],
+        )
+    )
+    _points(axes, sorted(set(dense.values())), label="dense", color="white", edgecolors=ORANGE, s=60, zorder=2)
+    _points(axes, list(compressed.values()), label="compressed", color=BLUE, s=36, zorder=3)
+    for number, place in compressed.items():
         axes.annotate(str(number), place, xytext=(5, 5), textcoords="offset points", fontsize=8.5, color=GREY)
 
 
 def _points(axes: Axes, places: Sequence[tuple[float, float]], **style: Any) -> None:
     axes.scatter([x for x, _ in places], [y for _, y in places], **style)
-
-
-def _change(dense: Measurement, compressed: Measurement) -> str:
-    if dense.test_accuracy is None or compressed.test_accuracy is None:
-        return "-"
-    return f"{100 * (compressed.test_accuracy - dense.test_accuracy):+.2f}"
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:

@@ -1,4 +1,4 @@
-"""The picture of one run: accuracy and sparsity over the epochs, and what is left of each layer."""
+"""The picture of one run: validation metric and sparsity over the epochs, and what is left of each layer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from lightning_compress.report.metric import Metric
 from lightning_compress.report.summary import Epoch, Layer, Report
 
 if TYPE_CHECKING:
@@ -39,23 +40,23 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def report_figure(report: Report) -> Figure:
-    """Return report.png: on the left validation accuracy and sparsity over the epochs, on the right the layers.
+    """Return report.png: on the left validation metric and sparsity over the epochs, on the right the layers.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     figure = new_figure(12, min(max(4.6, 1.6 + 0.3 * len(report.layers)), 16))
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _draw_history(left, report.history)
+    _draw_history(left, report.history, report.validated)
     _draw_layers(right, report.layers)
     return figure
 
 
-def _draw_history(axes: Axes, history: Sequence[Epoch]) -> None:
-    axes.set_title("Accuracy and sparsity over the epochs", loc="left", fontweight="bold", pad=22)
+def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
+    axes.set_title(f"{metric.name} and sparsity over the epochs", loc="left", fontweight="bold", pad=22)
     tidy(axes)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("validation accuracy (%)", color=BLUE)
+    axes.set_ylabel(metric.label, color=BLUE)
     axes.tick_params(axis="y", colors=BLUE)
     if not history:
         empty(axes, "no epoch was trained")
@@ -73,13 +74,15 @@ def _draw_history(axes: Axes, history: Sequence[Epoch]) -> None:
     sparsity.tick_params(axis="y", colors=ORANGE, length=0, labelsize=9)
     sparsity.spines[:].set_visible(False)
     validated = [
-        (i, 100 * entry.val_acc) for i, entry in zip(numbers, history, strict=True) if entry.val_acc is not None
+        (i, metric.scaled(entry.val_metric))
+        for i, entry in zip(numbers, history, strict=True)
+        if entry.val_metric is not None
     ]
     marker = "o" if len(history) <= 40 else None
     axes.plot(
         [i for i, _ in validated], [y for _, y in validated], color=BLUE, linewidth=2, marker=marker, markersize=3.5
     )
-    axes.set_zorder(sparsity.get_zorder() + 1)  # accuracy in front of the area
+    axes.set_zorder(sparsity.get_zorder() + 1)  # the metric in front of the area
     axes.patch.set_visible(False)
     axes.set_xlim(0.5, len(history) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -88,7 +91,7 @@ def _draw_history(axes: Axes, history: Sequence[Epoch]) -> None:
     # The steep beginning may leave the frame: what pruning costs is a few points, and must be seen.
     hidden = phases[0][1] // 2 if len(phases) > 1 else 0
     if shown := [y for i, y in validated if i > hidden]:
-        margin = max(0.08 * (max(shown) - min(shown)), 0.2)
+        margin = max(0.08 * (max(shown) - min(shown)), 0.2 if metric.share else 1e-3)
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
 
 

@@ -11,9 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_compress.core.footprint import Footprint
+from lightning_compress.core.footprint import Footprint, Latency
+from lightning_compress.report.metric import Metric, Mode
 
 T = TypeVar("T")
+
+FORMAT = 2  # of report.json
 
 
 @dataclass(frozen=True)
@@ -21,17 +24,18 @@ class Measurement:
     """One network: how good it is and what it costs.
 
     Attributes:
-        test_accuracy: Share of the test samples that are right, 0 to 1; None where there is no test part.
+        test_metric: What the test logged as the report's metric; None where nothing was tested.
         parameters: Entries of all parameters.
         nonzero_parameters: Those that are not zero.
         macs: Multiply-accumulates of a forward pass, per sample.
         file_bytes: Size of a file that was written and read back.
-        latency_ms: Median milliseconds of a forward pass.
+        latency_ms: Milliseconds of a forward pass.
         peak_memory_bytes: Memory of parameters, buffers and activations at the worst moment of a forward pass.
         uncounted_operators: Operators that `macs` leaves out.
+        latency_spread: Width of the middle half of the timed passes, over their median.
     """
 
-    test_accuracy: float | None
+    test_metric: float | None
     parameters: int
     nonzero_parameters: int
     macs: int
@@ -39,33 +43,35 @@ class Measurement:
     latency_ms: float
     peak_memory_bytes: int | None = None
     uncounted_operators: tuple[str, ...] = ()
+    latency_spread: float = 0.0
 
     @classmethod
     def from_footprint(
         cls,
         footprint: Footprint,
         *,
-        test_accuracy: float | None,
-        latency: float | None = None,
+        test_metric: float | None,
+        latency: Latency | None = None,
         file_bytes: int | None = None,
     ) -> Measurement:
-        """Return the footprint beside an accuracy.
+        """Return the footprint beside what the test found.
 
         Args:
-            footprint: What `lightning_compress.core.footprint.footprint` measured.
-            test_accuracy: Share of the test samples that are right, 0 to 1.
-            latency: Seconds, where networks were timed in turns (`compare_latency`); None: the footprint's own.
+            footprint: What `lightning_compress.core.footprint.measure` measured.
+            test_metric: What the test logged as the report's metric.
+            latency: Where networks were timed in turns (`time_in_turns`); None: the footprint's own.
             file_bytes: Size of another file than the footprint's; None: the footprint's own.
         """
         return cls(
-            test_accuracy=test_accuracy,
+            test_metric=test_metric,
             parameters=footprint.parameters,
             nonzero_parameters=footprint.nonzero,
             macs=footprint.macs,
             file_bytes=footprint.bytes if file_bytes is None else file_bytes,
-            latency_ms=1000.0 * (footprint.latency if latency is None else latency),
+            latency_ms=1000.0 * (footprint.latency if latency is None else latency.seconds),
             peak_memory_bytes=footprint.peak_memory,
             uncounted_operators=footprint.uncounted,
+            latency_spread=0.0 if latency is None else latency.spread,
         )
 
 
@@ -75,13 +81,13 @@ class Epoch:
 
     Attributes:
         epoch: Its number.
-        val_acc: Validation accuracy, 0 to 1; None where it was not validated.
+        val_metric: What the validation logged as the report's `val_metric`; None where it was not validated.
         sparsity: Share of the targeted entries that are zero, 0 to 1.
         phase: "dense", "pruning", "recovery" or whatever the run calls its phases.
     """
 
     epoch: int
-    val_acc: float | None
+    val_metric: float | None
     sparsity: float
     phase: str
 
@@ -149,10 +155,14 @@ class Report:
     Attributes:
         dense: The network before compression.
         compressed: The network at the end.
-        before_recovery: Test accuracy right after pruning, before any training; None where it was not measured.
+        before_recovery: The test's metric right after pruning, before any training; None where it was not measured.
         history: One entry per epoch, dense training first.
         layers: One entry per weight tensor; none where the compressed network has other layers than the dense one.
         settings: What the run was started with (seed, amount, ...); values that JSON can write, nested as they are.
+        metric: Name under which the module's test logs what is compared; None where nothing was tested.
+        val_metric: Name of what its validation logs.
+        metric_mode: "max" or "min", the direction in which both get better, where their names do not say so.
+        busy: Whether the machine was too busy for the two latencies to be compared.
     """
 
     dense: Measurement
@@ -161,10 +171,25 @@ class Report:
     history: tuple[Epoch, ...] = ()
     layers: tuple[Layer, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    metric: str | None = "test_acc"
+    val_metric: str = "val_acc"
+    metric_mode: Mode | None = None
+    busy: bool = False
+
+    @property
+    def tested(self) -> Metric:
+        """How the numbers of the test are shown."""
+        values = (self.dense.test_metric, self.before_recovery, self.compressed.test_metric)
+        return Metric.of(self.metric or "not tested", values, mode=self.metric_mode)
+
+    @property
+    def validated(self) -> Metric:
+        """How the numbers of the validation are shown."""
+        return Metric.of(self.val_metric, (epoch.val_metric for epoch in self.history), mode=self.metric_mode)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of report.json, as plain dicts, lists, numbers and strings."""
-        return asdict(self) | {"before_recovery": {"test_accuracy": self.before_recovery}}
+        return {"format": FORMAT} | asdict(self) | {"before_recovery": {"test_metric": self.before_recovery}}
 
     @classmethod
     def from_dict(cls, content: Any) -> Report:
@@ -174,14 +199,20 @@ class Report:
             ValueError: Something is missing or has the wrong type; the message says what and where.
         """
         content = _expect(content, dict, "the top level")
+        if (found := content.get("format", 1)) != FORMAT:
+            raise ValueError(f"its format is {found!r}, and this version reads {FORMAT}: write it anew.")
         before = _expect(_get(content, "before_recovery", "the top level"), dict, "before_recovery")
         return cls(
             dense=_build(Measurement, _get(content, "dense", "the top level"), "dense"),
             compressed=_build(Measurement, _get(content, "compressed", "the top level"), "compressed"),
-            before_recovery=_number(_get(before, "test_accuracy", "before_recovery"), "before_recovery.test_accuracy"),
+            before_recovery=_number(_get(before, "test_metric", "before_recovery"), "before_recovery.test_metric"),
             history=_build_all(Epoch, content, "history"),
             layers=_build_all(Layer, content, "layers"),
             settings=_expect(_get(content, "settings", "the top level"), dict, "settings"),
+            metric=_text(content, "metric"),
+            val_metric=_expect(_get(content, "val_metric", "the top level"), str, "val_metric"),
+            metric_mode=_mode(_text(content, "metric_mode")),
+            busy=_expect(_get(content, "busy", "the top level"), bool, "busy"),
         )
 
     @classmethod
@@ -230,6 +261,17 @@ def _expect(value: Any, kind: type[T], where: str) -> T:
     if not isinstance(value, kind):
         raise ValueError(f"{where} should be a {kind.__name__}, and is {value!r:.80}.")
     return value
+
+
+def _text(content: dict[str, Any], key: str) -> str | None:
+    value = _get(content, key, "the top level")
+    return None if value is None else _expect(value, str, key)
+
+
+def _mode(value: str | None) -> Mode | None:
+    if value not in (None, "max", "min"):
+        raise ValueError(f"metric_mode should be 'max', 'min' or null, and is {value!r:.80}.")
+    return value  # type: ignore[return-value]  # one of the three
 
 
 def _number(value: Any, where: str) -> Any:

@@ -23,16 +23,6 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
-def points(change: float) -> str:
-    """Return a difference of two shares in percentage points, with its sign.
-
-    Example:
-        >>> points(-0.0028)
-        '-0.28 points'
-    """
-    return f"{100 * change:+.2f} points"
-
-
 def factor(before: float, after: float, *, better: str, worse: str, noise: float = 0.0) -> str:
     """Return in words how many times smaller (faster, ...) `after` is.
 
@@ -62,11 +52,10 @@ def factor(before: float, after: float, *, better: str, worse: str, noise: float
 def comparison_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
     """Return the rows below `HEADER`: quantity and unit, dense, right after pruning, compressed, ratio in words."""
     dense, compressed = report.dense, report.compressed
-    change = "-"
-    if dense.test_accuracy is not None and compressed.test_accuracy is not None:
-        change = points(compressed.test_accuracy - dense.test_accuracy)
-    accuracy = (percent(dense.test_accuracy), percent(report.before_recovery), percent(compressed.test_accuracy))
-    rows = [("test accuracy", *accuracy, change)]
+    metric = report.tested
+    values = (dense.test_metric, report.before_recovery, compressed.test_metric)
+    change = metric.change(dense.test_metric, compressed.test_metric)
+    rows = [(metric.name, metric.show(values[0]), metric.show(values[1]), metric.show(values[2]), change)]
     for label, name, show, better, worse in [
         ("parameters", "parameters", "{:,}", "fewer", "more"),
         ("non-zero parameters", "nonzero_parameters", "{:,}", "fewer", "more"),
@@ -80,6 +69,8 @@ def comparison_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
             continue
         noise = CLOCK_NOISE if name == "latency_ms" else 0.0
         ratio = factor(before, after, better=better, worse=worse, noise=noise)
+        if name == "latency_ms" and report.busy:
+            ratio = "the machine was busy"
         rows.append((label, show.format(before), "", show.format(after), ratio))
     return rows
 
@@ -92,6 +83,12 @@ def notes(report: Report) -> list[str]:
         sentences.append(
             "Zeros that stay in the tensors make the file smaller; dense kernels still multiply by them,"
             " so MACs and latency stay."
+        )
+    if report.busy:
+        spread = max(dense.latency_spread, compressed.latency_spread)
+        sentences.append(
+            "The machine was busy while the networks were timed in turns: the latencies moved too much to be compared"
+            f" (the middle half of the timed passes spans {spread:.0%} of their median)."
         )
     if uncounted := _uncounted([dense, compressed]):
         sentences.append(f"MACs leave out operators that torch's counter has no formula for: {', '.join(uncounted)}.")
@@ -167,6 +164,6 @@ def _uncounted(measurements: Iterable[Measurement]) -> list[str]:
 
 
 def _style(ratio: str) -> str:
-    if ratio.endswith(("fewer", "smaller", "faster", "less")) or ratio.startswith("+"):
+    if ratio.endswith(("fewer", "smaller", "faster", "less", "(better)")):
         return "green"
-    return "red" if ratio.endswith(("more", "larger", "slower")) else ""
+    return "red" if ratio.endswith(("more", "larger", "slower", "(worse)")) else ""

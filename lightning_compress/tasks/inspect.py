@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from rich.table import Table
+from rich.text import Text
 
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.inspection import Verdict, inspect_neurons, inspect_weights
@@ -41,21 +42,25 @@ def inspection_table(name: str, callback: IterativePruningCallback, verdicts: li
     free = sum(verdict.units for verdict in verdicts if verdict.action == "pruned")
     count = Counter(verdict.action for verdict in verdicts)
     table = Table(
-        title=f"{name}: {callback.granularity} pruning by {callback.criterion}",
-        title_style="bold",
-        caption=f"amount={callback.amount:g}, scope={callback.scope}: {round(callback.amount * free):,} of {free:,} "
-        f"{unit} go. Parameters: {', '.join(f'{number} {action}' for action, number in count.items())}.",
+        title=Text(f"{name}: {callback.granularity} pruning by {callback.criterion}", style="bold"),
+        caption=Text(
+            f"amount={callback.amount:g}, scope={callback.scope}: {round(callback.amount * free):,} of {free:,} "
+            f"{unit} go. Parameters: {', '.join(f'{number} {action}' for action, number in count.items())}."
+        ),
         caption_justify="left",
     )
-    table.add_column("parameter", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
+    for heading in ("parameter", "shape"):
+        table.add_column(heading, overflow="fold")
     table.add_column(unit, justify="right", no_wrap=True)
-    table.add_column("what happens")
+    table.add_column("what happens", overflow="fold")
     for verdict in verdicts:
         shape = " x ".join(map(str, verdict.shape))
         units = f"{verdict.units:,}" if verdict.units else ""
         happens = f"{verdict.action}: {verdict.reason}" if verdict.reason else verdict.action
-        table.add_row(verdict.name, shape, units, happens, style=STYLES[verdict.action])
+        cells = map(
+            Text, (verdict.name, shape, units, happens)
+        )  # Text: names may hold what is markup in a plain string
+        table.add_row(*cells, style=STYLES[verdict.action])
     return table
 
 

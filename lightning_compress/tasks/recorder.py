@@ -31,7 +31,7 @@ class Recorder(Callback):
     in the Trainer's list of callbacks.
 
     Args:
-        val_metric: Name under which the module logs its validation accuracy.
+        val_metric: Name under which the module logs what is shown over the epochs.
 
     Attributes:
         phase: What an epoch is called that no technique says anything of.
@@ -67,7 +67,7 @@ class Recorder(Callback):
         self.history.append(
             Epoch(
                 epoch=trainer.current_epoch,
-                val_acc=float(metrics[self.val_metric]) if self.val_metric in metrics else None,
+                val_metric=float(metrics[self.val_metric]) if self.val_metric in metrics else None,
                 sparsity=max((technique.sparsity for technique in ramped), default=0.0),
                 phase=phase if ramped else self.phase,
             )

@@ -20,9 +20,10 @@ from lightning_compress.coding import load_compressed, save_compressed
 from lightning_compress.coding.container import Coder, make_writer
 from lightning_compress.coding.footprint import footprint
 from lightning_compress.core.files import replacing
-from lightning_compress.core.footprint import compare_latency
+from lightning_compress.core.footprint import time_in_turns
 from lightning_compress.core.inputs import to_device
 from lightning_compress.report import Measurement, Report, compare_layers, write_report
+from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.recorder import Recorder
 from lightning_compress.tasks.testing import accuracy, check_tested, quietly, trainer_of
@@ -43,10 +44,11 @@ class Run:
         make_trainer: Makes a Trainer; its keyword arguments stand over the configured ones.
         folder: Where `dense_files`, compressed.ckpt, compressed.lcz and the report go.
         seed: Root of everything random.
-        metric: Test accuracy, under the name by which `test_step` logs it; None: nothing is tested.
-        val_metric: Validation accuracy, likewise.
+        metric: What the networks are compared by, under the name by which `test_step` logs it; None: nothing is tested.
+        val_metric: What is shown over the epochs, under the name by which `validation_step` logs it.
+        metric_mode: "max" or "min", the direction in which both get better, where their names do not say so.
         batch_size: Samples in the forward pass that is timed.
-        repeats: Forward passes that the latency is the median of.
+        repeats: Forward passes that are timed.
         coder: Of compressed.lcz, as in `save_compressed`.
         half: Whether its floats are rounded to float16. The compressed network is then the rounded one, everywhere.
         settings: What the report says the run was started with.
@@ -58,6 +60,7 @@ class Run:
     seed: int = 0
     metric: str | None = "test_acc"
     val_metric: str = "val_acc"
+    metric_mode: Mode | None = None
     batch_size: int = 64
     repeats: int = 200
     coder: Coder = "ans"
@@ -98,6 +101,7 @@ class Run:
                 less than `modules`; no such coder.
         """
         make_writer(self.coder)  # an unknown one shows now, not hours later
+        Metric.of(self.metric or "", [], mode=self.metric_mode)
         if weights and len(weights) != len(modules):
             raise ValueError(f"{len(modules)} dense networks want as many weights, [a.ckpt, ...]; got {len(weights)}.")
         if self.metric is not None:
@@ -140,15 +144,19 @@ class Run:
         trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
         if not trainer.is_global_zero:
             return None
-        costs = self._costs(module, compressed, trainer.strategy.root_device)
+        costs, busy = self._costs(module, compressed, trainer.strategy.root_device)
         size = save_compressed(compressed, self.folder / SMALL, coder=self.coder, half=self.half)
         report = Report(
-            dense=replace(costs["dense"], test_accuracy=dense_accuracy),
-            compressed=replace(costs["compressed"], test_accuracy=compressed_accuracy, file_bytes=size.bytes),
+            dense=replace(costs["dense"], test_metric=dense_accuracy),
+            compressed=replace(costs["compressed"], test_metric=compressed_accuracy, file_bytes=size.bytes),
             before_recovery=before_recovery,
             history=tuple(recorder.history),
             layers=compare_layers(dict(module.named_parameters()), dict(compressed.named_parameters())),
             settings=dict(self.settings),
+            metric=self.metric,
+            val_metric=self.val_metric,
+            metric_mode=self.metric_mode,
+            busy=busy,
         )
         write_report(report, self.folder, figure=can_draw())
         return report
@@ -180,16 +188,17 @@ class Run:
 
     def _costs(
         self, dense: LightningModule, compressed: LightningModule, device: torch.device
-    ) -> dict[str, Measurement]:
+    ) -> tuple[dict[str, Measurement], bool]:
         inputs = to_device(example_inputs(dense, self.datamodule, batch_size=self.batch_size), device)
         networks = {"dense": dense.to(device), "compressed": compressed.to(device)}
-        latency = compare_latency({name: (network, inputs) for name, network in networks.items()}, repeats=self.repeats)
-        return {
+        latency = time_in_turns({name: (network, inputs) for name, network in networks.items()}, repeats=self.repeats)
+        measured = {
             name: Measurement.from_footprint(
-                footprint(network, inputs, repeats=1), test_accuracy=None, latency=latency[name]
+                footprint(network, inputs, repeats=1), test_metric=None, latency=latency[name]
             )
             for name, network in networks.items()
         }
+        return measured, latency["dense"].busy
 
 
 def can_draw() -> bool:

@@ -31,8 +31,8 @@ def report(amount: float, seed: int = 0, **changes: float) -> Report:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    write_report(report(0.5, test_accuracy=0.97, file_bytes=2500), tmp_path / "2", figure=False)
-    write_report(report(0.9, test_accuracy=0.95, file_bytes=500, latency_ms=0.5), tmp_path / "10", figure=False)
+    write_report(report(0.5, test_metric=0.97, file_bytes=2500), tmp_path / "2", figure=False)
+    write_report(report(0.9, test_metric=0.95, file_bytes=500, latency_ms=0.5), tmp_path / "10", figure=False)
     return tmp_path
 
 
@@ -71,6 +71,27 @@ def test_only_settings_that_differ_become_columns(sweep: Path) -> None:
     assert comparison_cells([*runs, other])[0][:4] == ["#", "run", "compress.amount", "model.amount"]
 
 
+def test_a_narrow_table_has_whole_numbers_and_leaves_the_rest_to_the_file(sweep: Path) -> None:
+    output = io.StringIO()
+    Console(file=output, width=80).print(runs_table(gather(sweep), width=80))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for whole in ("test_acc", "change", "smaller", "faster", "95.00 %", "-3.00", "8.0x", "2.00x"):
+        assert whole in output.getvalue()
+    assert "bytes" not in output.getvalue()
+    assert "bytes" in runs_markdown(gather(sweep))
+
+
+def test_runs_of_different_metrics_say_which_each_has(sweep: Path) -> None:
+    runs = gather(sweep).runs
+    other = Run("loss", replace(runs[0].report, metric="test_loss"))
+    header, rows = comparison_cells([runs[0], other])
+    assert header[header.index("change") - 1] == "metric"
+    assert [row[header.index("metric")] for row in rows] == ["test_acc 97.00 %", "test_loss 0.97"]
+    left, _ = runs_figure(Comparison((runs[0], other))).axes
+    assert len(left.collections[1].get_offsets()) == 1
+
+
 def test_rows_compare_with_the_runs_own_dense_network(sweep: Path) -> None:
     _, rows = comparison_cells(gather(sweep).runs)
     assert rows[1] == ["2", "10", "0.9", "95.00 %", "-3.00", "100", "500", "8.0x", "0.500", "2.00x"]
@@ -79,7 +100,7 @@ def test_rows_compare_with_the_runs_own_dense_network(sweep: Path) -> None:
 def test_the_csv_has_plain_numbers(sweep: Path) -> None:
     first, second = csv.DictReader(io.StringIO(runs_csv(gather(sweep))))
     assert first["compress.amount"] == "0.5"
-    assert float(second["compressed.test_accuracy"]) == 0.95
+    assert float(second["compressed.test_metric"]) == 0.95
     assert int(second["dense.file_bytes"]) == 4000
     assert float(second["before_recovery"]) == 0.5
 
@@ -94,8 +115,8 @@ def test_the_figure_has_each_run_at_its_bytes_and_latency(sweep: Path) -> None:
     assert [text.get_text() for text in left.texts] == ["1", "2"]
 
 
-def test_a_run_without_test_accuracy_is_in_the_table_and_not_in_the_figure() -> None:
-    runs = (Run("a", report(0.5, test_accuracy=0.97)), Run("b", report(0.9, test_accuracy=None)))  # type: ignore[arg-type]
+def test_a_run_without_test_metric_is_in_the_table_and_not_in_the_figure() -> None:
+    runs = (Run("a", report(0.5, test_metric=0.97)), Run("b", report(0.9, test_metric=None)))  # type: ignore[arg-type]
     assert comparison_cells(runs)[1][1][3:6] == ["-", "-", "100"]
     left, _ = runs_figure(Comparison(runs)).axes
     assert [text.get_text() for text in left.texts] == ["1"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.core.footprint import Footprint
+from lightning_compress.core.footprint import Footprint, Latency
 from lightning_compress.report import Epoch, Layer, Measurement, Report, compare_layers
 
 DENSE = Measurement(0.98, 1000, 990, 5000, 4100, 1.5, 64000, ())
@@ -33,10 +33,10 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
 def test_the_keys_are_those_that_readers_rely_on() -> None:
     content = REPORT.to_dict()
     for network in ("dense", "compressed"):
-        keys = {"test_accuracy", "parameters", "nonzero_parameters", "macs", "file_bytes", "latency_ms"}
+        keys = {"test_metric", "parameters", "nonzero_parameters", "macs", "file_bytes", "latency_ms"}
         assert keys <= set(content[network])
-    assert content["before_recovery"] == {"test_accuracy": 0.6}
-    assert set(content["history"][0]) == {"epoch", "val_acc", "sparsity", "phase"}
+    assert content["before_recovery"] == {"test_metric": 0.6}
+    assert set(content["history"][0]) == {"epoch", "val_metric", "sparsity", "phase"}
 
 
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -64,7 +64,7 @@ def test_whatever_is_missing_or_mistyped_is_named_with_the_file(tmp_path: Path, 
         if damage == "remove":
             del parent[path[-1]]
         else:
-            parent[path[-1]] = True
+            parent[path[-1]] = ["another type"] if path == ("settings",) else {"of": "another type"}
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"report\.json is no complete report: ") as caught:
             Report.load(file)
@@ -81,10 +81,17 @@ def test_what_is_no_report_is_named(tmp_path: Path, text: str) -> None:
 
 def test_a_footprint_becomes_a_measurement_in_its_units() -> None:
     footprint = Footprint(10, 4, 50, 120, 0.002, 999, ("aten::foo",))
-    measured = Measurement.from_footprint(footprint, test_accuracy=0.5)
+    measured = Measurement.from_footprint(footprint, test_metric=0.5)
     assert measured == Measurement(0.5, 10, 4, 50, 120, pytest.approx(2.0), 999, ("aten::foo",))
-    timed = Measurement.from_footprint(footprint, test_accuracy=None, latency=0.001, file_bytes=77)
-    assert (timed.latency_ms, timed.file_bytes, timed.test_accuracy) == (pytest.approx(1.0), 77, None)
+    timed = Measurement.from_footprint(footprint, test_metric=None, latency=Latency(0.001, 0.2, False), file_bytes=77)
+    assert (timed.latency_ms, timed.latency_spread, timed.file_bytes) == (pytest.approx(1.0), 0.2, 77)
+
+
+def test_a_report_of_another_format_is_named_and_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({key: value for key, value in REPORT.to_dict().items() if key != "format"}))
+    with pytest.raises(ValueError, match=r"report\.json .*its format is 1, and this version reads 2"):
+        Report.load(file)
 
 
 def test_layers_are_counted_by_name_whatever_their_new_shape() -> None:

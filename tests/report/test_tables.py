@@ -12,7 +12,7 @@ from lightning_compress.report.tables import comparison_rows, factor, flatten, m
 DENSE = Measurement(0.98611, 38722, 38722, 846_000, 155_688, 0.4, 1_234_567)
 REPORT = Report(
     dense=DENSE,
-    compressed=replace(DENSE, test_accuracy=0.98333, nonzero_parameters=3226, file_bytes=19_461, latency_ms=0.39),
+    compressed=replace(DENSE, test_metric=0.98333, nonzero_parameters=3226, file_bytes=19_461, latency_ms=0.39),
     before_recovery=0.75,
     layers=(Layer("conv1", 216, 216, 54),),
     settings={"seed": 3, "compress": {"amount": 0.9}},
@@ -25,7 +25,7 @@ def cells(report: Report) -> dict[str, tuple[str, ...]]:
 
 def test_each_quantity_stands_in_its_row() -> None:
     rows = cells(REPORT)
-    assert rows["test accuracy"] == ("98.61 %", "75.00 %", "98.33 %", "-0.28 points")
+    assert rows["test_acc"] == ("98.61 %", "75.00 %", "98.33 %", "-0.28 points (worse)")
     assert rows["parameters"] == ("38,722", "", "38,722", "the same")
     assert rows["non-zero parameters"] == ("38,722", "", "3,226", "12.0x fewer")
     assert rows["file (bytes)"] == ("155,688", "", "19,461", "8.0x smaller")
@@ -35,12 +35,30 @@ def test_each_quantity_stands_in_its_row() -> None:
 def test_what_was_not_measured_is_a_dash_or_left_out() -> None:
     rows = cells(
         Report(
-            dense=replace(DENSE, test_accuracy=None, peak_memory_bytes=None),
-            compressed=replace(DENSE, test_accuracy=None),
+            dense=replace(DENSE, test_metric=None, peak_memory_bytes=None),
+            compressed=replace(DENSE, test_metric=None),
         )
     )
-    assert rows["test accuracy"] == ("-", "-", "-", "-")
+    assert rows["test_acc"] == ("-", "-", "-", "-")
     assert "peak memory (bytes)" not in rows
+
+
+def test_a_metric_has_its_own_name_unit_and_direction() -> None:
+    """A loss of 1.4344 that falls by 0.0458 is neither an accuracy of 143.44 % nor 4.58 points worse."""
+    losses = {"metric": "test_loss", "before_recovery": 1.5}
+    dense, compressed = replace(DENSE, test_metric=1.4344), replace(DENSE, test_metric=1.3886)
+    assert cells(Report(dense, compressed, **losses))["test_loss"] == ("1.434", "1.5", "1.389", "-0.0458 (better)")
+    named = Report(dense, compressed, metric="energy", metric_mode="max")
+    assert cells(named)["energy"][-1] == "-0.0458 (worse)"
+    assert cells(replace(named, metric_mode=None))["energy"][-1] == "-0.0458"
+    in_percent = Report(replace(DENSE, test_metric=99.0), replace(DENSE, test_metric=98.5))
+    assert cells(in_percent)["test_acc"] == ("99", "-", "98.5", "-0.5 (worse)")
+
+
+def test_a_busy_machine_is_said_instead_of_a_ratio() -> None:
+    busy = replace(REPORT, busy=True, dense=replace(DENSE, latency_spread=0.8))
+    assert cells(busy)["latency (ms)"] == ("0.400", "", "0.390", "the machine was busy")
+    assert "spans 80% of their median" in " ".join(notes(busy))
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,11 @@ def test_the_history_has_an_entry_per_epoch() -> None:
     fit(IterativePruningCallback(0.7, end_epoch=2.0), recorder)
     assert [epoch.phase for epoch in recorder.history] == ["pruning", "recovery", "recovery", "recovery"]
     assert [epoch.epoch for epoch in recorder.history] == [0, 1, 2, 3]
-    assert all(0 < epoch.val_acc <= 1 for epoch in recorder.history if epoch.val_acc is not None)
+    assert all(0 < epoch.val_metric <= 1 for epoch in recorder.history if epoch.val_metric is not None)
     assert recorder.history[0].sparsity < recorder.history[-1].sparsity
     nothing = Recorder("other_metric")
     fit(nothing)
-    assert [(epoch.phase, epoch.val_acc, epoch.sparsity) for epoch in nothing.history] == [("dense", None, 0.0)] * 4
+    assert [(epoch.phase, epoch.val_metric, epoch.sparsity) for epoch in nothing.history] == [("dense", None, 0.0)] * 4
 
 
 def test_no_snapshot_where_the_ramp_did_not_end() -> None:
