@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_compress.core.precision import widened
 from lightning_compress.quantization.signs import by_channel
 
 Granularity = Literal["channel", "tensor"]
@@ -55,7 +56,10 @@ def by_scale(w: Tensor, granularity: Granularity = "channel", groups: int | None
 def weight_scales(
     w: Tensor, bits: int, *, granularity: Granularity = "channel", groups: int | None = None, last: Tensor | None = None
 ) -> Tensor:
-    """Return the scales s of a weight, shaped to multiply `by_scale` of it, in its dtype.
+    """Return the scales s of a weight, shaped to multiply `by_scale` of it, in float32 or float64.
+
+    Weights of 16 bits have the nearest scale of their own type, for which files have a short form, unless that moves a
+    point of the grid by more than a third of a step, as where weights are so small that it has few digits or is 0.
 
     Args:
         w: The real weights.
@@ -72,12 +76,12 @@ def weight_scales(
         tensor([1.1000, 0.6000])
     """
     top = 2 ** (bits - 1) - 1
-    view = by_scale(w.to(torch.promote_types(w.dtype, torch.float32)).contiguous(), granularity, groups)
+    view = by_scale(widened(w).contiguous(), granularity, groups)
     covering: Tensor = view.abs().amax((1, 3), keepdim=True) / top
     if bits > _SEARCHED:
-        return covering.to(w.dtype)
+        return _in_type(covering, w.dtype, top)
     if last is not None:
-        return _improve(view, last.to(view.dtype), covering, top).to(w.dtype)
+        return _in_type(_improve(view, last.to(view.dtype), covering, top), w.dtype, top)
     best: Tensor = covering
     error = _error(view, covering, top)
     for beginning in _BEGINNINGS:
@@ -86,14 +90,14 @@ def weight_scales(
             scales = _improve(view, scales, covering, top)
         found = _error(view, scales, top)
         best, error = torch.where(found < error, scales, best), torch.minimum(found, error)
-    return best.to(w.dtype)
+    return _in_type(best, w.dtype, top)
 
 
 @torch.no_grad()
 def on_symmetric_grid(
     w: Tensor, scales: Tensor, bits: int, *, granularity: Granularity = "channel", groups: int | None = None
 ) -> Tensor:
-    """Return W~, whose entries are whole numbers times their scale, as the dtype of w multiplies.
+    """Return W~, whose entries are whole numbers times their scale, rounded to the dtype of w.
 
     Args:
         w: The real weights.
@@ -108,8 +112,15 @@ def on_symmetric_grid(
         tensor([[ 0.0000, -1.0000,  1.0000,  1.0000],
                 [ 0.0000,  0.5333, -0.5333,  0.5333]])
     """
-    view = by_scale(w.to(torch.promote_types(w.dtype, torch.float32)).contiguous(), granularity, groups)
-    return _integers(view, scales.to(view.dtype), 2 ** (bits - 1) - 1).to(w.dtype).mul_(scales).view(w.shape)
+    view = by_scale(widened(w).contiguous(), granularity, groups)
+    scales = scales.to(view.dtype)
+    return _integers(view, scales, 2 ** (bits - 1) - 1).mul_(scales).to(w.dtype).view(w.shape)
+
+
+def _in_type(scales: Tensor, dtype: torch.dtype, top: int) -> Tensor:
+    """Round scales to the type of their weights where that moves no number by more than a third of a step."""
+    rounded = scales.to(dtype).to(scales.dtype)
+    return torch.where((rounded - scales).abs() * (3 * top) <= scales, rounded, scales)
 
 
 def _integers(view: Tensor, scales: Tensor, top: int) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.precision import widened
+
 Mode = Literal["deterministic", "stochastic"]
 Scaling = Literal["none", "mean"]
 
@@ -95,6 +97,7 @@ def by_channel(tensor: Tensor, groups: int | None = None) -> Tensor:
 def channel_scales(w: Tensor, *, groups: int | None = None, alive: Tensor | None = None) -> Tensor:
     """Return alpha_c = mean |w| over each output channel, shaped to multiply `by_channel` of the weight.
 
+    It is in float32, or float64 for weights of that type: sums and counts of 16 bits overflow, or lose small numbers.
     It minimises norm(w_c - alpha_c sign(w_c)).
 
     Args:
@@ -106,10 +109,10 @@ def channel_scales(w: Tensor, *, groups: int | None = None, alive: Tensor | None
         >>> channel_scales(torch.tensor([[0.5, -1.5], [0.0, 0.1]])).flatten()
         tensor([1.0000, 0.0500])
     """
-    magnitudes = by_channel(w.abs().contiguous(), groups)
+    magnitudes = by_channel(widened(w).abs().contiguous(), groups)
     if alive is None:
         return magnitudes.mean((1, 3), keepdim=True)
-    alive = by_channel(alive.to(w.dtype).contiguous(), groups)
+    alive = by_channel(alive.to(magnitudes.dtype).contiguous(), groups)
     return (magnitudes * alive).sum((1, 3), keepdim=True) / alive.sum((1, 3), keepdim=True).clamp_(min=1)
 
 
@@ -178,7 +181,8 @@ def real_gradient(
         tensor([[0., 1.]])
     """
     if scaling == "mean":
-        signs = sign(w).contiguous()
+        gradient, given = widened(gradient), gradient.dtype
+        signs = sign(widened(w)).contiguous()
         if alive is not None:
             signs.mul_(alive)
         alpha = channel_scales(w, groups=groups, alive=alive)
@@ -186,7 +190,7 @@ def real_gradient(
         count = w.numel() // alpha.numel() if alive is None else by_channel(signs.abs(), groups).sum((1, 3), True)
         shared = common.sum((1, 3), keepdim=True) / torch.as_tensor(count, device=w.device).clamp(min=1)
         own = by_channel(torch.where(w.abs() <= 1, gradient, 0.0).contiguous(), groups) * alpha
-        gradient = (by_channel(signs, groups) * shared + own).view(w.shape)
+        gradient = (by_channel(signs, groups) * shared + own).view(w.shape).to(given)
     return gradient if alive is None else gradient * alive
 
 

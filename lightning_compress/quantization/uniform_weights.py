@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.slicing import Kept
@@ -87,8 +86,8 @@ class UniformWeights(LatentWeights):
     def follow_cut(self, model: nn.Module, kept: Kept) -> None:
         for name, parameter in self.parameters.items():  # to the parameter's shape and back
             latent = self.latent[name]
-            whole = by_scale(latent.clone(memory_format=torch.contiguous_format), **self._how(name))
-            self.scales[name] = whole.copy_(self.scales[name].expand_as(whole)).view(latent.shape)
+            whole = by_scale(latent.contiguous(), **self._how(name))
+            self.scales[name] = self.scales[name].expand_as(whole).reshape(latent.shape)
             assert parameter.dim() == latent.dim()
         super().follow_cut(model, kept)
         for name, scales in self.scales.items():
