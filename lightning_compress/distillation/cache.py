@@ -178,6 +178,34 @@ def _words(x: Tensor) -> Tensor:
     return (F.pad(rows, (0, missing)) if missing else rows).view(torch.int32)
 
 
+def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
+    """Return a batch without the samples' indices, and these.
+
+    Raises:
+        ValueError: There are none at that place.
+
+    Example:
+        >>> without_index([torch.zeros(2, 3), torch.tensor([1, 0]), torch.tensor([7, 8])], -1)[1]
+        tensor([7, 8])
+    """
+    rest: Any
+    try:
+        if isinstance(batch, Mapping):
+            rest, index = {key: value for key, value in batch.items() if key != where}, batch[where]
+        else:
+            rest = list(batch)
+            index = rest.pop(where)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"cache={where!r} is where a training batch has the indices of its samples, but this one, a "
+            f"{type(batch).__name__}, has nothing there: let the dataset give them, as "
+            f"lightning_compress.distillation.cache.Indexed(dataset) does."
+        ) from error
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
+        raise ValueError(f"cache={where!r} is no tensor of sample indices in the training batch, but {index!r}.")
+    return (tuple(rest) if isinstance(batch, tuple) else rest), index
+
+
 class Indexed(Dataset[Any]):
     """A dataset whose samples tell their index.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import zipfile
 from collections.abc import Sequence
 from os import PathLike
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 
 from lightning_compress.coding import load_compressed
 from lightning_compress.core.memory import shared_memory
 from lightning_compress.core.slicing import named_tensors
-from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.inside import innermost
 
 
@@ -37,12 +38,13 @@ def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Mod
     found = [_module(one, student) for one in given]
     mine = {id(parameter): name for name, parameter in student.named_parameters()}
     for teacher in found:
+        _refuse_training_graphs(teacher)
         shared = [mine[id(one)] for one in teacher.parameters() if id(one) in mine and one.requires_grad]
         shared += _in_memory_of(student, teacher)
         if shared:
             raise ValueError(
                 f"The teacher shares {shared[0]} with the student, and would change with it: pass a copy, "
-                f"copy.deepcopy(student), which stays what it is."
+                f"copy.deepcopy(student), which stays what it is; or freeze what both use, by requires_grad_(False)."
             )
     return found
 
@@ -53,6 +55,19 @@ def _in_memory_of(student: nn.Module, teacher: nn.Module) -> list[str]:
     theirs = {f"teacher.{name}": one for name, one in named_tensors(teacher).items()}
     between = [pair for pair in shared_memory(mine | theirs) if pair[0] in mine and pair[1] in theirs]
     return [first.removeprefix("student.") for first, _ in between]
+
+
+def _refuse_training_graphs(teacher: nn.Module) -> None:
+    graphs = (module.graph for module in teacher.modules() if isinstance(module, fx.GraphModule))
+    for node in (node for graph in graphs for node in graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        names = [] if schema is None else [argument.name for argument in schema.arguments]
+        values = dict(zip(names, node.args, strict=False)) | node.kwargs
+        if values.get("train") is True or values.get("training") is True:
+            raise ValueError(
+                f"The teacher is a program that was exported in training mode ({node.target}), which it can't leave: "
+                f"export it after network.eval(), as lightning_compress.deploy.capture does."
+            )
 
 
 def load_teachers(module: LightningModule, paths: Sequence[str | PathLike[str]]) -> list[nn.Module]:
@@ -89,11 +104,13 @@ def _load(path: str | PathLike[str], module: LightningModule) -> nn.Module:
 def _module(given: Any, student: LightningModule) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
+    if isinstance(given, ExportedProgram):
+        return given.module()
     if isinstance(given, str | PathLike):
         return _from_file(given, innermost(student))
     raise TypeError(
-        f"teacher is a module, a LightningModule, the path of a checkpoint, or a list of these; got "
-        f"{type(given).__name__}. From a Hydra config of your own: hydra.utils.instantiate(config)."
+        f"teacher is a module, a LightningModule, an exported program, the path of a checkpoint, or a list of these; "
+        f"got {type(given).__name__}. From a Hydra config of your own: hydra.utils.instantiate(config)."
     )
 
 
@@ -105,7 +122,7 @@ def _from_file(path: str | PathLike[str], student: LightningModule) -> nn.Module
         except ValueError as misfit:
             reason = str(misfit)
     try:
-        return kind.load_from_checkpoint(Path(path), map_location="cpu")
+        return kind.load_from_checkpoint(Path(path), map_location="cpu", weights_only=True)
     except Exception as failure:  # whatever the class's own code raises
         raise ValueError(
             f"teacher={str(path)!r} is no {kind.__name__} like the student ({reason}), and {kind.__name__}."
@@ -118,22 +135,47 @@ def _other_hyperparameters(path: str | PathLike[str], student: LightningModule) 
     """Whether a checkpoint says that its module was made with other arguments: shapes don't tell an activation."""
     if not zipfile.is_zipfile(path):  # nor is there any such file, or it is a compressed one
         return False
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        kind = type(student).__name__
+        raise ValueError(
+            f"teacher={str(path)!r} is damaged, or holds objects beside tensors and plain values, which are not read, "
+            f"for reading them can run code. If you trust the file, make the module yourself, by "
+            f"{kind}.load_from_checkpoint(path, weights_only=False), and pass it instead of the path."
+        ) from error
     theirs = content.get("hyper_parameters") if isinstance(content, dict) else None
     return theirs is not None and repr(dict(theirs)) != repr(dict(student.hparams))
 
 
-def network_of(teacher: nn.Module, network: str) -> nn.Module:
-    """Return what of a teacher maps inputs to outputs: of a LightningModule, the submodule at `network`.
+def network_of(teacher: nn.Module, network: str, teacher_network: str | None) -> nn.Module:
+    """Return what of a teacher maps inputs to outputs.
+
+    Args:
+        teacher: Of a LightningModule, the submodule at `network` is taken; any other module is taken as it is.
+        network: The path in the student.
+        teacher_network: The path in the teacher, where it is another one; of any module.
 
     Raises:
         ValueError: There is no such submodule, or no forward.
     """
-    if not isinstance(teacher, LightningModule):
-        return teacher
-    if not network and not is_overridden("forward", teacher):
+    if teacher_network is None:
+        if not isinstance(teacher, LightningModule):
+            return teacher
+        what, path = "network", network
+    else:
+        what, path = "teacher_network", teacher_network
+    if not path and isinstance(teacher, LightningModule) and not is_overridden("forward", teacher):
         raise ValueError(
-            f"The teacher {type(teacher).__name__} has no forward: pass network= with the path of the submodule whose "
-            f"output is the prediction, or that submodule as the teacher."
+            f"The teacher {type(teacher).__name__} has no forward: pass teacher_network= with the path of the "
+            f"submodule whose output is the prediction, or that submodule as the teacher."
         )
-    return resolve_network(teacher, network)
+    owner = innermost(teacher) if isinstance(teacher, LightningModule) else teacher
+    try:
+        return owner.get_submodule(path)
+    except AttributeError as error:
+        children = ", ".join(repr(name) for name, _ in owner.named_children())
+        raise ValueError(
+            f"{what}={path!r} is no submodule of {type(owner).__name__}, whose children are {children}: pass "
+            f"teacher_network= with its path in the teacher."
+        ) from error

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from lightning_compress.distillation.hints import attention_transfer_loss, fitnet_loss, regressor
+from lightning_compress.distillation.hints import attention_transfer_loss, fitnet_loss, left_out, regressor, selected
 from lightning_compress.distillation.losses import cosine_loss
 from lightning_compress.trainer.capture import hooked, select_output
 
@@ -70,28 +70,43 @@ class Hint:
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from error
 
-    def between(self, student: Tensor, teacher: Tensor, regressor: nn.Module | None) -> Tensor:
+    def between(
+        self, student: Tensor, teacher: Tensor, regressor: nn.Module | None, mask: Tensor | None = None
+    ) -> Tensor:
         """Return the loss between the features of a batch, weighted.
+
+        Args:
+            student: The features of the student's layer.
+            teacher: Those of the teacher's.
+            regressor: Maps the student's to the teacher's shape.
+            mask: True where an output counts; features that have other positions are compared at all of theirs.
 
         Raises:
             ValueError: The features don't fit.
         """
         try:
-            mapped = student if regressor is None else _regressed(student, regressor)
-            if self.loss == "fitnet":
-                return self.weight * fitnet_loss(mapped, teacher)
-            if self.loss == "attention_transfer":
-                if self.channel_dim not in (None, 1):
-                    mapped, teacher = (one.movedim(self.channel_dim, 1) for one in (mapped, teacher))
-                return self.weight * attention_transfer_loss(mapped, teacher)
-            if self.channel_dim is None and mapped.dim() == 3:
-                raise ValueError(
-                    f"features of shape {tuple(mapped.shape)} need channel_dim=-1 for tokens (N, T, C), or 1 for "
-                    f"(N, C, L)."
-                )
-            return self.weight * cosine_loss(mapped, teacher, class_dim=self.channel_dim or 1)
+            return self.weight * self._between(student, teacher, regressor, mask)
         except ValueError as error:
             raise ValueError(f"{self}: {error}") from error
+
+    def _between(self, student: Tensor, teacher: Tensor, regressor: nn.Module | None, mask: Tensor | None) -> Tensor:
+        if regressor is not None:
+            out = None if mask is None else left_out(mask, student.shape, self.channel_dim)
+            student = _regressed(student if out is None else selected(student, out), regressor)
+        out = None if mask is None else left_out(mask, student.shape, self.channel_dim)
+        if self.loss == "fitnet":
+            return fitnet_loss(student, teacher, left_out=out)
+        if self.loss == "attention_transfer":
+            if self.channel_dim not in (None, 1):
+                student, teacher = (one.movedim(self.channel_dim, 1) for one in (student, teacher))
+                out = None if out is None else out.movedim(self.channel_dim, 1)
+            return attention_transfer_loss(student, teacher, left_out=out)
+        if self.channel_dim is None and student.dim() == 3:
+            raise ValueError(
+                f"features of shape {tuple(student.shape)} need channel_dim=-1 for tokens (N, T, C), or 1 for "
+                f"(N, C, L)."
+            )
+        return cosine_loss(student, teacher, class_dim=self.channel_dim or 1, mask=None if out is None else mask)
 
     def __str__(self) -> str:
         return f"Hint {self.student!r} from {self.teacher!r}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from lightning_compress.distillation.losses import unit_vectors
 _CONVOLUTIONS: dict[int, Callable[[int, int, Any], nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+def fitnet_loss(student_features: Tensor, teacher_features: Tensor, *, left_out: Tensor | None = None) -> Tensor:
     """Compute the mean over all entries of (v - u)^2; the gradient reaches the student's features alone.
 
     The paper takes 1/2 ||v - u||^2 of a sample, which is larger by half the number of a sample's entries. With the mean
@@ -30,6 +31,7 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     Args:
         student_features: v, of any shape, after the regressor if there is one.
         teacher_features: u, in the same shape.
+        left_out: True at positions that don't count, with one channel, as `left_out` makes it of a mask.
 
     Raises:
         ValueError: The shapes differ.
@@ -49,11 +51,17 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
             "shape (regressor: true), or attention_transfer, if only the numbers of channels differ."
         )
     student = widened(student_features)
-    total = F.mse_loss(student, teacher_features.detach().to(student.dtype), reduction="sum")
-    return total / max(student.numel(), 1)
+    teacher = teacher_features.detach().to(student.dtype)
+    entries: int | Tensor = max(student.numel(), 1)
+    if left_out is not None:
+        student, teacher = selected(student, left_out), selected(teacher, left_out)
+        entries = left_out.expand_as(student).logical_not().sum().clamp(min=1)
+    return F.mse_loss(student, teacher, reduction="sum") / entries
 
 
-def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
+def attention_transfer_loss(
+    student_features: Tensor, teacher_features: Tensor, *, left_out: Tensor | None = None
+) -> Tensor:
     """Compute || Q(v)/||Q(v)|| - Q(u)/||Q(u)|| ||^2 averaged over samples, Q the sum of squares over channels.
 
     The paper writes half the distance itself; the gradient of its square, as in the authors' code, vanishes where the
@@ -62,6 +70,7 @@ def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor) 
     Args:
         student_features: v, of shape (N, C, ...): channels, then positions.
         teacher_features: u, of the same N and positions; C may be another.
+        left_out: True at positions that don't count, with one channel: the maps are 0 there.
 
     Raises:
         ValueError: There are no positions, or the samples or positions differ.
@@ -85,12 +94,47 @@ def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor) 
             f"{shapes}: the samples and positions must be the same, only the channels (dimension 1) may differ. Take "
             "layers with maps of one size."
         )
-    difference = _attention(student_features) - _attention(teacher_features.detach())
+    teacher_features = teacher_features.detach()
+    if left_out is not None:
+        student_features, teacher_features = (selected(one, left_out) for one in (student_features, teacher_features))
+    difference = _attention(student_features) - _attention(teacher_features)
     return difference.square().sum() / max(v[0], 1)
 
 
 def _attention(features: Tensor) -> Tensor:
     return unit_vectors(widened(features).square().sum(1).flatten(1), dim=1)
+
+
+def selected(features: Tensor, left_out: Tensor) -> Tensor:
+    """Return features with 0 at positions that don't count, where they may be infinite or no numbers."""
+    return torch.where(left_out, 0.0, features)
+
+
+def left_out(mask: Tensor, shape: Sequence[int], channel_dim: int | None) -> Tensor | None:
+    """Return True at positions that don't count, with one channel; None where the mask is none of these positions.
+
+    Args:
+        mask: True where a position counts.
+        shape: Of the features.
+        channel_dim: Their channels' dimension; None: the one that leaves the mask's shape.
+
+    Raises:
+        ValueError: The mask's shape is left by two dimensions.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False]])
+        >>> left_out(mask, (1, 3, 8), None).shape, left_out(mask, (1, 8, 3), None).shape, left_out(mask, (1, 8), None)
+        (torch.Size([1, 3, 1]), torch.Size([1, 1, 3]), None)
+    """
+    n = len(shape)
+    candidates = {1, n - 1} if channel_dim is None else {channel_dim % n}
+    dims = [dim for dim in candidates if 0 < dim < n and tuple(mask.shape) == (*shape[:dim], *shape[dim + 1 :])]
+    if len(dims) > 1:
+        raise ValueError(
+            f"features of shape {tuple(shape)} need channel_dim=-1 for tokens (N, T, C), or 1 for (N, C, L), to know "
+            f"which of their positions the mask is for."
+        )
+    return ~mask.unsqueeze(dims[0]) if dims else None
 
 
 def regressor(

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.export import ExportedProgram
 
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.distillation.finding import find_teachers, network_of
@@ -15,7 +16,7 @@ from lightning_compress.distillation.objective import Distillation, Loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 
-Teacher = nn.Module | str | PathLike[str]
+Teacher = nn.Module | ExportedProgram | str | PathLike[str]
 
 
 class DistillationModule(CompressionModule):
@@ -37,14 +38,17 @@ class DistillationModule(CompressionModule):
     Args:
         student: The LightningModule that trains.
         teacher: A module that maps the same inputs to outputs of the same shape; a LightningModule, whose submodule at
-            `network` is taken; the path of a checkpoint or compressed file, of the student's own network or of one
-            that its class can load; or several of these, whose probabilities are averaged. It is kept outside the
-            student: in evaluation mode, without gradients, in no checkpoint, in its own dtype and without autocast.
+            `network` is taken; a program of `torch.export`; the path of a checkpoint or compressed file, of the
+            student's own network or of one that its class can load; or several of these, whose probabilities are
+            averaged. It is kept outside the student: without gradients, in no checkpoint, in its own dtype and without
+            autocast; in evaluation mode whenever it is called, after which a frozen part that both share is in the
+            student's mode again.
         temperature: T > 0; a number, or {"start": 8, "end": 1, "schedule": "linear", "start_epoch": 0, "end_epoch":
             None}, read as the ramp of `IterativePruningCallback`.
-        alpha: Share of the teacher, 0 to 1; likewise. With 0 and no hints, the run is the one without a teacher.
-        loss: "soft_target", as above; "logit_regression", half the squared distance of the logits; "cosine", 1 minus
-            the cosine between them. alpha stands before each, T^2 before the first only.
+        alpha: Share of the teacher, 0 to 1; likewise. With 0 and no hints, the run is the one without a teacher; with 0
+            and hints, the outputs of the networks may be anything.
+        loss: "soft_target", as above; "logit_regression", half the squared distance of the logits, or of one number per
+            sample; "cosine", 1 minus the cosine between them. alpha stands before each, T^2 before the first only.
         hints: Layers to compare as well: {"student": name, "teacher": name, "loss": "fitnet", "attention_transfer" or
             "cosine", "weight": 1.0, "regressor": False, "output": None, "channel_dim": None}. A regressor maps the
             student's features to the shape of the teacher's; it trains with the student, and is kept in the
@@ -52,11 +56,14 @@ class DistillationModule(CompressionModule):
         network: Dotted path of the submodule whose output is the prediction; empty: the student's own forward.
         output: Key, position or attribute of the logits where a network, of student or teacher, returns more than a
             tensor.
+        teacher_network: Dotted path of that submodule in the teacher, where it is another one; None: as `network`, of a
+            teacher that is a LightningModule. The names of hints are those of the teacher as it was passed.
         teacher_weights: Of several teachers, in their order; None: equal.
         class_dim: The dimension of the classes, where outputs have more than two: -1 for tokens (N, T, C), 1 for
             pixels (N, C, H, W).
-        mask: Name of a keyword argument of the network, such as "attention_mask": outputs at positions where it is 0
-            don't count; in hints all do.
+        mask: Name of a keyword argument of the network, such as "attention_mask": an output counts where it is 1 or
+            True, and does not where it is 0 or False; any other value is refused. In hints it holds for features that
+            have the same positions.
         cache: Position or key of the sample's index in the batch: the teacher's outputs are then kept in memory and
             computed once per sample and fit. The student's step gets the batch without the index.
         teacher_train_bn: Whether the teacher's batch norms use the statistics of the batch.
@@ -96,6 +103,7 @@ class DistillationModule(CompressionModule):
         hints: Sequence[Mapping[str, Any]] = (),
         network: str = "",
         output: str | int | None = None,
+        teacher_network: str | None = None,
         teacher_weights: Sequence[float] | None = None,
         class_dim: int | None = None,
         mask: str | None = None,
@@ -107,8 +115,9 @@ class DistillationModule(CompressionModule):
         check_wrappable(student, type(self))
         roots = find_teachers(list(teacher) if isinstance(teacher, list | tuple) else [teacher], student)
         teachers = Teachers(
-            [network_of(root, network) for root in roots],
+            [network_of(root, network, teacher_network) for root in roots],
             roots=roots,
+            student=student,
             train_bn=teacher_train_bn,
             autocast=teacher_autocast,
         )

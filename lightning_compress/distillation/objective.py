@@ -8,13 +8,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.inputs import ExampleInputs, call, to_device
-from lightning_compress.distillation.cache import OutputCache, checksums
+from lightning_compress.distillation.aligned import named_mask
+from lightning_compress.distillation.cache import OutputCache, checksums, without_index
 from lightning_compress.distillation.hinting import Hint, features, watching
+from lightning_compress.distillation.hints import left_out
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured, select_output
@@ -45,7 +48,8 @@ class Distillation(Objective):
         self.temperature = Scheduled.of(settings["temperature"], "temperature")
         self.alpha = Scheduled.of(settings["alpha"], "alpha")
         self.loss: Loss = settings["loss"]
-        self.hints = {str(number): Hint.of(hint) for number, hint in enumerate(settings["hints"])}
+        hints = {str(number): Hint.of(hint) for number, hint in enumerate(settings["hints"])}
+        self.hints = {key: hint for key, hint in hints.items() if hint.weight > 0.0}
         self.network: str = settings["network"]
         self.output: str | int | None = settings["output"]
         self.weights: Sequence[float] | None = settings["teacher_weights"]
@@ -54,6 +58,7 @@ class Distillation(Objective):
         self.index: str | int | None = settings["cache"]
         self.cache = OutputCache()
         self._step = 0
+        self.said: set[str] = set()
         self._check()
 
     def _check(self) -> None:
@@ -82,7 +87,7 @@ class Distillation(Objective):
             return
         network = resolve_network(module, self.network)
         device = next((one.device for one in network.parameters()), torch.device("cpu"))
-        self.teachers.to(device)
+        self.teachers.to(device, module)
         inputs = to_device(given_or_peeked(module.trainer, module, network, self.example_inputs), device)
         with (
             evaluating(innermost(module)),
@@ -105,7 +110,7 @@ class Distillation(Objective):
                 self.beside[key] = hint.make_regressor(mine[key], theirs[key]).to(device)
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
-        self.teachers.to(module.device)
+        self.teachers.to(module.device, module)
         self.cache = OutputCache()  # the teachers or the data may be others in a second fit
         if self.hints and is_compiled(module):
             raise ValueError(
@@ -177,6 +182,12 @@ class Distillation(Objective):
             ) from error
         return list(known.unbind(1))
 
+    def say_once(self, message: str) -> None:
+        """Print what a user should know, the first time."""
+        if message not in self.said:
+            self.said.add(message)
+            rank_zero_info(message)
+
     def compare(self, student: Tensor, teachers: list[Tensor], temperature: float, mask: Tensor | None) -> Tensor:
         """Return the loss between the outputs of a batch."""
         options: dict[str, Any] = {"weights": self.weights, "class_dim": self.class_dim, "mask": mask}
@@ -221,14 +232,17 @@ class _Lesson:
         """Ask the teachers, before the student's network can change what it was given."""
         objective = self.objective
         if objective.mask is not None:
-            self.mask = kwargs.get(objective.mask)
-            if self.mask is None:
-                raise ValueError(
-                    f"mask={objective.mask!r} is no keyword argument that the network was called with, which are: "
-                    f"{', '.join(kwargs) or 'none'}."
+            self.mask = named_mask(kwargs, objective.mask)
+            if self.mask is not None and not objective.said:
+                objective.say_once(
+                    f"mask={objective.mask!r}: outputs count where it is 1 or True, at {int(self.mask.sum())} of "
+                    f"{self.mask.numel()} positions of the first batch."
                 )
         with features(objective.teachers.roots[0], objective.hints, "teacher") as self.teachers_features:
-            self.teachers_outputs = objective.ask(args, kwargs, self.index)
+            if self.alpha > 0.0:
+                self.teachers_outputs = objective.ask(args, kwargs, self.index)
+            else:  # outputs that nothing is compared with may be anything
+                objective.teachers(args, kwargs)
 
     def compare_layer(self, key: str, mine: Tensor) -> None:
         """Compare the output of a layer, at the moment when it is there."""
@@ -238,9 +252,14 @@ class _Lesson:
                 f"{hint}: one of them is no layer of its network, which network={self.objective.network!r} names, or "
                 f"did not run in its forward pass."
             )
+        if self.mask is not None and left_out(self.mask, mine.shape, hint.channel_dim) is None:
+            self.objective.say_once(
+                f"{hint}: mask={self.objective.mask!r} of shape {tuple(self.mask.shape)} is none of the positions of "
+                f"its features of shape {tuple(mine.shape)}, which all count."
+            )
         beside = self.objective.beside
         regressor = beside[key] if key in beside else None  # noqa: SIM401 - a ModuleDict has no get
-        self.hint_losses[key] = hint.between(mine, self.teachers_features[key], regressor)
+        self.hint_losses[key] = hint.between(mine, self.teachers_features[key], regressor, self.mask)
 
     def compare_output(self, output: Any) -> None:
         """Compare what the network returned, before the caller can change it."""
@@ -275,31 +294,3 @@ class _Lesson:
             taught = self.alpha * self.output_loss
             total = (1.0 - self.alpha) * own + taught if self.alpha < 1.0 else taught  # which may be NaN without labels
         return total + losses["hint_loss"] if self.hint_losses else total
-
-
-def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
-    """Return a batch without the samples' indices, and these.
-
-    Raises:
-        ValueError: There are none at that place.
-
-    Example:
-        >>> without_index([torch.zeros(2, 3), torch.tensor([1, 0]), torch.tensor([7, 8])], -1)[1]
-        tensor([7, 8])
-    """
-    rest: Any
-    try:
-        if isinstance(batch, Mapping):
-            rest, index = {key: value for key, value in batch.items() if key != where}, batch[where]
-        else:
-            rest = list(batch)
-            index = rest.pop(where)
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"cache={where!r} is where a training batch has the indices of its samples, but this one, a "
-            f"{type(batch).__name__}, has nothing there: let the dataset give them, as "
-            f"lightning_compress.distillation.cache.Indexed(dataset) does."
-        ) from error
-    if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
-        raise ValueError(f"cache={where!r} is no tensor of sample indices in the training batch, but {index!r}.")
-    return (tuple(rest) if isinstance(batch, tuple) else rest), index

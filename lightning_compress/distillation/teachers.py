@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Teachers:
     """Run networks without gradients, in evaluation mode and in their own dtype.
 
-    A copy shares the networks, for they don't change.
+    A module that is the student's as well, such as a frozen backbone, is in the teacher's mode only while the teacher
+    is called, and then again in the mode in which the call found it. A copy shares the networks, for they don't change.
 
     Args:
         networks: One, or the members of an ensemble.
         roots: What the networks are submodules of, for the names of layers; None: the networks themselves.
+        student: Whom they teach, which may share frozen modules with them.
         train_bn: Whether their batch norms use the statistics of the batch, as in training.
         autocast: Whether an autocast that is on (bf16-mixed) holds for them too.
+
+    Raises:
+        ValueError: With `train_bn`, a batch norm is the student's as well.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
@@ -36,6 +41,7 @@ class Teachers:
         networks: Sequence[nn.Module],
         *,
         roots: Sequence[nn.Module] | None = None,
+        student: nn.Module | None = None,
         train_bn: bool = False,
         autocast: bool = False,
     ) -> None:
@@ -45,30 +51,30 @@ class Teachers:
         self.autocast = autocast
         self._device = "cpu"
         self._dtypes = [_dtype(network) for network in self.networks]
-        for network in self.networks:
-            self._settle(network)
+        self._settle(student)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teachers:
         return self
 
-    def to(self, device: torch.device | str) -> None:
-        """Move the networks, and see to their mode."""
+    def to(self, device: torch.device | str, student: nn.Module | None = None) -> None:
+        """Move the networks, and see to the mode of modules that are not the student's."""
         self._device = torch.device(device).type
         for root in self.roots:
             root.to(device)
-            self._settle(root)
+        self._settle(student)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return what each network returns for these arguments."""
         outputs = []
         with torch.no_grad():
-            for network, dtype in zip(self.networks, self._dtypes, strict=True):
-                if network.training:  # whoever did that did not mean it
-                    self._settle(network)
-                versions = [(one, one._version) for one in (*args, *kwargs.values()) if _is_tracked(one)]
+            for network, root, modes, dtype in zip(self.networks, self.roots, self._modes, self._dtypes, strict=True):
+                versions = [(one, one._version) for one in tree_leaves((args, dict(kwargs))) if _is_tracked(one)]
                 taken = [_cast(one, dtype) for one in args]
                 named = {name: _cast(one, dtype) for name, one in kwargs.items()}
-                with nullcontext() if self.autocast else _without_autocast(self._device):
+                with (
+                    nullcontext() if _are(modes) else self._evaluating(root),
+                    nullcontext() if self.autocast else _without_autocast(self._device),
+                ):
                     outputs.append(network(*taken, **named))
                 if any(one._version != version for one, version in versions):
                     raise ValueError(
@@ -77,12 +83,63 @@ class Teachers:
                     )
         return outputs
 
-    def _settle(self, network: nn.Module) -> None:
-        network.eval()
+    def _settle(self, student: nn.Module | None) -> None:
+        """Put what is not the student's into evaluation mode once and for all, and note in which mode a call finds it.
+
+        Of a teacher that shares modules with its student nothing is noted: their modes are seen to at each call.
+        """
+        shared = set() if student is None else {id(vars(module)) for module in student.modules()}
+        self._modes: list[list[tuple[nn.Module, bool]] | None] = []
+        for root in self.roots:
+            mine = {name: module for name, module in root.named_modules() if id(vars(module)) in shared}
+            norms = [name for name, module in mine.items() if isinstance(module, _BatchNorm)]
+            if self.train_bn and norms:
+                raise ValueError(
+                    f"teacher_train_bn=True would change the running statistics of {norms[0]!r}, which the student "
+                    f"shares: pass a copy, copy.deepcopy(teacher), or leave teacher_train_bn out."
+                )
+            if not mine:
+                self._evaluate(root)
+                self._modes.append([(module, module.training) for module in root.modules()])
+                continue
+            for module in root.modules():
+                if not any(id(vars(one)) in shared for one in module.modules()):
+                    self._evaluate(module)
+            self._modes.append(None)
+
+    @contextmanager
+    def _evaluating(self, root: nn.Module) -> Iterator[None]:
+        before = [(module, module.training) for module in root.modules()]
+        self._evaluate(root)
+        try:
+            yield
+        finally:
+            for module, training in before:
+                if module.training is not training and type(module).train is not nn.Module.train:
+                    module.train(training)  # it may do more than to set the flag
+            for module, training in before:
+                module.training = training
+
+    def _evaluate(self, root: nn.Module) -> None:
+        _evaluate(root)
         if self.train_bn:
-            for module in network.modules():
+            for module in root.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()
+
+
+def _evaluate(module: nn.Module) -> None:
+    try:
+        module.eval()
+    except NotImplementedError:  # of an exported program, whose mode is part of its graph
+        for child in module.children():
+            _evaluate(child)
+        module.training = False
+
+
+def _are(modes: list[tuple[nn.Module, bool]] | None) -> bool:
+    """Whether modules are in the modes that were noted."""
+    return modes is not None and all(module.training is training for module, training in modes)
 
 
 def _dtype(network: nn.Module) -> torch.dtype | None:

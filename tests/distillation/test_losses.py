@@ -231,7 +231,7 @@ Z = torch.zeros
         (Z(2, 3, 4), Z(2, 3, 4), {}, [r"\(2, 3, 4\)", "class_dim=-1 for tokens", "class_dim=1 for pixels"]),
         (Z(2, 3, 4), Z(2, 3, 4), {"class_dim": 3}, ["class_dim=3", "1 to 2, or -1"]),
         (Z(2, 3), Z(2, 3), {"class_dim": 0}, ["class_dim=0"]),
-        (Z(2), Z(2), {}, [r"\(2,\)", r"expected \(N, C\)"]),
+        (Z(2), Z(2, 1), {}, [r"\(2,\)"]),
         (Z(()), Z(()), {}, [r"\(\)"]),
         (Z(2, 3), [], {}, ["no teacher"]),
         (Z(2, 3), [Z(2, 3)] * 2, {"weights": [1.0]}, [r"\[1.0\] are 1, the teachers 2"]),
@@ -247,6 +247,28 @@ def test_bad_input(student: Tensor, teacher: Any, options: dict[str, Any], words
             loss(student, teacher, **options)
 
 
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (torch.tensor([[-100, 0, 2]]), "-100"),
+        (torch.tensor([[0.0, 0.5, 1.0]]), "0.5"),
+        (torch.tensor([[0.0, -math.inf, 0.0]]), "-inf"),
+        (torch.tensor([[1.0, math.nan, 0.0]]), "nan"),
+        (torch.tensor([[2, 1, 0]]), "2"),
+    ],
+)
+def test_a_mask_that_is_none_is_refused(mask: Tensor, found: str) -> None:
+    for loss in LOSSES.values():
+        with pytest.raises(ValueError, match=f"The mask holds {found}; expected 1 or True where a position counts"):
+            loss(Z(1, 3, 4), Z(1, 3, 4), class_dim=-1, mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["soft_target", "cosine"])
+def test_one_number_per_sample_is_no_class(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"\(2,\); expected \(N, C\).*logit_regression_loss"):
+        LOSSES[kind](Z(2), Z(2))
+
+
 @pytest.mark.parametrize("temperature", [0.0, -4.0, math.nan, math.inf])
 def test_bad_temperatures(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"temperature={temperature}"):
@@ -260,3 +282,95 @@ def test_one_class_is_no_distribution_and_no_direction_but_a_number() -> None:
         with pytest.raises(ValueError, match=r"\(8, 1\).*logit_regression_loss"):
             loss(Z(8, 1), Z(8, 1))
     assert logit_regression_loss(Z(8, 1) + 2, Z(8, 1)) == 2
+
+
+def test_regression_takes_one_number_per_sample() -> None:
+    s, teachers = drawn(5).requires_grad_(), [drawn(5, seed=1), drawn(5, seed=2)]
+    mask = torch.tensor([1, 0, 1, 1, 0])
+    value = logit_regression_loss(s, teachers, weights=[1, 3], mask=mask)
+    goals = [(a + 3 * b) / 4 for a, b in zip(*(t.tolist() for t in teachers), strict=True)]
+    rest = [x - goal for x, goal in zip(s.tolist(), goals, strict=True)]
+    assert value.item() == pytest.approx(sum(rest[i] ** 2 for i in (0, 2, 3)) / 2 / 3)
+    (gradient,) = torch.autograd.grad(value, s)
+    assert gradient.tolist() == pytest.approx([rest[i] / 3 if i in (0, 2, 3) else 0.0 for i in range(5)])
+
+
+LOWEST = [-math.inf, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("n_teachers", [1, 2])
+@pytest.mark.parametrize("low", LOWEST)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_padding_with_infinite_logits_is_selected_away_before_anything_is_computed(
+    kind: str, low: float, n_teachers: int
+) -> None:
+    """The loss and all gradients are those of the positions that count, taken out beforehand."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    features = drawn(2, 3, 6).float()
+    teachers = [drawn(2, 3, 5, seed=i).float().masked_fill(mask[..., None] == 0, low) for i in range(2)][:n_teachers]
+    found = []
+    for selected in (False, True):
+        weight = drawn(6, 5, seed=9).float().requires_grad_()
+        logits = features @ weight + torch.zeros(2, 3).masked_fill(mask == 0, low)[..., None]
+        if selected:
+            kept = [logits[mask.bool()], [t[mask.bool()] for t in teachers]]
+            value = LOSSES[kind](*kept)
+        else:
+            value = LOSSES[kind](logits, teachers, class_dim=-1, mask=mask)
+        value.backward()
+        assert weight.grad is not None
+        found.append((value.detach(), weight.grad))
+        if not selected:  # without a mask: positions with no class left don't count either
+            torch.testing.assert_close(LOSSES[kind](logits, teachers, class_dim=-1).detach(), found[0][0])
+    assert found[0][1].isfinite().all()
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("n_teachers", [1, 2])
+@pytest.mark.parametrize("low", LOWEST)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_classes_that_are_forbidden_to_both_are_as_if_they_were_not_there(
+    kind: str, low: float, n_teachers: int
+) -> None:
+    """An action mask: other classes are forbidden in each sample."""
+    allowed = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    features = drawn(3, 6).float()
+    teachers = [drawn(3, 5, seed=i).float().masked_fill(~allowed, low) for i in range(2)][:n_teachers]
+    weight = drawn(6, 5, seed=9).float().requires_grad_()
+    rows = [
+        LOSSES[kind]((features @ weight)[i : i + 1, row], [t[i : i + 1, row] for t in teachers])
+        for i, row in enumerate(allowed)
+    ]
+    expected = torch.stack(rows).mean()
+    (gradient,) = torch.autograd.grad(expected, weight)
+    value = LOSSES[kind]((features @ weight).masked_fill(~allowed, low), teachers)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, weight)[0], gradient)
+    added = torch.zeros(3, 5).masked_fill(~allowed, low)
+    value = LOSSES[kind](features @ weight + added, teachers)
+    torch.testing.assert_close(torch.autograd.grad(value, weight)[0], gradient)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_classes_that_are_forbidden_to_one_only(kind: str) -> None:
+    """Of soft targets, the student's classes share the teacher's probability; elsewhere what is forbidden leaves."""
+    inf = math.inf
+    free, some = drawn(1, 4), torch.tensor([[1.0, -inf, 2.0, 0.5]], dtype=torch.float64)
+    for s, t in ((some, free), (free, some)):
+        s = s.clone().requires_grad_()
+        value = LOSSES[kind](s, t)
+        (gradient,) = torch.autograd.grad(value, s)
+        assert gradient.isfinite().all()
+        at = [0, 2, 3]
+        if kind == "soft_target" and t is some:
+            p, q = softmax(t[0].tolist(), 4.0), softmax(s[0].tolist(), 4.0)
+            expected = 16 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+        else:
+            expected = by_hand(kind, s[0, at].tolist(), [t[0, at].tolist()], [1.0], 4.0)
+        assert value.item() == pytest.approx(expected)
+
+
+def test_a_teacher_of_weight_0_is_not_looked_at() -> None:
+    s, t = drawn(4, 5), drawn(4, 5, seed=1)
+    for loss in LOSSES.values():
+        assert loss(s, [t, t * math.nan], weights=[2, 0]) == loss(s, t)
