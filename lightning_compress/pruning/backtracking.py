@@ -13,7 +13,7 @@ from lightning_compress.pruning.removing import RemovingCallback
 from lightning_compress.pruning.stopping import StopWatch
 from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.distributed import broadcast
-from lightning_compress.trainer.monitors import count_anew
+from lightning_compress.trainer.monitors import count_anew, validate_before_training
 
 
 class BacktrackingCallback(RemovingCallback):
@@ -37,17 +37,35 @@ class BacktrackingCallback(RemovingCallback):
             )
         check_way_back(self, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
 
+    def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stop is not None and self._stop.kept is None and not self._stopped:
+            if self._stop.baseline is None:
+                # As Lightning's sanity check, so that loggers and other callbacks' monitors don't count it.
+                validate_before_training(trainer)
+            if self._stop.baseline is None:
+                raise ValueError(
+                    f"stop compares {self._stop.rule.monitor!r} with that of the network that came in, which can't be "
+                    f"validated while a checkpoint from the middle of a validation is resumed: set stop's baseline."
+                )
+            self._stop.kept = self._snapshot(pl_module)
+            rank_zero_info(f"stop: the dense network has {self._stop.rule.monitor}={self._stop.baseline:.6g}.")
+        super().before_first_step(trainer, pl_module)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._stop is None or self._stopped or trainer.sanity_checking or trainer.state.fn != "fit":
+        if self._stop is None or self._stopped or trainer.state.fn != "fit":
             return
+        if trainer.sanity_checking and (self._masked is None or self._stop.baseline is not None):
+            return  # Lightning's own
         value = float(broadcast(self._stop.rule.read(trainer.callback_metrics).to(pl_module.device)))
         verdict = self._stop.judge(value, self.current_amount)
         if verdict == "failed" and self.current_amount > self._stop.kept_amount:
             self._go_back(pl_module)
             trainer.should_stop = True
-        elif verdict != "failed":
+        elif trainer.sanity_checking or verdict in ("failed", "recovering"):
+            return
+        elif self.current_amount > 0 or verdict == "better":  # a dense network that got worse is not gone back to
             self._stop.kept = self._snapshot(pl_module)
-            if verdict == "better":
+            if verdict == "better" and self.current_amount > 0:
                 count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {self._stop.rule.monitor}")
 
     def _snapshot(self, pl_module: LightningModule) -> dict[str, Any]:
@@ -58,10 +76,11 @@ class BacktrackingCallback(RemovingCallback):
     def _go_back(self, pl_module: LightningModule) -> None:
         """Restore the newest state that kept the metric; it is final."""
         assert self._stop is not None
-        self._stopped = True
         kept = self._stop.kept
         assert kept is not None
-        rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
+        if not self._stopped:
+            rank_zero_info(f"stop: going back to amount {kept['amount']:.4g}, the largest that kept the metric.")
+        self._stopped = True
         pl_module.load_state_dict(kept["module"])
         self.current_amount = kept["amount"]
         self._mask(kept["keep"], latent=kept["latent"])

@@ -62,8 +62,10 @@ class IterativePruningCallback(BacktrackingCallback):
         regrow: Pruned entries go on training behind the mask and come back when they have grown (dynamic network
             surgery, Guo et al. 2016) until the ramp ends.
         stop: `{"monitor": "val_acc", "max_drop": 0.01}` prunes on only while the metric stays that close to the dense
-            network's, then goes back to the largest amount that kept it and ends the fit. Further keys: `mode`
-            ("max" or "min") and `baseline` (the dense metric, where none is validated before the first event).
+            network's, then goes back to the largest amount that kept it and ends the fit. The dense network is the one
+            that the fit begins with, validated before the first step, or a better one of before `start_epoch`; amount
+            0 gives it back. Further keys: `mode` ("max" or "min"), `baseline` (the dense metric, if it is known) and
+            `recovery` (how many more validations an amount gets before its failure counts, 1).
         shrink: When masked neurons leave the network for good, for granularity="neuron": "on_fit_end"; "during_fit", at
             once, so that the rest of the training gets faster; or "never". Only channels are cut whose removal changes
             nothing. Masks that another callback holds on the same tensors are cut with them. A loss that is kept from
@@ -244,8 +246,8 @@ class IterativePruningCallback(BacktrackingCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._ramp is not None
-        if self._stop is not None and not self._stopped and self._stop.must_go_back(self.current_amount):
-            self._go_back(pl_module)
+        if self._stop is not None and (self._stopped or self._stop.must_go_back(self.current_amount)):
+            self._go_back(pl_module)  # even if it has: min_epochs and min_steps let a stopped fit train on
         elif self.amount > 0 and not self.finished:
             warnings.warn(
                 f"The fit ended at step {self._steps}, before the pruning ramp did at step {self._ramp.end}: sparsity "
@@ -262,7 +264,7 @@ class IterativePruningCallback(BacktrackingCallback):
     def _prune(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         if amount > 0:
             if self._stop is not None:
-                self._stop.awaits_validation = True
+                self._stop.pruned()
             if self._neurons != []:  # else one channel is left of every group
                 keep = self._decide(pl_module, amount)
                 if self.granularity == "neuron" and self.shrink == "during_fit":

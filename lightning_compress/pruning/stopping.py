@@ -19,7 +19,9 @@ class StopRule:
         monitor: A metric that the LightningModule logs in validation.
         max_drop: How much worse than the dense network the metric may become, in the metric's own unit.
         mode: Whether the metric is better when it is larger ("max") or smaller ("min").
-        baseline: The dense network's metric; by default the one of the last validation before the first pruning.
+        baseline: The dense network's metric; by default that of the network that the fit begins with, validated before
+            the first step, or of a dense one that was better in a validation before `start_epoch`.
+        recovery: How many more validations an amount gets, during which nothing is pruned, before its failure counts.
 
     Raises:
         ValueError: A value is out of range.
@@ -34,12 +36,15 @@ class StopRule:
     max_drop: float
     mode: Literal["max", "min"] = "max"
     baseline: float | None = None
+    recovery: int = 1
 
     def __post_init__(self) -> None:
         if not self.max_drop >= 0:
             raise ValueError(f"stop's max_drop is how much worse the metric may get, 0 or more; got {self.max_drop!r}.")
         if self.mode not in ("max", "min"):
             raise ValueError(f"stop's mode must be 'max' or 'min'; got {self.mode!r}.")
+        if isinstance(self.recovery, bool) or not isinstance(self.recovery, int) or self.recovery < 0:
+            raise ValueError(f"stop's recovery is a number of validations, 0 or more; got {self.recovery!r}.")
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> StopRule:
@@ -48,7 +53,7 @@ class StopRule:
         Raises:
             ValueError: A key is unknown or missing, or a value is out of range.
         """
-        known = {"monitor", "max_drop", "mode", "baseline"}
+        known = {"monitor", "max_drop", "mode", "baseline", "recovery"}
         if unknown := set(options) - known:
             raise ValueError(f"stop has unknown keys {sorted(unknown)}; it takes {sorted(known)}.")
         if missing := {"monitor", "max_drop"} - set(options):
@@ -73,6 +78,9 @@ class StopRule:
         return torch.as_tensor(metrics[self.monitor], dtype=torch.float64)
 
 
+Verdict = Literal["better", "as good", "recovering", "failed"]
+
+
 class StopWatch:
     """Follows a `StopRule` through a fit: what the dense network reached, and the newest state that kept it.
 
@@ -85,36 +93,50 @@ class StopWatch:
         self.baseline = rule.baseline
         self.kept: dict[str, Any] | None = None
         self.kept_amount = 0.0
-        self.awaits_validation = rule.baseline is None  # nothing goes before it is known how good the dense network is
-        self.last_failed = False
+        self.awaits_validation = False
+        self.failures = 0  # validations in a row, at the present amount
 
-    def judge(self, value: float, amount: float) -> Literal["better", "as good", "failed"]:
+    def judge(self, value: float, amount: float) -> Verdict:
         """Judge the network that was validated with `amount` removed.
 
         Raises:
             ValueError: The metric is NaN.
 
         Returns:
-            "failed" when the metric dropped too far, "better" when it held at a larger amount than ever before, else
+            "failed" when the metric dropped too far and stayed there, "recovering" while it may still come back,
+            "better" when it held at a larger amount than ever before, or is that of a better dense network, else
             "as good".
         """
         if math.isnan(value):
             raise ValueError(f"stop monitors {self.rule.monitor!r}, which is NaN: the training has diverged.")
-        self.awaits_validation = False
-        if amount == 0.0 and self.rule.baseline is None:
+        if amount == 0.0 and self.rule.baseline is None and self._is_record(value):
             self.baseline = value
-        assert self.baseline is not None
-        self.last_failed = not self.rule.satisfied(value, baseline=self.baseline)
-        if self.last_failed:
-            return "failed"
+            self.awaits_validation, self.failures = False, 0
+            return "better"
+        assert self.baseline is not None, "the network that came in is judged before anything is pruned"
+        if not self.rule.satisfied(value, baseline=self.baseline):
+            self.failures += 1
+            recovers = amount > self.kept_amount and self.failures <= self.rule.recovery
+            self.awaits_validation = recovers
+            return "recovering" if recovers else "failed"
         grew = amount > self.kept_amount
         self.kept_amount = amount
+        self.awaits_validation, self.failures = False, 0
         return "better" if grew else "as good"
+
+    def pruned(self) -> None:
+        """Note that more has been removed: what is there has not been judged."""
+        self.awaits_validation, self.failures = True, 0
 
     def must_go_back(self, amount: float) -> bool:
         """Whether the network at the end of a fit is not known to have kept the metric, and an earlier one is."""
         unknown = self.awaits_validation and amount > self.kept_amount
-        return self.kept is not None and (self.last_failed or unknown)
+        return self.kept is not None and (self.failures > 0 or unknown)
+
+    def _is_record(self, value: float) -> bool:
+        if self.baseline is None:
+            return True
+        return value > self.baseline if self.rule.mode == "max" else value < self.baseline
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs."""

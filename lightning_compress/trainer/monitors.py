@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_compress.trainer import rng
 
 
 def count_anew(trainer: Trainer, reason: str) -> None:
@@ -20,6 +24,17 @@ def count_anew(trainer: Trainer, reason: str) -> None:
             callback.wait_count = 0
             callback.best_score = torch.tensor(_worst(callback.mode))
             rank_zero_info(f"EarlyStopping(monitor={callback.monitor!r}) counts anew: {reason}.")
+
+
+def validate_before_training(trainer: Trainer) -> None:
+    """Run the whole validation once, as Lightning's sanity check: nothing is logged, saved, counted or drawn by it."""
+    steps, random_state = trainer.num_sanity_val_steps, rng.capture()
+    trainer.num_sanity_val_steps = math.inf
+    try:
+        trainer._run_sanity_check()
+    finally:
+        trainer.num_sanity_val_steps = steps
+        rng.restore(random_state)
 
 
 def _reset_checkpoint(callback: ModelCheckpoint, reason: str) -> None:

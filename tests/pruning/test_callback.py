@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -271,13 +271,13 @@ def test_stop_ends_at_the_largest_amount_that_keeps_the_metric() -> None:
         0.9, schedule="linear", start_epoch=1.0, end_epoch=10.0, stop={"monitor": "quality", "max_drop": 0.05}
     )
     run(callback, record, module=module, max_epochs=12)
-    # amounts after epochs 2, 3, ...: 0.1, 0.2, ...: the sixth is 0.6 and fails
+    # amounts after epochs 2, 3, ...: 0.1, 0.2, ...: the sixth is 0.6 and fails, and so it does an epoch later
     assert callback.current_amount == pytest.approx(0.5)
     assert callback.finished
     weights = torch.cat([p.flatten() for name, p in module.named_parameters() if targeted(name)])
     assert int((weights == 0).sum()) == round(0.5 * TARGETED)
     assert max(record.zeros) == round(0.6 * TARGETED)
-    assert len(record.zeros) == 7 * EPOCH
+    assert len(record.zeros) == 8 * EPOCH
     assert torch.equal(weights.detach(), record.weights[6 * EPOCH - 1] * (weights != 0))
 
 
@@ -291,12 +291,115 @@ def test_stop_reaches_the_end_where_the_metric_holds() -> None:
     assert callback.current_amount == 0.9
 
 
-def test_stop_waits_for_the_dense_networks_validation() -> None:
-    record = Record()
-    stop = {"monitor": "val_acc", "max_drop": 1.0}
-    run(IterativePruningCallback(0.9, schedule="one_shot", stop=stop), record)
-    assert record.zeros[EPOCH - 1] == 0
-    assert record.zeros[-1] == round(0.9 * TARGETED)
+class Scripted(SmallModule):
+    """Logs the qualities that it is given, one per validation; the first is that of the network that came in."""
+
+    def __init__(self, *qualities: float, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.qualities = list(qualities)
+        self.states: list[dict[str, Tensor]] = []  # as they were validated
+        self.sanity: list[bool] = []
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("quality", self.qualities[min(len(self.states), len(self.qualities) - 1)])
+        self.states.append({name: value.clone() for name, value in self.state_dict().items()})
+        self.sanity.append(self.trainer.sanity_checking)
+
+
+def stopping(amount: float = 0.9, **options: Any) -> IterativePruningCallback:
+    rule = {"monitor": "quality", "max_drop": 0.05} | options.pop("rule", {})
+    return IterativePruningCallback(amount, **({"schedule": "linear", "end_epoch": 3.0} | options), stop=rule)
+
+
+def fit_scripted(callback: IterativePruningCallback, *qualities: float, **options: Any) -> Scripted:
+    seed_everything(1, verbose=False)
+    module = Scripted(*qualities)
+    settings: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": 6} | options
+    quiet_trainer(callbacks=[callback], **settings).fit(module, shuffled(), plain())
+    return module
+
+
+@pytest.mark.parametrize("min_epochs", [None, 5])
+def test_stop_goes_back_to_the_very_network_that_came_in(min_epochs: int | None) -> None:
+    seed_everything(1, verbose=False)
+    before = {name: value.clone() for name, value in Scripted().state_dict().items()}
+    callback = stopping(rule={"recovery": 0})
+    module = fit_scripted(callback, 0.9, 0.8, min_epochs=min_epochs)
+    assert module.sanity[:2] == [True, False]
+    assert callback.current_amount == callback.sparsity == 0.0
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_what_came_in_is_compared_with_and_not_what_an_epoch_made_of_it() -> None:
+    """0.9 came in; 0.82 after an epoch is no baseline, and 0.8 no small drop."""
+    callback = stopping(start_epoch=1.0, end_epoch=4.0, rule={"recovery": 0})
+    module = fit_scripted(callback, 0.9, 0.82, 0.8)
+    assert callback.current_amount == 0.0
+    assert all(torch.equal(value, module.states[0][name]) for name, value in module.state_dict().items())
+
+
+def test_a_dense_network_that_gets_better_before_the_ramp_is_the_baseline() -> None:
+    callback = stopping(start_epoch=2.0, end_epoch=4.0, rule={"recovery": 0})
+    module = fit_scripted(callback, 0.3, 0.9, 0.88, 0.8)
+    assert callback.current_amount == 0.0
+    assert all(torch.equal(value, module.states[1][name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("recovery", "reached"), [(0, 0.0), (1, 0.3), (2, 0.9)])
+def test_an_amount_may_recover_before_it_fails(recovery: int, reached: float) -> None:
+    """0.3 is removed after the first epoch and needs one more; the jump to 0.9 after the second needs two."""
+    callback = stopping(rule={"recovery": recovery})
+    module = fit_scripted(callback, 0.9, 0.8, 0.88, 0.7, 0.7, 0.9)
+    assert callback.current_amount == pytest.approx(reached)
+    assert callback.finished
+    zeros = sum(int((module.get_parameter(name) == 0).sum()) for name in callback.masks)
+    assert zeros == round(reached * TARGETED)
+
+
+def test_a_baseline_that_is_given_is_not_measured_and_amount_0_is_what_came_in() -> None:
+    seed_everything(1, verbose=False)
+    before = {name: value.clone() for name, value in Scripted().state_dict().items()}
+    module = fit_scripted(stopping(rule={"baseline": 0.9, "recovery": 0}), 0.8)
+    assert module.sanity == [False]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_the_first_validation_changes_nothing_of_the_training() -> None:
+    class Log(Callback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
+            self.losses.append(float(outputs["loss"]))
+
+    logs = []
+    for rule in ({}, {"baseline": 0.9}):
+        logs.append(Log())
+        callback = stopping(start_epoch=1.5, end_epoch=3.0, rule=rule)
+        seed_everything(1, verbose=False)
+        trainer = quiet_trainer(callbacks=[callback, logs[-1]], num_sanity_val_steps=0, max_epochs=2)
+        trainer.fit(Scripted(0.9), shuffled(), plain())
+    assert logs[0].losses == logs[1].losses
+
+
+def test_stop_resumes_with_the_baseline_of_the_first_start(tmp_path: Path) -> None:
+    def fit(resume: Path | None) -> Scripted:
+        seed_everything(1, verbose=False)
+        module = Scripted(*([0.9, 0.89, 0.89, 0.8, 0.8] if resume is None else [0.89, 0.8, 0.8]))
+        saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callback = stopping(end_epoch=4.0)
+        trainer = quiet_trainer(
+            callbacks=[callback, saved], enable_checkpointing=True, max_epochs=6, num_sanity_val_steps=0
+        )
+        trainer.fit(module, shuffled(), plain(), ckpt_path=resume, weights_only=True)
+        assert callback.current_amount == pytest.approx(0.45)
+        return module
+
+    whole = fit(None)
+    resumed = fit(tmp_path / "epoch=0.ckpt")
+    assert len(resumed.states) == len(whole.states) - 2  # the first epoch's, and that of the network that came in
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_stop_without_a_validation_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def seen() -> dict[str, Any]:
                 _data_fetcher=vars(trainer.fit_loop)["_data_fetcher"],
                 _data_source=vars(trainer.fit_loop)["_data_source"].dataloader(),
                 _trainer=vars(pl_module)["_trainer"],
+                _run_sanity_check=trainer._run_sanity_check,
                 _average_model=vars(averaging)["_average_model"],
                 _step_supports_amp_scaling=getattr(trainer.optimizers[0], "_step_supports_amp_scaling", None),
             )
@@ -66,6 +68,7 @@ EXPECTED = {
     "_trainer": lambda value: isinstance(value, Trainer),
     "_average_model": lambda value: isinstance(value.module, SmallModule),
     "_step_supports_amp_scaling": lambda value: value is True,
+    "_run_sanity_check": lambda value: list(inspect.signature(value).parameters) == [],
     "_start_method": lambda value: value == "popen",
     "_ddp_kwargs": lambda value: value == {"static_graph": True},
     "_ddp_comm_hook": lambda value: value is None,
