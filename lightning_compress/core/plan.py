@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.utils._pytree import tree_map_only
 
+from lightning_compress.core.conditioning import conditioned
 from lightning_compress.core.cutting import TOLERANCE, compare, run
 from lightning_compress.core.evaluation import entries_restored
 from lightning_compress.core.graphs import OUTPUT, READINGS, Places, Walk, export
@@ -33,12 +34,14 @@ class Plan:
     walks: list[Walk]
     program: ExportedProgram
     inputs: ExampleInputs  # of the laboratory: in double precision, and few
+    factors: dict[str, float]  # of the laboratory's weights, by parameter: what makes the network well conditioned
     trains_alike: bool  # whether the code does the same in training mode, but for dropout and batch statistics
 
     @classmethod
     def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
         """Export the model, which is in the laboratory, in both modes, and follow the channels."""
         inputs = _trial_inputs(model, example_inputs)
+        factors = conditioned(model, inputs)
         programs = []
         for training in (False, True):
             model.train(training)
@@ -70,7 +73,7 @@ class Plan:
             if not units.read:
                 break
         alike = _operators(programs[0]) == _operators(programs[1])
-        return cls(places, list(candidates.values()), halved, readings, walks, programs[0], inputs, alike)
+        return cls(places, list(candidates.values()), halved, readings, walks, programs[0], inputs, factors, alike)
 
     def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> list[Tensor]:
         """For every reading, and every node, whether it leaves when some units of some groups do.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.channels import channel_groups
+from lightning_compress.core.conditioning import with_factors
 from lightning_compress.core.cutting import TOLERANCE, Drop, compare, drop_of, run, take
 from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
 from lightning_compress.core.groups import ChannelGroup, ChannelGroups
@@ -134,6 +135,7 @@ def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
     slices = Slices()
     inputs = groups.plan.inputs
     with laboratory(model):
+        with_factors(model, groups.plan.factors)
         try:
             expected = dense_without(model, inputs, drop, groups.plan)
             take(slices, model, drop)
