@@ -17,6 +17,7 @@ from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.header import Header, describe, read_header, write_header
 from lightning_compress.coding.size import CompressedSize, TensorSize
 from lightning_compress.core.checkpoints import adopt, read_state
+from lightning_compress.core.record_check import RecordError
 from lightning_compress.quantization.inputs import following_inputs
 
 
@@ -103,8 +104,11 @@ def load_compressed(
         state = read_state(path)
     if model is None:
         return state
-    with following_inputs(model):
-        return adopt(model, state, path)
+    try:
+        with following_inputs(model):
+            return adopt(model, state, path)
+    except RecordError as error:
+        raise CorruptFileError(f"{path} is corrupt: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ _WIDTHS = (
     *("channels", "num_channels", "in_channels", "out_channels", "in_features", "out_features", "num_features"),
 )
 
-NUMBERS = (*_HEADS, *_HEAD_WIDTHS, *_INNER_WIDTHS)  # what shapes alone do not tell
+# All that a cut changes beside tensors; a record that comes with a file may set these and nothing else.
+MAY_CHANGE = frozenset(
+    (*_HEADS, *_HEAD_WIDTHS, *_WIDTHS, "groups", "num_groups", "num_channels", "num_features", "normalized_shape")
+)
 
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (),

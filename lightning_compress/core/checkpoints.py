@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_compress.core.reshaping import adopt_state
+from lightning_compress.core.reshaping import adopt_state, has_record, is_extra
+from lightning_compress.core.slicing import named_tensors
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -30,7 +32,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path} is damaged, or holds objects beside tensors and plain values: save the state_dict alone."
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(one, Tensor) or is_extra(name) for name, one in state.items()):
         raise ValueError(
             f"{path} is neither a Lightning checkpoint nor a state dict; it holds a {type(state).__name__}."
         )
@@ -49,10 +51,20 @@ def adopt(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike[
         ValueError: The state dict is of another network; the model is as it was.
 
     Example:
-        >>> adopt(nn.Linear(3, 2), nn.Linear(2, 1).state_dict(), "thin.pt")
-        Linear(in_features=2, out_features=1, bias=True)
+        >>> adopt(nn.Linear(3, 2), nn.Linear(3, 1).state_dict(), "other.pt")
+        Traceback (most recent call last):
+        ValueError: other.pt does not fit Linear: weight is (1, 3) in it and (2, 3) in the module; ...
     """
-    if problems := misfits(state, model, thinner=True):
+    if empty := [name for name, tensor in named_tensors(model).items() if tensor.is_meta]:
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where {_some(set(empty))} can take no values: give it "
+            f"memory first, model.to_empty(device='cpu')."
+        )
+    cut = has_record(state)
+    if problems := misfits(state, model, thinner=cut):
+        if not cut and not misfits(state, model, thinner=True):
+            problems += ". It is thinner, but no record of a cut came with it: it is of another network, or was saved "
+            problems += "without the metadata of its state dict"
         raise ValueError(f"{source} does not fit {type(model).__name__}: {problems}.")
     adopt_state(model, state)
     return model
@@ -61,13 +73,14 @@ def adopt(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike[
 def misfits(state: dict[str, Tensor], model: nn.Module, *, thinner: bool) -> str:
     """Say in words what of a state dict does not fit a module; empty where all does."""
     mine = model.state_dict()
+    both = {name for name in mine.keys() & state.keys() if not is_extra(name) and not is_lazy(mine[name])}
     problems = [
         f"it has no {_some(mine.keys() - state.keys())}" if mine.keys() - state.keys() else "",
         f"it has {_some(state.keys() - mine.keys())}, which the module has not" if state.keys() - mine.keys() else "",
         *(
             f"{name} is {tuple(state[name].shape)} in it and {tuple(mine[name].shape)} in the module"
-            for name in mine.keys() & state.keys()
-            if not _fits(tuple(state[name].shape), tuple(mine[name].shape), thinner=thinner)
+            for name in mine
+            if name in both and not _fits(tuple(state[name].shape), tuple(mine[name].shape), thinner=thinner)
         ),
     ]
     return "; ".join(filter(None, problems))

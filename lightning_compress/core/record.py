@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.core.attention import SliceableMultiheadAttention
-from lightning_compress.core.attributes import NUMBERS
 from lightning_compress.core.groups import ChannelGroup
-from lightning_compress.core.slicing import named_tensors, positions_left, saved_tensors
+from lightning_compress.core.record_check import KINDS, check_record, check_structure
+from lightning_compress.core.slicing import positions_left, saved_tensors
 
 RECORD = "lightning_compress"  # the key in the metadata of a module that was cut
 
@@ -95,23 +96,53 @@ class Shapes:
         numbers = [f"{path}.{name}" for path, values in self.dense_numbers.items() for name in values]
         return [*numbers, *dict.fromkeys(name for name in members if name not in self.dense_shapes)]
 
-    def compare_origin(
-        self, model: nn.Module, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]
-    ) -> None:
-        """Learn what the dense network was, or raise a ValueError if it was not this one."""
-        origin = dict(incoming) | record["dense_shapes"]
-        differ = [name for name, shape in origin.items() if self.dense_shapes.get(name, shape) != shape]
-        if differ and not already(model, incoming):
+    def examine(self, model: nn.Module, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:
+        """Check all of a record that comes with these shapes; nothing changes.
+
+        Raises:
+            RecordError: No cut leaves such a record.
+            ValueError: The dense network was not this one, or no cut of it has these shapes.
+        """
+        origin, differ = self._origin(incoming, record)
+        made_thin = bool(differ) and already(model, incoming)  # by its constructor
+        check_record(
+            record, model, incoming, _shapes(model), None if made_thin else self._numbers_before(model, record)
+        )
+        if differ and not made_thin:
             raise ValueError(
                 f"The state dict is of a network that was cut: its {differ[0]} had shape {origin[differ[0]]} before, "
                 f"and that of this network has {self.dense_shapes[differ[0]]}. Load it into the class, with the "
                 f"arguments, that it was saved from."
             )
-        if differ:  # the module was made thin
+        if not made_thin:
+            self.check(incoming)
+
+    def follow(self, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:
+        """Learn what the dense network was from a record that was examined and adopted."""
+        origin, differ = self._origin(incoming, record)
+        if differ:
             self.groups = None
         self._told |= origin
         self.dense_shapes |= origin
         self._add_numbers(record["dense_numbers"])
+
+    def _origin(
+        self, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]
+    ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """The dense shapes that a record tells of, and the names of those that are not the dense ones of this model."""
+        origin = dict(incoming) | {name: tuple(shape) for name, shape in record["dense_shapes"].items()}
+        return origin, [name for name, shape in origin.items() if self.dense_shapes.get(name, shape) != shape]
+
+    def _numbers_before(self, model: nn.Module, record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The numbers of the dense network that a record names, as far as they are known here."""
+        known = {path: dict(values) for path, values in self.dense_numbers.items()}
+        if self.is_dense(model):
+            modules = dict(model.named_modules(remove_duplicate=False))
+            for kind in ("numbers", "dense_numbers"):
+                for path, values in record[kind].items():
+                    have = vars(modules[path]) if path in modules else {}
+                    known[path] = {name: have[name] for name in values if name in have} | known.get(path, {})
+        return known
 
     def check(self, incoming: Mapping[str, tuple[int, ...]]) -> None:
         """Raise a ValueError if no cut of the dense network, where its groups are known, has these shapes."""
@@ -152,7 +183,7 @@ def shapes_of(model: nn.Module) -> Shapes | None:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items()}
+    return {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items() if not is_lazy(tensor)}
 
 
 def already(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> bool:
@@ -168,10 +199,11 @@ def merged(metadata: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, 
     """
     found: dict[str, Any] | None = None
     for path, entry in metadata.items():
-        if RECORD not in entry or not f"{path}.".startswith(prefix):
+        if not isinstance(entry, Mapping) or RECORD not in entry or not f"{path}.".startswith(prefix):
             continue
+        check_structure(entry[RECORD])
         start = f"{path}."[len(prefix) :].lstrip(".")
-        found = found or {"numbers": {}, "buffers": {}, "dense_shapes": {}, "dense_numbers": {}}
+        found = found or {kind: {} for kind in KINDS}
         for kind, values in entry[RECORD].items():
             for name, value in values.items():
                 full = f"{start}{name}".rstrip(".")
@@ -181,26 +213,17 @@ def merged(metadata: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, 
 
 
 def lost(untold: Sequence[str]) -> str:
+    some = ", ".join(untold[:5]) + (f" and {len(untold) - 5} more" if len(untold) > 5 else "")
     return (
-        f"The state dict has thinner tensors, but no record of what goes with them ({', '.join(untold)}): its metadata "
-        f"was lost. Load the checkpoint as it was saved."
+        f"The state dict has thinner tensors, but no record of what goes with them ({some}): its metadata was lost, "
+        f"or it is of another network. Load the checkpoint as it was saved."
     )
 
 
-def needing_a_record(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Numbers and non-persistent buffers, near tensors that are thinner, that shapes alone do not tell."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: list[str] = []
-    for name, tensor in named_tensors(model).items():
-        if incoming.get(name, tuple(tensor.shape)) == tuple(tensor.shape):
-            continue
-        own = name.rpartition(".")[0]
-        for owner in dict.fromkeys((own, own.rpartition(".")[0])):
-            numbers = [
-                one for one in ("groups", "num_groups", *NUMBERS) if getattr(modules[owner], one, 1) not in (1, None)
-            ]
-            found += [f"{owner}.{one}" for one in numbers]
-            gone = {dense for dense, thin in zip(tensor.shape, incoming[name], strict=False) if dense != thin}
-            hidden = ((one, modules[owner]._buffers[one]) for one in modules[owner]._non_persistent_buffers_set)
-            found += [f"{owner}.{one}" for one, buffer in hidden if buffer is not None and gone & {*buffer.shape}]
-    return list(dict.fromkeys(found))
+def differing(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Say in words which tensors come with other shapes than the model's."""
+    return [
+        f"{name} has shape {incoming[name]}, here {shape}"
+        for name, shape in _shapes(model).items()
+        if incoming.get(name, shape) != shape
+    ]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_compress.core.attention import SliceableMultiheadAttention, make_sliceable
 from lightning_compress.core.groups import ChannelGroup
-from lightning_compress.core.record import RECORD, Shapes, already, lost, merged, needing_a_record, shapes_of
+from lightning_compress.core.record import RECORD, Shapes, already, differing, lost, merged, shapes_of
 from lightning_compress.core.slicing import (
     forget_graphs,
     named_tensors,
@@ -23,6 +25,7 @@ from lightning_compress.core.slicing import (
     sizes,
 )
 
+_EXTRA = "_extra_state"  # torch's name for it
 log = logging.getLogger(__name__)
 
 
@@ -50,22 +53,37 @@ class _OnLoad:
         self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         incoming = _incoming(module, state_dict, prefix)
-        _say_wider(module, incoming)
         record = merged(getattr(state_dict, "_metadata", {prefix.rstrip("."): local_metadata}), prefix)
+        fails = bool(rest and rest[0]) and _other_names(module, state_dict, prefix)  # a strict load will, by itself
         if record is not None:
-            self.shapes.compare_origin(module, incoming, record)
-            self.shapes.check(incoming)
-            adopt_shapes(module, incoming, record["numbers"], record["buffers"])
-            return
-        if any(shape != self.shapes.dense_shapes.get(name, shape) for name, shape in incoming.items()):
-            if self.shapes.groups is None:
-                return  # without a record it is no cut of ours: a strict load tells what does not fit
-            self.shapes.check(incoming)
-            if untold := self.shapes.untold():
-                raise ValueError(lost(untold))
-            adopt_shapes(module, incoming, {}, {})
-        elif not already(module, incoming):
-            adopt_shapes(module, incoming, self.shapes.dense_numbers, {})
+            self.shapes.examine(module, incoming, record)
+            if not fails:
+                _adopt(module, incoming, record["numbers"], record["buffers"])
+                self.shapes.follow(incoming, record)
+        elif all(shape == self.shapes.dense_shapes.get(name, shape) for name, shape in incoming.items()):
+            if not fails and not already(module, incoming):
+                _adopt(module, incoming, self.shapes.dense_numbers, {})
+        elif already(module, incoming) and self.shapes.groups is not None and (untold := self.shapes.untold()):
+            raise ValueError(lost(untold))
+        # Other shapes without a record are no cut of ours: the load tells what does not fit.
+
+
+def _adopt(module: nn.Module, incoming: Mapping[str, tuple[int, ...]], numbers: Any, positions: Any) -> None:
+    _say_wider(module, incoming)
+    with as_before_on_error(module):
+        adopt_shapes(module, incoming, numbers, positions)
+
+
+def _other_names(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a state dict has other names than the module; a counter that torch fills in does not count."""
+    mine = {name for name in saved_tensors(module) if not name.endswith("num_batches_tracked")}
+    theirs = {name[len(prefix) :] for name in state_dict if name.startswith(prefix) and not is_extra(name)}
+    return not mine <= theirs or not theirs <= set(saved_tensors(module))
+
+
+def is_extra(name: str) -> bool:
+    """Whether an entry of a state dict is what a module's `get_extra_state` returned: any value, of any shape."""
+    return str(name).rpartition(".")[2] == _EXTRA
 
 
 def _say_wider(module: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> None:
@@ -87,10 +105,10 @@ class _OnLoadAsLeader:
         self.leader = leader
 
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        shapes = shapes_of(self.leader)
+        shapes, incoming = shapes_of(self.leader), _incoming(module, state_dict, prefix)
         assert shapes is not None, "it follows checkpoints"
-        numbers = shapes.numbers(self.leader)
-        adopt_shapes(module, _incoming(module, state_dict, prefix), numbers, positions_left(self.leader))
+        if already(self.leader, incoming):  # else it is of another network, and the load tells what does not fit
+            adopt_shapes(module, incoming, shapes.numbers(self.leader), positions_left(self.leader))
 
     def __deepcopy__(self, memo: Any) -> _OnLoadAsLeader:
         return _OnLoadAsLeader(self.leader)
@@ -175,8 +193,17 @@ def adopt_shapes(
 
 
 def _incoming(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
-    found = {name: state_dict.get(prefix + name) for name in saved_tensors(module)}
+    found = {name: state_dict.get(prefix + name) for name, one in saved_tensors(module).items() if not is_lazy(one)}
     return {name: tuple(value.shape) for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def has_record(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict says that its network was cut.
+
+    Raises:
+        RecordError: It says so in a way that no cut does.
+    """
+    return merged(getattr(state_dict, "_metadata", {}), "") is not None
 
 
 def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -189,12 +216,9 @@ def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     incoming = _incoming(model, state_dict, "")
     handles = follow_checkpoints(model)
     try:
-        if merged(getattr(state_dict, "_metadata", {}), "") is None:
-            unclear = needing_a_record(model, incoming)
-            if unclear:
-                raise ValueError(lost(unclear))
-            adopt_shapes(model, incoming, {}, {})
-        with torch.no_grad():
+        if not has_record(state_dict) and (unexplained := differing(model, incoming)):
+            raise ValueError(lost(unexplained))
+        with torch.no_grad(), as_before_on_error(model, values=True):
             model.load_state_dict(state_dict)
     except BaseException:
         _remove(handles)
@@ -203,6 +227,40 @@ def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     assert shapes is not None, "it follows checkpoints"
     if shapes.is_dense(model):
         _remove(handles)
+
+
+@contextmanager
+def as_before_on_error(model: nn.Module, *, values: bool = False) -> Iterator[None]:
+    """Put a model's tensors and attributes back if the block raises an error.
+
+    Args:
+        model: The model.
+        values: Whether the block may write into the tensors, and not only replace them; they are copied then.
+    """
+    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    inner = [(one, dict(one)) for _, _, held in modules for one in held.values() if isinstance(one, dict)]
+    owned = {id(one): one for one in named_tensors(model).values() if not is_lazy(one)}.values()
+    tensors = [(one, one.data, one.data.clone() if values else None, one.grad) for one in owned]
+    try:
+        yield
+    except BaseException:
+        for module, kind, held in modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(held)
+        for one, entries in inner:
+            one.clear()
+            one.update(entries)
+        for tensor, data, copied, gradient in tensors:
+            tensor.grad = None
+            reshaped, tensor.data = tensor.shape != data.shape, data
+            if reshaped and tensor.requires_grad:
+                forget_graphs(tensor)
+            tensor.grad = gradient
+            if copied is not None:
+                data.copy_(copied)
+        raise
 
 
 def _remove(handles: Iterable[Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.attention import SliceableMultiheadAttention
 from lightning_compress.core.optimizer_state import slice_state
+from lightning_compress.core.record_check import RecordError
 
 Kept = Mapping[str, Mapping[int, Tensor]]  # tensor name -> dim -> the positions that stay
 Undo = Callable[[], None]
@@ -148,7 +149,7 @@ def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequenc
     """Give non-persistent buffers the positions that `positions_left` told of another network, and the others all.
 
     Raises:
-        ValueError: A buffer has not that many; all are as they were then.
+        RecordError: A buffer has not that many; all are as they were then.
     """
     changes: list[tuple[nn.Module, str, Tensor, dict[int, Tensor]]] = []
     for path, module in model.named_modules():
@@ -159,11 +160,12 @@ def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequenc
             if buffer is None or (not where and name not in known):
                 continue
             dense = known[name][0] if name in known else buffer.data
-            if name not in known and all(dense.shape[dim] == len(keep) for dim, keep in where.items()):
+            fits = all(dim < dense.dim() for dim in where)
+            if name not in known and fits and all(dense.shape[dim] == len(keep) for dim, keep in where.items()):
                 continue  # the class makes it thin itself
             for dim, keep in where.items():
                 if dim >= dense.dim() or max(keep) >= dense.shape[dim]:
-                    raise ValueError(
+                    raise RecordError(
                         f"The non-persistent buffer {name!r} of {path or type(model).__name__!r} has shape "
                         f"{tuple(dense.shape)}, and the network that was saved kept position {max(keep)} of its "
                         f"dimension {dim}: it was cut from another network."
