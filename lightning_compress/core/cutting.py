@@ -51,20 +51,21 @@ def take(
     *,
     optimizers: Iterable[torch.optim.Optimizer] = (),
 ) -> None:
-    """Cut units of groups out of a model."""
+    """Cut units of groups out of a model, or out of a copy that has some of its parts."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path in {member.tensor.rpartition(".")[0] for group, _ in drop for member in group.members}:
-        attention = model.get_submodule(path)
+        attention = modules.get(path)
         if type(attention) is nn.MultiheadAttention:
             slices.on_undo(make_sliceable(attention))
     tensors = named_tensors(model)
     stay: dict[str, dict[int, Tensor]] = {}
     counts: dict[tuple[str, str, int | None], int] = {}
     for group, units in drop:
-        for member in group.members:
+        for member in (one for one in group.members if one.tensor in tensors):
             size = tensors[member.tensor].shape[member.dim]
             here = stay.setdefault(member.tensor, {}).setdefault(member.dim, torch.ones(size, dtype=torch.bool))
             here[member.index[units].reshape(-1)] = False
-        for one in group.attributes:
+        for one in (one for one in group.attributes if one.module in modules):
             key = (one.module, one.name, one.place)
             before = _get(model, one)
             count = counts.get(key, before)

@@ -94,6 +94,28 @@ class ChannelGroups(list[ChannelGroup]):
             for group in self
         )
 
+    def copied(self, names: Mapping[str, str], originals: ChannelGroups) -> ChannelGroups:
+        """The same groups with the slices of a copy that lies in the same module.
+
+        Args:
+            names: Of a copy's tensors and modules there, by their names in the network.
+            originals: The groups with the names that the network has.
+        """
+        return ChannelGroups(
+            replace(
+                group,
+                members=group.members
+                + tuple(
+                    replace(one, tensor=names[one.tensor], produces=False)
+                    for one in original.members
+                    if one.tensor in names
+                ),
+                attributes=group.attributes
+                + tuple(replace(one, module=names[one.module]) for one in original.attributes if one.module in names),
+            )
+            for group, original in zip(self, originals, strict=True)
+        )
+
     def free(self, *, inexact: bool = False) -> list[ChannelGroup]:
         """The groups that may be cut, exactly or, if asked for, inexactly as well."""
         return [group for group in self if group.frozen is None and (group.exact or inexact)]

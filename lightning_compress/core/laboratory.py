@@ -169,7 +169,7 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     if name.endswith(("running_var", "weight")) and len(shape) == 1:
         values = normal.abs_().clamp_(max=2).mul_(0.5).add_(0.5)
     elif len(shape) > 1:
-        values = normal.mul_((tensor.numel() / max(shape[0], 1)) ** -0.5)
+        values = normal.mul_(max(tensor.numel() / max(shape[0], 1), 1) ** -0.5)  # there may be no entries
     else:
         values = normal.mul_(0.3)
     return values.to(tensor.device)

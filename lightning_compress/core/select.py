@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -24,6 +25,31 @@ WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (
 )
 
 
+def is_weight_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution, the `Conv1D` of transformers and its copies included."""
+    return isinstance(module, WEIGHT_LAYERS) or is_transposed_linear(module)
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's `Conv1D`: a linear layer whose weight is (inputs, outputs)."""
+    weight = module._parameters.get("weight")
+    if weight is None or not any(base.__name__ == "Conv1D" for base in type(module).__mro__):
+        return False
+    return weight.dim() == 2 and weight.shape[1] == getattr(module, "nf", None)
+
+
+def output_blocks(layer: nn.Module) -> int | None:
+    """Return in how many blocks along dim 0 of its weight a layer has output channels in dim 1; None: they are dim 0.
+
+    Example:
+        >>> output_blocks(nn.ConvTranspose1d(4, 6, 3, groups=2)), output_blocks(nn.Linear(2, 2))
+        (2, None)
+    """
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return layer.groups
+    return 1 if is_transposed_linear(layer) else None
+
+
 def select_parameters(
     module: nn.Module,
     target: str | Sequence[str] | None = None,
@@ -34,14 +60,16 @@ def select_parameters(
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that the patterns name, by qualified name and in the module's own order.
 
-    A pattern is a glob over qualified names. One that matches a module takes the module's `weight`; one that matches a
+    A pattern is a glob over qualified names. One that matches a module takes the module's `weight`, or its own matrices
+    called weights, such as `weight_ih_l0` of an LSTM and `in_proj_weight` of an attention; one that matches a
     parameter's full name takes that parameter. A pattern whose last part has a wildcard passes over vectors (biases,
     scales of norms): these are taken only when the last part spells them out. A parameter that two modules share is
     listed once.
 
     Args:
         module: The network, or the LightningModule that holds it.
-        target: Patterns to take; `None` takes the weight of every linear layer and convolution.
+        target: Patterns to take; `None` takes the weight of every linear layer and convolution, which callbacks limit
+            to those that an optimizer of the fit trains at its start and that the code of `forward` reaches.
         exclude: Patterns to leave out, read by the same rules, vectors included.
         argument: What messages call `target`.
         warn: Whether to warn of patterns that match nothing; not where that has been told before.
@@ -58,7 +86,10 @@ def select_parameters(
         ['0.bias', '3.weight', '3.bias']
     """
     parameters = dict(module.named_parameters())
-    wanted = _default(module) if target is None else _matching(module, _as_list(target), argument, warn=warn)
+    if target is None:
+        wanted = _default(module, _as_list(exclude))
+    else:
+        wanted = _matching(module, _as_list(target), argument, warn=warn)
     left_out = _matching(module, _as_list(exclude), "exclude", warn=warn, vectors=True)
     chosen = {name: parameter for name, parameter in parameters.items() if name in wanted - left_out}
     if not chosen:
@@ -69,27 +100,66 @@ def select_parameters(
     for name, parameter in chosen.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"{name} is a lazy parameter without a shape: run one batch through the model first.")
+        if parameter.numel() == 0:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)} and no entries: leave it out of {argument}.")
     refuse_shared_memory(module, chosen)
     return chosen
 
 
-def _default_names(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_modules() if isinstance(child, WEIGHT_LAYERS)]
-
-
-def _default(module: nn.Module) -> set[str]:
+def layer_weights(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return by the name of every layer's weight, in the module's order, the parameters that it is, or is made of."""
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}
-    chosen = set()
+    found: dict[str, list[nn.Parameter]] = {}
     for name, child in module.named_modules():
-        if not isinstance(child, WEIGHT_LAYERS):
-            continue
-        if "weight" not in child._parameters:
+        if is_weight_layer(child):
+            weight = child._parameters.get("weight")
+            if weight is None:
+                found[_join(name, "weight")] = list(child.parameters())
+            else:
+                found.setdefault(first_name[id(weight)], [weight])
+    return found
+
+
+def check_computed(module: nn.Module, names: Iterable[str], exclude: str | Sequence[str] = ()) -> None:
+    """Raise a ValueError for a layer's weight that is computed from other parameters, unless it is excluded."""
+    parameters = dict(module.named_parameters())
+    for name in names:
+        layer = name.rpartition(".")[0]
+        if name not in parameters and not any(_matches(one, layer, name) for one in _as_list(exclude)):
             raise ValueError(
-                f"{name or 'the model'} ({type(child).__name__}) computes its weight from other parameters (a "
-                f"parametrization, weight norm or torch.nn.utils.prune): make it permanent first, or exclude it."
+                f"{layer or 'the model'} ({type(module.get_submodule(layer)).__name__}) computes its weight from other "
+                f"parameters (a parametrization, weight norm or torch.nn.utils.prune): make it permanent first, or "
+                f"exclude it."
             )
-        chosen.add(first_name[id(child.weight)])
-    return chosen
+
+
+def has_entries(parameter: nn.Parameter) -> bool:
+    """Whether there is something in a parameter to compress; a lazy one will have entries."""
+    return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.numel() > 0
+
+
+def exact_patterns(names: Iterable[str]) -> list[str]:
+    """Return patterns that match these parameters and no others.
+
+    Example:
+        >>> exact_patterns(["layer[0].weight"])
+        ['layer[[]0].weight']
+    """
+    return [re.sub(r"([*?[])", r"[\1]", _plain(name)) for name in names]
+
+
+def _default_names(module: nn.Module) -> list[str]:
+    return [name for name, child in module.named_modules() if is_weight_layer(child)]
+
+
+def _default(module: nn.Module, exclude: Sequence[str]) -> set[str]:
+    found = layer_weights(module)
+    check_computed(module, found, exclude)
+    return {name for name, (weight, *_) in found.items() if has_entries(weight)}
+
+
+def _matches(pattern: str, module_name: str, full: str) -> bool:
+    return fnmatchcase(_plain(module_name), pattern) or fnmatchcase(_plain(full), pattern)
 
 
 def _matching(
@@ -105,9 +175,9 @@ def _matching(
                 if parameter is None:
                     continue
                 full = _join(module_name, short)
-                by_module = short == "weight" and fnmatchcase(_plain(module_name), pattern)
-                by_parameter = fnmatchcase(_plain(full), pattern)
-                if by_module or by_parameter:
+                if fnmatchcase(_plain(full), pattern) or (
+                    _is_weight_of(child, short, parameter) and fnmatchcase(_plain(module_name), pattern)
+                ):
                     is_vector = parameter.dim() < 2
                     if vectors or not by_wildcard or not is_vector:
                         found.add(first_name[id(parameter)])
@@ -119,6 +189,12 @@ def _matching(
             )
         chosen |= found
     return chosen
+
+
+def _is_weight_of(module: nn.Module, short: str, parameter: nn.Parameter) -> bool:
+    if module._parameters.get("weight") is not None:
+        return short == "weight"
+    return "weight" in short and parameter.dim() > 1
 
 
 def _join(module_name: str, parameter_name: str) -> str:

@@ -104,11 +104,16 @@ def cut(
         _check(slices, drop, compare(got, expected, _TOLERANCES.get(dtype, 1e-3)))
     sliced = {member.tensor for group, _ in drop for member in group.members}
     for tensors in map(named_tensors, (model, *copies)):
-        for tensor in (tensors[name] for name in sliced if tensors[name].requires_grad):
+        for tensor in (tensors[name] for name in sliced if name in tensors and tensors[name].requires_grad):
             forget_graphs(tensor)
     for module in (model, *copies):
         renew_caches(module)
     return model
+
+
+def parts_of(copies: Iterable[nn.Module], path: str) -> list[nn.Module]:
+    """Return the submodule at `path` of every copy that has one; a copy may have a part of the module alone."""
+    return [modules[path] for modules in (dict(one.named_modules()) for one in copies) if path in modules]
 
 
 @contextmanager
@@ -126,7 +131,17 @@ def _loaded(
     if owner is None:
         return [(module, groups) for module in (model, *copies)]
     path = next(path for path, module in owner.named_modules() if module is model)
-    return [(owner, groups.prefixed(path))]
+    found = groups.prefixed(path)
+    for copy in copies:  # one that the owner holds is loaded with it
+        found = found.copied(_renamed(copy, owner), groups)
+    return [(owner, found)]
+
+
+def _renamed(copy: nn.Module, owner: nn.Module) -> dict[str, str]:
+    """The names of a copy's tensors, and of its modules, in the module that holds it; empty where that does not."""
+    names = {id(one): name for name, one in (*named_tensors(owner).items(), *owner.named_modules())}
+    own = (*named_tensors(copy).items(), *copy.named_modules())
+    return {name: names[id(one)] for name, one in own if id(one) in names}
 
 
 def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:

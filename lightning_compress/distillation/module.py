@@ -32,8 +32,8 @@ class DistillationModule(CompressionModule):
 
     At alpha 1 the student's own loss is left out, so that a batch needs no labels that it could use.
 
-    Logged beside the student's own: `distillation_loss` (before alpha), `hint_loss`, and alpha and temperature
-    where they follow a schedule; all at the steps that the Trainer writes.
+    Logged beside the student's own: `compress/distillation_loss` (before alpha), `compress/hint_loss`, and
+    `compress/alpha` and `compress/temperature` where they follow a schedule; all at the steps that the Trainer writes.
 
     Args:
         student: The LightningModule that trains.

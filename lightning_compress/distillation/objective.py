@@ -22,7 +22,7 @@ from lightning_compress.distillation.losses import cosine_loss, logit_regression
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured, select_output
 from lightning_compress.trainer.inputs import given_or_peeked, is_compiled, resolve_network
-from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.inside import LOGGED, innermost
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.wrapper import Objective
 
@@ -202,7 +202,7 @@ class Distillation(Objective):
                 module.log(self._named(name), number.at(self._step))
 
     def _named(self, name: str) -> str:
-        return f"{name}_{self.depth + 1}" if self.depth else name
+        return f"{LOGGED}{name}_{self.depth + 1}" if self.depth else f"{LOGGED}{name}"
 
 
 def _is_written(module: LightningModule) -> bool:

@@ -15,8 +15,9 @@ from lightning_compress.core.costs import Cost
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import select_parameters
 from lightning_compress.pruning.backtracking import BacktrackingCallback
+from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
 from lightning_compress.pruning.masked import MaskedParameters
-from lightning_compress.pruning.masks import Scope, prune_neurons, prune_weights
+from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
 from lightning_compress.pruning.neighbours import check_disjoint
 from lightning_compress.pruning.scoring import (
     Criterion,
@@ -72,6 +73,8 @@ class IterativePruningCallback(BacktrackingCallback):
             before a cut cannot be back-propagated after it.
         cost: What the scores of neurons are divided by before groups are compared (scope="global"): the "parameters",
             "macs" or "latency" (measured) of one channel.
+        min_left: Fraction of the entries of each weight that stays at least, so that scope="global" empties no layer;
+            at most half of what stays of all. Where it acts is said.
         min_channels: How many channels of each group stay at least.
         round_to: The number of channels that stay is rounded up to a multiple of it, such as 8 for tensor cores.
         network: Dotted path of the submodule whose output is the prediction, for neurons and for ewc and mas.
@@ -107,6 +110,7 @@ class IterativePruningCallback(BacktrackingCallback):
         regrow: bool = False,
         shrink: Shrink = "on_fit_end",
         cost: Cost = "parameters",
+        min_left: float = 0.01,
         min_channels: int = 1,
         round_to: int = 1,
         stop: Mapping[str, Any] | None = None,
@@ -128,6 +132,7 @@ class IterativePruningCallback(BacktrackingCallback):
             regrow=regrow,
             shrink=shrink,
             cost=cost,
+            min_left=float(min_left),
             min_channels=min_channels,
             round_to=round_to,
             stop=None if stop is None else dict(stop),
@@ -144,7 +149,7 @@ class IterativePruningCallback(BacktrackingCallback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")
         check_shrink(shrink, granularity, criterion, regrow=regrow, stop=stop is not None)
-        check_widths(cost, min_channels, round_to)
+        check_widths(cost, min_left, min_channels, round_to)
         self.amount = amount
         self.granularity: Granularity = granularity
         self.criterion: Criterion = criterion
@@ -158,6 +163,7 @@ class IterativePruningCallback(BacktrackingCallback):
         self.regrow = regrow
         self.shrink: Shrink = shrink
         self.cost: Cost = cost
+        self.min_left = min_left
         self.min_channels = min_channels
         self.round_to = round_to
         self._stop = None if stop is None else StopWatch(StopRule.from_dict(stop))
@@ -182,7 +188,7 @@ class IterativePruningCallback(BacktrackingCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._check_stop(trainer)
-        self._targets = list(select_parameters(pl_module, self.target, exclude=self.exclude))
+        self._targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude))
         check_disjoint(pl_module, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         # What is masked for good must not count in the norm that clipping compares with its threshold.
         clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
@@ -234,15 +240,15 @@ class IterativePruningCallback(BacktrackingCallback):
             return
         self._prune(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
         if self._ramp.finished:
+            if self._neurons is not None and self._keep is not None:
+                warn_of_rounding(self._keep, self.amount, self.round_to)
             self._statistic = None
             if self._stop is None:
                 count_anew(trainer, f"the final sparsity of {self.sparsity:.4g} is reached")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        pruning = [one for one in trainer.callbacks if isinstance(one, IterativePruningCallback)]  # type: ignore[attr-defined]
-        number = pruning.index(self)
-        pl_module.log(f"sparsity_{number + 1}" if number else "sparsity", self.sparsity, prog_bar=True, sync_dist=True)
+        pl_module.log(self.logged_name(trainer, "sparsity"), self.sparsity, prog_bar=True, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._ramp is not None
@@ -274,10 +280,12 @@ class IterativePruningCallback(BacktrackingCallback):
                     for other in _others(pl_module):
                         other.leave_out(self.masks)
             self.current_amount = amount
-            for name, mask in self.masks.items():
-                if name not in self._emptied and not mask.any():
-                    self._emptied.add(name)
-                    warnings.warn(f"Every entry of {name} is pruned: nothing passes through it.", stacklevel=2)
+            least = {
+                name: least_left(self._entries.get(name, mask.numel()), amount, self.min_left)
+                for name, mask in self.masks.items()
+                if self._neurons is None and self.scope == "global"
+            }
+            warn_of_thin_layers(self.masks, least, self.min_left, self._emptied)
         if self._statistic is not None:
             self._statistic.reset()
 
@@ -313,7 +321,15 @@ class IterativePruningCallback(BacktrackingCallback):
             )
         else:
             left = self._left(pl_module)
-            keep = prune_weights(scores, amount, scope=self.scope, alive=alive, absolute=absolute, left=left)
+            keep = prune_weights(
+                scores,
+                amount,
+                scope=self.scope,
+                alive=alive,
+                absolute=absolute,
+                left=left,
+                min_left=self.min_left,
+            )
         device = next(iter(weights.values())).device
         return {name: broadcast(mask.to(device).contiguous()) for name, mask in keep.items()}
 

@@ -12,7 +12,7 @@ from lightning_compress.core.costs import Cost, channel_costs
 from lightning_compress.core.groups import ChannelGroups, positions_kept, thinned
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.slicing import Kept, named_tensors
-from lightning_compress.core.surgery import cut
+from lightning_compress.core.surgery import cut, parts_of
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons
 
@@ -147,7 +147,7 @@ class PrunableChannels:
             keep={name: mask.nonzero().squeeze(1) for name, mask in here.items()},
             groups=self._groups,
             optimizers=optimizers,
-            copies=[copy.get_submodule(self._network) for copy in copies],
+            copies=parts_of(copies, self._network),
             owner=self._model,
         )
         self._groups = thinned(self._groups, here)

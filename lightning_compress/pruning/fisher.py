@@ -203,8 +203,8 @@ class Ewc(OutputStatistic):
         if prediction.dim() < 2 or prediction.shape[1] < 2:
             raise ValueError(
                 "criterion='ewc' draws labels from a softmax over at least 2 classes, so it needs logits of shape "
-                f"(samples, classes, ...); the network's output has shape {tuple(prediction.shape)}: pass network= or "
-                "output= for the logits, or choose fisher."
+                f"(samples, classes, ...); the network's output has shape {tuple(prediction.shape)}: pass network= "
+                "with the submodule that returns them, or choose fisher."
             )
         labels = draw_labels(prediction.detach(), self.generator)
         return F.cross_entropy(prediction, labels, reduction="sum")

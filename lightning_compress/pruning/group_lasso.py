@@ -16,7 +16,7 @@ from torch import nn
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.groups import ChannelGroups, positions_kept
 from lightning_compress.core.slicing import Kept, named_tensors
-from lightning_compress.core.surgery import cut, masked_channels
+from lightning_compress.core.surgery import cut, masked_channels, parts_of
 from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
 from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import CompressionCallback
@@ -40,8 +40,8 @@ class GroupLassoCallback(CompressionCallback):
     strength * (sum of lr) from the norm of a group, which says how to choose strength. Adam divides an added gradient
     by its own size, so that there strength says little without `proximal`.
 
-    The norms are summed plainly, as in the paper, without Yuan and Lin's factor sqrt(size of g). `group_sparsity` is
-    logged once an epoch.
+    The norms are summed plainly, as in the paper, without Yuan and Lin's factor sqrt(size of g).
+    `compress/group_sparsity` is logged once an epoch.
 
     Args:
         strength: Factor of the penalty, 0 or more; 0 changes nothing.
@@ -144,7 +144,7 @@ class GroupLassoCallback(CompressionCallback):
                     f"watches the loss's gradients, and the penalty is for the weights that it leaves."
                 )
         for other in callbacks:
-            if self.proximal and getattr(other, "regrow", False):
+            if self.proximal and isinstance(other, CompressionCallback) and getattr(other, "regrow", False):
                 raise ValueError(
                     f"{type(other).__name__}(regrow=True) trains hidden weights, which proximal=True would not shrink: "
                     f"use regrow=False or proximal=False."
@@ -189,9 +189,9 @@ class GroupLassoCallback(CompressionCallback):
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> list[WeightGroups]:
         if self.granularity != "group":
-            return weight_groups(pl_module, self.granularity, target=self.target, exclude=self.exclude)
+            return weight_groups(pl_module, self.granularity, target=self.patterns(pl_module), exclude=self.exclude)
         found, left_out = unit_groups(
-            pl_module, self._channels(trainer, pl_module), target=self.target, exclude=self.exclude
+            pl_module, self._channels(trainer, pl_module), target=self.patterns(pl_module), exclude=self.exclude
         )
         if left_out and left_out != self._left_out:
             rank_zero_info(f"Channels without a penalty: {_listed(left_out)}.")
@@ -219,7 +219,6 @@ class GroupLassoCallback(CompressionCallback):
         optimizers: list[torch.optim.Optimizer],
         copies: list[nn.Module],
     ) -> Kept:
-        assert not copies, "averages are refused"
         network, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
         groups = channel_groups(network, inputs)
         mine = {one.name for one in self._groups}
@@ -234,7 +233,8 @@ class GroupLassoCallback(CompressionCallback):
             )
         kept = positions_kept(groups, keep, named_tensors(network))
         indices = {name: speaks.nonzero().squeeze(1) for name, speaks in keep.items()}
-        cut(network, inputs, keep=indices, groups=groups, optimizers=optimizers, owner=pl_module)
+        averages = parts_of(copies, self.network)
+        cut(network, inputs, keep=indices, groups=groups, optimizers=optimizers, copies=averages, owner=pl_module)
         return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -272,9 +272,7 @@ class GroupLassoCallback(CompressionCallback):
         self._refresh(trainer, pl_module)
         zero = [one.norms() <= _ZERO for one in self._groups]
         self.group_sparsity = sum(int(one.sum()) for one in zero) / max(1, sum(one.numel() for one in zero))
-        lassos = [one for one in trainer.callbacks if isinstance(one, GroupLassoCallback)]  # type: ignore[attr-defined]
-        number = lassos.index(self)
-        name = f"group_sparsity_{number + 1}" if number else "group_sparsity"
+        name = self.logged_name(trainer, "group_sparsity")
         pl_module.log(name, self.group_sparsity, prog_bar=True, sync_dist=True)
 
 

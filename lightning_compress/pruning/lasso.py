@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.groups import ChannelGroup, Member
-from lightning_compress.core.select import select_parameters
+from lightning_compress.core.select import output_blocks, select_parameters
 
 WeightGranularity = Literal["filter", "channel", "shape"]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,13 +134,14 @@ def weight_groups(
                 f"of target={target!r}, or take granularity='group', where biases and norms belong to their channel."
             )
         owner = owners[id(parameter)]
-        output, inputs = (2, 1) if isinstance(owner, _TRANSPOSED) else (1, 2)
+        transposed = output_blocks(owner)
+        output, inputs = (1, 2) if transposed is None else (2, 1)
         along = {
             "filter": (0, output),
             "channel": (0, inputs),
             "shape": tuple(dim for dim in range(parameter.dim() + 1) if dim != output),
         }[granularity]
-        blocks = owner.groups if isinstance(owner, _CONVOLUTIONS) else 1
+        blocks = transposed or (owner.groups if isinstance(owner, _CONVOLUTIONS) else 1)
         found.append(WeightGroups(name, (Part(parameter, blocks, along, None, parameter.shape),)))
     return found
 

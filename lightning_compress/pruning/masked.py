@@ -98,9 +98,11 @@ class MaskedParameters:
                 gradient.mul_(factor)
 
     def mask_copy(self, model: nn.Module) -> None:
-        """Mask another module with the same parameter names, such as an average of this one."""
+        """Mask another module with the same parameter names, or some of them, such as an average of this one."""
         copies = dict(model.named_parameters())
         for name, mask in self.masks.items():
+            if name not in copies:
+                continue
             copies[name].data.mul_(mask.to(copies[name]))
 
     def _multiply(self, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -23,6 +24,7 @@ def prune_weights(
     absolute: bool = False,
     alive: Mapping[str, Tensor] | None = None,
     left: Mapping[str, int] | None = None,
+    min_left: float = 0.0,
 ) -> dict[str, Tensor]:
     """Return masks (True stays) that drop the round(amount * N) lowest of N scores, over all tensors or in each.
 
@@ -33,6 +35,8 @@ def prune_weights(
         absolute: The importance is the score's absolute value.
         alive: Masks that hold already; what is dropped there stays dropped.
         left: How many of the original entries have left each tensor for good: they count as dropped.
+        min_left: What of each tensor's original entries stays at least with scope="global", as far as it is alive: this
+            fraction, but no more than half of the fraction that stays of all.
 
     Raises:
         ValueError: A score is NaN.
@@ -45,13 +49,48 @@ def prune_weights(
         {'a': [0, 1, 0, 1], 'b': [0, 1]}
         >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5, left={"b": 2}).items()}
         {'a': [0, 1, 0, 1], 'b': [1, 1]}
+        >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5, min_left=0.25).items()}
+        {'a': [0, 0, 0, 1], 'b': [1, 1]}
+        >>> small = scores | {"a": scores["a"] / 100}
+        >>> {name: mask.int().tolist() for name, mask in prune_weights(small, 0.67, min_left=0.25).items()}
+        {'a': [0, 0, 0, 1], 'b': [0, 1]}
     """
     if scope == "layer":
         return {
             name: _keep({name: score}, _drops([name], scores, amount, alive, left), absolute, alive)[name]
             for name, score in scores.items()
         }
-    return _keep(scores, _drops(scores, scores, amount, alive, left), absolute, alive)
+    n_drop = _drops(scores, scores, amount, alive, left)
+    masks = _keep(scores, n_drop, absolute, alive)
+    floors = {
+        name: min(least_left(score.numel() + (left or {}).get(name, 0), amount, min_left), _alive(score, alive, name))
+        for name, score in scores.items()
+    }
+    open_names, dropped = list(scores), 0
+    while short := [name for name in open_names if int(masks[name].sum()) < floors[name]]:
+        for name in short:  # keeps its best, and the others lose more in its place
+            open_names.remove(name)
+            dropped += scores[name].numel() - floors[name]
+            masks |= _keep({name: scores[name]}, scores[name].numel() - floors[name], absolute, alive)
+        others = {name: scores[name] for name in open_names}
+        least = sum(one.numel() - _alive(one, alive, name) for name, one in others.items())
+        most = sum(one.numel() for one in others.values())
+        masks |= _keep(others, min(max(n_drop - dropped, least), most), absolute, alive)
+    return masks
+
+
+def least_left(count: int, amount: float, min_left: float) -> int:
+    """Return how many of a tensor's `count` original entries stay at least when `amount` of all is dropped.
+
+    Example:
+        >>> least_left(1000, 0.9, 0.01), least_left(1000, 0.996, 0.01), least_left(10, 0.9, 0.01)
+        (10, 2, 1)
+    """
+    return math.ceil(count * min(min_left, (1 - amount) / 2) - 1e-9)
+
+
+def _alive(score: Tensor, alive: Mapping[str, Tensor] | None, name: str) -> int:
+    return score.numel() if alive is None else int(alive[name].sum())
 
 
 def _drops(

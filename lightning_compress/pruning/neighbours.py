@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from lightning.pytorch import LightningModule
 
 from lightning_compress.core.select import select_parameters
 from lightning_compress.pruning.removing import RemovingCallback
 
 
-def check_disjoint(module: nn.Module, callbacks: Iterable[Any]) -> None:
+def check_disjoint(module: LightningModule, callbacks: Iterable[Any]) -> None:
     """Refuse pruning callbacks that share a parameter: each would undo what the other counts.
 
     Raises:
@@ -21,7 +21,7 @@ def check_disjoint(module: nn.Module, callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, RemovingCallback):
             # each callback says itself which of its patterns match nothing
-            for name in select_parameters(module, callback.target, exclude=callback.exclude, warn=False):
+            for name in select_parameters(module, callback.patterns(module), exclude=callback.exclude, warn=False):
                 if name in owners:
                     raise ValueError(
                         f"Two {type(callback).__name__}s prune {name}: {owners[name].state_key} and "

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.groups import ChannelGroups, Member
 from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.core.select import WEIGHT_LAYERS
+from lightning_compress.core.select import is_transposed_linear, is_weight_layer
 from lightning_compress.pruning.groups import Neurons
 
 
@@ -90,7 +90,7 @@ def _scored(model: nn.Module, members: Sequence[Member]) -> list[Member]:
     for member in members:
         module, _, name = member.tensor.rpartition(".")
         layer = model.get_submodule(module)
-        if name != "weight" or not isinstance(layer, WEIGHT_LAYERS):
+        if name != "weight" or not is_weight_layer(layer):
             others.append(member)
         elif member.dim in _output_dims(layer):  # the other side belongs to another layer's channels
             layers.append(member)
@@ -102,4 +102,4 @@ def _output_dims(layer: nn.Module) -> tuple[int, ...]:
     """The dimensions of a layer's weight that hold its output channels: with groups, those of a transposed one both."""
     if isinstance(layer, _ConvNd) and layer.transposed:
         return (1,) if layer.groups == 1 else (0, 1)
-    return (0,)
+    return (1,) if is_transposed_linear(layer) else (0,)

@@ -40,8 +40,8 @@ def select_output(output: Any, selector: str | int | None = None) -> Tensor:
         keys = f" with keys {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
         sought = "is neither a tensor nor has .logits" if selector is None else f"has no tensor at {selector!r}"
         raise ValueError(
-            f"The network's output is a {type(output).__name__}{keys} and {sought}: pass output= with the key, "
-            "attribute or index of the prediction, or network= with the submodule that returns it."
+            f"The network's output is a {type(output).__name__}{keys} and {sought}: pass network= with "
+            "the submodule that returns the prediction."
         )
     return found.movedim(-1, 1) if selector is None and found.dim() == 3 else found
 

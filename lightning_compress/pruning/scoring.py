@@ -61,8 +61,10 @@ def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion,
         raise ValueError("criterion='si' looks at the whole training of a weight: use it with shrink='on_fit_end'.")
 
 
-def check_widths(cost: Cost, min_channels: int, round_to: int) -> None:
+def check_widths(cost: Cost, min_left: float, min_channels: int, round_to: int) -> None:
     """Raise a ValueError unless the limits make sense."""
+    if not 0 <= min_left < 1:
+        raise ValueError(f"min_left must be a fraction, 0 or more and below 1; got {min_left!r}.")
     if cost not in get_args(Cost):
         raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}; got {cost!r}.")
     for name, value in (("min_channels", min_channels), ("round_to", round_to)):

@@ -26,6 +26,10 @@ class WatchingCallback(CompressionCallback):
     granularity: Granularity
     _statistic: Statistic | None
 
+    @property
+    def needs_gradients(self) -> bool:
+        return self.criterion not in STATIC
+
     def leads_to_an_event(self) -> bool:
         """Whether this step lies in an interval that ends in an event."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ class BinaryWeightsCallback(LatentCallback):
     clip((w + 1) / 2, 0, 1), drawn anew at every step, the same on all ranks; validation, checkpoints and the end of the
     fit have sign(w) all the same. With scaling="mean", W~ = alpha_c sign(w), alpha_c the mean of |w| over the channel.
     Weights that are exactly zero, then or later, have been pruned: they stay zero, so that the others make a ternary
-    network. `saturated`, the share of real weights at the clip, is logged once an epoch.
+    network. `compress/saturated`, the share of real weights at the clip, is logged once an epoch.
 
     Biases, norms and what `exclude` names stay real. Outputs of binary layers are large: put norms behind them. With
     `activations`, the first and the last layer are usually excluded.
@@ -124,20 +124,20 @@ class BinaryWeightsCallback(LatentCallback):
             return binarize_inputs(
                 pl_module,
                 activations=self.activations,
-                target=self.target,
+                target=self.patterns(pl_module),
                 exclude=self.exclude,
                 scale=self.scaling == "mean",
             )
 
     def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
-        wanted = select_parameters(pl_module, self.target, exclude=self.exclude, warn=False)
+        wanted = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
         return layers_with_signs(pl_module, self.activations, wanted)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if isinstance(self._weights, BinaryWeights):
             saturated = self._weights.saturated()
-            pl_module.log(f"saturated{self.suffix(trainer)}", saturated, prog_bar=True, sync_dist=True)
+            pl_module.log(self.logged_name(trainer, "saturated"), saturated, prog_bar=True, sync_dist=True)
 
     def technique_state(self) -> dict[str, Any]:
         return super().technique_state() | {"generator": self.generator.get_state()}
@@ -169,7 +169,7 @@ class BinaryWeightsCallback(LatentCallback):
         """Hook a module that was not fitted in this process."""
         if trainer.state.fn == "fit" or not self.activations or any(map(has_binary_inputs, pl_module.modules())):
             return
-        wanted = select_parameters(pl_module, self.target, exclude=self.exclude)
+        wanted = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude)
         if holds_signs(wanted, transposed_groups(pl_module)):
             self._inputs = self.hook_inputs(pl_module)
         else:

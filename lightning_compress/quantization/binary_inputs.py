@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.core.select import WEIGHT_LAYERS, select_parameters
+from lightning_compress.core.select import is_transposed_linear, is_weight_layer, select_parameters
 from lightning_compress.quantization.input_hooks import InputHook, InputHooks, NotScriptable, input_hook
 from lightning_compress.quantization.signs import sign_through
 
@@ -40,7 +40,7 @@ def input_scales(layer: nn.Module, x: Tensor) -> Tensor:
         >>> input_scales(nn.Conv1d(2, 4, 2), x).flatten()  # |x| has the means 0.5 and 2.0 over its two channels
         tensor([1.2500])
     """
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) or is_transposed_linear(layer):
         return x.abs().mean(-1, keepdim=True)
     assert isinstance(layer, _CONVOLUTIONS)
     channels = -len(layer.kernel_size) - 1
@@ -162,7 +162,7 @@ def binarize_inputs(
     names, first = _choose(model, activations, select_parameters(model, target, exclude=exclude))
     for name in names:
         layer = model.get_submodule(name)
-        if scale and not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
+        if scale and not (isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or is_transposed_linear(layer)):
             raise ValueError(
                 f"activations with scaling='mean': {name} is a {type(layer).__name__}, for which XNOR-Net has no "
                 f"scaling of inputs. Exclude it, or use scaling='none'."
@@ -181,7 +181,7 @@ def _choose(
     model: nn.Module, activations: bool | str | Sequence[str], targeted: Mapping[str, nn.Parameter]
 ) -> tuple[list[str], str]:
     """Return the layers that see signs, and the one that must run before them, "" for none."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, WEIGHT_LAYERS)}
+    layers = {name: layer for name, layer in model.named_modules() if is_weight_layer(layer)}
     weights = {id(parameter) for parameter in targeted.values()}
     mine = [name for name, layer in layers.items() if id(layer.weight) in weights]
     if activations is False or not mine:

@@ -15,6 +15,7 @@ def numbers_by_name(
     numbers: int | Mapping[str, int | None],
     *,
     target: str | Sequence[str] | None = None,
+    default: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     argument: str,
     done: str,
@@ -27,6 +28,7 @@ def numbers_by_name(
         numbers: One for all, or `{pattern: number}`, patterns as in `target`, of which the first that matches counts.
         target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution, or
             what the patterns of `numbers` name.
+        default: Patterns in the place of "every linear layer and convolution".
         exclude: Patterns to leave out.
         argument: What messages call the numbers,
         done: what parameters without one are not,
@@ -42,12 +44,12 @@ def numbers_by_name(
         {'0.weight': 256, '2.weight': 32}
     """
     if not isinstance(numbers, Mapping):
-        chosen = select_parameters(module, target, exclude=exclude)
+        chosen = select_parameters(module, default if target is None else target, exclude=exclude)
         return dict.fromkeys(chosen, numbers) if numbers else {}
     considered: Mapping[str, nn.Parameter]
     if target is None:
         chosen = select_parameters(module, list(numbers), exclude=exclude, argument=argument)
-        considered = _quietly(module, None, exclude=exclude)
+        considered = _quietly(module, default, exclude=exclude)
     else:
         considered = chosen = select_parameters(module, target, exclude=exclude)
     first: dict[str, int | None] = {}
@@ -63,7 +65,9 @@ def numbers_by_name(
     return {name: number for name in chosen if (number := first.get(name))}
 
 
-def _quietly(module: nn.Module, target: str | None, *, exclude: str | Sequence[str] = ()) -> Mapping[str, nn.Parameter]:
+def _quietly(
+    module: nn.Module, target: str | Sequence[str] | None, *, exclude: str | Sequence[str] = ()
+) -> Mapping[str, nn.Parameter]:
     """As `select_parameters`, where what matches nothing is told elsewhere."""
     try:
         return select_parameters(module, target, exclude=exclude, warn=False)

@@ -26,8 +26,8 @@ class WeightClusteringCallback(QuantizingCallback):
     At `start_epoch` the k values c that minimise the sum over weights w of min over j of (w - c_j)^2 replace the
     weights. Then dL/dc_j = mean (or sum) over the cluster of dL/dw, in place of each gradient before the optimizer's
     step and before clipping, and after it every weight is the mean over its cluster. Weights that are exactly zero,
-    then or later, have been pruned: they stay zero and belong to no cluster. `bits_per_weight` (indices and tables,
-    before any entropy coding) and `clusters` (shared values in all) are logged once an epoch.
+    then or later, have been pruned: they stay zero and belong to no cluster. `compress/bits_per_weight` (indices and
+    tables, before any entropy coding) and `compress/clusters` (shared values in all) are logged once an epoch.
 
     Args:
         n_clusters: How many values a layer's non-zero weights share, k; 0 changes nothing. Or `{pattern: k}`, patterns
@@ -121,6 +121,7 @@ class WeightClusteringCallback(QuantizingCallback):
             pl_module,
             self.n_clusters,
             target=self.target,
+            default=self.patterns(pl_module),
             exclude=self.exclude,
             argument="n_clusters",
             done="clustered",
@@ -200,16 +201,16 @@ class WeightClusteringCallback(QuantizingCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        suffix = self.suffix(trainer)
         self._take_zeros()
         values = float(sum(shared.n_values for shared in self._shared.values()))
-        pl_module.log(f"bits_per_weight{suffix}", self.bits_per_weight, prog_bar=True, sync_dist=True)
-        pl_module.log(f"clusters{suffix}", values, sync_dist=True)
+        pl_module.log(self.logged_name(trainer, "bits_per_weight"), self.bits_per_weight, prog_bar=True, sync_dist=True)
+        pl_module.log(self.logged_name(trainer, "clusters"), values, sync_dist=True)
 
     def project_copy(self, module: nn.Module) -> None:
         copies = dict(module.named_parameters())
         for shared in self._shared.values():
-            shared.share_values(copies)
+            if shared.parameters.keys() <= copies.keys():
+                shared.share_values(copies)
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
         """Slice the indices of what another callback has cut."""

@@ -31,6 +31,8 @@ class LatentCallback(QuantizingCallback):
 
     blind_criteria: ClassVar[tuple[str, ...]] = ()  # of pruning, to which weights of few values are all the same
 
+    follows_averages = False
+
     _weights: LatentWeights | None = None
     _inputs: InputHooks | None = None
     _averages: Mapping[str, Tensor] = {}  # while a validation has their projected values
@@ -227,8 +229,8 @@ class LatentCallback(QuantizingCallback):
         """Yield the other callbacks that change the same parameters, with these."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if isinstance(other, CompressionCallback) and not isinstance(other, QuantizingCallback):
-                target, exclude = getattr(other, "target", None), getattr(other, "exclude", ())
-                theirs = select_parameters(pl_module, target, exclude=exclude, warn=False)  # it says so itself
+                # it says itself what matches nothing
+                theirs = select_parameters(pl_module, other.patterns(pl_module), exclude=other.exclude, warn=False)
                 if both := [name for name in self._wanted if name in theirs]:
                     yield other, both
 

@@ -63,7 +63,7 @@ class QuantizingCallback(CompressionCallback):
 
     def wants(self, pl_module: LightningModule) -> Collection[str]:
         """Return the names of the parameters that get a few values."""
-        return select_parameters(pl_module, self.target, exclude=self.exclude)
+        return select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude)
 
     def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
         """Return the names of the layers whose inputs are changed."""
@@ -86,7 +86,7 @@ class QuantizingCallback(CompressionCallback):
                 ("regrow", f"trains hidden weights behind the mask, {self.hidden}"),
                 ("proximal", self.shrunk),
             ):
-                if getattr(other, option, False):
+                if isinstance(other, CompressionCallback) and getattr(other, option, False):
                     raise ValueError(
                         f"{type(other).__name__}({option}=True) {why}: use {option}=False, or {self.verb} in a later "
                         f"fit."
@@ -119,12 +119,6 @@ class QuantizingCallback(CompressionCallback):
 
     def technique_state(self) -> dict[str, Any]:
         return {"start": self._start}
-
-    def suffix(self, trainer: Trainer) -> str:
-        """Return what the second callback of this class appends to the names it logs, and "" for the first."""
-        mine = [one for one in trainer.callbacks if type(one) is type(self)]  # type: ignore[attr-defined]
-        number = mine.index(self)
-        return f"_{number + 1}" if number else ""
 
     def _check_disjoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.precision import widened
+from lightning_compress.core.select import output_blocks
 
 Mode = Literal["deterministic", "stochastic"]
 Scaling = Literal["none", "mean"]
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def sign(x: Tensor) -> Tensor:
@@ -65,17 +64,14 @@ def draw_positive(w: Tensor, generator: torch.Generator | None = None) -> Tensor
 
 
 def transposed_groups(model: nn.Module) -> dict[str, int]:
-    """Return the `groups` of every transposed convolution, by its weight's name: its output channels lie in dim 1.
+    """Return the blocks of every weight whose output channels lie in dim 1, by name: the `groups` of a convolution.
 
     Example:
         >>> transposed_groups(nn.Sequential(nn.Linear(2, 2), nn.ConvTranspose1d(4, 6, 3, groups=2)))
         {'1.weight': 2}
     """
-    return {
-        f"{name}.weight" if name else "weight": module.groups
-        for name, module in model.named_modules()
-        if isinstance(module, _TRANSPOSED)
-    }
+    found = {f"{name}.weight" if name else "weight": output_blocks(module) for name, module in model.named_modules()}
+    return {name: blocks for name, blocks in found.items() if blocks is not None}
 
 
 def by_channel(tensor: Tensor, groups: int | None = None) -> Tensor:

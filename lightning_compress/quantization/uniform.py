@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_compress.core.select import WEIGHT_LAYERS, select_parameters
+from lightning_compress.core.select import is_weight_layer, select_parameters
 from lightning_compress.quantization.clustering import WeightClusteringCallback
 from lightning_compress.quantization.grids import Granularity, check_bits, check_granularity
 from lightning_compress.quantization.input_grids import InputGrid
@@ -35,8 +35,8 @@ class QuantizationAwareTrainingCallback(LatentCallback):
     travel in the state dict's metadata, so that `trainer.test(ckpt_path=...)` with this callback and `load_compressed`
     without it bring them back.
 
-    Biases, norms and what `exclude` names stay real. `weight_bits` (the mean), `clipped` (the share of real weights
-    beyond the grid) and `zeros` are logged once an epoch.
+    Biases, norms and what `exclude` names stay real. `compress/weight_bits` (the mean), `compress/clipped` (the
+    share of real weights beyond the grid) and `compress/zeros` are logged once an epoch.
 
     Args:
         weight_bits: 2 to 8; None leaves the weights alone. Or `{pattern: bits}`, patterns as in `target`, of which the
@@ -125,7 +125,9 @@ class QuantizationAwareTrainingCallback(LatentCallback):
     def wants(self, pl_module: LightningModule) -> dict[str, int]:
         if self.weight_bits is None:
             return {}
-        return bits_by_name(pl_module, self.weight_bits, target=self.target, exclude=self.exclude)
+        return bits_by_name(
+            pl_module, self.weight_bits, target=self.target, default=self.patterns(pl_module), exclude=self.exclude
+        )
 
     def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
         if self.activation_bits is None:
@@ -134,9 +136,9 @@ class QuantizationAwareTrainingCallback(LatentCallback):
             warnings.simplefilter("ignore")  # `wants` has said what patterns leave out
             named: Collection[str] = self.wants(pl_module)
         if self.weight_bits is None:
-            named = select_parameters(pl_module, self.target, exclude=self.exclude)
+            named = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude)
         wanted = {id(pl_module.get_parameter(name)) for name in named}
-        layers = {name: layer for name, layer in pl_module.named_modules() if isinstance(layer, WEIGHT_LAYERS)}
+        layers = {name: layer for name, layer in pl_module.named_modules() if is_weight_layer(layer)}
         return [name for name, layer in layers.items() if id(layer.weight) in wanted]
 
     def goes_on_from(self, other: QuantizingCallback, trainer: Trainer, names: Sequence[str]) -> bool:
@@ -196,10 +198,11 @@ class QuantizationAwareTrainingCallback(LatentCallback):
             self._inputs.check_finite()  # before the weights, which follow
         super().on_train_epoch_end(trainer, pl_module)
         if isinstance(self._weights, UniformWeights) and self._weights.latent:
-            suffix = self.suffix(trainer)
-            pl_module.log(f"weight_bits{suffix}", self._weights.mean_bits, prog_bar=True, sync_dist=True)
-            pl_module.log(f"clipped{suffix}", self._weights.clipped(), sync_dist=True)
-            pl_module.log(f"zeros{suffix}", self._weights.zeros(), sync_dist=True)
+            pl_module.log(
+                self.logged_name(trainer, "weight_bits"), self._weights.mean_bits, prog_bar=True, sync_dist=True
+            )
+            pl_module.log(self.logged_name(trainer, "clipped"), self._weights.clipped(), sync_dist=True)
+            pl_module.log(self.logged_name(trainer, "zeros"), self._weights.zeros(), sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

@@ -140,9 +140,9 @@ def bits_by_name(
     bits: int | Mapping[str, int | None],
     *,
     target: str | Sequence[str] | None = None,
+    default: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
 ) -> dict[str, int]:
     """Return how many bits each parameter gets, by name; what stays as it is, is left out."""
-    return numbers_by_name(
-        model, bits, target=target, exclude=exclude, argument="weight_bits", done="quantized", leaving="None"
-    )
+    names = {"argument": "weight_bits", "done": "quantized", "leaving": "None"}
+    return numbers_by_name(model, bits, target=target, default=default, exclude=exclude, **names)

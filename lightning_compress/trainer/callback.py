@@ -12,14 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
-from lightning_compress.trainer.averages import averaged_modules, check_averages
-from lightning_compress.trainer.resume import ResumableCallback
+from lightning_compress.trainer.averages import averaged_modules, check_averages, copies_inside
+from lightning_compress.trainer.inside import LOGGED, innermost
+from lightning_compress.trainer.targeting import TargetingCallback
 
 
-class CompressionCallback(ResumableCallback):
+class CompressionCallback(TargetingCallback):
     """A technique that changes weights: subclasses say how, this class when.
 
-    A subclass supplies, beside what a `ResumableCallback` wants, `project_copy`, and `prepare` puts its `Projection`
+    A subclass supplies, beside what a `TargetingCallback` wants, `project_copy`, and `prepare` puts its `Projection`
     into `self.projection`.
 
     Args:
@@ -30,11 +31,12 @@ class CompressionCallback(ResumableCallback):
         super().__init__(**settings)
         self.projection: Projection | None = None
         self._handles: dict[int, RemovableHandle] = {}  # by the id of the optimizer
+        self._copies: list[torch.nn.Module] = []  # averages that the module holds itself
 
     # ------------------------------------------------------------------ what a technique supplies
 
     def project_copy(self, module: torch.nn.Module) -> None:
-        """Project an averaged copy of the LightningModule, in place."""
+        """Project an averaged copy of the LightningModule, or of a part of it, in place."""
         raise NotImplementedError
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
@@ -47,6 +49,13 @@ class CompressionCallback(ResumableCallback):
     def latent(self) -> dict[str, Tensor]:
         """The real values that train behind parameters which hold others, by name; empty where there are none."""
         return {}
+
+    def logged_name(self, trainer: Trainer, name: str) -> str:
+        """Return under which name this callback logs a number: the second one of its class adds "_2"."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        others = [one for one in callbacks[: callbacks.index(self)] if isinstance(one, CompressionCallback)]
+        number = 1 + sum(isinstance(one, type(self)) or isinstance(self, type(one)) for one in others)
+        return f"{LOGGED}{name}_{number}" if number > 1 else f"{LOGGED}{name}"
 
     def leave_out(self, masks: Mapping[str, Tensor]) -> None:
         """Keep at zero, behind the module too, what another callback has just pruned: False in the masks, by name."""
@@ -85,6 +94,7 @@ class CompressionCallback(ResumableCallback):
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for optimizer in trainer.optimizers:
             self._hook(optimizer)
+        self._copies = list(copies_inside(innermost(pl_module))) if self.follows_averages else []
         super().before_first_step(trainer, pl_module)
         self._project_averages(trainer)
 
@@ -121,6 +131,7 @@ class CompressionCallback(ResumableCallback):
         self._project_averages(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say_what_trains_now(trainer, pl_module)
         self._project_averages(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -128,5 +139,5 @@ class CompressionCallback(ResumableCallback):
             self.projection.settle()  # so that a checkpoint of this moment holds the projected values
 
     def _project_averages(self, trainer: Trainer) -> None:
-        for module in averaged_modules(trainer):
+        for module in (*averaged_modules(trainer), *self._copies):
             self.project_copy(module)

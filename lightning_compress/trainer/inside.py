@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import LightningModule
 
+LOGGED = "compress/"  # begins the name of every number that this package logs, so that it meets none of the user's
 SLOT = "_lightning_compress"  # of a wrapper: what it holds, see `CompressionModule`
 
 

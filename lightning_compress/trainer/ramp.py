@@ -41,7 +41,7 @@ class Ramp:
         if end_epoch is not None:
             end = steps_at(trainer, end_epoch)
         elif planned is None:
-            raise ValueError("The fit has no planned end (max_epochs=-1 and max_steps=-1): set end_epoch.")
+            raise ValueError(_no_end(trainer))
         else:
             end = max(round(planned * (1 - RECOVERY_SHARE)), 1)
             if end <= start and trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
@@ -78,3 +78,13 @@ class Ramp:
     def state_dict(self) -> dict[str, Any]:
         """The ramp as plain numbers."""
         return asdict(self)
+
+
+def _no_end(trainer: Trainer) -> str:
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return "The fit has no planned end (max_epochs=-1 and max_steps=-1): set end_epoch."
+    return (
+        f"The fit's length in steps is not known: the training loader has no length, so that "
+        f"max_epochs={trainer.max_epochs} can't be turned into steps. Give the loader a length, or set "
+        f"Trainer(limit_train_batches=...) to a number of batches or Trainer(max_steps=...)."
+    )

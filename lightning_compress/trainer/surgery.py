@@ -15,8 +15,9 @@ from torch import nn
 from lightning_compress.core.optimizer_state import check_state, forget_unsliceable
 from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
 from lightning_compress.core.slicing import Kept
-from lightning_compress.trainer.averages import averaged_modules
+from lightning_compress.trainer.averages import averaged_modules, copies_inside
 from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.inside import innermost
 
 
 class Cut(Protocol):
@@ -38,7 +39,8 @@ def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut, *, at_
                 stacklevel=2,
             )
     with rewrapped(trainer):
-        kept = cut(optimizers=trainer.optimizers, copies=list(averaged_modules(trainer)))
+        copies = [*averaged_modules(trainer), *copies_inside(innermost(trainer.lightning_module))]
+        kept = cut(optimizers=trainer.optimizers, copies=copies)
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if kept and isinstance(other, CompressionCallback) and other is not callback:
             other.follow_cut(trainer, trainer.lightning_module, kept)

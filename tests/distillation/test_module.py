@@ -333,8 +333,10 @@ def test_alpha_and_temperature_follow_their_schedules_and_are_logged() -> None:
 
     class Look(ModelCheckpoint):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            logged.append([round(float(trainer.callback_metrics[name]), 4) for name in ("alpha", "temperature")])
-            assert trainer.global_step == 1 or trainer.callback_metrics["distillation_loss"] > 0
+            logged.append(
+                [round(float(trainer.callback_metrics[f"compress/{name}"]), 4) for name in ("alpha", "temperature")]
+            )
+            assert trainer.global_step == 1 or trainer.callback_metrics["compress/distillation_loss"] > 0
 
     alpha = {"start": 0.0, "end": 1.0, "end_epoch": 2.0}
     module = DistillationModule(Plain(), Plain(), alpha=alpha, temperature={"start": 5, "end": 1, "schedule": "cosine"})

@@ -482,7 +482,7 @@ def test_two_callbacks_with_different_settings_live_in_one_trainer() -> None:
             logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
 
     module = run(first, second, Metrics())
-    assert (logged["sparsity"], logged["sparsity_2"]) == (0.5, 0.25)
+    assert (logged["compress/sparsity"], logged["compress/sparsity_2"]) == (0.5, 0.25)
     assert int((module.net.hidden.weight == 0).sum()) == 576
     assert int((module.net.head.weight == 0).sum()) == 12
 
@@ -560,7 +560,8 @@ def test_parameters_that_join_the_optimizer_during_the_fit_stay_masked(regrow: b
             return torch.optim.SGD([*self.net.conv.parameters(), *self.net.head.parameters()], lr=0.05, momentum=0.9)
 
     record = Record()
-    run(IterativePruningCallback(0.8, end_epoch=1.0, regrow=regrow), Join(), record, module=Late(), max_epochs=5)
+    pruning = IterativePruningCallback(0.8, end_epoch=1.0, regrow=regrow, target="net.*")
+    run(pruning, Join(), record, module=Late(), max_epochs=5)
     assert record.zeros[-1] == round(0.8 * TARGETED)
     assert not torch.equal(record.weights[-1], record.weights[2 * EPOCH - 1])
 

@@ -240,7 +240,7 @@ def test_group_sparsity_is_logged_under_a_name_of_its_own() -> None:
     callbacks = [GroupLassoCallback(0.4, proximal=True), GroupLassoCallback(0.1, granularity="shape", proximal=True)]
     trainer = quiet_trainer(callbacks=callbacks, max_epochs=3)
     trainer.fit(Plain(), plain(0))
-    for name, callback in zip(("group_sparsity", "group_sparsity_2"), callbacks, strict=True):
+    for name, callback in zip(("compress/group_sparsity", "compress/group_sparsity_2"), callbacks, strict=True):
         assert float(trainer.callback_metrics[name]) == pytest.approx(callback.group_sparsity)
         assert name in trainer.progress_bar_metrics
 

@@ -477,8 +477,8 @@ def test_progress_is_logged() -> None:
     run(first, second, Metrics(), max_epochs=1)
     bound = first.latent["net.hidden.weight"].abs()
     assert bound.max() == pytest.approx(0.05)
-    assert logged["saturated"] == pytest.approx(float((bound >= 0.05).float().mean()))
-    assert logged["saturated"] > 0 == logged["saturated_2"]
+    assert logged["compress/saturated"] == pytest.approx(float((bound >= 0.05).float().mean()))
+    assert logged["compress/saturated"] > 0 == logged["compress/saturated_2"]
 
 
 def test_real_weights_that_are_no_numbers_stop_the_fit() -> None:

@@ -170,7 +170,7 @@ def test_a_parameter_without_gradient_stays() -> None:
     module = SmallModule()
     module.net.hidden.weight.requires_grad_(False)
     record = Record()
-    run(WeightClusteringCallback(4), record, module=module)
+    run(WeightClusteringCallback(4, target="net.*"), record, module=module)
     assert torch.equal(record.weights[0]["net.hidden.weight"], record.weights[-1]["net.hidden.weight"])
     assert len(record.values(1, "net.hidden.weight")) == 4
 
@@ -303,9 +303,9 @@ def test_progress_is_logged() -> None:
 
     first = WeightClusteringCallback(4, target="net.hidden")
     run(first, WeightClusteringCallback(2, target="net.head"), Metrics(), max_epochs=1)
-    assert (logged["clusters"], logged["clusters_2"]) == (4, 2)
-    assert logged["bits_per_weight"] == pytest.approx(2 + 4 * 32 / 1152)
-    assert logged["bits_per_weight_2"] == pytest.approx(1 + 2 * 32 / 48)
+    assert (logged["compress/clusters"], logged["compress/clusters_2"]) == (4, 2)
+    assert logged["compress/bits_per_weight"] == pytest.approx(2 + 4 * 32 / 1152)
+    assert logged["compress/bits_per_weight_2"] == pytest.approx(1 + 2 * 32 / 48)
 
 
 # ---------------------------------------------------------------------- fits, checkpoints, averages
@@ -446,7 +446,7 @@ def test_one_codebook_needs_one_optimizer_that_trains_all_of_it() -> None:
     module = SmallModule()
     module.net.hidden.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"net\.hidden\.weight is frozen"):
-        run(WeightClusteringCallback(4, scope="global"), module=module)
+        run(WeightClusteringCallback(4, scope="global", target="net.*"), module=module)
 
 
 def test_unannounced_steps_are_refused() -> None:

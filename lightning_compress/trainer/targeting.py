@@ -1,0 +1,92 @@
+"""The half of a callback that knows what its patterns name: `target=None` is decided once, when the fit begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_compress.core.select import check_computed, exact_patterns
+from lightning_compress.trainer.resume import ResumableCallback
+from lightning_compress.trainer.targets import begun_to_train, described, layers_of_fit
+
+
+class TargetingCallback(ResumableCallback):
+    """A technique for the parameters that patterns name, or for the layers that the fit trains.
+
+    A subclass sets the attributes.
+
+    Attributes:
+        target: Patterns, or None.
+        exclude: Patterns.
+        network: Dotted path of the submodule that makes the prediction, "" where none is named.
+        follows_averages: Whether averages that the module holds are changed along with what they average.
+        needs_gradients: Whether layers that are frozen at the fit's start can't be taken, though they train later.
+    """
+
+    target: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] = ()
+    network: str = ""
+    follows_averages: ClassVar[bool] = True
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._default: dict[str, list[str]] | None = None  # what target=None takes: "taken", and "untrained" at first
+
+    @property
+    def needs_gradients(self) -> bool:
+        return False
+
+    def patterns(self, pl_module: LightningModule) -> str | Sequence[str] | None:
+        """Return what `target` means in this fit, as patterns; None outside of a fit.
+
+        Raises:
+            ValueError: `target` is None, and the fit trains no layer that the network uses.
+        """
+        if self.target is not None:
+            return self.target
+        trainer = pl_module._trainer
+        if self._default is None:
+            if trainer is None or trainer.state.fn != "fit":
+                return None
+            self._default = self._decide_default(trainer, pl_module)
+        check_computed(pl_module, self._default["taken"], self.exclude)
+        return exact_patterns(self._default["taken"])
+
+    def _decide_default(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
+        layers = layers_of_fit(trainer, pl_module, self.network, frozen=not self.needs_gradients)
+        said = described(pl_module, layers, follows=self.follows_averages)
+        if not layers.taken:
+            raise ValueError(
+                f"{self.name} with target=None selects no parameter of {type(pl_module).__name__}: no optimizer of "
+                f"this fit trains a linear layer or convolution with entries. Name what it should take by target=."
+            )
+        if said:
+            rank_zero_info(f"{self.name}: {said}")
+        return {"taken": layers.taken, "untrained": layers.untrained}
+
+    def _say_what_trains_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn once of layers that were left alone because nothing trained them, and that train by now."""
+        if self._default is None or not self._default["untrained"]:
+            return
+        found = begun_to_train(trainer, pl_module, self._default["untrained"])
+        if found:
+            self._default["untrained"] = [name for name in self._default["untrained"] if name not in found]
+            rank_zero_warn(
+                f"{self.name} leaves {', '.join(found)} as they are, because no optimizer trained them when the fit "
+                f"began; now one does. To take them from the beginning, name them by target=."
+            )
+
+    # ------------------------------------------------------------------ checkpoints: a resume decides nothing anew
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._default is not None:
+            checkpoint["callbacks"][self.state_key]["default"] = self._default
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        mine = checkpoint["callbacks"].get(self.state_key, {}) if "callbacks" in checkpoint else {}
+        self._default = mine.get("default", self._default)

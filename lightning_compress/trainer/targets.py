@@ -1,0 +1,155 @@
+"""What `target=None` takes within a fit: the layers that it trains and that the network's `forward` uses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import nn
+
+from lightning_compress.core.select import has_entries, layer_weights
+from lightning_compress.trainer.averages import averages_inside
+from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.reached import is_within, reached_by_forward
+
+_NAMED = 4  # paths in a message
+
+
+class Layers(NamedTuple):
+    """The layers of a LightningModule, as a fit that begins sees them: names of weights.
+
+    Attributes:
+        taken: Those that train and that the network uses.
+        untrained: Those that no optimizer trains.
+        unused: Those that train and that the network does not use.
+        frozen: Those of `taken` that do not train yet: a callback will unfreeze them.
+        averages: Modules that average others, by path, with the path of what each averages.
+    """
+
+    taken: list[str]
+    untrained: list[str]
+    unused: list[str]
+    frozen: list[str]
+    averages: dict[str, str | None]
+
+
+def layers_of_fit(trainer: Trainer, pl_module: LightningModule, network: str = "", *, frozen: bool = True) -> Layers:
+    """Sort the linear layers and convolutions of a module whose fit begins.
+
+    A layer trains if an optimizer has its weight and that requires a gradient; with a callback that unfreezes layers
+    (`BaseFinetuning`), frozen ones are taken too. The network uses what lies within `network`, else what the code of
+    `forward` reaches, where it can be read and reaches something that trains. Averages belong to neither.
+
+    Args:
+        trainer: Its optimizers exist.
+        pl_module: The LightningModule.
+        network: Dotted path of the submodule that makes the prediction, where the user has named one.
+        frozen: Whether layers may be taken that a callback will unfreeze.
+    """
+    module = innermost(pl_module)
+    averages = averages_inside(module)
+    layers = {
+        name: parameters
+        for name, parameters in layer_weights(module).items()
+        if all(map(has_entries, parameters)) and not is_within(name, {*averages})
+    }
+    ids = _trained(trainer)
+    trained = [name for name, parameters in layers.items() if all(id(one) in ids for one in parameters)]
+    later = []
+    if frozen and any(isinstance(one, BaseFinetuning) for one in trainer.callbacks):  # type: ignore[attr-defined]
+        later = [name for name, parameters in layers.items() if not any(one.requires_grad for one in parameters)]
+    parts = {network} if network else _parts(module, averages)
+    if parts is None or not any(is_within(name, parts) for name in trained):
+        parts = {""}
+    used = {name for name in layers if "" in parts or is_within(name, parts)}
+    return Layers(
+        [name for name in layers if name in used and (name in trained or name in later)],
+        [name for name in layers if not (name in trained or name in later)],
+        [name for name in layers if name not in used and (name in trained or name in later)],
+        [name for name in later if name in used],
+        averages,
+    )
+
+
+def begun_to_train(trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> list[str]:
+    """Return those of some layers' weights that an optimizer trains by now."""
+    ids = _trained(trainer)
+    layers = layer_weights(innermost(pl_module))
+    return [name for name in names if all(id(one) in ids for one in layers.get(name, [nn.Parameter(torch.empty(0))]))]
+
+
+def described(pl_module: LightningModule, layers: Layers, *, follows: bool) -> str:
+    """Say what is not taken, and what share of the parameters is; "" where all matrices are.
+
+    Args:
+        pl_module: The LightningModule.
+        layers: What is taken of it, and what not.
+        follows: Whether averages are changed along with what they average.
+    """
+    parameters = {
+        name: one
+        for name, one in innermost(pl_module).named_parameters()
+        if has_entries(one) and not is_within(name, {*layers.averages})
+    }
+    apart = {*layers.taken, *layers.untrained, *layers.unused}
+    others = [name for name, one in parameters.items() if one.dim() > 1 and name not in apart]
+    everything = [*apart, *others]
+    said = [
+        f"{_listed(names, everything)} ({why})"
+        for names, why in (
+            (layers.untrained, "no optimizer trains it"),
+            (layers.unused, "the network's forward does not use it"),
+            (others, "no linear layer or convolution"),
+        )
+        if names
+    ]
+    for path, original in layers.averages.items():
+        if original is None or not follows:
+            said.append(f"{path} (an average)")
+    notes = [f"left as they are: {', '.join(said)}"] if said else []
+    if layers.frozen:
+        notes.append(f"{_listed(layers.frozen, everything)}: taken, though frozen for now")
+    if follows:
+        notes += [f"{path} follows {one or 'the module'}" for path, one in layers.averages.items() if one is not None]
+    if not notes:
+        return ""
+    total = sum(one.numel() for one in parameters.values())
+    share = sum(parameters[name].numel() for name in layers.taken if name in parameters) / max(1, total)
+    return (
+        f"the targets are {len(layers.taken)} weights, {share:.0%} of all parameters; {'; '.join(notes)}. To choose "
+        f"others, name them by target=."
+    )
+
+
+def _trained(trainer: Trainer) -> set[int]:
+    optimizers = [getattr(one, "optimizer", one) for one in trainer.optimizers]
+    groups = [group for one in optimizers for group in one.param_groups]
+    return {id(one) for group in groups for one in group["params"] if one.requires_grad}
+
+
+def _parts(module: LightningModule, averages: Mapping[str, str | None]) -> set[str] | None:
+    """What `forward` uses; an average stands for what it averages."""
+    reached = reached_by_forward(module)
+    if reached is None:
+        return None
+    near = [path for path in averages if is_within(path, reached) or any(is_within(one, {path}) for one in reached)]
+    return reached | {original for path in near if (original := averages[path]) is not None}
+
+
+def _listed(names: Iterable[str], everything: Iterable[str]) -> str:
+    """Name some weights, by the modules that hold no others."""
+    left, found = dict.fromkeys(names), []
+    while left:
+        name = next(iter(left))
+        pieces = name.split(".")
+        for path in (".".join(pieces[:n]) for n in range(1, len(pieces) + 1)):
+            inside = {one for one in everything if is_within(one, {path})}
+            if inside <= left.keys():
+                break
+        found.append(path.removesuffix(".weight"))
+        left = {one: None for one in left if one not in inside}
+    rest = len(found) - _NAMED
+    return ", ".join(found[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
