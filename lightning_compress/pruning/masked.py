@@ -106,7 +106,8 @@ class MaskedParameters:
             copies[name].data.mul_(mask.to(copies[name]))
 
     def _multiply(self, tensors: Mapping[str, Tensor]) -> None:
-        torch._foreach_mul_(list(tensors.values()), [self._factors[name] for name in tensors])
+        if tensors:  # an optimizer may step none of them
+            torch._foreach_mul_(list(tensors.values()), [self._factors[name] for name in tensors])
 
     def _device_of(self, name: str) -> torch.device:
         parameter = self._parameters.get(name)  # a layer's name, with neurons
