@@ -63,7 +63,7 @@ def select_parameters(
     A pattern is a glob over qualified names. One that matches a module takes the module's `weight`, or its own matrices
     called weights, such as `weight_ih_l0` of an LSTM and `in_proj_weight` of an attention; one that matches a
     parameter's full name takes that parameter. A pattern whose last part has a wildcard passes over vectors (biases,
-    scales of norms): these are taken only when the last part spells them out. A parameter that two modules share is
+    scales of norms) and what has no entries: these are taken only when the last part spells them out. A parameter that two modules share is
     listed once.
 
     Args:
@@ -178,8 +178,8 @@ def _matching(
                 if fnmatchcase(_plain(full), pattern) or (
                     _is_weight_of(child, short, parameter) and fnmatchcase(_plain(module_name), pattern)
                 ):
-                    is_vector = parameter.dim() < 2
-                    if vectors or not by_wildcard or not is_vector:
+                    is_matrix = parameter.dim() > 1 and has_entries(parameter)
+                    if vectors or not by_wildcard or is_matrix:
                         found.add(first_name[id(parameter)])
         if not found and warn:
             warnings.warn(
