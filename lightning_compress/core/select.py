@@ -63,8 +63,8 @@ def select_parameters(
     A pattern is a glob over qualified names. One that matches a module takes the module's `weight`, or its own matrices
     called weights, such as `weight_ih_l0` of an LSTM and `in_proj_weight` of an attention; one that matches a
     parameter's full name takes that parameter. A pattern whose last part has a wildcard passes over vectors (biases,
-    scales of norms) and what has no entries: these are taken only when the last part spells them out. A parameter that two modules share is
-    listed once.
+    scales of norms) and what has no entries: these are taken only when the last part spells them out. A parameter that
+    two modules share is listed once.
 
     Args:
         module: The network, or the LightningModule that holds it.
