@@ -69,8 +69,6 @@ def write_file(path: str | os.PathLike[str], writer: Writer, coder: Coder) -> in
             checksum = zlib.crc32(piece, checksum)
             file.write(piece)
         file.write(checksum.to_bytes(_CHECKSUM, "little"))
-        file.flush()
-        os.fsync(file.fileno())
         return file.tell()
 
 

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+
+    _CAN_LOCK = True
+except ImportError:  # Windows, where an open file can't be replaced
+    _CAN_LOCK = False
+
+_NAME = 100  # characters of a file's name that its temporary one repeats: file systems limit names to 255 bytes
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
@@ -13,6 +26,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes the place of `path` when the block ends without an error.
 
     A reader sees the old file or the new one, never half of one; after an error or a kill the old one is still there.
+    The temporary file has a random name, is made exclusively, and is locked while it is written. What a killed process
+    left behind is not locked, and the next writer of the same path removes it. The new file has the old one's mode.
+
+    Raises:
+        OSError: The file can't be written, or something else took the temporary file's place meanwhile.
 
     Example:
         >>> import tempfile
@@ -23,9 +41,79 @@ def replacing(path: str | Path) -> Iterator[Path]:
         '{}'
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stem = f".{path.name[:_NAME]}."
+    _remove_leftovers(path.parent, stem)
+    mode = _mode(path)
+    temporary, descriptor = _make(path, stem, mode)
     try:
         yield temporary
+        if not os.path.samestat(os.fstat(descriptor), os.lstat(temporary)):
+            raise OSError(f"{temporary} was replaced by something else while {path} was written: nothing was saved.")
+        os.fsync(descriptor)
+        if mode is not None:
+            os.chmod(temporary, mode)
+        if not _CAN_LOCK:
+            os.close(descriptor)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if _CAN_LOCK:
+            os.close(descriptor)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _mode(path: Path) -> int | None:
+    """The permissions of a file that is there."""
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if stat.S_ISREG(found.st_mode):
+            return stat.S_IMODE(found.st_mode) & 0o777
+    return None
+
+
+def _make(path: Path, stem: str, mode: int | None) -> tuple[Path, int]:
+    """Make an empty locked file of a new name; nobody may read it who may not read `path`."""
+    while True:
+        temporary = path.with_name(f"{stem}{secrets.token_hex(8)}.tmp")
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINK
+            descriptor = os.open(temporary, flags, 0o666 if mode is None else 0o600)
+        except FileExistsError:
+            continue
+        try:
+            locked = _lock(descriptor)
+        except OSError:  # this file system has no locks: nobody removes the file either
+            locked = True
+        if locked and os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # another writer took it for a leftover before it was locked
+
+
+def _remove_leftovers(folder: Path, stem: str) -> None:
+    """Remove temporary files that no process has locked; where files can't be locked, none."""
+    if not _CAN_LOCK:
+        return
+    pattern = re.compile(re.escape(stem) + r"[0-9a-f]+\.tmp")
+    with suppress(OSError):  # the writer will say what is wrong with the folder
+        for name in [entry.name for entry in os.scandir(folder) if pattern.fullmatch(entry.name)]:
+            with suppress(OSError):  # it has gone meanwhile, is a link, or belongs to another user
+                _remove_unlocked(folder / name)
+
+
+def _remove_unlocked(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | _NO_LINK)
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and _lock(descriptor):
+            os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file until it is closed, or its process ends; False if another one has locked it."""
+    if _CAN_LOCK:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
