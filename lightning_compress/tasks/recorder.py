@@ -86,9 +86,15 @@ class Recorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [Epoch(**epoch) for epoch in state_dict["history"]]
-        self.snapshot = state_dict["snapshot"]
-        self._sparsity = state_dict["sparsity"]
+        try:
+            history = [Epoch(**epoch) for epoch in state_dict["history"]]
+            self.snapshot, self._sparsity = state_dict["snapshot"], state_dict["sparsity"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"The checkpoint's history of the run is not one of this version of lightning_compress ({error}): go "
+                f"on with the version that wrote it, or start a new run from its weights."
+            ) from error
+        self.history = history
 
 
 def _ramped(trainer: Trainer) -> list[Ramped]:

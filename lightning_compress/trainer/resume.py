@@ -27,6 +27,10 @@ _DDP_OPTIONS = {
 }
 
 
+_REMEDY = "Resume with the version that wrote it, or start a new fit from its weights alone."
+FORMAT = 2  # of the state in a checkpoint: raise it when what a technique saves is another thing than before
+
+
 class ResumableCallback(Callback):
     """A technique that goes on after an interruption as if there had been none.
 
@@ -111,7 +115,15 @@ class ResumableCallback(Callback):
         loaded, self._loaded = self._loaded, None
         self._begin_counting(trainer, pl_module, loaded)
         self.generator.manual_seed(torch.initial_seed() + rank())
-        self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
+        try:
+            self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
+        except KeyError as error:
+            if loaded is None:
+                raise
+            raise ValueError(
+                f"The checkpoint's state of {self.name} has no {error}: it was written by another version of "
+                f"lightning_compress, or for another network. {_REMEDY}"
+            ) from error
         random_state = None if loaded is None else self._random_state(loaded["rng"])
         if random_state is not None:
             self.generator.set_state(random_state["own"].cpu())
@@ -163,6 +175,7 @@ class ResumableCallback(Callback):
             self.synchronize()
         mine = {"global": rng.capture(), "own": self.generator.get_state()}
         checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
+            "format": FORMAT,
             "technique": self.technique_state(),
             "rng": gather(mine) if together else [mine],
             "offset": self._offset,
@@ -170,8 +183,15 @@ class ResumableCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._loads_state:
-            self._loaded = state_dict
+        if not self._loads_state:
+            return
+        found = state_dict.get("format", 1)  # the first one had no number
+        if found != FORMAT:
+            raise ValueError(
+                f"The checkpoint's state of {self.name} has format {found!r}, and this version of lightning_compress "
+                f"reads format {FORMAT}. {_REMEDY}"
+            )
+        self._loaded = state_dict
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loads_state = trainer.state.fn == "fit"  # Lightning restores callbacks for validate and test as well
