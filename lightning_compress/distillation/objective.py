@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -88,7 +89,8 @@ class Distillation(Objective):
         network = resolve_network(module, self.network)
         device = next((one.device for one in network.parameters()), torch.device("cpu"))
         self.teachers.to(device, module)
-        inputs = to_device(given_or_peeked(module.trainer, module, network, self.example_inputs), device)
+        move = partial(to_device, device=device)
+        inputs = move(given_or_peeked(module.trainer, module, network, self.example_inputs, move))
         with (
             evaluating(innermost(module)),
             features(innermost(module), self.hints, "student") as mine,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.trainer import rng
+from lightning_compress.core.evaluation import entries_restored, evaluating
+from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.peek import first_batch
 
 
 def resolve_network(pl_module: LightningModule, network: str) -> nn.Module:
@@ -59,45 +63,118 @@ def is_compiled(pl_module: LightningModule) -> bool:
 
 
 def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network: nn.Module, given: Any) -> Any:
-    """Return example inputs on the module's device: the given ones, else `example_input_array`, else a peeked batch.
+    """Return example inputs on the module's device: the given ones, else `example_input_array`, else a peeked batch."""
 
-    Peeking leaves the random states and a stateful loader's position as they were.
+    def move(inputs: Any) -> Any:
+        return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(inputs))
+
+    return move(given_or_peeked(trainer, pl_module, network, given, move))
+
+
+def given_or_peeked(
+    trainer: Trainer, pl_module: LightningModule, network: nn.Module, given: Any, move: Callable[[Any], Any]
+) -> Any:
+    """Return example inputs as they come: the given ones, else `example_input_array`, else of a peeked batch.
+
+    The batch is looked at once in a fit, and nothing of the loader's or of the random states changes by that.
+
+    Args:
+        trainer: Has the training loader.
+        pl_module: May have an `example_input_array`.
+        network: What is to be called with them.
+        given: By the user; or None.
+        move: Brings inputs to where the network is.
+
+    Raises:
+        ValueError: The network's inputs can't be told from the batch.
     """
-    found = given_or_peeked(trainer, pl_module, network, given)
-    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(found))
-
-
-def given_or_peeked(trainer: Trainer, pl_module: LightningModule, network: nn.Module, given: Any) -> Any:
-    """Return example inputs as they come: the given ones, else `example_input_array`, else a peeked batch."""
     if given is None:
         given = getattr(pl_module, "example_input_array", None)
-    return inputs_of(_peek(trainer), network) if given is None else given
+    if given is not None:
+        return given
+    if trainer not in _peeked:
+        _peeked[trainer] = _Peeked(first_batch(trainer))
+    peeked = _peeked[trainer]
+    if network not in peeked.inputs:
+        peeked.inputs[network] = inputs_of(peeked.batch, network, move)
+    return peeked.inputs[network]
 
 
-def _peek(trainer: Trainer) -> Any:
-    combined = trainer.fit_loop._combined_loader
-    if combined is None:  # before the fit has set it up
-        combined = CombinedLoader(trainer.fit_loop._data_source.dataloader())
-    loader = next(iter(combined.flattened))
-    random_states = rng.capture()
-    position = loader.state_dict() if hasattr(loader, "load_state_dict") else None
-    try:
-        return next(iter(loader))
-    finally:
-        rng.restore(random_states)
-        if position is not None:
-            loader.load_state_dict(position)
+@dataclass
+class _Peeked:
+    """A batch, and what of it the networks that were traced are called with."""
+
+    batch: Any
+    inputs: WeakKeyDictionary[nn.Module, Any] = field(default_factory=WeakKeyDictionary)
 
 
-def inputs_of(batch: Any, network: nn.Module) -> Any:
-    if isinstance(batch, dict):
-        accepted = inspect.signature(network.forward).parameters
-        return {key: value for key, value in batch.items() if key in accepted}
-    if isinstance(batch, list | tuple):
-        return batch[0]
-    if isinstance(batch, torch.Tensor):
-        return batch
+_peeked: WeakKeyDictionary[Trainer, _Peeked] = WeakKeyDictionary()
+
+
+def forget_batch(trainer: Trainer) -> None:
+    """Have the next fit look at its own data."""
+    _peeked.pop(trainer, None)
+
+
+def inputs_of(batch: Any, network: nn.Module, move: Callable[[Any], Any] = lambda inputs: inputs) -> Any:
+    """Return what of a batch a network is called with: the least of it that its forward takes.
+
+    Raises:
+        ValueError: It runs with none of what it could be.
+    """
+    guesses = _guesses(batch, inspect.signature(network.forward).parameters)
+    errors = []
+    for guess in guesses:
+        try:
+            with evaluating(network), entries_restored(network), torch.compiler.set_stance("force_eager"):
+                call(network, move(guess))
+        except Exception as error:  # whatever the network's code raises
+            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            errors.append(f"with {_described(guess)} it raises {first_line}")
+            continue
+        if len(guesses) > 1:
+            rank_zero_info(
+                f"{type(network).__name__} is traced with {_described(guess)} of a training batch. If the training "
+                f"step calls it with something else, pass example_inputs=."
+            )
+        return guess
     raise ValueError(
-        f"The training loader yields {type(batch).__name__}, from which the network's inputs can't be told: pass "
-        f"example_inputs=, or set example_input_array on the LightningModule."
+        f"The training loader yields {_described(batch)}, from which the inputs of {type(network).__name__} can't be "
+        f"told{': ' if errors else ''}{'; '.join(errors)}. Pass example_inputs= (a tensor, a tuple of positional "
+        f"arguments or a dict of keyword arguments), or set example_input_array on the LightningModule."
     )
+
+
+_LABELS = ("labels", "label", "label_ids", "targets", "target", "y")
+
+
+def _guesses(batch: Any, parameters: Mapping[str, inspect.Parameter]) -> list[Any]:
+    """What a forward with these parameters could be called with, the likeliest first."""
+    kinds = [one.kind for one in parameters.values()]
+    places = [one for one in parameters.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    required = sum(one.default is one.empty for one in places)
+    if isinstance(batch, Mapping):
+        free = inspect.Parameter.VAR_KEYWORD in kinds
+        fits = {key: value for key, value in batch.items() if free or key in parameters}
+        needed = {one.name for one in parameters.values() if one.default is one.empty}
+        bare = {key: value for key, value in fits.items() if key not in _LABELS or key in needed}
+        whole = [(batch,)] if required == 1 else []
+        return [*([bare] if bare else []), *([fits] if len(fits) > len(bare) else []), *whole]
+    if isinstance(batch, list | tuple) and len(batch) > 0:
+        most = len(batch) if inspect.Parameter.VAR_POSITIONAL in kinds else min(len(places), len(batch))
+        first, is_nested = batch[0], isinstance(batch[0], Mapping | list | tuple)
+        flat: list[Any] = [tuple(batch[:n]) for n in range(max(required, 1), most + 1)]
+        flat = [one[0] if len(one) == 1 and isinstance(one[0], Tensor) else one for one in flat]
+        nested = _guesses(first, parameters) if is_nested else []
+        return [*nested, *flat] if required != 1 else [*flat, *nested]
+    return [batch] if isinstance(batch, Tensor) else []
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, Tensor):
+        return f"a tensor of shape {tuple(found.shape)}"
+    if isinstance(found, Mapping):
+        return f"{type(found).__name__}({', '.join(map(str, found))})"
+    if isinstance(found, list | tuple):
+        return f"{type(found).__name__}({', '.join(map(_described, found))})"
+    return type(found).__name__

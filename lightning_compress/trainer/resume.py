@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from lightning_compress.trainer import rng
 from lightning_compress.trainer.distributed import gather, rank
+from lightning_compress.trainer.inputs import forget_batch
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.timeline import steps_done
 
@@ -85,6 +86,7 @@ class ResumableCallback(Callback):
         if stage != "fit":
             return
         self._check_strategy(trainer)
+        forget_batch(trainer)  # of an earlier fit
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(other is not self and other.state_key == self.state_key for other in callbacks):
             raise ValueError(f"The Trainer has two {name} with the same settings: {self.state_key}. Leave one out.")

@@ -1,0 +1,141 @@
+"""A look at the training data that leaves no trace: neither loader nor dataset nor a generator moves on."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_compress.trainer import rng
+
+_LARGE = 1000  # entries; what larger containers hold are samples
+_CLONED = 2**26  # bytes, at most, of an order of samples
+_OPAQUE = (str, bytes, int, float, complex, type, FunctionType, ModuleType, nn.Module, Trainer, LightningDataModule)
+
+
+def first_batch(trainer: Trainer) -> Any:
+    """Return a batch of the fit's first training loader.
+
+    Random states, and what the loader and its parts hold, are afterwards as before.
+
+    Raises:
+        ValueError: The loader yields nothing, or would lose the batch.
+    """
+    random_states = rng.capture()
+    try:
+        combined = trainer.fit_loop._combined_loader
+        if combined is None:  # before the fit has set it up
+            combined = CombinedLoader(trainer.fit_loop._data_source.dataloader())
+        loader = next(iter(combined.flattened))
+        with untouched(loader):
+            for batch in loader:
+                return batch
+        raise ValueError(f"The training loader, a {type(loader).__name__}, yields no batch: pass example_inputs=.")
+    finally:
+        rng.restore(random_states)
+
+
+@contextmanager
+def untouched(loader: Any) -> Iterator[None]:
+    """Put back what a block changes in a loader and in the objects that it holds: dataset, samplers, generators.
+
+    Raises:
+        ValueError: It holds a Python iterator, such as a running generator, from which nothing can be taken back.
+    """
+    undo: list[Callable[[], Any]] = []
+    seen: dict[int, Any] = {}
+    left = deque([loader])
+    while left:
+        one = left.popleft()
+        if one is None or isinstance(one, _OPAQUE) or id(one) in seen:
+            continue
+        seen[id(one)] = one
+        step = _noted(one)
+        if step is not None:
+            undo.append(step)
+        left += _held(one)
+    if isinstance(loader, DataLoader):
+        vars(loader)["_iterator"] = None  # not that of persistent workers, which an earlier fit left
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _held(one: Any) -> list[Any]:
+    """The objects in which a state may be kept further down."""
+    if isinstance(one, MethodType):
+        return [one.__self__]
+    if isinstance(one, partial):
+        return [one.func, *one.args, *one.keywords.values()]
+    if isinstance(one, dict):
+        return list(one.values()) if len(one) <= _LARGE else []
+    if isinstance(one, list | tuple | set | frozenset | deque):
+        return list(one) if len(one) <= _LARGE else []
+    if isinstance(one, Tensor | np.ndarray):
+        return []
+    return [value for name, value in getattr(one, "__dict__", {}).items() if name != "_iterator"]
+
+
+def _noted(one: Any) -> Callable[[], Any] | None:
+    """Note an object's own state, and return what puts it back; None where there is none."""
+    if isinstance(one, torch.Generator):
+        return partial(one.set_state, one.get_state())
+    if isinstance(one, random.Random):
+        return partial(one.setstate, one.getstate())
+    if isinstance(one, np.random.RandomState):
+        return partial(one.set_state, one.get_state())
+    if isinstance(one, np.random.Generator):
+        return partial(setattr, one.bit_generator, "state", one.bit_generator.state)
+    if isinstance(one, Tensor | np.ndarray):
+        return _order_of(one)
+    if isinstance(one, list | dict | set | deque):
+        return partial(_refill, one, one.copy())
+    if isinstance(one, io.IOBase):
+        return partial(one.seek, one.tell()) if not one.closed and one.seekable() else None
+    own = getattr(one, "__dict__", None)
+    if isinstance(own, dict):
+        return partial(_refill, own, own.copy())
+    if isinstance(one, Iterator):
+        raise ValueError(
+            f"The training data come from a running {type(one).__name__}, and a batch that is taken from it to trace "
+            f"the network with would be lost: pass example_inputs=, or set example_input_array on the LightningModule."
+        )
+    return None
+
+
+def _order_of(one: Any) -> Callable[[], Any] | None:
+    """Note positions, which loaders shuffle in place."""
+    if one.ndim != 1 or one.nbytes > _CLONED or isinstance(one, np.memmap):
+        return None
+    if isinstance(one, Tensor):
+        return None if one.is_floating_point() or one.is_complex() else partial(one.copy_, one.clone())
+    return partial(np.copyto, one, one.copy()) if one.dtype.kind in "iu" and one.flags.writeable else None
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, dict):
+        same = len(container) == len(content) and all(
+            name in container and container[name] is value for name, value in content.items()
+        )
+    elif isinstance(container, set):
+        same = container == content
+    else:
+        same = len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
+    if same:
+        return
+    container.clear()
+    (container.extend if isinstance(container, list | deque) else container.update)(content)
