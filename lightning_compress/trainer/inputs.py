@@ -138,9 +138,10 @@ def inputs_of(batch: Any, network: nn.Module, move: Callable[[Any], Any] = lambd
                 f"step calls it with something else, pass example_inputs=."
             )
         return guess
+    reasons = f" ({'; '.join(errors)})" if errors else ""
     raise ValueError(
         f"The training loader yields {_described(batch)}, from which the inputs of {type(network).__name__} can't be "
-        f"told{': ' if errors else ''}{'; '.join(errors)}. Pass example_inputs= (a tensor, a tuple of positional "
+        f"told{reasons}: pass example_inputs= (a tensor, a tuple of positional "
         f"arguments or a dict of keyword arguments), or set example_input_array on the LightningModule."
     )
 
