@@ -133,6 +133,23 @@ def check_computed(module: nn.Module, names: Iterable[str], exclude: str | Seque
             )
 
 
+def refuse_sparse_gradients(module: nn.Module, names: Iterable[str], who: str) -> None:
+    """Raise a ValueError if one of some parameters is an embedding's whose gradients are sparse.
+
+    Args:
+        module: The network.
+        names: Qualified names of parameters.
+        who: What needs all of a gradient, for the message.
+    """
+    wanted = {id(parameter) for name, parameter in module.named_parameters() if name in set(names)}
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse and id(layer.weight) in wanted:
+            raise ValueError(
+                f"{path or 'the model'} is an {type(layer).__name__}(sparse=True), whose gradients are sparse, and "
+                f"{who} gives every weight a gradient: use sparse=False, or exclude it."
+            )
+
+
 def has_entries(parameter: nn.Parameter) -> bool:
     """Whether there is something in a parameter to compress; a lazy one will have entries."""
     return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.numel() > 0

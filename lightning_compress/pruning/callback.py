@@ -184,6 +184,10 @@ class IterativePruningCallback(BacktrackingCallback):
         """Whether the mask is final, so that what follows is recovery."""
         return self._stopped or (self._ramp is not None and self._ramp.finished)
 
+    @property
+    def last_event(self) -> int | None:
+        return None if self._ramp is None else self._ramp.end
+
     # ------------------------------------------------------------------ the fit
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:

@@ -87,7 +87,8 @@ class Taylor(WeightStatistic):
         stepped = {id(parameter) for group in groups for parameter in group["params"]}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None and (optimizer is None or id(parameter) in stepped):
-                self.add(name, (parameter.grad * parameter).abs_(), 1)
+                gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+                self.add(name, (gradient * parameter).abs_(), 1)
 
     def scores(self) -> dict[str, Tensor]:
         return self.collect(self.means())

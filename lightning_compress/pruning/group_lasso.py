@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.groups import ChannelGroups, positions_kept
+from lightning_compress.core.select import refuse_sparse_gradients
 from lightning_compress.core.slicing import Kept, named_tensors
 from lightning_compress.core.surgery import cut, masked_channels, parts_of
 from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
@@ -164,6 +165,9 @@ class GroupLassoCallback(CompressionCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._groups = self._find(trainer, pl_module)
+        if not self.proximal:
+            names = [name for name, one in pl_module.named_parameters() if self._penalizes(one)]
+            refuse_sparse_gradients(pl_module, names, f"{self.name}(proximal=False)")
         if not self._groups:
             raise ValueError(
                 f"target={self.target!r} with exclude={self.exclude!r} names no channels that can be cut out exactly "
@@ -264,8 +268,10 @@ class GroupLassoCallback(CompressionCallback):
             )
 
     def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return any(id(part.parameter) in stepped for one in self._groups for part in one.parts)
+        return any(self._penalizes(one) for group in optimizer.param_groups for one in group["params"])
+
+    def _penalizes(self, parameter: nn.Parameter) -> bool:
+        return any(part.parameter is parameter for one in self._groups for part in one.parts)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

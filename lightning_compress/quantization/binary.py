@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_compress.core.select import select_parameters
-from lightning_compress.quantization.binary_inputs import binarize_inputs, has_binary_inputs, layers_with_signs
+from lightning_compress.core.select import refuse_sparse_gradients, select_parameters
+from lightning_compress.quantization.binary_inputs import (
+    binarize_inputs,
+    check_scalable,
+    has_binary_inputs,
+    layers_with_signs,
+)
 from lightning_compress.quantization.binary_weights import BinaryWeights, LRScale
 from lightning_compress.quantization.input_hooks import InputHooks
 from lightning_compress.quantization.latent_callback import LatentCallback
 from lightning_compress.quantization.signs import Mode, Scaling, check_binary, holds_signs, transposed_groups
 from lightning_compress.trainer.distributed import broadcast
+from lightning_compress.trainer.targets import unused_layers
 
 
 class BinaryWeightsCallback(LatentCallback):
@@ -101,6 +107,9 @@ class BinaryWeightsCallback(LatentCallback):
         seed = torch.tensor(torch.initial_seed() % 2**63, device=pl_module.device)
         self.generator.manual_seed(int(broadcast(seed)))
         super().prepare(trainer, pl_module, state)
+        if self.scaling == "mean":
+            refuse_sparse_gradients(pl_module, self._wanted, f"{self.name}(scaling='mean')")
+            check_scalable(pl_module, self.inputs_of(pl_module))
         self._check_lasso(trainer, pl_module)
         if state is not None:
             self.generator.set_state(state["generator"].cpu())
@@ -127,11 +136,12 @@ class BinaryWeightsCallback(LatentCallback):
                 target=self.patterns(pl_module),
                 exclude=self.exclude,
                 scale=self.scaling == "mean",
+                unused=unused_layers(pl_module),
             )
 
     def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
         wanted = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
-        return layers_with_signs(pl_module, self.activations, wanted)
+        return layers_with_signs(pl_module, self.activations, wanted, unused_layers(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

@@ -9,7 +9,7 @@ The gradient of sign(x) is taken as 1 for |x| <= 1 and as 0 elsewhere; that of K
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +132,7 @@ def binarize_inputs(
     target: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     scale: bool = False,
+    unused: Collection[str] = (),
 ) -> InputHooks:
     """Let layers of a model see the signs of their inputs, by hooks: in training, and in a process that loads it.
 
@@ -144,6 +145,7 @@ def binarize_inputs(
         target: Patterns of layers; by default every linear layer and convolution.
         exclude: Patterns to leave out.
         scale: Whether outputs are multiplied with the inputs' magnitudes, as in XNOR-Net (scaling="mean").
+        unused: Names of layers that the network's forward does not use, of which none is the first.
 
     Raises:
         ValueError: A layer has no binary form. Later, in a forward pass in training mode: inputs are never negative, or
@@ -159,14 +161,9 @@ def binarize_inputs(
         True
         >>> inputs.remove()
     """
-    names, first = _choose(model, activations, select_parameters(model, target, exclude=exclude))
-    for name in names:
-        layer = model.get_submodule(name)
-        if scale and not (isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or is_transposed_linear(layer)):
-            raise ValueError(
-                f"activations with scaling='mean': {name} is a {type(layer).__name__}, for which XNOR-Net has no "
-                f"scaling of inputs. Exclude it, or use scaling='none'."
-            )
+    names, first = _choose(model, activations, select_parameters(model, target, exclude=exclude), unused)
+    if scale:
+        check_scalable(model, names)
     order, handles = None, list[RemovableHandle]()
     if first:
         order = _Order(first)
@@ -177,8 +174,22 @@ def binarize_inputs(
     return InputHooks(names, handles)
 
 
+def check_scalable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise a ValueError for a layer whose inputs' magnitudes have no form that multiplies its outputs."""
+    for name in names:
+        layer = model.get_submodule(name)
+        if not (isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or is_transposed_linear(layer)):
+            raise ValueError(
+                f"activations with scaling='mean': {name} is a {type(layer).__name__}, for which XNOR-Net has no "
+                f"scaling of inputs. Exclude it, or use scaling='none'."
+            )
+
+
 def _choose(
-    model: nn.Module, activations: bool | str | Sequence[str], targeted: Mapping[str, nn.Parameter]
+    model: nn.Module,
+    activations: bool | str | Sequence[str],
+    targeted: Mapping[str, nn.Parameter],
+    unused: Collection[str],
 ) -> tuple[list[str], str]:
     """Return the layers that see signs, and the one that must run before them, "" for none."""
     layers = {name: layer for name, layer in model.named_modules() if is_weight_layer(layer)}
@@ -187,7 +198,7 @@ def _choose(
     if activations is False or not mine:
         return [], ""
     if activations is True:
-        first = next(iter(layers))
+        first = next(name for name in layers if name not in unused)
         return [name for name in mine if name != first], first
     chosen = {id(parameter) for parameter in select_parameters(model, activations, argument="activations").values()}
     if strange := [name for name, layer in layers.items() if id(layer.weight) in chosen - weights]:
@@ -199,10 +210,13 @@ def _choose(
 
 
 def layers_with_signs(
-    model: nn.Module, activations: bool | str | Sequence[str], targeted: Mapping[str, nn.Parameter]
+    model: nn.Module,
+    activations: bool | str | Sequence[str],
+    targeted: Mapping[str, nn.Parameter],
+    unused: Collection[str] = (),
 ) -> list[str]:
     """Return the layers that `binarize_inputs` puts hooks on, of those that have the targeted weights."""
-    return _choose(model, activations, targeted)[0]
+    return _choose(model, activations, targeted, unused)[0]
 
 
 def has_binary_inputs(layer: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_compress.core.select import refuse_sparse_gradients
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
 from lightning_compress.quantization.by_name import numbers_by_name
@@ -130,6 +131,7 @@ class WeightClusteringCallback(QuantizingCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         super().prepare(trainer, pl_module, state)
+        refuse_sparse_gradients(pl_module, self._wanted, self.name)
         self._others = [one for one in trainer.callbacks if isinstance(one, QuantizingCallback) and one is not self]  # type: ignore[attr-defined]
         if self.scope == "global":
             self._check_one_optimizer(trainer, pl_module)

@@ -35,6 +35,7 @@ class LatentCallback(QuantizingCallback):
 
     _weights: LatentWeights | None = None
     _inputs: InputHooks | None = None
+    _is_checked = False
     _averages: Mapping[str, Tensor] = {}  # while a validation has their projected values
 
     def make_weights(self, pl_module: LightningModule) -> LatentWeights:
@@ -212,10 +213,21 @@ class LatentCallback(QuantizingCallback):
 
     # ------------------------------------------------------------------ refusals
 
-    def _check_pruning(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.projection is None and not self._is_checked:  # every callback knows its steps by now
+            self._is_checked = True
+            self._check_pruning(trainer, pl_module, ahead=True)
+
+    def _check_pruning(self, trainer: Trainer, pl_module: LightningModule, *, ahead: bool = False) -> None:
+        """Refuse pruning that goes on when weights get few values; with `ahead`, where that is certain already."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         for other, names in self.beside(trainer, pl_module):
             criterion, prunes = getattr(other, "criterion", ""), getattr(other, "amount", 0.0) > 0
             stops = getattr(other, "_stop", None) is not None
+            if ahead:
+                begins = (self._start, callbacks.index(self))
+                prunes &= not stops and (other.last_event or 0, callbacks.index(other)) > begins
             if prunes and not getattr(other, "finished", True) and (stops or criterion in self.blind_criteria):
                 what = "stop=" if stops else f"criterion={criterion!r}"
                 why = "may want pruned ones back" if stops else "sees all of them at the same magnitude"

@@ -50,6 +50,11 @@ class CompressionCallback(TargetingCallback):
         """The real values that train behind parameters which hold others, by name; empty where there are none."""
         return {}
 
+    @property
+    def last_event(self) -> int | None:
+        """The optimizer step after which it sets no more weights to zero; None where it sets none, or does not know."""
+        return None
+
     def logged_name(self, trainer: Trainer, name: str) -> str:
         """Return under which name this callback logs a number: the second one of its class adds "_2"."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
-from lightning_compress.core.select import has_entries, layer_weights
+from lightning_compress.core.select import has_entries, is_weight_layer, layer_weights
 from lightning_compress.trainer.averages import averages_inside
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.reached import is_within, reached_by_forward
@@ -72,6 +72,15 @@ def layers_of_fit(trainer: Trainer, pl_module: LightningModule, network: str = "
         [name for name in later if name in used],
         averages,
     )
+
+
+def unused_layers(pl_module: LightningModule) -> list[str]:
+    """Return the names of the linear layers and convolutions that the code of `forward` does not reach."""
+    module = innermost(pl_module)
+    parts = _parts(module, averages_inside(module))
+    layers = [name for name, one in module.named_modules() if is_weight_layer(one)]
+    used = [name for name in layers if parts is None or is_within(name, parts)]
+    return [name for name in layers if name not in used] if used else []
 
 
 def begun_to_train(trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> list[str]:

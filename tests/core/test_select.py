@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.core.select import select_parameters
+from lightning_compress.core.select import is_weight_layer, output_blocks, select_parameters
 
 
 def network() -> nn.Module:
@@ -68,3 +68,51 @@ def test_computed_weights_are_refused_by_name() -> None:
 def test_lazy_layers_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="lazy parameter"):
         select_parameters(nn.Sequential(nn.LazyLinear(3)))
+
+
+@pytest.mark.parametrize(
+    ("part", "pattern", "expected"),
+    [
+        (nn.LSTM(3, 4, num_layers=2, proj_size=2), "part", ["weight_ih", "weight_hh", "weight_hr"] * 2),
+        (nn.GRU(3, 4, bidirectional=True), "*", ["weight_ih", "weight_hh"] * 2),
+        (nn.GRUCell(3, 4), "part", ["weight_ih", "weight_hh"]),
+        (nn.MultiheadAttention(4, 2), "part", ["in_proj_weight"]),
+        (nn.MultiheadAttention(4, 2, kdim=3, vdim=5), "part", ["q_proj_weight", "k_proj_weight", "v_proj_weight"]),
+        (nn.MultiheadAttention(4, 2), "part*", ["in_proj_weight", "out_proj.weight"]),
+        (nn.Embedding(5, 4), "part", ["weight"]),
+        (nn.Bilinear(2, 3, 4), "part", ["weight"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_a_module_means_its_weights(part: nn.Module, pattern: str, expected: list[str]) -> None:
+    found = list(select_parameters(nn.ModuleDict({"part": part}), pattern))
+    assert [name.removeprefix("part.").partition("_l0")[0].partition("_l1")[0] for name in found] == expected
+    assert all(parameter.dim() > 1 for parameter in select_parameters(part, pattern.replace("part", "*")).values())
+
+
+def test_a_module_that_holds_others_means_nothing_of_them() -> None:
+    net = nn.Module()
+    net.add_module("part", nn.Sequential(nn.Linear(2, 2)))
+    net.part.register_parameter("position", nn.Parameter(torch.zeros(3, 2)))
+    with pytest.warns(UserWarning, match="matches no"), pytest.raises(ValueError, match="selects no parameter"):
+        select_parameters(net, "part")
+
+
+def test_the_linear_layer_of_transformers_is_one() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    net = nn.Sequential(conv1d(6, 3), nn.Linear(6, 2))
+    assert list(select_parameters(net)) == ["0.weight", "1.weight"]
+    assert (output_blocks(net[0]), output_blocks(net[1])) == (1, None)
+    assert not is_weight_layer(nn.Embedding(2, 2))
+
+
+def test_what_has_no_entries_is_passed_over_or_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2), nn.Linear(2, 2))
+    assert list(select_parameters(net)) == list(select_parameters(net, "*")) == ["2.weight"]
+    with pytest.raises(ValueError, match=r"0\.weight has shape \(0, 3\) and no entries"):
+        select_parameters(net, ["0", "2"])
+
+
+def test_an_excluded_layer_may_compute_its_weight() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert list(select_parameters(net, exclude="0")) == ["1.weight"]
