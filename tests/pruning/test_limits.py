@@ -51,7 +51,7 @@ def test_every_layer_keeps_its_floor_and_the_others_lose_as_little_as_can_be(see
 
 
 def fitted(module: SmallModule, **options: Any) -> list[str]:
-    pruning = IterativePruningCallback(0.97, end_epoch=2.0, every_n_steps=4, **options)
+    pruning = IterativePruningCallback(0.97, **({"end_epoch": 2.0, "every_n_steps": 4} | options))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         quiet_trainer(callbacks=[pruning], max_epochs=3).fit(module, shuffled(), plain())
@@ -77,7 +77,7 @@ def test_a_layer_of_the_smallest_weights_is_not_emptied_and_it_is_said_once() ->
 
 def test_without_a_floor_a_layer_may_be_emptied() -> None:
     module = with_small_weights()
-    said = fitted(module, min_left=0.0)
+    said = fitted(module, min_left=0.0, schedule="one_shot", end_epoch=None)
     assert not module.net.hidden.weight.any()
     assert any("Every entry of net.hidden.weight is pruned" in one for one in said)
 
