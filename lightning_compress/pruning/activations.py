@@ -39,6 +39,8 @@ class ActivationStatistic(Statistic):
             for member in layer.weights
         }
         self._trace = ActivationTrace(model, list(sizes), on_activation=self.observe)
+        self._batch: list[tuple[str, Tensor, int]] = []  # what this batch adds, if it turns out to be finite
+        self._limits: list[Tensor] = []
         for name, size in sizes.items():
             self.track(name, model.get_parameter(f"{name}.weight").new_zeros(size))
 
@@ -55,16 +57,26 @@ class ActivationStatistic(Statistic):
         """Take what is needed of an activation, in the midst of the forward pass."""
         raise NotImplementedError
 
+    def note(self, layer: str, total: Tensor, count: int, *, of: Tensor) -> None:
+        """Note what this batch adds to a layer's sum, and that of which it was made."""
+        self._batch.append((layer, total, count))
+        if of.numel() > 0:
+            self._limits.append(torch.stack(torch.aminmax(of)))
+
     def begin(self) -> None:
         self.end()
         self._trace.begin()
 
     def before_backward(self, loss: Tensor) -> None:
         self._trace.end()
+        self._limits.append(loss.detach())
 
     def end(self) -> None:
         self._trace.discard()
         super().end()
+        batch, limits, self._batch, self._limits = self._batch, self._limits, [], []
+        for layer, total, count in batch if batch and self.finite(limits) else ():
+            self.add(layer, total, count)
 
 
 class Apoz(ActivationStatistic):
@@ -100,7 +112,7 @@ class Apoz(ActivationStatistic):
     @torch.no_grad()
     def observe(self, activation: Activation) -> None:
         a, others = _batched(activation)
-        self.add(activation.layer, a.count_nonzero(others), a.numel() // a.shape[activation.dim])
+        self.note(activation.layer, a.count_nonzero(others), a.numel() // a.shape[activation.dim], of=a)
 
     def scores(self) -> dict[str, Tensor]:
         scores = self.means()
@@ -145,7 +157,7 @@ class MeanActivation(ActivationStatistic):
     def observe(self, activation: Activation) -> None:
         a, others = _batched(activation)
         total = torch.linalg.vector_norm(a, 1, others, dtype=_wide(a))
-        self.add(activation.layer, total, a.numel() // a.shape[activation.dim])
+        self.note(activation.layer, total, a.numel() // a.shape[activation.dim], of=total)
 
     def scores(self) -> dict[str, Tensor]:
         return self.of_units(self.means())
@@ -192,7 +204,8 @@ class TaylorNeuron(ActivationStatistic):
         a, others = _batched(activation)
         products = a.to(_wide(a)) * gradient
         theta_BC = products.mean(others[1:]) if others[1:] else products
-        self.add(activation.layer, theta_BC.abs().sum(0), len(theta_BC))
+        total = theta_BC.abs().sum(0)
+        self.note(activation.layer, total, len(theta_BC), of=total)
 
     def scores(self) -> dict[str, Tensor]:
         tiny = torch.finfo(torch.float32).tiny

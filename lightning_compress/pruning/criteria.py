@@ -85,10 +85,13 @@ class Taylor(WeightStatistic):
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         groups = [] if optimizer is None else optimizer.param_groups
         stepped = {id(parameter) for group in groups for parameter in group["params"]}
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None and (optimizer is None or id(parameter) in stepped):
-                gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-                self.add(name, (gradient * parameter).abs_(), 1)
+        gradients = {
+            name: parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None and (optimizer is None or id(parameter) in stepped)
+        }
+        for name, gradient in gradients.items() if self.finite(gradients.values()) else ():
+            self.add(name, (gradient * self.parameters[name]).abs_(), 1)
 
     def scores(self) -> dict[str, Tensor]:
         return self.collect(self.means())
@@ -126,6 +129,8 @@ class Obd(WeightStatistic):
         probes = [random_signs(parameter, self.generator) for parameter in parameters]
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         products = self._hessian_times(probes, gradients, parameters)
+        if not self.finite([loss, *(one for one in (*gradients, *products) if one is not None)]):
+            return
         for name, gradient, probe, product in zip(self.parameters, gradients, probes, products, strict=True):
             if gradient is not None:
                 self.add(name, torch.zeros_like(probe) if product is None else probe * product, 1)
@@ -235,7 +240,9 @@ class Si(WeightStatistic):
         }
 
     def after_step(self) -> None:
-        for name, (gradient, before) in self._before.items():
+        gradients = [gradient for gradient, _ in self._before.values()]
+        steps = [self.parameters[name].detach() for name in self._before]
+        for name, (gradient, before) in self._before.items() if self.finite([*gradients, *steps]) else ():
             self.add(name, before.sub_(self.parameters[name].detach()).mul_(gradient), 1)
         self._before.clear()
 

@@ -51,18 +51,19 @@ class SampleStatistic(WeightStatistic):
         super().end()
         self.layers.clear()
 
-    def differentiate(self, objective: Tensor, *, rows: int | None = None) -> None:
-        """Go back from `objective`, a sum over the `rows` samples of a batch, to the layers."""
+    def differentiate(self, objective: Tensor, *, loss: Tensor, rows: int | None = None) -> None:
+        """Go back from `objective`, a sum over the `rows` samples of a batch with that loss, to the layers."""
         calls = self.layers.backward(objective, rows=rows)
         if calls:
             # A hand-written loop may be inside of autocast here.
             with torch.no_grad(), torch.autocast(objective.device.type, enabled=False):
-                self.see(calls, n_samples=len(calls[0].x))
+                totals = self.see(calls, n_samples=len(calls[0].x))
+                for name, total in totals.items() if self.finite([loss, *totals.values()]) else ():
+                    self.add(name, total, len(calls[0].x))
 
-    def see(self, calls: Sequence[Call], *, n_samples: int) -> None:
-        """Add up what the samples say, given the layers' calls and the gradients there."""
-        for name, total in self.layers.sums(calls, type(self).power).items():
-            self.add(name, total, n_samples)
+    def see(self, calls: Sequence[Call], *, n_samples: int) -> dict[str, Tensor]:
+        """Sum up what the samples say, given the layers' calls and the gradients there."""
+        return self.layers.sums(calls, type(self).power)
 
 
 class Fisher(SampleStatistic):
@@ -90,15 +91,14 @@ class Fisher(SampleStatistic):
         return {layer.name: self.parameters[layer.weights[0].tensor].new_zeros(layer.size) for layer in self.neurons}
 
     def before_backward(self, loss: Tensor) -> None:
-        self.differentiate(loss)
+        self.differentiate(loss, loss=loss)
 
-    def see(self, calls: Sequence[Call], *, n_samples: int) -> None:
+    def see(self, calls: Sequence[Call], *, n_samples: int) -> dict[str, Tensor]:
         # In a mean over the batch a sample has a share of 1 / n_samples, which its own gradient has not.
         if not self.neurons:
-            for name, total in self.layers.sums(calls, torch.square).items():
-                self.add(name, total * n_samples**2, n_samples)
-            return
+            return {name: total.mul_(n_samples**2) for name, total in self.layers.sums(calls, torch.square).items()}
         products = self.layers.channel_products(calls)
+        totals = {}
         for layer in self.neurons:
             changes = [
                 n_samples * self._by_row(products[one.tensor], one)[:, one.index.to(calls[0].x.device)].sum(2)
@@ -106,7 +106,8 @@ class Fisher(SampleStatistic):
                 if one.tensor in products
             ]
             if changes:
-                self.add(layer.name, torch.stack(changes).sum(0).square().sum(0), n_samples)
+                totals[layer.name] = torch.stack(changes).sum(0).square().sum(0)
+        return totals
 
     def _by_row(self, product_BO: Tensor, member: Member) -> Tensor:
         """Sums over the weights of output channels, as sums over the rows of the weight that the member counts."""
@@ -160,7 +161,7 @@ class OutputStatistic(SampleStatistic):
         # None are left for the second loss of one forward pass: its predictions have been seen.
         if predictions := self.outputs.take():
             objectives = [self.objective(widened(prediction)) for prediction in predictions]
-            self.differentiate(torch.stack(objectives).sum(), rows=len(predictions[0]))
+            self.differentiate(torch.stack(objectives).sum(), loss=loss, rows=len(predictions[0]))
 
     def objective(self, prediction: Tensor) -> Tensor:
         """Return the sum over samples of what is differentiated."""

@@ -13,6 +13,7 @@ and an event, where something is pruned, calls
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -52,6 +53,7 @@ class Statistic:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.handles: list[RemovableHandle] = []
+        self.n_left_out = 0  # batches or steps
 
     def track(self, name: str, like: Tensor) -> None:
         """Start a sum of zeros with the shape and device of `like`, in float32 or wider."""
@@ -66,6 +68,22 @@ class Statistic:
         self.sums[name] = self.sums[name].to(total.device).add_(total.detach())
         self.counts[name] += count
 
+    def finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all entries are finite; else the batch or step is left out of the sums, and a warning says so once.
+
+        One of them would make every later score NaN, while the training may just skip it.
+        """
+        if all_finite(tensors):
+            return True
+        if self.n_left_out == 0:
+            warnings.warn(
+                f"criterion={self.criterion!r} leaves out what it sees of a batch or step with a loss, gradient or "
+                f"activation that is not finite, and of all others of that kind.",
+                stacklevel=2,
+            )
+        self.n_left_out += 1
+        return False
+
     def means(self) -> dict[str, Tensor]:
         """Divide the sums by their counts; `ValueError` if a target has seen nothing."""
         unseen = [name for name, count in self.counts.items() if count == 0]
@@ -75,6 +93,7 @@ class Statistic:
                 f"criterion={self.criterion!r} needs {self.needs}, and has seen none of {unseen[0]!r}{others} since "
                 "the last pruning: start_epoch must be > 0, so that training steps come first, and the target must "
                 "take part in them. magnitude, l2 and random need no data."
+                + (f" {self.n_left_out} batches were left out, which were not finite." if self.n_left_out else "")
             )
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
@@ -140,6 +159,23 @@ class Statistic:
                 )
             self.sums[name] = saved.to(total, copy=True)
         self.counts = {name: int(state["counts"][name]) for name in self.counts}
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries of all tensors are finite, found without a copy of any.
+
+    Example:
+        >>> all_finite([torch.ones(3), torch.zeros(0)]), all_finite([torch.ones(3), torch.tensor([1.0, -torch.inf])])
+        (True, False)
+    """
+    verdicts = []
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        values = torch.view_as_real(values) if values.is_complex() else values
+        if values.numel() > 0:
+            verdicts.append(torch.stack(torch.aminmax(values)).isfinite().all())  # a NaN is both
+    return bool(torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all()) if verdicts else True
 
 
 class WeightStatistic(Statistic):

@@ -520,3 +520,17 @@ def test_taylor_of_an_activation_that_is_overwritten_is_an_error() -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
     mean = estimate(MeanActivation(net, neurons), net, lambda net, x: net(x).sum(), [x])
     torch.testing.assert_close(mean["fc"], F.gelu(net.fc(x)).abs().mean(0).detach())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(kind: type[ActivationStatistic], value: float) -> None:
+    net, neurons, batches = make(ConvNet)
+    expected = estimate(kind(net, neurons), net, loss_fn, batches)
+    bad = (torch.full_like(batches[0][0], value), *batches[0][1:])
+    statistic = kind(net, neurons)
+    with pytest.warns(UserWarning, match="leaves out what it sees of a batch"):
+        scores = estimate(statistic, net, loss_fn, [batches[0], bad, *batches[1:]])
+    assert statistic.n_left_out == 1
+    for name, score in expected.items():
+        assert torch.equal(scores[name], score)

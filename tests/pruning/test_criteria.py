@@ -810,3 +810,51 @@ def test_si_cannot_be_estimated():
 def test_si_needs_a_positive_xi(xi):
     with pytest.raises(ValueError, match=f"xi must be > 0; got {xi}"):
         Si(make_model(), WEIGHTS, xi=xi)
+
+
+# ---------------------------------------------------------------------- what is not finite
+
+
+def skip(statistic: Statistic, model: nn.Module, batch, value: float, place: str) -> None:
+    """A step that is not finite, and that its optimizer leaves out, as under GradScaler."""
+    statistic.begin()
+    loss = loss_fn(model, (batch[0] * value, batch[1])) if place == "input" else loss_fn(model, batch) * value
+    statistic.before_backward(loss)
+    loss.backward()
+    statistic.end()
+    statistic.before_step()
+    statistic.after_step()
+
+
+@pytest.mark.parametrize("place", ["loss", "input"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("targets", ["weights", "neurons"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(kind, targets, value, place, monkeypatch):
+    monkeypatch.setattr(fisher, "draw_labels", lambda logits, generator: logits.argmin(1))
+    monkeypatch.setattr(criteria, "random_signs", lambda like, generator: torch.ones_like(like))
+    good = make_batches(3, 5)
+    scores = []
+    for batches in (good, [good[0], None, good[1]]):
+        model = make_model()
+        statistic = make(kind, model, WEIGHTS if targets == "weights" else make_neurons(model))
+        for batch in batches:
+            model.zero_grad()
+            if batch is not None:
+                step([statistic], model, batch)
+                continue
+            with pytest.warns(UserWarning, match=f"'{statistic.criterion}' leaves out what it sees of a batch"):
+                skip(statistic, model, good[0], value, place)
+        scores.append(statistic.scores())
+    assert_equal(scores[1], scores[0], rtol=0, atol=0)
+
+
+def test_one_entry_that_is_not_finite_leaves_the_whole_step_out():
+    model, (batch,) = make_model(), make_batches(3)
+    taylor = Taylor(model, WEIGHTS)
+    loss_fn(model, batch).backward()
+    model[5].weight.grad[0, 0] = torch.inf
+    with pytest.warns(UserWarning, match="criterion='taylor' leaves out"):
+        taylor.before_step()
+    with pytest.raises(ValueError, match="1 batches were left out, which were not finite"):
+        taylor.scores()

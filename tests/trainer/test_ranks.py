@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from support.ranks import RankPair
-from support.small import SmallModule, plain, quiet_trainer, shuffled
+from support.small import SAMPLES, SmallModule, dataset, plain, quiet_trainer, shuffled
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.trainer.distributed import all_reduce_sum, broadcast, gather, rank
@@ -98,3 +102,77 @@ def test_a_static_graph_goes_with_what_leaves_the_loss_alone(
     options = {"static_graph": True, "gradient_as_bucket_view": True}
     first, second = rank_pair.run("trainer.test_ranks:fit_with", tmp_path, criterion=criterion, options=options)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# ---------------------------------------------------------------------- two ranks see what one process sees
+
+
+class Plain(LightningModule):
+    """Nothing random, and nothing that depends on the other samples of a batch; in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 3)).double()
+        self.example_input_array = torch.zeros(2, 12, dtype=torch.double)
+        self.poisoned_step: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0].double()), batch[1])
+        poisoned = batch_idx == self.poisoned_step and self.global_rank == 1
+        return loss * torch.nan if poisoned else loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if not all(bool(parameter.grad.isfinite().all()) for parameter in self.parameters()):
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+WATCHING = [("fisher", "weight"), ("mas", "weight"), ("taylor", "weight"), ("si", "weight")]
+WATCHING += [("taylor", "neuron"), ("mean_activation", "neuron"), ("apoz", "neuron"), ("fisher", "neuron")]
+
+
+def fit_plain(criterion: str, granularity: str, poisoned_step: int | None = None, **trainer: Any) -> dict[str, Tensor]:
+    """Rank r of 2 gets every second sample: with twice the batch size, one process gets the same batches."""
+    seed_everything(1, verbose=False)
+    module = Plain()
+    module.poisoned_step = poisoned_step
+    callback = IterativePruningCallback(
+        0.5,
+        criterion=criterion,
+        granularity=granularity,
+        start_epoch=0.5,
+        end_epoch=2.0,
+        every_n_steps=4,
+        shrink="never",
+    )
+    loader = DataLoader(dataset(), batch_size=8)
+    if "devices" in trainer:
+        loader = DataLoader(Subset(dataset(), range(int(os.environ["RANK"]), SAMPLES, 2)), batch_size=4)
+    quiet_trainer(callbacks=[callback], max_epochs=3, use_distributed_sampler=False, **trainer).fit(module, loader)
+    return {name: value.clone() for name, value in module.named_parameters()}
+
+
+def fit_all(**options: Any) -> list[dict[str, Tensor]]:
+    return [fit_plain(*one, strategy="ddp", devices=2, **options) for one in WATCHING]
+
+
+def test_two_ranks_prune_what_one_process_prunes_with_their_data(rank_pair: RankPair, tmp_path: Path) -> None:
+    first, second = rank_pair.run("trainer.test_ranks:fit_all", tmp_path)
+    for one, mine, other in zip(WATCHING, first, second, strict=True):
+        for name, expected in fit_plain(*one).items():
+            assert torch.equal(mine[name], other[name])
+            assert torch.equal(mine[name] == 0, expected == 0), (one, name)
+            torch.testing.assert_close(mine[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_of_one_rank_that_is_not_finite_poisons_neither(rank_pair: RankPair, tmp_path: Path) -> None:
+    first, second = rank_pair.run("trainer.test_ranks:fit_all", tmp_path, poisoned_step=7)
+    for mine, other in zip(first, second, strict=True):
+        for name, value in mine.items():
+            assert bool(value.isfinite().all())
+            assert torch.equal(value, other[name])
