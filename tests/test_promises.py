@@ -150,6 +150,26 @@ def test_accumulation_validation_inside_epochs_clipping_and_bf16_together(entry:
     assert_compressed(entry, fit(entry, **options, precision="bf16-mixed")["weights"])
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_weights_of_another_type_train_as_float32_ones_do(entry: str, precision: str) -> None:
+    weights = fit(entry, precision=precision)["weights"]
+    assert_compressed(entry, weights)
+    floats = [weight for weight in weights.values() if weight.is_floating_point()]
+    assert {weight.dtype for weight in floats} == {torch.bfloat16 if precision == "bf16-true" else torch.float64}
+    assert all(bool(weight.isfinite().all()) for weight in floats)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_float16_weights_are_refused_before_the_first_step(entry: str) -> None:
+    module = SmallModule(**REGISTRY[entry].module)
+    before = {name: value.half() for name, value in module.state_dict().items() if value.is_floating_point()}
+    with pytest.raises(ValueError, match=r"does not train float16 weights, such as net\.conv\.weight.*'bf16-true'"):
+        fit(entry, module=module, precision="16-true")
+    after = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    assert differences(before, after) == []
+
+
 @pytest.mark.parametrize("entry", [entry for entry in ENTRIES if "distillation" not in entry])
 def test_manual_optimization_with_two_optimizers(entry: str) -> None:
     assert_compressed(entry, fit(entry, module=ManualModule(**REGISTRY[entry].module))["weights"])

@@ -73,6 +73,7 @@ class CompressionCallback(TargetingCallback):
             check_averages(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
             self._check_optimizer(optimizer)
 

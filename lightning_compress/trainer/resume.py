@@ -111,6 +111,16 @@ class ResumableCallback(Callback):
                     f"{', '.join(sorted(_DDP_OPTIONS))}: leave it out."
                 )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trained = {id(one) for it in trainer.optimizers for group in it.param_groups for one in group["params"]}
+        for name, parameter in pl_module.named_parameters():
+            if parameter.dtype == torch.float16 and id(parameter) in trained:
+                raise ValueError(
+                    f"{self.name} does not train float16 weights, such as {name}: Adam's eps and the squares of small "
+                    f"gradients are 0 in float16, and large sums infinite, so that networks end as NaN. Use "
+                    f"precision='bf16-true', or '16-mixed' or 'bf16-mixed', which keep float32 weights."
+                )
+
     # ------------------------------------------------------------------ the fit's beginning, and its steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

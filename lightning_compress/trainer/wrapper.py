@@ -265,6 +265,7 @@ class ObjectiveCallback(ResumableCallback):
         self.objective.fitting = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         beside = dict(self.objective.beside.named_parameters())
         if not beside:
             return
