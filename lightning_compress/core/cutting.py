@@ -92,7 +92,7 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
     if [one.shape for one in got] != [one.shape for one in expected]:
         shapes = ([tuple(one.shape) for one in some] for some in (got, expected))
         return "its output has shapes {}, not {}".format(*shapes)
-    for one, other in zip(got, expected, strict=True):
+    for one, other in zip(map(_real, got), map(_real, expected), strict=True):
         if not one.is_floating_point():
             if not torch.equal(one, other):
                 return "its integer output differs"
@@ -107,6 +107,10 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float)
         if not difference <= tolerance * max(scale, math.ulp(1.0)):
             return f"its output differs by {difference / scale if scale else math.inf:.2g} of its size"
     return None
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:

@@ -50,7 +50,8 @@ class Places:
                 self.by_name[name] = self.by_name[first[id(tensor)]]
                 continue
             first[id(tensor)] = name
-            sizes = tensor.shape if tensor.is_floating_point() or name in self.parameters else ()
+            counts = not (tensor.is_floating_point() or tensor.is_complex() or name in self.parameters)
+            sizes = () if counts else tensor.shape
             self.by_name[name] = [Place(name, dim, units.new(n)) for dim, n in enumerate(sizes) if n > 1]
         self.names = list(first.values())
         self.count = units.count
@@ -117,6 +118,8 @@ class Walk:
                 if spec.arg.name in used:
                     self.seen |= {place.tensor for place in places.by_name[spec.target]}
                 inputs.append(places.value(spec.target))
+            elif isinstance(constant := program.constants.get(spec.target or ""), Tensor):
+                inputs.append(Value(tuple(constant.shape), zero=not bool(constant.any())))
             else:
                 inputs.append(None)
         outputs = self._run(program.graph_module, inputs)
@@ -160,6 +163,8 @@ class Walk:
         names = [argument.name for argument in schema.arguments]
         arguments = dict(zip(names, args, strict=False)) | kwargs
         shape = _shape(node.meta.get("val"))
+        if isinstance(number := node.meta.get("val"), torch.SymInt):
+            return _plain(number)
         name = schema.name.partition("::")[2]
         is_inplace = name.endswith("_") and not name.endswith("__")
         if is_inplace:
@@ -199,13 +204,26 @@ def operator_of(node: Any) -> str:
     return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
 
 
+_SOME = 1009  # stands for a number that depends on the data: large and prime, so that it is like no other
+
+
+def _plain(size: int | torch.SymInt) -> int:
+    """The size itself, with a stand-in for each part of it that depends on the data."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, _SOME)))
+
+
 def _shape(val: Any) -> Any:
     if isinstance(val, Tensor):
-        return val.shape
+        return torch.Size(map(_plain, val.shape))
     return [_shape(one) for one in val] if isinstance(val, list | tuple) else None
 
 
 def _blank_like(val: Any) -> Any:
     if isinstance(val, Tensor):
-        return Value(tuple(val.shape))
+        return Value(tuple(_shape(val)))
+    if isinstance(val, torch.SymInt):
+        return _plain(val)
     return [_blank_like(one) for one in val] if isinstance(val, list | tuple) else val

@@ -76,8 +76,7 @@ def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> 
         if isinstance(value, nn.Parameter):  # recurrent layers keep a list of theirs
             return known.get(id(value), value)
         if isinstance(value, Tensor):
-            alike = value.detach().to(torch.float64 if value.is_floating_point() else value.dtype, copy=True)
-            return known.get(id(value), alike)
+            return known.get(id(value), _wide(value.detach()))
         if type(value) is list:
             value[:] = [double(one) for one in value]
         elif type(value) is tuple:
@@ -99,34 +98,47 @@ class _Doubles(TorchFunctionMode):
     ) -> Any:
         if func in _TO_LESS:
             return args[0].double()
+        if getattr(func, "__name__", "") in ("cfloat", "chalf"):
+            return args[0].cdouble()
         if func in _DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
         if func is F.scaled_dot_product_attention:
             kwargs = {name: value for name, value in (kwargs or {}).items() if name != "dropout_p"}
             args = args[:4] + (0.0,) * (len(args) > 4) + args[5:]
-        args = tuple(torch.float64 if isinstance(one, torch.dtype) and one in _LESS else one for one in args)
+        args = tuple(_LESS.get(one, one) if isinstance(one, torch.dtype) else one for one in args)
         kwargs = {
-            name: torch.float64 if isinstance(one, torch.dtype) and one in _LESS else one
-            for name, one in (kwargs or {}).items()
+            name: _LESS.get(one, one) if isinstance(one, torch.dtype) else one for name, one in (kwargs or {}).items()
         }
         return func(*args, **kwargs)
 
 
-_LESS = (torch.float16, torch.bfloat16, torch.float32)
+_LESS = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | dict.fromkeys(
+    (torch.complex32, torch.complex64), torch.complex128
+)
 _TO_LESS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 
 
 def _random_parameter(name: str, parameter: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
-    if not parameter.is_floating_point():
+    if parameter.is_complex():
+        values = torch.complex(*(_random(name, parameter.real, generator) for _ in range(2)))
+    elif parameter.is_floating_point():
+        values = _random(name, parameter, generator)
+    else:
         return parameter
-    return nn.Parameter(_random(name, parameter, generator), requires_grad=parameter.requires_grad)
+    return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 
 def _double(name: str, buffer: Tensor, generator: torch.Generator) -> Tensor:
-    if not buffer.is_floating_point():
-        return buffer.clone()
-    return _random(name, buffer, generator) if "running_" in name else buffer.detach().to(torch.float64, copy=True)
+    if "running_" in name and buffer.is_floating_point():
+        return _random(name, buffer, generator)
+    return _wide(buffer.detach())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A copy in double precision."""
+    dtype = torch.complex128 if tensor.is_complex() else torch.float64 if tensor.is_floating_point() else tensor.dtype
+    return tensor.to(dtype, copy=True)
 
 
 @contextmanager
@@ -145,9 +157,9 @@ def doubles(example_inputs: ExampleInputs, *, noise: bool) -> ExampleInputs:
     generator = torch.Generator().manual_seed(0)
 
     def change(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
-        return _noisy(tensor.double(), generator) if noise else tensor.double()
+        return _noisy(_wide(tensor), generator) if noise else _wide(tensor)
 
     tree = example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs)
     changed: ExampleInputs = tree_map_only(Tensor, change, tree)
@@ -158,7 +170,7 @@ def _noisy(values: Tensor, generator: torch.Generator) -> Tensor:
     spread = float(values.std()) if values.numel() > 1 else 0.0
     if not math.isfinite(spread):
         return values
-    noise = torch.randn(values.shape, dtype=torch.float64, generator=generator).to(values.device)
+    noise = torch.randn(values.shape, dtype=values.dtype, generator=generator).to(values.device)
     return values + noise * (spread or 1.0)
 
 

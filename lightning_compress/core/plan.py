@@ -16,7 +16,7 @@ from lightning_compress.core.cutting import TOLERANCE, compare, run
 from lightning_compress.core.evaluation import entries_restored
 from lightning_compress.core.graphs import OUTPUT, READINGS, Places, Walk, export
 from lightning_compress.core.groups import SINGLE, Attribute, ChannelGroup, Member
-from lightning_compress.core.inputs import ExampleInputs, batch_size
+from lightning_compress.core.inputs import ExampleInputs, batch_size, tensors
 from lightning_compress.core.laboratory import doubles
 from lightning_compress.core.units import Units
 
@@ -90,15 +90,16 @@ class Plan:
 
 
 def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
-    """Two samples in double precision, or as many as there are where the network mixes them."""
-    several = _at_least_two(example_inputs)
+    """Two samples in double precision; or as many as there are, where the network mixes them or takes no more."""
+    *doubled, given = _with_two(example_inputs)
+    several = next((one for one in doubled if _runs(model, doubles(one, noise=False))), given)
     for noise in (True, False):  # a logarithm of noise is not a number
         inputs = doubles(several, noise=noise)
         outputs = _dense_output(model, inputs)
         if not any(bool(one.isnan().any()) for one in outputs):
             break
     many = batch_size(inputs)
-    if many == FEW:
+    if many <= FEW:
         return inputs
 
     def first(tensor: Tensor) -> Tensor:
@@ -135,15 +136,30 @@ def _is_counter(node: fx.Node) -> bool:
     return node.op == "placeholder" and not node.meta["val"].is_floating_point()
 
 
-def _at_least_two(example_inputs: ExampleInputs) -> ExampleInputs:
+def _with_two(example_inputs: ExampleInputs) -> list[ExampleInputs]:
+    """The example inputs as they are, last; before them what two samples may look like, where there is but one.
+
+    States of recurrent layers come as layers x batch x width, beside inputs whose batch comes first.
+    """
     if batch_size(example_inputs) >= FEW:
-        return example_inputs
-    doubled: ExampleInputs = tree_map_only(
-        Tensor,
-        lambda one: torch.cat([one, one]) if one.dim() and one.shape[0] == 1 else one,
-        example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs),
-    )
-    return doubled
+        return [example_inputs]
+    tree = example_inputs if isinstance(example_inputs, Tensor | tuple) else dict(example_inputs)
+    first = tensors(example_inputs)[0]
+
+    def twice(one: Tensor, dim: int) -> Tensor:
+        return torch.cat([one, one], dim) if one.dim() > dim and one.shape[dim] == 1 else one
+
+    alike: ExampleInputs = tree_map_only(Tensor, lambda one: twice(one, 0), tree)
+    states: ExampleInputs = tree_map_only(Tensor, lambda one: twice(one, 0 if one is first else 1), tree)
+    return [alike, states, tree] if len(tensors(example_inputs)) > 1 else [alike, tree]
+
+
+def _runs(model: nn.Module, inputs: ExampleInputs) -> bool:
+    try:
+        run(model, inputs)
+    except Exception:  # whatever the network's code says to two samples
+        return False
+    return True
 
 
 def _groups(places: Places, units: Units) -> list[ChannelGroup]:

@@ -14,6 +14,7 @@ from lightning_compress.core.attributes import VARIANTS, with_attributes
 from lightning_compress.core.calls import Calls, without
 from lightning_compress.core.cutting import TOLERANCE, Drop, compare, run, take
 from lightning_compress.core.evaluation import entries_restored
+from lightning_compress.core.factors import without_factors
 from lightning_compress.core.graphs import export
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.plan import Plan, identity
@@ -41,6 +42,7 @@ class Trial:
             chosen = [group for group in chosen if group not in halved]
             why = "its slices begin and end at places that the network's code names"
             frozen += [replace(group, frozen=why) for group in halved]
+        chosen = without_factors(chosen, self._model, self._plan.places.parameters, self._error)
         order = {name: number for number, name in enumerate(self._plan.places.names)}
 
         def position(group: ChannelGroup) -> tuple[int, int, int]:

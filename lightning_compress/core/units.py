@@ -42,6 +42,7 @@ class Value:
     `uniform`: every entry is the same or random, as in `torch.zeros`, so it would fit other widths just as well.
     `repeated`: dimensions along which one entry was expanded, which code does to any width as well.
     `parameter`: made from parameters alone.
+    `zero`: every entry is zero, so that to add it changes nothing.
     """
 
     shape: tuple[int, ...]
@@ -49,6 +50,7 @@ class Value:
     uniform: bool = False
     parameter: bool = False
     repeated: frozenset[int] = frozenset()
+    zero: bool = False
 
     def along(self, dim: int) -> list[Layer]:
         """The layers that vary along `dim`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class MaskedParameters:
     """
 
     def __init__(self, model: nn.Module, *, neurons: Sequence[Neurons] | None = None, regrow: bool = False) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(model.named_parameters()) | dict(model.named_buffers())  # of frozen norms, for one
         self._neurons = neurons
         self._regrow = regrow
         self.keep: dict[str, Tensor] | None = None
@@ -67,7 +68,7 @@ class MaskedParameters:
         # Multiplying by a mask of floats takes a tenth of the time of a boolean one.
         self._factors = {name: mask.to(self._parameters[name].dtype) for name, mask in self.masks.items()}
         if self.projection is None or latent is not None:
-            masked = {name: self._parameters[name] for name in self.masks}
+            masked: Any = {name: self._parameters[name] for name in self.masks}  # no optimizer steps the buffers
             self.projection = Projection(masked, self._multiply, keep_latent=self._regrow)
             self.projection.load_latent(latent or {})
         self.projection.project()
@@ -99,7 +100,7 @@ class MaskedParameters:
 
     def mask_copy(self, model: nn.Module) -> None:
         """Mask another module with the same parameter names, or some of them, such as an average of this one."""
-        copies = dict(model.named_parameters())
+        copies = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, mask in self.masks.items():
             if name not in copies:
                 continue

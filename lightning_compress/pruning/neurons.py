@@ -12,6 +12,7 @@ from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.groups import ChannelGroups, Member
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.select import is_transposed_linear, is_weight_layer
+from lightning_compress.core.slicing import saved_tensors
 from lightning_compress.pruning.groups import Neurons
 
 
@@ -28,7 +29,7 @@ def find_neurons(
 
     Channels that several layers make together, as those of a residual stream, are one group. It is free if all the
     layers' weights in it are named, if it is a free group of the network, and if cutting it is exact.
-    Tensors go by their first name in the model.
+    Buffers, such as those of frozen norms, are masked like parameters. Tensors go by their first name in the model.
 
     Args:
         model: The module that the names are relative to.
@@ -50,7 +51,8 @@ def find_neurons(
         4 10 ['4.weight', '4.bias'] it is an output of the network
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = saved_tensors(model)
+    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
     for name in weights:
         if name not in parameters:
             raise ValueError(
@@ -63,19 +65,17 @@ def find_neurons(
     found = []
     for group in groups.prefixed(network):
         makers = [one for one in group.members if one.produces]
-        buffers = [one.tensor for one in makers if one.tensor not in parameters]
-        members = [
-            replace(one, tensor=first_names[id(parameters[one.tensor])]) for one in makers if one.tensor in parameters
-        ]
-        scored = _scored(model, members)
+        members = [replace(one, tensor=first_names[id(tensors[one.tensor])]) for one in makers if one.tensor in tensors]
+        scored = _scored(model, [one for one in members if one.tensor in parameters])
+        unsaved = [one.tensor for one in makers if one.tensor not in tensors]
         others = [one.tensor for one in scored if one.tensor not in named]
         if len(others) == len(scored):
             continue
         frozen = group.frozen
         if frozen is None and not group.exact:
             frozen = f"without them the network computes something else: {group.note}"
-        elif frozen is None and buffers:
-            frozen = f"the buffer {buffers[0]} makes them as well, and only parameters are pruned"
+        elif frozen is None and unsaved:
+            frozen = f"the buffer {unsaved[0]} makes them as well, which is not saved, so that its mask would be lost"
         elif frozen is None and (kept := [one.tensor for one in members if one.tensor in exclude]):
             frozen = f"{kept[0]} makes them as well, which is excluded"
         elif frozen is None and others:

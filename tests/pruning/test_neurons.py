@@ -717,7 +717,7 @@ def test_a_weight_that_is_computed_from_others_freezes_what_it_touches() -> None
 
 
 @pytest.mark.parametrize("function", [torch.mul, torch.add], ids=["scale", "shift"])
-def test_channels_that_a_buffer_makes_as_well_are_frozen_because_no_mask_silences_it(function: Any) -> None:
+def test_a_buffer_is_masked_where_it_lifts_the_channels_and_only_there(function: Any) -> None:
     net = Plain(
         lambda self, x: self.head(F.relu(function(self.fc(x), self.constant))),
         fc=nn.Linear(4, 6),
@@ -725,8 +725,8 @@ def test_channels_that_a_buffer_makes_as_well_are_frozen_because_no_mask_silence
     )
     net.register_buffer("constant", torch.rand(6))
     found = find(net, SEQUENCE)
-    assert found["fc"].frozen == "the buffer constant makes them as well, and only parameters are pruned"
-    assert tensors(found["fc"]) == ["fc.weight", "fc.bias"]
+    assert found["fc"].frozen is None
+    assert tensors(found["fc"]) == ["fc.weight", "fc.bias"] + (["constant"] if function is torch.add else [])
 
 
 def test_a_buffer_may_read_channels_as_a_weight_does() -> None:

@@ -74,10 +74,22 @@ def run_rule(call: Call) -> Any:
     if known is None:
         return unknown(call, f"the operator {call.where} is unknown to the planner")
     try:
-        return known(call)
+        result = known(call)
     except (IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         # A rule that meets arguments it was not written for: like an operator without a rule, and said aloud.
         return unknown(call, f"the planner does not understand {call.where}: {type(error).__name__}: {error}")
+    if not _fits(result, call.shape):
+        return unknown(call, f"the planner does not understand {call.where}, which returns something else here")
+    return result
+
+
+def _fits(result: Any, shape: Any) -> bool:
+    """Whether a rule's result has the structure of the operator's: overloads of one name may return one or several."""
+    if isinstance(shape, torch.Size):
+        return isinstance(result, Value) and len(result.shape) == len(shape)
+    if isinstance(shape, list):
+        return isinstance(result, list) and len(result) == len(shape) and all(map(_fits, result, shape))
+    return not isinstance(result, Value | list)
 
 
 def unknown(call: Call, why: str) -> Any:

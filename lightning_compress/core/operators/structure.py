@@ -32,7 +32,7 @@ def structure(call: Call) -> Value:
         else:
             call.units.freeze(nodes, f"{call.where} picks out single channels")
     repeated = _repeated(source, call.shape) if call.name in ("expand", "expand_as") else frozenset()
-    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter, repeated)
+    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter, repeated, source.zero)
 
 
 def _repeated(source: Value, shape: Sequence[int]) -> frozenset[int]:
@@ -65,20 +65,40 @@ def cut_out(call: Call) -> Value:
             call.units.freeze(layer.nodes.narrow(dim, 0, named), why)
             if step == 1 and length > 1:
                 layers.append(Layer(layer.nodes.narrow(dim, start, length), layer.silent))
-    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
+    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter, zero=source.zero)
 
 
 @rule("roll")
 def roll(call: Call) -> Value:
     source: Value = call["self"]
     dims = [dim % len(source.shape) for dim in call["dims"] or range(len(source.shape))]
+    return _but_for(call, source, dims, "moves channels around")
+
+
+_FFT = "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"
+
+
+@rule(f"{_FFT} {_FFT.replace('fft ', 'fft2 ')}2 {_FFT.replace('fft ', 'fftn ')}n _fft_c2c _fft_r2c _fft_c2r")
+def fourier(call: Call) -> Value:
+    source: Value = call["self"]
+    given, sizes = call["dim"], call["s"]
+    if given is None:
+        given = -1 if call.name in _FFT.split() else [-2, -1] if call.name.endswith("2") else None
+    if given is None:
+        given = range(-len(sizes), 0) if sizes is not None else range(len(source.shape))
+    dims = [given] if isinstance(given, int) else list(given)
+    return _but_for(call, source, [dim % len(source.shape) for dim in dims], "mixes channels")
+
+
+def _but_for(call: Call, source: Value, dims: Sequence[int], what: str) -> Value:
+    """Let labels pass that do not vary along some dimensions, and freeze the others."""
     layers = []
     for layer in source.layers:
         if any(dim in layer.dims for dim in dims):
-            call.freeze([layer], f"{call.where} moves channels around")
+            call.freeze([layer], f"{call.where} {what}")
         else:
             layers.append(layer)
-    return Value(source.shape, tuple(layers), source.uniform, source.parameter)
+    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter)
 
 
 def _operation(call: Call) -> Callable[[Tensor], Tensor]:
@@ -159,6 +179,7 @@ def join(call: Call) -> Value:
                 tuple(Layer(layer.nodes.unsqueeze(dim), layer.silent) for layer in part.layers),
                 part.uniform,
                 part.parameter,
+                zero=part.zero,
             )
             for part in parts
         ]
@@ -183,12 +204,14 @@ def join(call: Call) -> Value:
             tuple(layer for layer in part.layers if dim not in layer.dims),
             part.uniform,
             part.parameter,
+            zero=part.zero,
         )
         for part in parts
     ]
     rest = combine(call, others, lambda states: all(states) and len(states) == len(parts))
     uniform = all(part.uniform for part in parts)
-    return Value(tuple(call.shape), (*layers, *rest.layers), uniform, rest.parameter)
+    zero = all(part.zero for part in parts)
+    return Value(tuple(call.shape), (*layers, *rest.layers), uniform, rest.parameter, zero=zero)
 
 
 @rule("constant_pad_nd pad")
@@ -212,6 +235,59 @@ def pad(call: Call) -> Value:
         else:
             layers.append(Layer(nodes, layer.silent and (value == 0 or not constant_mode)))
     return Value(tuple(call.shape), tuple(layers), False, source.parameter)
+
+
+@rule("view_as_real")
+def as_real(call: Call) -> Value:
+    source: Value = call["self"]
+    layers = tuple(Layer(layer.nodes.unsqueeze(-1), layer.silent) for layer in source.layers)
+    return Value(tuple(call.shape), layers, source.uniform, source.parameter, zero=source.zero)
+
+
+@rule("view_as_complex")
+def as_complex(call: Call) -> Value:
+    source: Value = call["self"]
+    last = len(source.shape) - 1
+    call.freeze(source.along(last), f"{call.where} makes one number of two channels")
+    layers = tuple(Layer(one.nodes.squeeze(-1), one.silent) for one in source.layers if last not in one.dims)
+    return Value(tuple(call.shape), layers, source.uniform, source.parameter, zero=source.zero)
+
+
+@rule("index_add")
+def index_add(call: Call) -> Value:
+    dim = call["dim"] % len(call.shape)
+    return _written(call, [call["self"], call["source"]], lambda place: place == dim)
+
+
+@rule("index_put")
+def index_put(call: Call) -> Value:
+    places = list(call["indices"])
+    leading = len(places)
+    if any(place is None for place in places):
+        raise ValueError("it names places behind others that it does not name")
+    for value in values_in(places):
+        call.freeze(value.layers, f"{call.where} looks places up")
+    return _written(call, [call["self"], call["values"]], lambda place: place < leading)
+
+
+def _written(call: Call, parts: list[Value], places: Callable[[int], bool]) -> Value:
+    """Tie what is written to what it is written into, but for the dimensions that hold places."""
+    rank, flat = len(call.shape), []
+    for value in parts:
+        ahead = rank - len(value.shape)  # values may have fewer dimensions, or several for the places
+        shape, layers = [1] * rank, []
+        for dim, size in enumerate(value.shape):
+            if ahead + dim >= 0 and not places(ahead + dim):
+                shape[ahead + dim] = size
+        for layer in value.layers:
+            if all(ahead + dim >= 0 and not places(ahead + dim) for dim in layer.dims):
+                here = layer.nodes.reshape([layer.nodes.shape[dim] for dim in range(max(-ahead, 0), len(value.shape))])
+                layers.append(Layer(here.reshape([1] * max(ahead, 0) + list(here.shape)), layer.silent))
+            else:
+                call.freeze([layer], f"{call.where} looks rows up by their number")
+        flat.append(Value(tuple(shape), tuple(layers), value.uniform, value.parameter, zero=value.zero))
+    result = combine(call, flat, all)
+    return Value(tuple(call.shape), result.layers, result.uniform, result.parameter, zero=result.zero)
 
 
 @rule("index_select gather take_along_dim cumsum cumprod sort topk argsort log_cumsum_exp")
@@ -244,7 +320,7 @@ def index(call: Call) -> Value:
         else:
             nodes = compress(torch.ops.aten.index(layer.nodes.expand(source.shape), zeros))
             layers.append(Layer(nodes, layer.silent))
-    return Value(tuple(call.shape), tuple(layers), False, source.parameter)
+    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter, zero=source.zero)
 
 
 @rule("embedding")
