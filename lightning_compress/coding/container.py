@@ -1,7 +1,7 @@
 """The file around the stream.
 
     89 4C 43       "LC" after a byte that no text has
-    01             version of the format
+    02             version of the format: 1 had the same container, and several contents
     varint         4 * (number of raw bytes) + coder; coder: 0 ans, 1 huffman, 2 none
     raw bytes
     stream         up to the checksum
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,8 @@ from lightning_compress.core.files import replacing
 
 Coder = Literal["ans", "huffman", "none"]
 MAGIC = b"\x89LC"
-_VERSION = 1
+_VERSION = 2  # raise it with every change of what the bytes mean; tests/coding/test_format.py has some of each
+_UNSURE = 1  # the content changed between commits that wrote this version
 _CHECKSUM = 4  # bytes
 _LEAST = len(MAGIC) + 1 + 1 + _CHECKSUM
 _CODERS: dict[str, tuple[type[Writer], type[Reader]]] = {
@@ -60,8 +61,17 @@ def make_writer(coder: Coder) -> Writer:
     return _CODERS[coder][0]()
 
 
-def write_file(path: str | os.PathLike[str], writer: Writer, coder: Coder) -> int:
-    """Write what a writer collected, whole or not at all, and return the file's size."""
+def write_file(
+    path: str | os.PathLike[str], writer: Writer, coder: Coder, *, check: Callable[[int], None] = lambda size: None
+) -> int:
+    """Write what a writer collected, whole or not at all, and return the file's size.
+
+    Args:
+        path: Where it goes.
+        writer: What was collected.
+        coder: The writer's.
+        check: Takes the size before the file is in its place; an error leaves what was there.
+    """
     prefix = MAGIC + bytes([_VERSION]) + varint(4 * writer.raw_bytes + list(_CODERS).index(coder))
     checksum = 0
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
@@ -69,6 +79,7 @@ def write_file(path: str | os.PathLike[str], writer: Writer, coder: Coder) -> in
             checksum = zlib.crc32(piece, checksum)
             file.write(piece)
         file.write(checksum.to_bytes(_CHECKSUM, "little"))
+        check(file.tell())
         return file.tell()
 
 
@@ -76,6 +87,21 @@ def _pieces(writer: Writer, prefix: bytes) -> Iterator[bytes]:
     yield prefix
     yield from writer.raw_pieces()
     yield writer.finish()
+
+
+def explained(error: BaseException, data: bytes) -> str:
+    """Say what is wrong with a file; one of the first version may be whole, and of a commit that wrote it otherwise."""
+    problem = str(error) or "its tensors do not fit into memory"
+    whole = len(data) >= _LEAST and zlib.crc32(memoryview(data)[:-_CHECKSUM]) == int.from_bytes(
+        data[-_CHECKSUM:], "little"
+    )
+    if not whole or data[len(MAGIC)] != _UNSURE or "max_bytes" in problem:
+        return problem
+    return (
+        f"it has version {_UNSURE} of the format, whose content changed while it kept that number, and is damaged or "
+        f"of a commit that wrote it otherwise ({problem}): load it with the version of lightning_compress that wrote "
+        f"it, and save it anew"
+    )
 
 
 def open_reader(data: bytes) -> tuple[Reader, str]:
@@ -88,8 +114,11 @@ def open_reader(data: bytes) -> tuple[Reader, str]:
         raise CorruptFileError(f"it has {len(data)} bytes, less than the {_LEAST} of an empty one")
     if data[: len(MAGIC)] != MAGIC:
         raise CorruptFileError(f"it starts with {data[: len(MAGIC)]!r}, not {MAGIC!r}")
-    if data[len(MAGIC)] != _VERSION:
-        raise CorruptFileError(f"it has version {data[len(MAGIC)]} of the format, and only {_VERSION} can be read")
+    if data[len(MAGIC)] not in (_UNSURE, _VERSION):
+        raise CorruptFileError(
+            f"it has version {data[len(MAGIC)]} of the format, and only {_UNSURE} and {_VERSION} can be read: load it "
+            f"with the version of lightning_compress that wrote it"
+        )
     content = memoryview(data)[:-_CHECKSUM]
     if zlib.crc32(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
         raise CorruptFileError("it is truncated or damaged: its checksum does not fit its content")

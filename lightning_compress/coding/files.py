@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.coding.container import Coder, is_compressed, make_writer, open_reader, write_file
+from lightning_compress.coding.container import Coder, explained, is_compressed, make_writer, open_reader, write_file
 from lightning_compress.coding.encodings.tensor import read_tensor, write_tensor
 from lightning_compress.coding.errors import CorruptFileError
-from lightning_compress.coding.header import Header, describe, read_header, write_header
+from lightning_compress.coding.header import Header, memory_limit, read_header, write_header
 from lightning_compress.coding.size import CompressedSize, TensorSize
+from lightning_compress.coding.state import describe
 from lightning_compress.core.checkpoints import adopt, read_state
 from lightning_compress.core.record_check import RecordError
-from lightning_compress.quantization.inputs import following_inputs
+from lightning_compress.quantization.inputs import check_inputs, following_inputs
 
 
 def save_compressed(
@@ -63,13 +64,22 @@ def save_compressed(
     """
     writer = make_writer(coder)
     header, tensors = describe(model.state_dict() if isinstance(model, nn.Module) else model)
-    write_header(writer, header)
+    memory = write_header(writer, header)
     sizes = []
     for entry, tensor in zip(header.entries, tensors, strict=True):
         before = writer.bits
         encoding = write_tensor(writer, tensor, half=half)
         sizes.append(TensorSize.of(entry, encoding, writer.bits - before))
-    return CompressedSize(write_file(path, writer, coder), coder, tuple(sizes))
+
+    def check(size: int) -> None:
+        if memory > memory_limit(size):
+            raise ValueError(
+                f"The names of {len(header.names):,} tensors, and what the metadata say beside them, take {memory:,} "
+                f"bytes of memory: load_compressed reads at most {memory_limit(size):,} from a file of {size:,} bytes, "
+                f"so that nobody can craft one that takes all there is. Use shorter names, or stack small tensors."
+            )
+
+    return CompressedSize(write_file(path, writer, coder, check=check), coder, tuple(sizes))
 
 
 def load_compressed(
@@ -81,7 +91,8 @@ def load_compressed(
         path: The file; what it is, its first bytes tell.
         model: A network of the user's own class, dense where the file's was cut. It gets the file's shapes and
             weights, and is returned; without it the state dict is: dense tensors on the CPU, tied names sharing one.
-        max_bytes: How much memory the tensors of a compressed file may take; None: as much as the machine has.
+        max_bytes: How much memory the tensors of a compressed file may take; None: 1 GiB, or 256
+            times the file where that is more.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -105,6 +116,7 @@ def load_compressed(
     if model is None:
         return state
     try:
+        check_inputs(model, state)
         with following_inputs(model):
             return adopt(model, state, path)
     except RecordError as error:
@@ -124,7 +136,7 @@ def read_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
 
     Args:
         path: The file.
-        max_bytes: How much memory its tensors may take; None: as much as the machine has.
+        max_bytes: How much memory its tensors may take; None: as `default_limit` says.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -134,9 +146,9 @@ def read_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
         raise FileNotFoundError(f"There is no file {path} (looked for in {Path(path).absolute().parent}).")
     data = Path(path).read_bytes()
     try:
-        return _read(data, _memory() if max_bytes is None else max_bytes)
+        return _read(data, default_limit(len(data)) if max_bytes is None else max_bytes)
     except (CorruptFileError, MemoryError) as error:
-        raise CorruptFileError(f"{path} is corrupt: {error or 'its tensors do not fit into memory'}.") from None
+        raise CorruptFileError(f"{path} is corrupt: {explained(error, data)}.") from None
 
 
 def _read(data: bytes, limit: int) -> CompressedFile:
@@ -144,7 +156,10 @@ def _read(data: bytes, limit: int) -> CompressedFile:
     header = read_header(reader, len(data))
     announced = sum(entry.bytes for entry in header.entries)
     if announced > limit:
-        reader.fail(f"its tensors take {announced} bytes, more than the {limit} that there are for them")
+        reader.fail(
+            f"its tensors take {announced} bytes, more than the {limit} that max_bytes allows a file of {len(data)} "
+            f"bytes: if it comes from someone you trust, pass max_bytes={announced}"
+        )
     tensors: dict[str, Tensor] = {}
     sizes = []
     for entry in header.entries:
@@ -157,14 +172,22 @@ def _read(data: bytes, limit: int) -> CompressedFile:
 
 
 def _state(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state: OrderedDict[str, Tensor] = OrderedDict((name, tensors[name]) for name in header.names)
+    state: OrderedDict[str, Any] = OrderedDict((name, tensors[name]) for name in header.names)
+    state.update(header.extras)
     if header.metadata is not None:
         state._metadata = header.metadata  # type: ignore[attr-defined]
     return state
 
 
-def _memory() -> int:
+def default_limit(file_bytes: int) -> int:
+    """Return how many bytes the tensors of a file may take: 1 GiB, or 256 times the file, if there is that memory.
+
+    Example:
+        >>> default_limit(1000) == 1 << 30
+        True
+    """
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not everywhere
-        return 1 << 46
+        memory = 1 << 46
+    return min(memory, max(1 << 30, 256 * file_bytes))

@@ -51,13 +51,15 @@ def file_bytes(model: nn.Module) -> int:
         path = Path(folder) / "network.lcz"
         size = save_compressed(state, path).bytes
         loaded = load_compressed(path)
-    changed = [name for name, tensor in state.items() if not _same(tensor.cpu(), loaded[name])]
+    changed = [name for name, one in state.items() if isinstance(one, Tensor) and not _same(one, loaded[name])]
+    changed += [name for name, one in state.items() if not isinstance(one, Tensor) and one != loaded[name]]
     if changed:
         raise RuntimeError(f"These tensors came back from the file other than they were written: {changed}.")
     return size
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
+    ours = ours.cpu()
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
     both_nan = (ours != ours) & (theirs != theirs)

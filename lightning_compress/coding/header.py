@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_compress.coding import records
-from lightning_compress.coding.names import read_text, write_text
+from lightning_compress.coding.names import memory_of_names, read_text, write_text
 from lightning_compress.coding.patterns import DTYPES
 from lightning_compress.coding.streams import Reader, Writer
+from lightning_compress.core.reshaping import is_extra
 
 _DIMENSIONS = 64
-_TEXT_LIMIT = 1 << 20  # bytes of names or records that a file may hold, beside 16 times its own
+_ALLOWANCE = 1 << 24  # bytes of memory that names and records may take, beside 16 times the file's own
+_EXTRAS = "lightning_compress.extra_state"  # a key in the root module's metadata
+_ASSIGN = "assign_to_params_buffers"  # torch leaves it in the metadata; a load that finds it replaces parameters
 
 
 @dataclass(frozen=True)
@@ -36,46 +38,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """All tensors in order, all names in order, and the metadata, or None where there is none."""
+    """All tensors in order, all names in order, the metadata, or None where there is none, and extra states by name."""
 
     entries: tuple[Entry, ...]
     names: tuple[str, ...]
     metadata: Mapping[str, Any] | None
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
-def describe(state: Mapping[str, Any]) -> tuple[Header, list[Tensor]]:
-    """Return the header of a state dict, and each tensor once, whatever the number of its names.
-
-    Raises:
-        ValueError: An entry is no tensor, not strided, without data, or of a dtype that a file can't hold.
-    """
-    groups: dict[tuple[object, ...], tuple[list[str], Tensor]] = {}
-    for name, tensor in state.items():
-        _check(name, tensor)
-        same_memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        key = same_memory if tensor.numel() else (name,)
-        groups.setdefault(key, ([], tensor.detach()))[0].append(name)
-    entries = tuple(Entry(tuple(names), tensor.dtype, tuple(tensor.shape)) for names, tensor in groups.values())
-    return Header(entries, tuple(state), getattr(state, "_metadata", None)), [tensor for _, tensor in groups.values()]
+def memory_limit(file_bytes: int) -> int:
+    """Return how much memory names and records of a file of this size may take."""
+    return _ALLOWANCE + 16 * file_bytes
 
 
-def _check(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name!r} is a {type(tensor).__name__}; a compressed file holds tensors only: leave it out.")
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise ValueError(f"{name!r} has layout {tensor.layout} on {tensor.device}; expected strided, with data.")
-    if tensor.dtype not in DTYPES:
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{name!r} has dtype {tensor.dtype}; a compressed file holds {kinds}.")
-    if "\0" in name:
-        raise ValueError(f"{name!r} has a NUL character, which ends names in a compressed file: rename it.")
-
-
-def write_header(writer: Writer, header: Header) -> None:
-    """Write a header.
+def write_header(writer: Writer, header: Header) -> int:
+    """Write a header, and return how much memory a reader will need for names and records.
 
     Raises:
-        ValueError: The metadata holds something other than plain values.
+        ValueError: The metadata, or an extra state, holds something other than plain values.
     """
     owner = {name: i for i, entry in enumerate(header.entries) for name in entry.names}
     firsts = {entry.names[0] for entry in header.entries}
@@ -96,31 +76,56 @@ def write_header(writer: Writer, header: Header) -> None:
         for size in entry.shape:
             place = recent.place(size)
             writer.number(place)
-            if not place:
+            if place:
+                recent.taken(place)
+            else:
                 writer.number(size)
-            recent.use(size)
-    writer.uniform([int(header.metadata is not None)], 2)
-    if header.metadata is not None:
-        usual = _usual(header.names)
-        unusual = {
-            path: {key: _plain(value) for key, value in entry.items()}
-            for path, entry in header.metadata.items()
-            if entry != usual.get(path, {"version": 1})
-        }
+            recent.add(size)
+    unusual = _unusual(header)
+    writer.uniform([int(unusual is not None)], 2)
+    if unusual is not None:
         write_text(writer, records.to_bytes(unusual, "The state dict's metadata") if unusual else b"")
+    return memory_of_names(header.names) + (records.memory(unusual) if unusual else 0)
+
+
+def _unusual(header: Header) -> dict[str, Any] | None:
+    """The metadata that names do not tell."""
+    if header.metadata is None and not header.extras:
+        return None
+    usual = _usual(header.names)
+    metadata = {
+        path: {key: _plain(value) for key, value in entry.items() if key != _ASSIGN}
+        for path, entry in ({"": {}} if header.metadata is None else header.metadata).items()
+    }
+    for path, entry in metadata.items():
+        if not isinstance(entry.get("version"), int | None):
+            raise ValueError(f"The metadata of {path!r} have the version {entry['version']!r}; expected an integer.")
+    for name, value in header.extras.items():
+        records.to_bytes(_plain(value), f"{name!r}, an extra state,")
+    if header.extras:
+        metadata[""] = metadata.get("", {}) | {_EXTRAS: _plain(header.extras)}
+    return {path: entry for path, entry in metadata.items() if entry != usual.get(path, {"version": 1})}
 
 
 def read_header(reader: Reader, file_bytes: int) -> Header:
     """Read what `write_header` wrote; all of it is checked but the size of the tensors."""
-    limit = _TEXT_LIMIT + 16 * file_bytes
+    limit = memory_limit(file_bytes)
     count = reader.number()
+    if count * memory_of_names([""]) > limit:
+        reader.fail(f"{count} names are announced, more than the {limit // memory_of_names(['']):,} it may have")
     try:
         text = read_text(reader, limit).decode()
     except UnicodeDecodeError as error:
         reader.fail(f"its names are no text ({error})")
+    found = text.count("\0") + 1 if count else 0
+    if found != count or (text and not count):
+        reader.fail(f"it has {found} names, and {count} are announced")
     names = text.split("\0") if count else []
-    if len(names) != count or len(set(names)) != count or (text and not count):
+    if len(set(names)) != count:
         reader.fail(f"it has {len(set(names))} different names, and {count} are announced")
+    limit -= memory_of_names(names)
+    if limit < 0:
+        reader.fail(f"its names are longer, or have more parts, than those of a file of {file_bytes} bytes may")
     owner = {}
     for _ in range(reader.number(count + 1)):
         place = reader.number(count)
@@ -138,27 +143,45 @@ def read_header(reader: Reader, file_bytes: int) -> Header:
         shape = []
         for _ in range(reader.number(_DIMENSIONS + 1)):
             place = reader.number(len(recent.sizes) + 1)
-            shape.append(recent.sizes[-place] if place else reader.number(1 << 48))
-            recent.use(shape[-1])
+            shape.append(recent.taken(place) if place else reader.number(1 << 48))
+            if not place and shape[-1] in recent.known:
+                reader.fail(f"a size of {shape[-1]} is told anew")
+            recent.add(shape[-1])
+        if prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
+            reader.fail(f"a tensor has the shape {tuple(shape[:8])}, and no machine has memory for it")
         entries.append(Entry(tuple(group), dtype, tuple(shape)))
-    metadata = _read_metadata(reader, names, limit) if reader.uniform(1, 2)[0] else None
-    return Header(tuple(entries), tuple(names), metadata)
+    if not reader.uniform(1, 2)[0]:
+        return Header(tuple(entries), tuple(names), None)
+    metadata, extras = _read_metadata(reader, names, limit)
+    return Header(tuple(entries), tuple(names), metadata, extras)
 
 
-def _read_metadata(reader: Reader, names: list[str], limit: int) -> Mapping[str, Any]:
-    metadata: OrderedDict[str, Any] = OrderedDict(_usual(tuple(names)))
+def _read_metadata(reader: Reader, names: list[str], limit: int) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
+    metadata: OrderedDict[str, Any] = OrderedDict(_usual(names))
     data = read_text(reader, limit)
-    if data:
-        try:
-            unusual = records.from_bytes(data)
-        except ValueError as error:
-            reader.fail(f"its metadata can't be read ({error})")
-        if not isinstance(unusual, dict) or not all(
-            isinstance(path, str) and isinstance(entry, dict) for path, entry in unusual.items()
-        ):
-            reader.fail("its metadata is no dict of dicts")
-        metadata.update(unusual)
-    return metadata
+    if not data:
+        return metadata, {}
+    try:
+        unusual = records.from_bytes(data, limit)
+    except ValueError as error:
+        reader.fail(f"its metadata can't be read ({error})")
+    if not isinstance(unusual, dict) or not all(
+        isinstance(path, str) and isinstance(entry, dict) and isinstance(entry.get("version"), int | None)
+        for path, entry in unusual.items()
+    ):
+        reader.fail("its metadata is no dict of dicts with integer versions")
+    for entry in unusual.values():
+        entry.pop(_ASSIGN, None)
+    root = unusual.get("", {})
+    extras = root.pop(_EXTRAS, {})
+    if not isinstance(extras, dict) or not all(isinstance(name, str) and is_extra(name) for name in extras):
+        reader.fail("its extra states are no dict by name")
+    if set(extras) & set(names):
+        reader.fail("an extra state has the name of a tensor")
+    if extras and not root:  # there was nothing else
+        return None, extras
+    metadata.update(unusual)
+    return metadata, extras
 
 
 class _Recent:
@@ -166,17 +189,20 @@ class _Recent:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
+        self.known: set[int] = set()
 
     def place(self, size: int) -> int:
-        return len(self.sizes) - self.sizes.index(size) if size in self.sizes else 0
+        return len(self.sizes) - self.sizes.index(size) if size in self.known else 0
 
-    def use(self, size: int) -> None:
-        if size in self.sizes:
-            self.sizes.remove(size)
+    def taken(self, place: int) -> int:
+        return self.sizes.pop(-place)
+
+    def add(self, size: int) -> None:
         self.sizes.append(size)
+        self.known.add(size)
 
 
-def _usual(names: tuple[str, ...]) -> dict[str, dict[str, int]]:
+def _usual(names: Sequence[str]) -> dict[str, dict[str, int]]:
     """The metadata that torch gives the modules of these tensors: versions."""
     found: dict[str, dict[str, int]] = {"": {"version": 1}}
     for name in names:

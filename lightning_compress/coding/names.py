@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 
 from lightning_compress.coding.streams import Reader, Writer
+
+_EACH = 1024  # bytes that a name and its tensor take in memory, beside the values
 
 # What is likeliest stands last: its distance is the shortest. A change makes old files unreadable.
 _USUAL = (
@@ -17,6 +20,23 @@ _USUAL = (
     b"network.fc.bias\x000.weight\x000.bias\x002.weight\x002.bias\0conv1.weight\0conv1.bias\0conv2.weight\0conv2.bias\0"
     b"fc1.weight\0fc1.bias\0fc2.weight\0fc2.bias\0fc3.weight\0fc3.bias"
 )
+
+
+def memory_of_names(names: Iterable[str]) -> int:
+    """Return about how much memory tensors of these names take without their values, and their modules' metadata.
+
+    Example:
+        >>> memory_of_names(["a.b.c"]) - memory_of_names(["a"])
+        8
+    """
+    total = 0
+    for name in names:
+        total += _EACH + len(name) - 1
+        place = name.find(".")
+        while place >= 0:  # each part is the end of a module's path, which the metadata spell out
+            total += place
+            place = name.find(".", place + 1)
+    return total
 
 
 def write_text(writer: Writer, data: bytes) -> None:

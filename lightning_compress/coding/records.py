@@ -11,6 +11,7 @@ import struct
 from typing import Any
 
 _DEPTH = 32  # values within values
+_EACH = 64  # bytes that a value takes in memory, beside its length
 
 
 def to_bytes(value: Any, where: str = "the metadata") -> bytes:
@@ -42,17 +43,37 @@ def to_bytes(value: Any, where: str = "the metadata") -> bytes:
     raise ValueError(f"{where} holds a {type(value).__name__}; a compressed file takes plain values only.")
 
 
-def from_bytes(data: bytes) -> Any:
+def memory(value: Any) -> int:
+    """Return about how much memory `from_bytes` needs for a value.
+
+    Example:
+        >>> memory([1, "xy"])
+        195
+    """
+    if isinstance(value, dict):
+        return _EACH + sum(memory(one) for pair in value.items() for one in pair)
+    if isinstance(value, list | tuple):
+        return _EACH + sum(map(memory, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return _EACH + value.bit_length() // 8 + 1
+    return _EACH + (len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 0)
+
+
+def from_bytes(data: bytes, limit: int | None = None) -> Any:
     """Return the value that `to_bytes` made the bytes of.
 
+    Args:
+        data: The bytes.
+        limit: How much memory it may take, as `memory` counts; None: any.
+
     Raises:
-        ValueError: The bytes are something else.
+        ValueError: The bytes are something else, or take more.
 
     Example:
         >>> from_bytes(to_bytes({"scale": {0: [0, 3]}}))
         {'scale': {0: [0, 3]}}
     """
-    reader = _Bytes(data)
+    reader = _Bytes(data, limit)
     value = reader.value(_DEPTH)
     if reader.position != len(data):
         raise ValueError(f"{len(data) - reader.position} bytes are left over")
@@ -94,9 +115,16 @@ def _sized(data: bytes) -> bytes:
 
 
 class _Bytes:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, limit: int | None) -> None:
         self.data = data
+        self.limit = limit
         self.position = 0
+        self.used = 0
+
+    def use(self, size: int) -> None:
+        self.used += size
+        if self.limit is not None and self.used > self.limit:
+            raise ValueError(f"its values take more than the {self.limit} bytes of memory that they may")
 
     def take(self, count: int) -> bytes:
         taken = self.data[self.position : self.position + count]
@@ -112,6 +140,7 @@ class _Bytes:
     def value(self, depth: int) -> Any:
         if not depth:
             raise ValueError(f"values are nested more than {_DEPTH} deep")
+        self.use(_EACH)
         kind = self.take(1)
         if kind in b"NTF":
             return {b"N": None, b"T": True, b"F": False}[kind]
@@ -121,6 +150,7 @@ class _Bytes:
             raise ValueError(f"a value of kind {kind!r} is unknown")
         length = self.length()
         if kind in b"isb":
+            self.use(length)
             taken = self.take(length)
             if kind == b"i":
                 return int.from_bytes(taken, "little", signed=True)

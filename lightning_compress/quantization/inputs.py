@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.record_check import RecordError
 from lightning_compress.quantization.binary_inputs import BinaryInput
 from lightning_compress.quantization.input_grids import InputQuantizer
 from lightning_compress.quantization.input_hooks import INPUTS, InputHook, input_hook
@@ -40,6 +41,27 @@ def _changed(state_dict: Any, prefix: str = "") -> dict[str, str]:
         for path, entry in entries.items()
         if INPUTS in entry and path.startswith(prefix)
     }
+
+
+def check_inputs(model: nn.Module, state_dict: Any) -> None:
+    """Refuse what a state dict says of inputs if no hook of ours has written it; nothing changes.
+
+    Raises:
+        RecordError: A layer is not there, or a number is missing, of another type or out of range.
+    """
+    layers = dict(model.named_modules())
+    for path, entry in (getattr(state_dict, "_metadata", None) or {}).items():
+        if INPUTS not in entry:
+            continue
+        record = entry[INPUTS]
+        try:
+            _KINDS[record["kind"]]().take(record)
+            layers[path]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise RecordError(
+                f"The record of the inputs of {path!r} is none of {type(model).__name__} in this version: "
+                f"{record!r:.60} ({error!r:.60})."
+            ) from error
 
 
 def _warn_where_inputs_are_lost() -> None:

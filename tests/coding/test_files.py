@@ -12,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map
 
 from lightning_compress.coding import CorruptFileError, load_compressed, save_compressed
 from lightning_compress.coding.files import read_compressed
+from lightning_compress.coding.footprint import file_bytes, footprint
 from lightning_compress.core.surgery import cut
 
 DTYPES = [
@@ -204,13 +208,13 @@ def test_half_rounds_what_is_left_and_nothing_else(tmp_path: Path) -> None:
 
 class _WithExtraState(nn.Linear):
     def get_extra_state(self) -> object:
-        return {"codebook": 16}
+        return {"codebook": object()}
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (nn.Sequential(nn.ReLU(), _WithExtraState(2, 2)), r"'1\._extra_state' is a dict"),
+        (nn.Sequential(nn.ReLU(), _WithExtraState(2, 2)), r"'1\._extra_state', an extra state, holds a object"),
         ({"w": torch.eye(3).to_sparse()}, "'w' has layout torch.sparse_coo"),
         ({"w": torch.empty(3, device="meta")}, "'w' has layout torch.strided on meta"),
         ({"w": torch.empty(3, dtype=torch.uint4)}, "'w' has dtype torch.uint4"),
@@ -270,3 +274,156 @@ def test_tensors_beyond_max_bytes_are_refused(tmp_path: Path) -> None:
     assert load_compressed(tmp_path / "f", max_bytes=4_000_000)["w"].shape == (1000, 1000)
     with pytest.raises(CorruptFileError, match="take 4000000 bytes, more than the 3999999"):
         load_compressed(tmp_path / "f", max_bytes=3_999_999)
+
+
+# ---------------------------------------------------------------------- tensors that are not what they seem
+
+
+class Int8Weight(Tensor):
+    """As torchao's: integers and scales, behind a tensor without memory."""
+
+    @staticmethod
+    def __new__(cls, q: Tensor, s: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.float32)
+
+    def __init__(self, q: Tensor, s: Tensor) -> None:
+        self.q, self.s = q, s
+
+    @classmethod
+    def __torch_dispatch__(cls, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if f is torch.ops.aten.detach.default:
+            return return_and_correct_aliasing(f, args, kwargs or {}, cls(args[0].q, args[0].s))
+        values = tree_map(lambda x: x.q.float() * x.s if isinstance(x, Int8Weight) else x, (args, kwargs or {}))
+        return f(*values[0], **values[1])
+
+
+class Sealed(Int8Weight):
+    """One that can't be asked for its values."""
+
+    @classmethod
+    def __torch_dispatch__(cls, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if f is torch.ops.aten.detach.default:
+            return return_and_correct_aliasing(f, args, kwargs or {}, cls(args[0].q, args[0].s))
+        raise NotImplementedError(f)
+
+
+class Named(Tensor):
+    """A subclass with memory of its own."""
+
+
+def wrapped(kind: Any, seed: int) -> tuple[Tensor, Tensor]:
+    q = torch.randint(-127, 128, (6, 6), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    s = torch.arange(1.0, 7.0)[:, None] / 10
+    return kind(q, s), q.float() * s
+
+
+def test_wrapped_weights_are_saved_with_their_values(tmp_path: Path) -> None:
+    (one, first), (two, second) = wrapped(Int8Weight, 0), wrapped(Int8Weight, 1)
+    net = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False))
+    for layer, weight in zip(net, (one, two), strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    save_compressed(net, tmp_path / "f")
+    loaded = load_compressed(tmp_path / "f")
+    assert torch.equal(loaded["0.weight"], first)
+    assert torch.equal(loaded["1.weight"], second)
+    cost = footprint(net, torch.ones(2, 6), repeats=1)
+    assert cost.parameters == 72
+    assert cost.nonzero == int((first != 0).sum() + (second != 0).sum())
+
+
+def freed() -> Tensor:
+    tensor = torch.ones(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(3)
+
+
+HOLLOW: dict[str, Any] = {
+    "a wrapper": lambda: wrapped(Sealed, 0)[0],
+    "fake": fake,
+    "freed memory": freed,
+    "meta": lambda: torch.ones(3, device="meta"),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed rows": lambda: torch.eye(3).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "masked": lambda: torch.masked.masked_tensor(torch.ones(3), torch.tensor([True, False, True])),
+    "lazy": lambda: nn.LazyLinear(2).weight,
+    "a number": lambda: 3,
+    "nothing": lambda: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", HOLLOW)
+def test_a_tensor_without_its_values_in_memory_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'second\.weight'"):
+        save_compressed({"first": torch.ones(3), "second.weight": HOLLOW[what]()}, tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_views_of_one_memory_with_other_values_are_told_apart(tmp_path: Path) -> None:
+    z = torch.randn(3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    state = {
+        "z": z,
+        "conj": z.conj(),
+        "imag": z.imag,
+        "neg": z.conj().imag,
+        "real": z.real,
+        "bits": z.real.view(torch.int32),
+    }
+    state |= {"named": torch.arange(3.0).as_subclass(Named), "t": torch.ones(3, 2).cumsum(0), "again": z}
+    state["transposed"] = state["t"].t()
+    save_compressed(state, tmp_path / "f")
+    loaded = load_compressed(tmp_path / "f")
+    assert {name: one.tolist() for name, one in loaded.items()} == {name: one.tolist() for name, one in state.items()}
+    assert loaded["z"] is loaded["again"]
+    assert type(loaded["named"]) is Tensor
+
+
+# ---------------------------------------------------------------------- what modules keep beside tensors
+
+
+class Counting(nn.Linear):
+    seen: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.seen
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state
+
+
+@pytest.mark.parametrize("form", ["compressed", "torch"])
+@pytest.mark.parametrize("value", [{"n": 3, "names": ["a", ("b", None)], "rate": 0.5}, 7, None, "x", torch.arange(9)])
+def test_extra_state_is_saved_and_loaded_as_torch_does(value: Any, form: str, tmp_path: Path) -> None:
+    net, fresh, ours = (nn.Sequential(nn.ReLU(), Counting(2, 2)) for _ in range(3))
+    net[1].seen, ours[1].seen = value, torch.arange(2)
+    if form == "compressed":
+        save_compressed(net, tmp_path / "f")
+    else:
+        torch.save(net.state_dict(), tmp_path / "f")
+    fresh.load_state_dict(net.state_dict())
+    load_compressed(tmp_path / "f", ours)
+    assert type(ours[1].seen) is type(fresh[1].seen)
+    assert torch.equal(ours[1].seen, value) if isinstance(value, Tensor) else ours[1].seen == value
+    assert torch.equal(ours[1].weight, net[1].weight)
+    assert file_bytes(net) > 0
+    save_compressed(dict(net.state_dict()), tmp_path / "g")
+    assert load_compressed(tmp_path / "g").keys() == net.state_dict().keys()
+
+
+def test_a_load_does_not_replace_parameters(tmp_path: Path) -> None:
+    net, other = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    state = net.state_dict()
+    other.load_state_dict(state, assign=True)  # torch notes it in the metadata
+    save_compressed(state, tmp_path / "f")
+    fresh = nn.Sequential(nn.Linear(2, 2))
+    before = fresh[0].weight
+    load_compressed(tmp_path / "f", fresh)
+    assert fresh[0].weight is before
