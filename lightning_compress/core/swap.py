@@ -9,7 +9,8 @@ step: whoever looks (validation, a checkpoint, another callback, the next micro-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,18 @@ Projector = Callable[[Mapping[str, Tensor]], None]
 class Projection:
     """Holds parameters at project(w), in place, around optimizer steps.
 
+    What other code writes into the module between steps counts: where a parameter differs from what this object last
+    wrote, its value becomes the latent one.
+
     Args:
         parameters: The parameters, by name. Their identity never changes.
         project: Projects the tensors it is given, by name, in place. Called with any subset of the names.
         keep_latent: Whether the values from before the projection are kept and given back to the optimizer. Without it
             the optimizer goes on from project(w), which is all that a fixed mask needs.
+
+    Attributes:
+        rewritten: Names of parameters that other code has written between steps.
+        suspended: Whether the module holds something else for now, such as an average: nothing is taken from it.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([0.3, -2.0]))
@@ -42,24 +50,43 @@ class Projection:
         self._project = project
         self.keep_latent = keep_latent
         self.latent: dict[str, Tensor] = {}
+        self.rewritten: set[str] = set()
         self._open: dict[str, nn.Parameter] = {}
-        self._shares: dict[int, tuple[int, dict[str, nn.Parameter]]] = {}
+        self._before: dict[str, Tensor] = {}  # latent values of before a step that evaluates the loss again
+        self._versions: dict[str, int] = {}  # of the parameters, when they were last written here
+        self._latent_versions: dict[str, tuple[int, int]] = {}
+        self._writing = False
+        self.suspended = False
         if keep_latent:
             self.latent = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            for name in self.parameters:
+                self._note(name)
 
-    def project(self) -> None:
-        """Project every parameter anew, from its latent value where there is one: after the projection has changed."""
-        self._rewrite(self.parameters)
+    # ------------------------------------------------------------------ around the optimizer's step
 
     def open(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the latent values back, of all parameters or of those that `optimizer` steps."""
         if not self.keep_latent:
             return
-        self.settle()
-        self._open = self.share(optimizer)
-        self._restore(self._open)
+        if self._open:
+            self.settle()
+        share = self.share(optimizer)
+        self.take_writes(share)
+        with self._write(share):
+            self._open = share
+            self._restore(share)
 
-    @torch.no_grad()
+    def interrupt(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Project within a step, because the optimizer evaluates the loss anew; then comes another `open`."""
+        share = self._open if self.keep_latent else self.share(optimizer)
+        with self._write(share):
+            for name, parameter in self._open.items():
+                self._before.setdefault(name, self.latent[name])
+                self.latent[name] = parameter.detach().clone()
+                self._renew(name)
+            self._open = {}
+            self._project(share)
+
     def close(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Keep the stepped values as the latent ones and project, after the step.
 
@@ -67,51 +94,183 @@ class Projection:
             RuntimeError: Latent values are kept, and the step was not announced by `open`.
         """
         share = self.share(optimizer)
-        if self.keep_latent:
-            if share and self._open != share:
-                raise RuntimeError(
-                    "An optimizer stepped without on_before_optimizer_step, so it started from projected weights. Step "
-                    "it through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
-                )
+        if not share:
+            return
+        if self.keep_latent and self._open.keys() != share.keys():
+            raise RuntimeError(
+                "An optimizer stepped without on_before_optimizer_step, so it started from projected weights. Step "
+                "it through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
+            )
+        with self._write(share):
             self._open = {}
-            for name, parameter in share.items():
+            self._put_before()
+            for name, parameter in share.items() if self.keep_latent else ():
                 self._keep(name, parameter)
-        self._project(share)
-
-    def _keep(self, name: str, parameter: nn.Parameter) -> None:
-        """Take the stepped value as the latent one; a subclass may change both, to the same."""
-        self.latent[name].copy_(parameter)
+            self._project(share)
 
     def settle(self) -> None:
         """Project what `open` left open because the step never came, as when a gradient scaler skips it."""
-        if self._open:
-            opened, self._open = self._open, {}
-            self._rewrite(opened)
+        if self._open or self._before:
+            share = self._open | {name: self.parameters[name] for name in self._before}
+            with self._write(share):
+                self._open = {}
+                for name in self._put_before():
+                    self._renew(name)
+                self._restore(share)
+                self._project(share)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the module holds project(w): no step and no write is under way."""
+        return not (self._open or self._before or self._writing)
+
+    def is_open(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether everything that `optimizer` steps is open: it steps within the step of another."""
+        return self._open.keys() >= self.share(optimizer).keys()
+
+    def share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
+        """Return the parameters that `optimizer` steps, by what its groups hold now; without one, all."""
+        if optimizer is None:
+            return self.parameters
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name: parameter for name, parameter in self.parameters.items() if id(parameter) in stepped}
+
+    # ------------------------------------------------------------------ what the module holds
+
+    def project(self) -> None:
+        """Project every parameter anew, from its latent value where there is one: after the projection has changed."""
+        self.take_writes()
+        self.rewrite(self.parameters)
+
+    def rewrite(self, share: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Project the latent values anew, whatever the module holds; without them, what it holds."""
+        share = self.parameters if share is None else share
+        with self._write(share):
+            if self.keep_latent:
+                self._restore(share)
+            self._project(share)
+
+    def refresh(self, *, by_value: bool = False) -> None:
+        """Take what other code has written since, and project it.
+
+        Args:
+            by_value: Whether values are compared. By default parameters count their versions, which costs next to
+                nothing and misses what was written through `.data`.
+        """
+        if self.suspended:
+            return
+        written = {
+            name: parameter
+            for name, parameter in self.parameters.items()
+            if (by_value or parameter._version != self._versions.get(name)) and name not in self._open
+        }
+        if self.keep_latent:
+            self.take_writes(written)
+        elif written:
+            self.rewrite(written)
+
+    @torch.no_grad()
+    def take_writes(self, share: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Take what other code has written into the module as latent values, and project it."""
+        if not self.keep_latent or self._writing or self.suspended:
+            return
+        written = {}
+        for name, parameter in (self.parameters if share is None else share).items():
+            if name in self._open:
+                continue
+            held = parameter.detach()
+            if not self.differing({name: parameter}):
+                self._note(name)
+                continue
+            written[name] = parameter
+            if self._latent_versions.get(name) != _version(self.latent[name]):
+                self._renew(name)  # the latent values themselves were written, and say what the module holds
+                continue
+            expected = self.expected(name)
+            changed = ((held - expected).abs_() <= _rounding(expected)).logical_not_()
+            if bool(changed.any()):
+                self.rewritten.add(name)
+                self._take(name, held, expected, changed)
+        self.rewrite(written)
+
+    @torch.no_grad()
+    def differing(self, share: Mapping[str, nn.Parameter]) -> list[str]:
+        """Return the names of parameters that no longer hold what was written here."""
+        distances = {  # NaN is not 0
+            name: float(torch.linalg.vector_norm(self.expected(name).sub_(parameter.detach())))
+            for name, parameter in share.items()
+            if name not in self._open
+        }
+        return [name for name, distance in distances.items() if distance != 0.0]
+
+    @torch.no_grad()
+    def projected(self) -> dict[str, Tensor]:
+        """Return what the module holds between steps, in new tensors; within a step what it held before."""
+        latent = self.latent | self._before
+        values = {name: latent.get(name, p.detach()).clone() for name, p in self.parameters.items()}
+        self._project(values)
+        return values
+
+    def expected(self, name: str) -> Tensor:
+        """Return what the module holds of a parameter, unless other code has written it."""
+        tensor = self.latent[name].clone()
+        self._project({name: tensor})
+        return tensor
+
+    def _take(self, name: str, held: Tensor, expected: Tensor, changed: Tensor) -> None:
+        """Take what other code has written into a parameter as its latent value, where `changed`."""
+        torch.where(changed, held, self.latent[name], out=self.latent[name])
+
+    def follow_device(self) -> None:
+        """Move what is held to the device of its parameter, which the Trainer takes to the CPU after a fit."""
+        self.latent |= {name: latent.to(self.parameters[name].device) for name, latent in self.latent.items()}
 
     def load_latent(self, latent: Mapping[str, Tensor]) -> None:
         """Take latent values from a checkpoint; the caller projects afterwards."""
         for name, value in latent.items():
             self.latent[name].copy_(value)
 
+    # ------------------------------------------------------------------ how it is written
+
+    def _keep(self, name: str, parameter: nn.Parameter) -> None:
+        """Take the stepped value as the latent one; a subclass may change both, to the same."""
+        self.latent[name].copy_(parameter)
+
+    def _renew(self, name: str) -> None:
+        """Follow the latent values of a parameter, which have changed."""
+
+    def _put_before(self) -> list[str]:
+        before, self._before = self._before, {}
+        self.latent.update(before)
+        return list(before)
+
+    @contextmanager
+    def _write(self, share: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        self._writing = True
+        try:
+            with torch.no_grad():
+                yield
+            for name in share:
+                self._note(name)
+        finally:
+            self._writing = False
+
+    def _note(self, name: str) -> None:
+        self._versions[name] = self.parameters[name]._version
+        if self.keep_latent:
+            self._latent_versions[name] = _version(self.latent[name])
+
     @torch.no_grad()
     def _restore(self, share: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in share.items():
             parameter.copy_(self.latent[name])
 
-    @torch.no_grad()
-    def _rewrite(self, share: Mapping[str, nn.Parameter]) -> None:
-        if self.keep_latent:
-            self._restore(share)
-        self._project(share)
 
-    def share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
-        """Return the parameters that `optimizer` steps; without one, all."""
-        if optimizer is None:
-            return self.parameters
-        count = sum(len(group["params"]) for group in optimizer.param_groups)  # groups may be added during a fit
-        seen, share = self._shares.get(id(optimizer), (-1, {}))
-        if seen != count:
-            stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            share = {name: parameter for name, parameter in self.parameters.items() if id(parameter) in stepped}
-            self._shares[id(optimizer)] = count, share
-        return share
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor._version
+
+
+def _rounding(expected: Tensor) -> Tensor:
+    """By how much entries differ that were moved and moved back, as by hand for sharpness-aware minimization."""
+    eps = torch.finfo(expected.dtype).eps
+    return expected.abs().mul_(eps).add_(expected.abs().amax(), alpha=4 * min(eps, 1e-7))

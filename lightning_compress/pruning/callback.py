@@ -255,6 +255,7 @@ class IterativePruningCallback(BacktrackingCallback):
         pl_module.log(self.logged_name(trainer, "sparsity"), self.sparsity, prog_bar=True, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         assert self._ramp is not None
         if self._stop is not None and (self._stopped or self._stop.must_go_back(self.current_amount)):
             self._go_back(pl_module)  # even if it has: min_epochs and min_steps let a stopped fit train on
@@ -297,6 +298,9 @@ class IterativePruningCallback(BacktrackingCallback):
     def _decide(self, pl_module: LightningModule, amount: float) -> dict[str, Tensor]:
         assert self._masked is not None
         alive = None if self.regrow else self._keep
+        for other in _others(pl_module):
+            if other.projection is not None:
+                other.projection.take_writes()
         weights = {name: self._masked.value(name) for name in self._targets}
         for other in _others(pl_module):  # values of few bits rank nothing: the real ones behind them do
             weights |= {name: other.latent[name] for name in weights.keys() & other.latent.keys()}

@@ -122,7 +122,6 @@ class GroupLassoCallback(CompressionCallback):
         self.group_sparsity = 0.0
         self._groups: list[WeightGroups] = []
         self._left_out: dict[str, str] = {}
-        self._announced: torch.optim.Optimizer | None = None
 
     # ------------------------------------------------------------------ refusals
 
@@ -179,6 +178,7 @@ class GroupLassoCallback(CompressionCallback):
         pass  # it acts within the steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._refresh(trainer, pl_module)
 
     def technique_state(self) -> dict[str, Any]:
@@ -252,26 +252,25 @@ class GroupLassoCallback(CompressionCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        self._announced = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
         if not self.proximal:
             add_gradient(self._groups, self.strength, optimizer)
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        super()._after_step(optimizer, args, kwargs)
-        announced, self._announced = self._announced, None
-        if self.proximal:
-            shrink_groups(self._groups, self.strength, optimizer)
-        elif self.strength > 0 and announced is not optimizer and self._steps_mine(optimizer):
+    def check_announced(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.proximal and self.strength > 0:
             raise RuntimeError(
                 "An optimizer stepped without on_before_optimizer_step, so its gradients lack the penalty. Step it "
                 "through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
             )
 
-    def _steps_mine(self, optimizer: torch.optim.Optimizer) -> bool:
+    def acts_on(self, optimizer: torch.optim.Optimizer) -> bool:
         return any(self._penalizes(one) for group in optimizer.param_groups for one in group["params"])
 
     def _penalizes(self, parameter: nn.Parameter) -> bool:
         return any(part.parameter is parameter for one in self._groups for part in one.parts)
+
+    def after_projection(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.proximal:
+            shrink_groups(self._groups, self.strength, optimizer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

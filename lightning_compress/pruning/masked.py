@@ -1,4 +1,4 @@
-"""Parameters with masks in force: the module holds m * w, and the masks may change."""
+"""Parameters with masks in force: the module holds w where m is True and 0 elsewhere, and the masks may change."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.masking import bit_mask, keep_
 from lightning_compress.core.swap import Projection
-from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.groups import Neurons, channel_sums
 from lightning_compress.pruning.masks import expand
 
 
 class MaskedParameters:
-    """Keeps the parameters of a model at m * w, in place and under their own names.
+    """Keeps masked entries of a model's parameters at zero, in place and under the parameters' own names.
 
     Args:
         model: The module that the names are relative to.
@@ -24,7 +25,7 @@ class MaskedParameters:
     Attributes:
         keep: What stays (True), per parameter entry or, with neurons, per channel; None before the first mask.
         masks: The masks over parameters that follow from it, by parameter name.
-        projection: What holds the module at m * w around optimizer steps; None before the first mask.
+        projection: What masks the module around optimizer steps; None before the first mask.
 
     Example:
         >>> layer = nn.Linear(3, 1, bias=False)
@@ -32,7 +33,7 @@ class MaskedParameters:
         >>> masked = MaskedParameters(layer)
         >>> masked.set({"weight": torch.tensor([[True, False, True]])})
         >>> layer.weight.data
-        tensor([[1., -0., 3.]])
+        tensor([[1., 0., 3.]])
     """
 
     def __init__(self, model: nn.Module, *, neurons: Sequence[Neurons] | None = None, regrow: bool = False) -> None:
@@ -42,7 +43,7 @@ class MaskedParameters:
         self.keep: dict[str, Tensor] | None = None
         self.masks: dict[str, Tensor] = {}
         self.projection: Projection | None = None
-        self._factors: dict[str, Tensor] = {}
+        self._bits: dict[str, Tensor] = {}
 
     @property
     def latent(self) -> dict[str, Tensor]:
@@ -63,15 +64,16 @@ class MaskedParameters:
         if keep is None:
             self.keep, self.masks, self.projection = None, {}, None
             return
+        if self.projection is not None and latent is None:
+            self.projection.take_writes()  # while the masks are those that the module was written with
         self.keep = {name: mask.to(self._device_of(name)) for name, mask in keep.items()}
         self.masks = self.keep if self._neurons is None else expand(self._neurons, self.keep, self._parameters)
-        # Multiplying by a mask of floats takes a tenth of the time of a boolean one.
-        self._factors = {name: mask.to(self._parameters[name].dtype) for name, mask in self.masks.items()}
+        self._bits = {name: bit_mask(mask, self._parameters[name].dtype) for name, mask in self.masks.items()}
         if self.projection is None or latent is not None:
             masked: Any = {name: self._parameters[name] for name in self.masks}  # no optimizer steps the buffers
-            self.projection = Projection(masked, self._multiply, keep_latent=self._regrow)
+            self.projection = Projection(masked, self._zero, keep_latent=self._regrow)
             self.projection.load_latent(latent or {})
-        self.projection.project()
+        self.projection.rewrite()
 
     def check_masked(self, masks: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if the parameters are not those that the masks were made for.
@@ -91,24 +93,38 @@ class MaskedParameters:
                     f"network from the beginning, make a new callback."
                 )
 
+    def count_zeros(self) -> dict[str, int]:
+        """Count what is masked and zero in the module: entries per parameter or, with neurons, channels per layer."""
+        keep = self.keep or {}
+        if self._neurons is None:
+            held = {name: self._parameters[name].detach() for name in keep}
+            return {name: int(((held[name] == 0) & ~mask.to(held[name].device)).sum()) for name, mask in keep.items()}
+        counts = {}
+        for layer in self._neurons:
+            if layer.name in keep:
+                live = keep[layer.name].cpu()
+                for member in layer.members:
+                    live = live | (channel_sums(self._parameters[member.tensor].detach() != 0, member) > 0).cpu()
+                counts[layer.name] = int((~live).sum())
+        return counts
+
     def mask_gradients(self) -> None:
         """Zero the gradients of what is masked."""
-        for name, factor in self._factors.items():
+        for name, bits in self._bits.items():
             gradient = self._parameters[name].grad
             if gradient is not None:
-                gradient.mul_(factor)
+                keep_(gradient, bits)
 
     def mask_copy(self, model: nn.Module) -> None:
         """Mask another module with the same parameter names, or some of them, such as an average of this one."""
         copies = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, mask in self.masks.items():
-            if name not in copies:
-                continue
-            copies[name].data.mul_(mask.to(copies[name]))
+            if name in copies:
+                copies[name].data.masked_fill_(~mask.to(copies[name].device), 0.0)
 
-    def _multiply(self, tensors: Mapping[str, Tensor]) -> None:
-        if tensors:  # an optimizer may step none of them
-            torch._foreach_mul_(list(tensors.values()), [self._factors[name] for name in tensors])
+    def _zero(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            keep_(tensor, self._bits[name])
 
     def _device_of(self, name: str) -> torch.device:
         parameter = self._parameters.get(name)  # a layer's name, with neurons

@@ -62,12 +62,20 @@ class RemovingCallback(WatchingCallback):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the targeted entries, or channels, of the original that is masked now, or has left."""
+        """Fraction of the targeted entries, or channels, of the original that has left, or is masked and zero now.
+
+        It is counted in the module.
+        """
         if self._keep is None:
             return 0.0
-        original = self._entries if self._channels is None else {name: one.numel() for name, one in self._keep.items()}
-        total = sum(original.values())
-        return 1.0 - sum(int(mask.sum()) for mask in self._keep.values()) / total if total else 0.0
+        zeros = {} if self._kept is not None or self._masked is None else self._masked.count_zeros()
+        if self._channels is None:
+            total = sum(self._entries.values())
+            here = sum(mask.numel() for mask in self._keep.values())
+        else:
+            total = sum(mask.numel() for mask in self._keep.values())
+            here = total if self._kept is None else sum(int(mask.sum()) for mask in self._kept.values())
+        return 1.0 - (here - sum(zeros.values())) / total if total else 0.0
 
     @property
     def _keep(self) -> dict[str, Tensor] | None:

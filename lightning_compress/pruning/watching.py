@@ -72,6 +72,7 @@ class WatchingCallback(CompressionCallback):
     # ------------------------------------------------------------------ what the criterion watches
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if (statistic := self._watching()) is not None:
             statistic.begin()
 

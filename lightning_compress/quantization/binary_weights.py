@@ -103,14 +103,6 @@ class BinaryWeights(LatentWeights):
         super().open(optimizer)
         self._deterministic = False
 
-    def project(self) -> None:
-        self._deterministic = False
-        super().project()
-
-    def show(self) -> None:
-        self._deterministic = True
-        super().show()
-
     def saturated(self) -> float:
         """Return the fraction of the real values that lie at the clip, or beyond 1 without one."""
         bound = 1.0 if self.clip is None else self.clip
@@ -120,6 +112,13 @@ class BinaryWeights(LatentWeights):
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._deterministic = False
         super().load_state_dict(state)
+
+    def _show_samples(self, shown: bool) -> None:
+        self._deterministic = not shown
+
+    def _rewritten(self, name: str, changed: Tensor, held: Tensor, expected: Tensor) -> Tensor:
+        # A sample that was loaded is what other code wants, where it agrees with the last one as well.
+        return changed | (held.sign() != self.shown_value(name, self.latent[name]).sign())
 
     def _take_step(self, name: str, stepped: Tensor) -> None:
         latent = self.latent[name]

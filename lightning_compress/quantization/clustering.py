@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,24 @@ from lightning_compress.quantization.sharing import GradientRule, SharedWeights,
 from lightning_compress.trainer.distributed import broadcast
 
 _ALL = "*"  # the key of the one codebook of scope="global"
+
+
+class _SharedProjection(Projection):
+    """Shared values around optimizer steps; between them, zeros that were made leave their clusters first."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        project: Callable[[Mapping[str, Tensor]], None],
+        share_written: Callable[[Collection[str]], None],
+    ) -> None:
+        super().__init__(parameters, project, keep_latent=False)
+        self._share_written = share_written
+
+    def rewrite(self, share: Mapping[str, nn.Parameter] | None = None) -> None:
+        share = self.parameters if share is None else share
+        with self._write(share):
+            self._share_written(share.keys())
 
 
 class WeightClusteringCallback(QuantizingCallback):
@@ -59,6 +77,7 @@ class WeightClusteringCallback(QuantizingCallback):
     verb, done = "cluster", "clustered"
     hidden = "which belong to no cluster"
     shrunk = "shrinks the weights of a cluster apart after every step"
+    compares_values = False  # that takes as long as sharing them
 
     def __init__(
         self,
@@ -94,7 +113,6 @@ class WeightClusteringCallback(QuantizingCallback):
         self._wanted: dict[str, int]  # clusters by parameter
         self._shared: dict[str, SharedWeights] = {}  # by parameter, or by _ALL
         self._others: list[QuantizingCallback] = []
-        self._announced: torch.optim.Optimizer | None = None
 
     # ------------------------------------------------------------------ what has been reached
 
@@ -175,11 +193,22 @@ class WeightClusteringCallback(QuantizingCallback):
 
     def _hold(self) -> None:
         parameters = {name: p for shared in self._shared.values() for name, p in shared.parameters.items()}
-        self.projection = Projection(parameters, self._project, keep_latent=False) if parameters else None
+        self.projection = _SharedProjection(parameters, self._project, self._share_written) if parameters else None
 
     def _project(self, tensors: Mapping[str, Tensor]) -> None:
         for shared in self._shared.values():
-            if all(name in tensors for name in shared.parameters):
+            if any(name in tensors for name in shared.parameters):
+                own = all(tensors.get(name) is parameter for name, parameter in shared.parameters.items())
+                shared.share_values(None if own else tensors)
+
+    def _share_written(self, names: Collection[str]) -> None:
+        """Share the values of clusters anew, where other code has written into them."""
+        self._take_zeros()
+        behind = self._behind()
+        for shared in self._shared.values():
+            # What another callback holds on a grid, it takes care of.
+            elsewhere = behind.keys() & shared.parameters.keys() or shared.parameters.keys().isdisjoint(names)
+            if not elsewhere and not shared.holds():
                 shared.share_values()
 
     def _check_clustered(self) -> None:
@@ -228,18 +257,14 @@ class WeightClusteringCallback(QuantizingCallback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        self._announced = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
         for shared in self._stepped_by(optimizer):
             shared.share_gradients(self.gradient, behind=self._behind())
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        announced, self._announced = self._announced, None
-        if announced is not optimizer and self._stepped_by(optimizer):
-            raise RuntimeError(
-                "An optimizer stepped without on_before_optimizer_step, so the weights of a cluster had different "
-                "gradients. Step it through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
-            )
-        super()._after_step(optimizer, args, kwargs)
+    def check_announced(self, optimizer: torch.optim.Optimizer) -> None:
+        raise RuntimeError(
+            "An optimizer stepped without on_before_optimizer_step, so the weights of a cluster had different "
+            "gradients. Step it through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
+        )
 
     def _take_zeros(self) -> None:
         behind = self._behind()

@@ -42,14 +42,13 @@ class LatentWeights(Projection):
         super().__init__({name: parameters[name] for name in names}, self._replace, keep_latent=True)
         self.alive: dict[str, Tensor] = {}
         self._groups = transposed_groups(model)
-        self._zeros: dict[str, int] = {}  # in the module, as it was projected
         self.check_finite()
         for name, latent in self.latent.items():
             self.leave_out(name, latent == 0)
             self._renew(name)
         if zero := [name for name, latent in self.latent.items() if not latent.any()]:
             warnings.warn(f"{', '.join(zero)}: every entry is zero, which counts as pruned and stays.", stacklevel=2)
-        self._rewrite(self.parameters)
+        self.rewrite()
 
     # ------------------------------------------------------------------ what a subclass supplies
 
@@ -64,14 +63,21 @@ class LatentWeights(Projection):
     def real_gradient(self, name: str, gradient: Tensor) -> None:
         """Turn the gradient by W~ into that by w, in place."""
         if name in self.alive:
-            gradient.mul_(self.alive[name])
+            gradient.masked_fill_(~self.alive[name], 0.0)
 
     def agree(self, held: Tensor, expected: Tensor) -> bool:
         """Whether a parameter holds what it should."""
         return torch.equal(held, expected)
 
-    def _renew(self, name: str) -> None:
-        """Follow the real values of a parameter, which have changed."""
+    def _forget(self, name: str) -> None:
+        """Leave out of account what was derived from earlier real values of a parameter: others were put there."""
+
+    def _rewritten(self, name: str, changed: Tensor, held: Tensor, expected: Tensor) -> Tensor:
+        """Return which entries count as written by other code, where `changed` differ from what was expected."""
+        return changed
+
+    def _show_samples(self, shown: bool) -> None:
+        """Let `value` be that of training, or else what is validated and saved."""
 
     def _take_step(self, name: str, stepped: Tensor) -> None:
         """Keep what the optimizer has made of the real values."""
@@ -85,8 +91,6 @@ class LatentWeights(Projection):
 
     def open(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the real values back, and their gradients in the place of those by W~."""
-        self.settle()
-        self.take_zeros()
         super().open(optimizer)
         for name, parameter in self._open.items():
             if parameter.grad is not None:
@@ -95,61 +99,77 @@ class LatentWeights(Projection):
     def _keep(self, name: str, parameter: nn.Parameter) -> None:
         self._take_step(name, parameter)
         if name in self.alive:
-            self.latent[name].mul_(self.alive[name])
+            self.latent[name].masked_fill_(~self.alive[name], 0.0)
         parameter.copy_(self.latent[name])
+        self._renew(name)
+
+    def _take(self, name: str, held: Tensor, expected: Tensor, changed: Tensor) -> None:
+        """Take what other code has written as real values. Where that is nothing but zeros, it has pruned."""
+        changed = self._rewritten(name, changed, held, expected)
+        if name in self.alive:
+            changed = changed & self.alive[name]
+        if not bool((changed & (held != 0)).any()):
+            self.leave_out(name, changed)
+            return
+        super()._take(name, held, expected, changed)
+        self._forget(name)
         self._renew(name)
 
     # ------------------------------------------------------------------ what the module holds
 
     def project(self) -> None:
         """Put W~ into the module."""
-        self.take_zeros()
-        super().project()
+        self.settle()
+        self.take_writes()
+        self._show_samples(True)
+        self.rewrite()
 
     def show(self) -> None:
         """Put what is validated and saved into the module, until `project` or the next step."""
         self.settle()
-        self.take_zeros()
-        self._rewrite(self.parameters)
+        self.take_writes()
+        self._show_samples(False)
+        self.rewrite()
+
+    def projected(self) -> dict[str, Tensor]:
+        return self.shown()
+
+    def expected(self, name: str) -> Tensor:
+        return self.value(name, self.latent[name])
 
     def shown(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Return what is validated and saved for the real values, or for other tensors with these names."""
-        given = self.latent if tensors is None else tensors
+        given = self.latent | self._before if tensors is None else tensors
         return {name: self.shown_value(name, value.detach()) for name, value in given.items() if name in self.latent}
 
     @torch.no_grad()
     def take_real(self) -> None:
-        """Take what the module holds, such as an average, as the real values; the caller then projects."""
+        """Take what the module holds, such as an average, as the real values, and project it."""
         for name, parameter in self.parameters.items():
             self.latent[name].copy_(parameter)
             if name in self.alive:
-                self.latent[name].mul_(self.alive[name])
+                self.latent[name].masked_fill_(~self.alive[name], 0.0)
+            self._forget(name)
+            self._renew(name)
+        self.rewrite()
 
     @contextmanager
     def real(self) -> Iterator[None]:
         """Have the real values in the module, and afterwards again what it held."""
         self.settle()
-        self.take_zeros()
+        self.take_writes()
         self._restore(self.parameters)
         try:
             yield
         finally:
-            self._rewrite(self.parameters)
+            self.rewrite()
 
     def holds(self) -> bool:
         """Whether the module holds the values of these real ones."""
         return all(
-            self.agree(parameter.detach(), self.value(name, self.latent[name]))
+            self.agree(parameter.detach(), self.expected(name).to(parameter.device))
             for name, parameter in self.parameters.items()
         )
-
-    @torch.no_grad()
-    def take_zeros(self) -> None:
-        """Let weights that have become exactly zero stay so for good: something has pruned them."""
-        for name, parameter in self.parameters.items():
-            if name not in self._open and _count_zeros(parameter) != self._zeros[name]:
-                self.leave_out(name, (parameter == 0) & (self.value(name, self.latent[name]) != 0))
-                self._zeros[name] = _count_zeros(parameter)
 
     @torch.no_grad()
     def leave_out(self, name: str, gone: Tensor) -> None:
@@ -169,8 +189,7 @@ class LatentWeights(Projection):
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return what a resume needs."""
-        self.take_zeros()
-        return {"latent": self.latent, "alive": self.alive, **self._tables()}
+        return {"latent": self.latent | self._before, "alive": self.alive, **self._tables()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from a `state_dict`, and put its values into the module."""
@@ -180,27 +199,29 @@ class LatentWeights(Projection):
             loaded = {name: one.detach().clone().to(self.parameters[name].device) for name, one in state[kind].items()}
             tensors.clear()
             tensors.update(loaded)
-        self._open = {}
-        self._rewrite(self.parameters)
+        self._open, self._before = {}, {}
+        self.rewrite()
+
+    def follow_device(self) -> None:
+        for tensors in (self.latent, self.alive, *self._tables().values()):
+            tensors |= {name: one.to(self.parameters[name].device) for name, one in tensors.items()}
 
     def follow_cut(self, model: nn.Module, kept: Kept) -> None:
         """Slice what belongs to parameters that have been sliced; `kept` has the positions that stayed."""
+        self._slice(model, kept)
+        self.rewrite()
+
+    def _slice(self, model: nn.Module, kept: Kept) -> None:
         for tensors in (self.latent, self.alive, *self._tables().values()):
             for name in tensors.keys() & kept.keys():
                 for dim, positions in kept[name].items():
                     tensors[name] = tensors[name].index_select(dim, positions.to(tensors[name].device))
         self._groups = transposed_groups(model)
-        self._zeros = {name: _count_zeros(parameter) for name, parameter in self.parameters.items()}
 
     def _replace(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             tensor.copy_(self.value(name, tensor))
-            self._zeros[name] = _count_zeros(tensor)
 
     def _alive(self, name: str, like: Tensor) -> Tensor | None:
         """What is not pruned of a parameter, on another tensor's device; None for all of it."""
         return self.alive[name].to(like.device) if name in self.alive else None
-
-
-def _count_zeros(tensor: Tensor) -> int:
-    return tensor.numel() - int(tensor.count_nonzero())

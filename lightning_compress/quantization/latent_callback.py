@@ -17,7 +17,7 @@ from lightning_compress.quantization.inputs import follow_inputs
 from lightning_compress.quantization.latent import LatentWeights
 from lightning_compress.quantization.quantizing import QuantizingCallback
 from lightning_compress.trainer.averages import averaged_modules
-from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.callback import CompressionCallback, put_values
 from lightning_compress.trainer.inputs import is_compiled
 from lightning_compress.trainer.surgery import keep_metadata
 
@@ -76,8 +76,10 @@ class LatentCallback(QuantizingCallback):
 
     def leave_out(self, masks: Mapping[str, Tensor]) -> None:
         if self._weights is not None:
-            for name in masks.keys() & self._weights.latent.keys():
+            both = masks.keys() & self._weights.latent.keys()
+            for name in both:
                 self._weights.leave_out(name, ~masks[name])
+            self._weights.rewrite({name: self._weights.parameters[name] for name in both})
 
     # ------------------------------------------------------------------ the fit
 
@@ -127,13 +129,12 @@ class LatentCallback(QuantizingCallback):
             self._weights.check_finite()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._weights is not None:
+            for average in averaged_modules(trainer):  # has been put into the module
+                self._weights.take_real()
+                self.project_copy(average)
+            self._weights.show()
         super().on_train_end(trainer, pl_module)
-        if self._weights is None:
-            return
-        for average in averaged_modules(trainer):  # has been put into the module
-            self._weights.take_real()
-            self.project_copy(average)
-        self._weights.show()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
@@ -150,8 +151,10 @@ class LatentCallback(QuantizingCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._validates(trainer):
             self._begun().show()
+        super().on_validation_start(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
         for _ in averaged_modules(trainer) if self._validates(trainer) else ():
             # The average is in the module now. It is put aside and not kept projected: an average of projected values
             # would never leave its first ones.
@@ -160,6 +163,7 @@ class LatentCallback(QuantizingCallback):
             self.project_copy(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
         averages, self._averages = self._averages, {}
         for average in averaged_modules(trainer):
             _put(average, averages)
@@ -170,7 +174,7 @@ class LatentCallback(QuantizingCallback):
 
     def _validates(self, trainer: Trainer) -> bool:
         """Whether this is a validation within a fit that has begun to train real weights behind the module."""
-        return self._weights is not None and trainer.state.fn == "fit" and not trainer.sanity_checking
+        return self._weights is not None and super()._validates(trainer)
 
     def _begun(self) -> LatentWeights:
         assert self._weights is not None
@@ -197,11 +201,7 @@ class LatentCallback(QuantizingCallback):
         # They are there already, or something else was put into the module after the fit.
         if averages is None and (self.shows_what_trains() or not self._weights.holds()):
             return
-        first_name = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-        shown = self._weights.shown(averages)
-        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-            if first_name[id(parameter)] in shown:
-                checkpoint["state_dict"][name] = shown[first_name[id(parameter)]]
+        put_values(checkpoint, pl_module, self._weights.shown(averages))
 
     def shows_what_trains(self) -> bool:
         """Whether what trains is what is validated and saved."""

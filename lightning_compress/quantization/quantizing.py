@@ -110,6 +110,7 @@ class QuantizingCallback(CompressionCallback):
             count_anew(trainer, reason)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         if not self._idle and self.projection is None:
             warnings.warn(
                 f"The fit ended at step {self._steps}, before weights were {self.done} at step {self._start}: "

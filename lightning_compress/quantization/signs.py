@@ -108,8 +108,9 @@ def channel_scales(w: Tensor, *, groups: int | None = None, alive: Tensor | None
     magnitudes = by_channel(widened(w).abs().contiguous(), groups)
     if alive is None:
         return magnitudes.mean((1, 3), keepdim=True)
-    alive = by_channel(alive.to(magnitudes.dtype).contiguous(), groups)
-    return (magnitudes * alive).sum((1, 3), keepdim=True) / alive.sum((1, 3), keepdim=True).clamp_(min=1)
+    alive = by_channel(alive.contiguous(), groups)
+    count = alive.to(magnitudes.dtype).sum((1, 3), keepdim=True).clamp_(min=1)
+    return magnitudes.masked_fill(~alive, 0.0).sum((1, 3), keepdim=True) / count
 
 
 @torch.no_grad()
@@ -143,7 +144,7 @@ def binarize(
     if scaling == "mean":
         signs = signs.contiguous()
         by_channel(signs, groups).mul_(channel_scales(w, groups=groups, alive=alive))
-    return signs if alive is None else signs.mul_(alive)
+    return signs if alive is None else signs.masked_fill_(~alive, 0.0)
 
 
 @torch.no_grad()
@@ -176,18 +177,20 @@ def real_gradient(
         >>> real_gradient(G, w, scaling="mean")  # 1 / 2 * (1 - 3) + 1 * 1, and the same with the other sign
         tensor([[0., 1.]])
     """
+    if alive is not None:
+        gradient = gradient.masked_fill(~alive, 0.0)
     if scaling == "mean":
         gradient, given = widened(gradient), gradient.dtype
         signs = sign(widened(w)).contiguous()
         if alive is not None:
-            signs.mul_(alive)
+            signs.masked_fill_(~alive, 0.0)
         alpha = channel_scales(w, groups=groups, alive=alive)
         common = by_channel((gradient * signs).contiguous(), groups)
         count = w.numel() // alpha.numel() if alive is None else by_channel(signs.abs(), groups).sum((1, 3), True)
         shared = common.sum((1, 3), keepdim=True) / torch.as_tensor(count, device=w.device).clamp(min=1)
         own = by_channel(torch.where(w.abs() <= 1, gradient, 0.0).contiguous(), groups) * alpha
         gradient = (by_channel(signs, groups) * shared + own).view(w.shape).to(given)
-    return gradient if alive is None else gradient * alive
+    return gradient if alive is None else gradient.masked_fill(~alive, 0.0)
 
 
 def glorot_coefficient(shape: Sequence[int]) -> float:

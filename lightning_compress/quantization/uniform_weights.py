@@ -81,17 +81,28 @@ class UniformWeights(LatentWeights):
 
     def zeros(self) -> float:
         """Return the fraction of the weights that are zero, pruned or rounded."""
-        return sum(self._zeros.values()) / sum(latent.numel() for latent in self.latent.values())
+        zeros = sum(p.numel() - int(p.count_nonzero()) for p in self.parameters.values())
+        return zeros / sum(latent.numel() for latent in self.latent.values())
 
-    def follow_cut(self, model: nn.Module, kept: Kept) -> None:
+    def _slice(self, model: nn.Module, kept: Kept) -> None:
         for name, parameter in self.parameters.items():  # to the parameter's shape and back
             latent = self.latent[name]
             whole = by_scale(latent.contiguous(), **self._how(name))
             self.scales[name] = self.scales[name].expand_as(whole).reshape(latent.shape)
             assert parameter.dim() == latent.dim()
-        super().follow_cut(model, kept)
+        super()._slice(model, kept)
         for name, scales in self.scales.items():
             self.scales[name] = by_scale(scales.contiguous(), **self._how(name)).amax((1, 3), keepdim=True)
+
+    def _rewritten(self, name: str, changed: Tensor, held: Tensor, expected: Tensor) -> Tensor:
+        # Where all values but zeros of what has one scale were written, the zeros were as well: other code wants them
+        # there, and what was hidden behind them is out of date.
+        kept = ((held != 0) | (expected != 0)) & ~changed
+        whole = ~by_scale(kept.contiguous(), **self._how(name)).any(3, keepdim=True).any(1, keepdim=True)
+        return changed | whole.expand_as(by_scale(changed.contiguous(), **self._how(name))).reshape(changed.shape)
+
+    def _forget(self, name: str) -> None:
+        self.scales.pop(name, None)
 
     def _renew(self, name: str) -> None:
         self.scales[name] = weight_scales(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
 from lightning_compress.trainer.averages import averaged_modules, check_averages, copies_inside
-from lightning_compress.trainer.inside import LOGGED, innermost
+from lightning_compress.trainer.inside import LOGGED, innermost, raw_optimizer
 from lightning_compress.trainer.targeting import TargetingCallback
 
 
@@ -27,11 +31,23 @@ class CompressionCallback(TargetingCallback):
         settings: The constructor arguments, which make up the `state_key`.
     """
 
+    compares_values: ClassVar[bool] = True  # at every batch, to see what other code has written through `.data`
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.projection: Projection | None = None
-        self._handles: dict[int, RemovableHandle] = {}  # by the id of the optimizer
         self._copies: list[torch.nn.Module] = []  # averages that the module holds itself
+        self._handles: list[RemovableHandle] = []
+        self._announced: torch.optim.Optimizer | None = None  # by on_before_optimizer_step, until it has stepped
+        self._stepping: torch.optim.Optimizer | None = None
+        self._known: WeakSet[torch.optim.Optimizer] = WeakSet()  # that have stepped by `step`
+        self._said_writes = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_known"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_known": WeakSet()})
 
     # ------------------------------------------------------------------ what a technique supplies
 
@@ -98,52 +114,180 @@ class CompressionCallback(TargetingCallback):
     # ------------------------------------------------------------------ the projection, around every optimizer step
 
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for optimizer in trainer.optimizers:
-            self._hook(optimizer)
+        self._unhook()
+        # Of all optimizers, so that one that is exchanged during the fit, or works inside another, is seen as well.
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
         self._copies = list(copies_inside(innermost(pl_module))) if self.follows_averages else []
         super().before_first_step(trainer, pl_module)
         self._project_averages(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unhook()
+
+    def _unhook(self) -> None:
+        self._announced = self._stepping = None
         while self._handles:
-            self._handles.popitem()[1].remove()
+            self._handles.pop().remove()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._announced = self._stepping = None  # a step that failed has left them
+        if self.projection is not None:
+            self.projection.refresh(by_value=self.compares_values)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._hook(optimizer)  # one that was exchanged during the fit
+        self._announced = self._stepping = raw_optimizer(optimizer)
+        self._known.add(self._announced)
         if self.projection is not None:
             self.projection.open(optimizer)
 
-    def _hook(self, optimizer: torch.optim.Optimizer) -> None:
-        raw = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps them
-        if id(raw) not in self._handles:
-            self._handles[id(raw)] = raw.register_step_post_hook(self._after_step)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if not self.acts_on(optimizer):
+            return None
+        self._stepping = self._stepping or optimizer
+        if callable(kwargs.get("closure")):
+            return args, kwargs | {"closure": self._projected_again(optimizer, kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._projected_again(optimizer, args[1]), *args[2:]), kwargs
+        return None
+
+    def _projected_again(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Let every evaluation of the loss see projected weights, where an optimizer needs several within its step."""
+        evaluated = False
+
+        def evaluate() -> Any:
+            nonlocal evaluated
+            if evaluated and self.projection is not None:
+                self.projection.interrupt(optimizer)
+            evaluated = True
+            return closure()
+
+        return evaluate
 
     def after_optimizer_step(self) -> None:
         """Act when an optimizer has stepped, before its parameters are projected again."""
 
+    def after_projection(self, optimizer: torch.optim.Optimizer) -> None:
+        """Act when an optimizer has stepped and its parameters are projected again."""
+
+    def acts_on(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the step of an optimizer is one of those around which this technique acts."""
+        return self.projection is not None and bool(self.projection.share(optimizer))
+
+    def check_announced(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise a RuntimeError where an optimizer that stepped without `on_before_optimizer_step` spoils something."""
+
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        announced = self._announced is optimizer
+        if not announced and not self.acts_on(optimizer):
+            return
+        if self._stepping not in (None, optimizer):
+            return  # it works inside another, whose step goes on
+        self._stepping = None
+        if announced:
+            self._announced = None
+        else:
+            self.check_announced(optimizer)
         self.after_optimizer_step()
         if self.projection is not None:
             self.projection.close(optimizer)
+        self.after_projection(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.projection is not None:
             self.projection.settle()
+            self._check_steps(trainer, self.projection)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._project_averages(trainer)
+
+    def _check_steps(self, trainer: Trainer, projection: Projection) -> None:
+        """Raise a RuntimeError for an optimizer that has changed weights, and has never stepped by `step`."""
+        if trainer.lightning_module.automatic_optimization or not projection.keep_latent:
+            return
+        for optimizer in trainer.optimizers:
+            if optimizer not in self._known and (names := projection.differing(projection.share(optimizer))):
+                raise RuntimeError(
+                    f"{names[0]} has changed in a batch in which its optimizer, {type(optimizer).__name__}, has not "
+                    f"stepped: {self.name} keeps real weights behind those of the module, which only `step` trains. "
+                    f"Use `self.optimizers()` and its `step`, with a closure where the loss is evaluated several times."
+                )
+
+    # ------------------------------------------------------------------ what other code writes between steps
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.projection is not None and self._validates(trainer):
+            self.projection.refresh(by_value=True)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.projection is not None and self._validates(trainer):
+            self.projection.suspended = any(True for _ in averaged_modules(trainer))  # it is in the module now
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.projection is not None:
+            self.projection.suspended = False
+
+    def _validates(self, trainer: Trainer) -> bool:
+        """Whether this is a validation within a fit that has begun."""
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say_what_trains_now(trainer, pl_module)
         self._project_averages(trainer)
+        self._say_writes()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.projection is not None:
+            self.projection.refresh(by_value=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.projection is not None:
+            self.projection.follow_device()
+            self.projection.refresh(by_value=True)
+            self._say_writes()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._unhook()
         if self.projection is not None:
             self.projection.settle()  # so that a checkpoint of this moment holds the projected values
+            self.projection.refresh(by_value=True)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        projection = self.projection if self._loaded is None else None
+        if projection is None or trainer.state.status == TrainerStatus.FINISHED or not self._validates(trainer):
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+            return
+        inside = not projection.settled or self._stepping is not None
+        if not inside:
+            projection.refresh(by_value=True)  # the checkpoint's state dict holds the module's own tensors
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if inside:
+            put_values(checkpoint, pl_module, projection.projected())
+
+    def _say_writes(self) -> None:
+        """Say once that other code has written weights."""
+        names = sorted(self.projection.rewritten) if self.projection is not None else []
+        if names and not self._said_writes:
+            self._said_writes = True
+            rank_zero_info(
+                f"{self.name}: other code has written {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''} between optimizer steps. What it wrote has "
+                f"taken the place of the real weights behind the module's, which do not keep what was there before."
+            )
 
     def _project_averages(self, trainer: Trainer) -> None:
         for module in (*averaged_modules(trainer), *self._copies):
             self.project_copy(module)
+
+
+def put_values(checkpoint: dict[str, Any], pl_module: LightningModule, values: Mapping[str, Tensor]) -> None:
+    """Put values of parameters into a checkpoint, under all names that a parameter has."""
+    first_name = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+    for name, parameter in pl_module.named_parameters(remove_duplicate=False):
+        if first_name[id(parameter)] in values:
+            checkpoint["state_dict"][name] = values[first_name[id(parameter)]]

