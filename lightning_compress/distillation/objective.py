@@ -123,6 +123,10 @@ class Distillation(Objective):
         if state is not None:
             self.beside.load_state_dict(state["regressors"])
 
+    def follow_epochs(self, moment: Callable[[int], int]) -> None:
+        self.alpha.follow_epochs(moment)
+        self.temperature.follow_epochs(moment)
+
     def at_step(self, step: int) -> None:
         self._step = step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.ramp import Ramp
+from lightning_compress.trainer.timeline import planned_steps, steps_at
 
 
 class IterativePruningCallback(BacktrackingCallback):
@@ -236,6 +237,15 @@ class IterativePruningCallback(BacktrackingCallback):
         elif earlier is not None:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
+
+    def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
+        assert self._ramp is not None
+        limited = self.end_epoch is None and trainer.max_steps >= 0
+        self._ramp = self._ramp.moved(
+            moment,
+            interval=self.every_n_steps or steps_at(trainer, 1.0),
+            limit=planned_steps(trainer) if limited else None,
+        )
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._ramp is not None

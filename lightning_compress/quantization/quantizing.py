@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
@@ -100,6 +100,10 @@ class QuantizingCallback(CompressionCallback):
             self._start = state["start"]
         if self._start is None:
             self._start = steps_at(trainer, self.start_epoch)
+
+    def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
+        assert self._start is not None
+        self._start = moment(self._start)
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._start is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +53,20 @@ class Ramp:
                     f"of the {planned} planned steps, {end}. Set end_epoch, or start earlier."
                 )
         return cls(start=start, end=end, interval=every_n_steps or steps_at(trainer, 1.0))
+
+    def moved(self, moment: Callable[[int], int], *, interval: int, limit: int | None) -> Ramp:
+        """Return the ramp for a fit whose epochs have another number of steps from now on.
+
+        Args:
+            moment: Turns a step as it was planned into one of the new pace.
+            interval: Steps between events.
+            limit: The step at which the fit ends, where it must not end before the ramp.
+        """
+        start, end = moment(self.start), moment(self.end)
+        if limit is not None and end > limit and not self.finished:
+            end = max(start, round(limit * (1 - RECOVERY_SHARE)))
+        taken = self.last >= self.start
+        return Ramp(start=start, end=end, interval=interval, last=moment(self.last) if taken else start - 1)
 
     def progress(self, step: int) -> float:
         """Position of `step` on the ramp, 0 to 1."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.trainer import rng
 from lightning_compress.trainer.distributed import gather, rank
 from lightning_compress.trainer.inputs import forget_batch
 from lightning_compress.trainer.inside import innermost
-from lightning_compress.trainer.timeline import steps_done
+from lightning_compress.trainer.timeline import Pace, epochs_done, steps_done, steps_per_epoch
 
 # Of DistributedDataParallel: those that leave every rank with the same gradients and parameters after every step.
 _DDP_OPTIONS = {
@@ -49,6 +52,7 @@ class ResumableCallback(Callback):
         self.generator = torch.Generator()  # own, so that the network's random draws stay what they were without us
         self._steps = 0
         self._offset = 0
+        self._pace: dict[str, Any] | None = None  # at which the schedule was planned
         self._fitted: weakref.ref[LightningModule] | None = None
         self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
         self._loads_state = True
@@ -70,6 +74,9 @@ class ResumableCallback(Callback):
     def technique_state(self) -> dict[str, Any]:
         """Return tensors, numbers, strings, lists and dicts that a resume needs."""
         raise NotImplementedError
+
+    def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
+        """Move what is planned, where an epoch has another number of steps than when it was: `moment` moves a step."""
 
     def synchronize(self) -> None:
         """Bring rank-local statistics together, before a checkpoint. Every rank takes part."""
@@ -136,6 +143,7 @@ class ResumableCallback(Callback):
                 f"The checkpoint's state of {self.name} has no {error}: it was written by another version of "
                 f"lightning_compress, or for another network. {_REMEDY}"
             ) from error
+        self._keep_pace(trainer, self._pace if loaded is None else loaded.get("pace"), resumed=loaded is not None)
         random_state = None if loaded is None else self._random_state(loaded["rng"])
         if random_state is not None:
             self.generator.set_state(random_state["own"].cpu())
@@ -147,6 +155,27 @@ class ResumableCallback(Callback):
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act before the first step; everything is prepared."""
         self.at_step(trainer, pl_module, self._steps)
+
+    def _keep_pace(self, trainer: Trainer, before: Mapping[str, Any] | None, *, resumed: bool) -> None:
+        """Have the moments of a schedule follow the epochs where their steps are others, as with more devices."""
+        per_epoch, done = steps_per_epoch(trainer), epochs_done(trainer)
+        if per_epoch is None:
+            self._pace = None
+            return
+        if before is None:
+            before = asdict(Pace(step=self._steps, epoch=done, steps_per_epoch=per_epoch))
+        old = Pace(**before)
+        began = old.began if resumed else old.epoch_at(self._steps) - done
+        new = Pace(step=self._steps, epoch=began + done, steps_per_epoch=per_epoch, began=began)
+        if old.steps_per_epoch == per_epoch:
+            new = replace(old, began=began)
+        else:
+            rank_zero_info(
+                f"{self.name}: an epoch has {per_epoch} optimizer steps now, and had {old.steps_per_epoch} when the "
+                f"schedule was planned, which follows the epochs."
+            )
+            self.follow_epochs(trainer, lambda step: new.step_at(old.epoch_at(step)))
+        self._pace = asdict(new)
 
     def _begin_counting(self, trainer: Trainer, pl_module: LightningModule, loaded: dict[str, Any] | None) -> None:
         if loaded is not None:
@@ -191,6 +220,7 @@ class ResumableCallback(Callback):
             "technique": self.technique_state(),
             "rng": gather(mine) if together else [mine],
             "offset": self._offset,
+            "pace": self._pace,
             "inside_epoch": not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -73,6 +73,11 @@ class Scheduled:
             self.ramp = Ramp(**state)
         elif self.ramp is None and not self.constant:
             self.ramp = Ramp.plan(trainer, start_epoch=self.start_epoch, end_epoch=self.end_epoch, every_n_steps=1)
+
+    def follow_epochs(self, moment: Callable[[int], int]) -> None:
+        """Keep the moments in epochs where an epoch has another number of steps from now on."""
+        if self.ramp is not None:
+            self.ramp = self.ramp.moved(moment, interval=1, limit=None)
 
     def at(self, step: int) -> float:
         """Return the number after optimizer step number `step`."""

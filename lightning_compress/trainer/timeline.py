@@ -3,9 +3,48 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How epochs and optimizer steps go together from one step on.
+
+    Example:
+        >>> slow, fast = Pace(step=0, epoch=0.0, steps_per_epoch=10), Pace(step=20, epoch=2.0, steps_per_epoch=40)
+        >>> fast.step_at(slow.epoch_at(30))
+        60
+    """
+
+    step: int
+    epoch: float
+    steps_per_epoch: int
+    began: float = 0.0  # epochs that earlier fits had done
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs that are done after that step."""
+        return self.epoch + (step - self.step) / self.steps_per_epoch
+
+    def step_at(self, epoch: float) -> int:
+        """The step after which so many epochs are done."""
+        return self.step + round((epoch - self.epoch) * self.steps_per_epoch)
+
+
+def steps_per_epoch(trainer: Trainer) -> int | None:
+    """Return the number of optimizer steps of the first epoch, None where the training loader has no length."""
+    return None if math.isinf(trainer.num_training_batches) else _steps_in_epoch(trainer, 0)
+
+
+def epochs_done(trainer: Trainer) -> float:
+    """Return how many epochs of this fit are done, at its start or where it is resumed, as Lightning goes on."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    if math.isinf(trainer.num_training_batches):
+        return float(trainer.current_epoch)
+    inside = 0.0 if batches.is_last_batch else min(1.0, batches.current.ready / trainer.num_training_batches)
+    return trainer.current_epoch + inside
 
 
 def steps_done(trainer: Trainer) -> int:

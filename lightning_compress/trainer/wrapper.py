@@ -48,6 +48,9 @@ class Objective:
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         """Get ready for the first step: the module is on its device. `state` is from a checkpoint's `state`."""
 
+    def follow_epochs(self, moment: Callable[[int], int]) -> None:
+        """Move what is planned: as `ResumableCallback.follow_epochs`."""
+
     def at_step(self, step: int) -> None:
         """Act after optimizer step number `step`; 0 is the moment before the first one."""
 
@@ -286,6 +289,9 @@ class ObjectiveCallback(ResumableCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self.objective.prepare(trainer, pl_module, state)
+
+    def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
+        self.objective.follow_epochs(moment)
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         self.objective.at_step(step)
