@@ -47,6 +47,126 @@ def test_keyword_inputs_and_dict_outputs_of_any_batch_size(tmp_path: Path) -> No
         torch.testing.assert_close(torch.from_numpy(found), expected)
 
 
+class Star(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 4)
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.net(args[0] + args[-1])
+
+
+class Keywords(Star):
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.net(inputs["x"] - inputs["y"])
+
+
+@pytest.mark.parametrize(
+    ("model", "make"),
+    [
+        (Star(), lambda n: torch.randn(n, 8)),
+        (Star(), lambda n: (torch.randn(n, 8), torch.randn(n, 8))),
+        (Keywords(), lambda n: {"x": torch.randn(n, 8), "y": torch.randn(n, 8)}),
+    ],
+)
+def test_a_forward_may_take_what_it_gets(model: nn.Module, make: Any, tmp_path: Path) -> None:
+    program = capture(model, make(2))
+    assert "forward" not in vars(model)
+    save_onnx(program, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for n in (1, 5):
+        inputs = make(n)
+        args, kwargs = (
+            ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+        )
+        expected = model(*args, **kwargs)
+        torch.testing.assert_close(program.module()(*args, **kwargs), expected)
+        names = [one.name for one in session.get_inputs()]
+        feed = dict(zip(names, (one.numpy() for one in (*args, *kwargs.values())), strict=True))
+        torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), expected)
+
+
+class Attending(nn.Module):
+    """Of sentences, with an attention mask over pairs of positions, which has no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
+def sentences(n: int, length: int) -> dict[str, Tensor]:
+    return {"ids": torch.randint(9, (n, length)), "mask": torch.ones(length, length).triu(1).bool()}
+
+
+@pytest.mark.parametrize(("n", "length"), [(1, 5), (5, 5)])
+def test_an_input_without_a_batch_stays_as_it_is(n: int, length: int) -> None:
+    model = Attending().eval()
+    program = capture(model, sentences(n, length))
+    for size in (1, 3, 7):
+        inputs = sentences(size, length)
+        torch.testing.assert_close(program.module()(**inputs), model(**inputs))
+
+
+def test_other_lengths_are_computed_where_they_are_named(tmp_path: Path) -> None:
+    model = TwoInputs().eval()
+    named = {"ids": {1: "length"}, "mask": {-1: "length"}}
+    program = capture(model, batch(4), dynamic=named)
+    save_onnx(program, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for n, length in ((1, 6), (3, 17), (4, 2)):
+        inputs = {"ids": torch.randint(9, (n, length)), "mask": torch.rand(n, length)}
+        expected = model(**inputs)["logits"]
+        torch.testing.assert_close(program.module()(**inputs)["logits"], expected)
+        (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        torch.testing.assert_close(torch.from_numpy(found), expected)
+    positional = capture(model, tuple(batch(4).values()), dynamic={0: {1: "length"}, "mask": {1: "length"}})
+    assert positional.module()(torch.randint(9, (3, 8)), torch.rand(3, 8))["logits"].shape == (3, 2)
+    for wrong, words in (
+        ({"idz": {1: "length"}}, "'idz', no tensor among the inputs 'ids', 'mask'"),
+        ({"ids": {2: "n"}}, r"dimension 2 of 'ids', whose shape is \(4, 6\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            capture(model, batch(4), dynamic=wrong)
+
+
+class Positional(nn.Module):
+    """No longer than its table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(6, 4))
+        self.embed = nn.Embedding(9, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embed(ids) + self.positions[: ids.shape[1]]
+
+
+def test_the_longest_inputs_may_be_the_example() -> None:
+    model = Positional()
+    program = capture(model, torch.randint(9, (2, 6)), dynamic={"ids": {1: "length"}})
+    for length in (2, 4, 6):
+        ids = torch.randint(9, (3, length))
+        torch.testing.assert_close(program.module()(ids), model(ids))
+
+
+def test_a_language_model_is_captured_without_its_cache() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    program = capture(model, {"input_ids": torch.randint(16, (2, 5))})
+    assert config.use_cache
+    ids = torch.randint(16, (3, 5))
+    torch.testing.assert_close(
+        program.module()(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_the_model_keeps_its_mode_and_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Dropout())
     model[2].eval()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.attention import make_sliceable
-from lightning_compress.core.evaluation import buffers_restored, entries_restored, renew_caches
+from lightning_compress.core.evaluation import buffers_restored, caches_off, entries_restored, renew_caches
 from lightning_compress.core.groups import Attribute, ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs, call
 from lightning_compress.core.slicing import Slices, named_tensors
@@ -121,7 +121,7 @@ def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    with entries_restored(model), buffers_restored(model):
+    with caches_off(model), entries_restored(model), buffers_restored(model):
         renew_caches(model)
         return tensors_of(call(model, example_inputs))
 

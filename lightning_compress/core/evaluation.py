@@ -140,6 +140,23 @@ def _refill(container: Any, content: list[Any]) -> None:
         container.extend(content)
 
 
+@contextmanager
+def caches_off(model: nn.Module) -> Iterator[None]:
+    """Have language models of `transformers` return no keys and values for the next token.
+
+    Their class is none that torch.export knows, and what they hold is no output of the network.
+    """
+    configs = [vars(one) for module in model.modules() if hasattr(one := vars(module).get("config"), "__dict__")]
+    using = [config for config in configs if config.get("use_cache") is True]
+    try:
+        for config in using:
+            config["use_cache"] = False
+        yield
+    finally:
+        for config in using:
+            config["use_cache"] = True
+
+
 def take_rounding_away(model: nn.Module) -> None:
     """Let layers see their real inputs, within `entries_restored`, where hooks that say `rounds` change them.
 

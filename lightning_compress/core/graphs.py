@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from lightning_compress.core.evaluation import caches_off
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.operators import Average, Call, run_rule, unknown, values_in
 from lightning_compress.core.units import Layer, Units, Value
@@ -84,7 +85,7 @@ def export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
     else:
         args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), caches_off(model):
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from lightning_compress.core.files import replacing
-from lightning_compress.core.inputs import ExampleInputs, call, tensors
+from lightning_compress.core.inputs import ExampleInputs, tensors
+from lightning_compress.deploy.axes import Axes, arguments
 from lightning_compress.deploy.marks import mark_inputs, translations
 from lightning_compress.deploy.program import compare
 from lightning_compress.quantization.input_grids import InputGrid
@@ -77,24 +78,26 @@ def save_onnx(
         if names := onnx_graph.float_layers(model):
             log.warning("Inputs are quantized but weights stay float: %s.", ", ".join(names))
         onnx_graph.strip(model)
-    args, kwargs = program.example_inputs
-    inputs = (*args, kwargs) if calibration is None else calibration
+    network = program.module()
+    examples: list[Any] = [program.example_inputs] if calibration is None else [arguments(calibration)]
+    if calibration is None and not is_quantized and (axes := Axes.of_program(program)).sizes:
+        examples.append(axes.others(lambda inputs: network(*inputs[0], **inputs[1])))
     with replacing(path) as temporary:
         if is_quantized:
             temporary.write_bytes(model.SerializeToString())
         else:
             converted.save(temporary)
-        found = [torch.from_numpy(value) for value in _run(temporary, inputs)]
-        with torch.no_grad():
-            network = program.module()
-            expected = network(*args, **kwargs) if calibration is None else call(network, calibration)
-        what = "The ONNX file, run by onnxruntime,"
-        if is_quantized:
-            fewest = min(grid.bits for grid in (grids or {}).values())
-            allowed = next(part for bits, part in _ROUNDING.items() if fewest >= bits)
-            _compare_rounded(tensors((expected,)), found, what, allowed=allowed)
-        else:
-            compare(tensors((expected,)), found, what)
+        for args, kwargs in examples:
+            found = [torch.from_numpy(value) for value in _run(temporary, (*args, kwargs))]
+            with torch.no_grad():
+                expected = network(*args, **kwargs)
+            what = "The ONNX file, run by onnxruntime,"
+            if is_quantized:
+                fewest = min(grid.bits for grid in (grids or {}).values())
+                allowed = next(part for bits, part in _ROUNDING.items() if fewest >= bits)
+                _compare_rounded(tensors((expected,)), found, what, allowed=allowed)
+            else:
+                compare(tensors((expected,)), found, what)
 
 
 def _run(model: Path | bytes, example_inputs: ExampleInputs) -> list[Any]:

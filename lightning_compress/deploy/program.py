@@ -9,62 +9,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.evaluation import caches_off, evaluating
 from lightning_compress.core.files import replacing
 from lightning_compress.core.inputs import ExampleInputs, call
+from lightning_compress.deploy.axes import BATCH, Axes, arguments, spelled_out
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
+def capture(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    dynamic: Mapping[str | int, Mapping[int, str]] | None = None,
+) -> ExportedProgram:
     """Return the network's evaluation-mode computation as a program for any batch size.
 
     Args:
         model: Any module that `torch.export` takes, on the CPU; it stays as it is.
-        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; the first dimension of
-            every tensor is the batch.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments. The first dimension of
+            the first tensor is the batch, and so is that of every other that has as many entries there, unless the
+            model then fails, as with a mask of shape (T, T).
+        dynamic: Further dimensions that may have other sizes than in the example, by the input's name or position:
+            {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}. Those of one name have one size.
 
     Raises:
-        ValueError: The program computes something else than the model, on a batch of another size.
+        ValueError: The program computes something else than the model, on inputs of other sizes; the model does not run
+            with these; `dynamic` names what is no dimension of an input.
 
     Example:
         >>> program = capture(nn.Linear(4, 2), torch.zeros(3, 4))
         >>> program.module()(torch.zeros(7, 4)).shape
         torch.Size([7, 2])
     """
-    args, kwargs = _arguments(_resized(example_inputs, 2))  # of size 1 a dimension would not count as dynamic
-    batch = Dim("batch")
-    dynamic = tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None, (args, kwargs))
-    with evaluating(model):
-        shapes = dynamic[1] if kwargs else dynamic[0]
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-        other = _resized(example_inputs, 3)
+    with evaluating(model), caches_off(model):
+        axes = Axes.of(model, example_inputs, dynamic or {})
+        small = axes.resized({name: 2 if name == BATCH else max(size, 2) for name, size in axes.sizes.items()})
+        try:
+            program = _export(model, small, axes, {name: Dim(name) for name in axes.sizes})
+        except torch._dynamo.exc.UserError:  # some have bounds, as a table of positions has, which are then found
+            found = {name: Dim(name) if name == BATCH else Dim.DYNAMIC for name in axes.sizes}
+            program = _export(model, small, axes, found)
+        other = axes.others(lambda inputs: call(model, inputs))
         compare(call(model, other), call(program.module(), other), "The exported program")
     return program
+
+
+def _export(model: nn.Module, inputs: ExampleInputs, axes: Axes, dims: Mapping[str, Any]) -> ExportedProgram:
+    args, kwargs = arguments(inputs)
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for leaf, named in zip(tree_leaves((args, kwargs)), axes.named, strict=True):
+        if named:
+            shapes[leaf] = {dim: dims[name] for dim, name in named.items()}
+    with spelled_out(model, args, kwargs):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
 
 def save_program(program: ExportedProgram, path: str | Path) -> None:
     """Write what `torch.export.load(path).module()` reads and runs; the file appears whole or not at all."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.export.save(program, file)
-
-
-def _arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
-
-
-def _resized(example_inputs: ExampleInputs, size: int) -> ExampleInputs:
-    """As many samples as asked for, again from the first after the last."""
-    plain = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
-
-    def resize(leaf: Any) -> Any:
-        has_batch = isinstance(leaf, Tensor) and leaf.dim() > 0
-        return leaf[torch.arange(size) % len(leaf)] if has_batch else leaf
-
-    resized: ExampleInputs = tree_map(resize, plain)
-    return resized
 
 
 def compare(expected: Any, found: Any, what: str) -> None:

@@ -30,7 +30,7 @@ def select_output(output: Any, selector: str | int | None = None) -> Tensor:
         return output
     found: Any = None
     if selector is None:
-        found = getattr(output, "logits", None)
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     elif isinstance(selector, int):
         if isinstance(output, tuple | list) and -len(output) <= selector < len(output):
             found = output[selector]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.inputs import ExampleInputs, to_device
+from lightning_compress.core.inputs import batch_size as batched
 from lightning_compress.trainer.inputs import inputs_of
 
 
@@ -34,6 +37,11 @@ def samples(module: LightningModule, datamodule: LightningDataModule, *, batch_s
     """
     loader = datamodule.train_dataloader()
     loader = loader[0] if isinstance(loader, list | tuple) else loader
-    inputs: Any = inputs_of(next(iter(loader)), module)
-    first: ExampleInputs = tree_map(lambda leaf: leaf[:batch_size] if isinstance(leaf, Tensor) else leaf, inputs)
-    return first
+    inputs: Any = inputs_of(next(iter(loader)), module, partial(to_device, device=module.device))
+    n = batched(inputs)
+
+    def first(leaf: Any) -> Any:
+        return leaf[:batch_size] if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,) else leaf
+
+    few: ExampleInputs = tree_map(first, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    return few

@@ -81,7 +81,8 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
 
     Args:
         found: A tensor, or a dict, tuple, list or object that has it.
-        output: Key, position or attribute; a tensor is taken as it is.
+        output: Key, position or attribute; None: `logits`, as networks of `transformers` have it; a tensor is taken as
+            it is.
         who: Whose output it is, for the message.
 
     Raises:
@@ -92,6 +93,9 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
         tensor([1.])
     """
     picked: Any = found
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    if output is None and isinstance(logits, Tensor):
+        return logits
     if output is not None and not isinstance(found, Tensor):  # of student and teacher, one may return just the tensor
         try:
             if isinstance(found, Mapping | tuple | list) and not (isinstance(output, str) and hasattr(found, output)):

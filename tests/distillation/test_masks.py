@@ -245,3 +245,39 @@ def test_regressors_of_one_number_per_sample() -> None:
     quiet_trainer(max_epochs=1).fit(DistillationModule(student, teacher, loss="logit_regression"), vectors())
     for name, value in by_hand.state_dict().items():
         torch.testing.assert_close(student.state_dict()[name], value)
+
+
+class Returned:
+    def __init__(self, logits: Tensor) -> None:
+        self.loss, self.logits = logits.sum(), logits
+
+
+class Returning(Detector):
+    """As networks of transformers, which return an object, or a dict, with the logits in it."""
+
+    def __init__(self, as_dict: bool) -> None:
+        super().__init__()
+        self.as_dict = as_dict
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.b(self.a(x).relu())
+        return {"loss": y.sum(), "logits": y} if self.as_dict else Returned(y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output = self(batch[0])
+        return (output["logits"] if self.as_dict else output.logits).square().mean()
+
+
+def test_the_logits_of_an_output_are_understood() -> None:
+    torch.manual_seed(0)
+    student, teacher = Returning(as_dict=False), Returning(as_dict=True)
+    by_hand = copy.deepcopy(student)
+    optimizer = by_hand.configure_optimizers()
+    for (x,) in vectors():
+        optimizer.zero_grad()
+        y = by_hand(x).logits
+        (0.1 * y.square().mean() + 0.9 * soft(y, teacher(x)["logits"].detach())).backward()
+        optimizer.step()
+    quiet_trainer(max_epochs=1).fit(DistillationModule(student, teacher), vectors())
+    for name, value in by_hand.state_dict().items():
+        torch.testing.assert_close(student.state_dict()[name], value, rtol=1e-4, atol=1e-6)
