@@ -6,6 +6,7 @@ written to scratch writers, and the cheapest one kept.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -32,6 +33,7 @@ class Writer(ABC):
         bits: What it costs, so far.
         raws: What goes beside the stream: numbers of bytes, and what makes them.
         filled: Of the last zero map that was written: how many entries of each row are not zero.
+        limit: What a scratch writer must stay below to be of use.
     """
 
     adaptive = False  # whether `binary` is there
@@ -41,6 +43,7 @@ class Writer(ABC):
         self.bits = 0.0
         self.raws: list[tuple[int, Callable[[], Iterable[bytes]]]] = []
         self.filled: Array | None = None
+        self.limit = math.inf
 
     def scratch(self: W) -> W:
         """Return an empty writer of the same kind, after the same zero map."""
@@ -59,6 +62,7 @@ class Writer(ABC):
         best: tuple[W, T] | None = None
         for way in ways:
             scratch = self.scratch()
+            scratch.limit = math.inf if best is None else best[0].bits
             told = way(scratch)
             if best is None or scratch.bits < best[0].bits:
                 best = scratch, told

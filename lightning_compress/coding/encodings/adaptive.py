@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from functools import cache
 
@@ -66,6 +67,22 @@ def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: i
 
     _walk(map_TJ.shape, lag, RATES[rate], _classes(inputs, axis), known)
     writer.binary(map_TJ.reshape(-1), np.concatenate(found))
+
+
+def least_bits(present: Array, rows: int, axis: int, inputs: Array | None) -> float:
+    """Return what `write_adaptive` takes at least, whatever its rate: settings and the first block."""
+    map_TJ = _steps(present, rows, axis)
+    bits = 0.0
+
+    def first(step: int, lanes: slice, chances: Array) -> Array:
+        nonlocal bits
+        taken = np.where(map_TJ[step, lanes], chances, TOTAL - chances)
+        bits = float((PRECISION - np.log2(taken)).sum())
+        raise StopIteration
+
+    with suppress(StopIteration):
+        _walk(map_TJ.shape, 2, RATES[0], _classes(inputs, axis), first)
+    return math.log2(2 * len(RATES) * _LAGS) + bits
 
 
 def read_adaptive(reader: Reader, out: Array, rows: int, inputs: Array | None) -> None:

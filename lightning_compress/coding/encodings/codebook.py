@@ -17,6 +17,7 @@ from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
 _HASHED = 512  # distinct values that are looked up by a perfect hash; more are searched
 _STEP = 1 << 16  # patterns that are looked up at once, so that they stay in the cache
 _SAMPLE = 1 << 18
+_GLANCE = 1 << 13  # of the sample: enough to see that values are all different
 
 
 def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
@@ -29,7 +30,10 @@ def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
         >>> table.tolist(), index.tolist()
         ([3, 7], [1, 0, 1, 1])
     """
-    table = np.unique(words[:: max(1, len(words) // _SAMPLE)][:_SAMPLE])
+    sample = words[:: max(1, len(words) // _SAMPLE)][:_SAMPLE]
+    if len(np.unique(sample[:_GLANCE])) > MAX_SYMBOLS:
+        return None
+    table = np.unique(sample)
     while len(table) <= MAX_SYMBOLS:
         find, kind = _finder(table), np.uint8 if len(table) <= 256 else np.uint16
         index = np.empty(len(words), kind)

@@ -24,6 +24,7 @@ _LIKELY = (1, 127, 128, 7, 8, 15, 3)  # the integer of a channel's largest magni
 _POSSIBLE = tuple(range(1, 129))
 _ULPS = (0, 1, -1, 2, -2)
 _ROUNDS = ((_LIKELY, 16), (_POSSIBLE, 64))  # integers to try, and the entries of a channel that they are tried on first
+_FEW = 4  # entries of a channel that rule out most integers
 _CHANNELS = 64  # that are tried together
 _AT_ONCE = 1 << 18  # entries that are tried together
 
@@ -128,8 +129,11 @@ def _solve(words: Words, dtype: torch.dtype, starts: Array) -> Tensor | None:
     for integers, probed in _ROUNDS:
         places = torch.from_numpy(starts[:, None] + np.arange(probed) % lengths[:, None])
         for some in torch.split(torch.nonzero(unsolved)[:, 0], _CHANNELS):
-            candidates = torch.stack(list(_candidates(least[some], largest[some], integers, dtype)), 1)
-            fits = _exact(values[places[some]][:, None, :], candidates[:, :, None]).all(2)
+            candidates = _candidates(least[some], largest[some], integers, dtype)
+            probes = values[places[some]]
+            fits = _exact(probes[:, None, :_FEW], candidates[:, :, None]).all(2)  # next to none does
+            left = fits.any(0).nonzero()[:, 0]
+            fits[:, left] &= _exact(probes[:, None, :], candidates[:, left, None]).all(2)
             scales[some] = candidates.gather(1, fits.byte().argmax(1, keepdim=True))[:, 0]  # the first that fits
         unsolved = torch.zeros(len(starts), dtype=torch.bool)
         unsolved[owner[~_exact(values, scales[owner])]] = True
@@ -138,16 +142,18 @@ def _solve(words: Words, dtype: torch.dtype, starts: Array) -> Tensor | None:
     return None
 
 
-def _candidates(least: Tensor, largest: Tensor, integers: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
-    yield least.to(dtype)
-    for magnitudes, divisors in ((least, (2, 3)), (largest, integers)):
-        for divisor in divisors:
-            nearest = (magnitudes / divisor).to(dtype)
-            for ulps in _ULPS:
-                moved = nearest
-                for _ in range(abs(ulps)):
-                    moved = torch.nextafter(moved, torch.full_like(moved, torch.inf if ulps > 0 else 0.0))
-                yield moved
+def _candidates(least: Tensor, largest: Tensor, integers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The scales to try, channels x scales: the likeliest first."""
+    quotients = torch.cat([least[:, None] / _divisors((2, 3)), largest[:, None] / _divisors(integers)], 1).to(dtype)
+    moved = {0: quotients}
+    for sign, end in ((1, torch.inf), (-1, 0.0)):
+        for ulps in (1, 2):
+            moved[sign * ulps] = torch.nextafter(moved[sign * (ulps - 1)], torch.full_like(quotients, end))
+    return torch.cat([least.to(dtype)[:, None], torch.stack([moved[ulps] for ulps in _ULPS], 2).flatten(1)], 1)
+
+
+def _divisors(integers: Sequence[int]) -> Tensor:
+    return torch.tensor(integers, dtype=torch.float64)
 
 
 def _exact(values: Tensor, scales: Tensor) -> Tensor:

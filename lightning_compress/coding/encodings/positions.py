@@ -8,12 +8,13 @@ RELATIVE   Deep Compression: the number of zeros before each, in k bits; where 2
 
 from __future__ import annotations
 
+import math
 from math import prod
 from typing import TypeVar
 
 import numpy as np
 
-from lightning_compress.coding.encodings.adaptive import MOST_STEPS, RATES, read_adaptive, write_adaptive
+from lightning_compress.coding.encodings.adaptive import MOST_STEPS, RATES, least_bits, read_adaptive, write_adaptive
 from lightning_compress.coding.streams import Array, Reader, Writer
 
 W = TypeVar("W", bound=Writer)
@@ -22,23 +23,37 @@ _MOST_BITS = 12  # of a gap
 _LEAST_LEARNED, _MOST_LEARNED, _ALL_RATES = 256, 1 << 22, 1 << 19  # entries: where learning pays, and the time is there
 
 
-def write_map(writer: Writer, present: Array, shape: tuple[int, ...]) -> None:
-    """Write which entries are not zero, with one probability for all, or with learned ones."""
+def write_map(writer: Writer, present: Array, shape: tuple[int, ...], limit: float = math.inf) -> None:
+    """Write which entries are not zero, with one probability for all, or with learned ones.
+
+    Args:
+        writer: What they are written to.
+        present: Whether each entry is not zero.
+        shape: That of the tensor.
+        limit: Of no use is what takes more bits; nothing is learned then.
+    """
     if writer.adaptive and shape and _LEAST_LEARNED <= len(present) <= _MOST_LEARNED:
-        _write_cheapest(writer, present, shape)
+        _write_cheapest(writer, present, shape, limit)
     else:
         _write_one_chance(writer, present)
     writer.filled = _filled(present, shape, writer.filled)
 
 
-def _write_cheapest(writer: Writer, present: Array, shape: tuple[int, ...]) -> None:
+def _write_cheapest(writer: Writer, present: Array, shape: tuple[int, ...], limit: float) -> None:
     rows = shape[0]
     axes = [axis for axis, steps in enumerate((rows, len(present) // rows)) if steps <= MOST_STEPS]
+    plain = writer.scratch()
+    _write_one_chance(plain, present)
+    inputs = _inputs(writer.filled, shape)
+    least = 1 + min(least_bits(present, rows, axis, inputs) for axis in axes)
+    if least > min(plain.bits, limit) + 1e-6:
+        writer.extend(plain)
+        return
     axis, best = min(((axis, _learned(writer, present, shape, axis, 0)) for axis in axes), key=lambda one: one[1].bits)
     if len(present) <= _ALL_RATES:
         others = (_learned(writer, present, shape, axis, rate) for rate in range(1, len(RATES)))
         best = min([best, *others], key=lambda one: one.bits)
-    writer.cheapest([lambda one: _write_one_chance(one, present), lambda one: one.extend(best)])
+    writer.extend(best if best.bits < plain.bits else plain)
 
 
 def _write_one_chance(writer: Writer, present: Array) -> None:

@@ -40,6 +40,7 @@ class Encoding:
         return replace(self, name=f"{_PLACES[places]}, {self.name}") if places else self
 
 
+_WritePlaces = Callable[[Writer, float], None]  # takes the bits that are left, of which more are of no use
 _EMPTY, _ALL_ZERO = Encoding("empty"), Encoding("all zero", 1)
 
 
@@ -53,30 +54,36 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
     if table is None or len(words) <= _LARGE:  # with a table nobody looks at the zeros of a large tensor
         words = patterns.one_zero(words, dtype)
 
-    def at(places: int, write_places: Callable[[Writer], None], values: _Content) -> Callable[[Writer], Encoding]:
+    def at(
+        places: int, write_places: Callable[[Writer, float], None], values: _Content
+    ) -> Callable[[Writer], Encoding]:
         def write(one: Writer) -> Encoding:
             one.uniform([places], len(_PLACES))
-            write_places(one)
-            return _write_values(one, values, dtype, shape, half=half).at(places)
+            rest = one.scratch()
+            encoding = _write_values(rest, values, dtype, shape, half=half).at(places)
+            write_places(one, one.limit - one.bits - rest.bits)
+            rest.filled = one.filled
+            one.extend(rest)
+            return encoding
 
         return write
 
     present = _present(words, table)
     count = int(np.count_nonzero(present))
-    ways = [at(positions.DENSE, lambda one: None, _Content(words, table))]
+    ways = [at(positions.DENSE, lambda one, limit: None, _Content(words, table))]
     if len(words) > _LARGE and 2 * count < len(words):
         ways = []
     if len(words) - count > _FEW_ZEROS * len(words) or count < len(words) <= _SMALL:
         others = codebook.without_zero(table, present)
         sparse = _Content(words[present] if others is None else codebook.entries(*others), others, present)
-        ways.append(at(positions.MAP, lambda one: positions.write_map(one, present, shape), sparse))
+        ways.append(at(positions.MAP, lambda one, limit: positions.write_map(one, present, shape, limit), sparse))
         if writer.relative and count:
             width = positions.best_width(present)
             padded, gaps = positions.padded(present, width)
             filled = np.zeros(len(words), np.bool_)
             filled[padded] = True
             values = _Content(words[padded], codebook.distinct(words[padded], dtype), filled)
-            ways.append(at(positions.RELATIVE, lambda one: positions.write_relative(one, gaps, width), values))
+            ways.append(at(positions.RELATIVE, lambda one, limit: positions.write_relative(one, gaps, width), values))
     return writer.cheapest(ways)
 
 
