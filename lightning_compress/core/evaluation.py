@@ -33,7 +33,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         True
     """
     with random_state_restored(model), torch.no_grad(), buffers_restored(model), modes_restored(model):
-        model.eval()
+        set_mode(model, False)
         yield
 
 
@@ -44,14 +44,24 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     with ExitStack() as back:
         for module, training in modes:
             back.callback(setattr, module, "training", training)
-        back.callback(lambda: model.train(mode))
+        back.callback(set_mode, model, mode)
         yield
+
+
+def set_mode(module: nn.Module, training: bool) -> None:
+    """Call `train`, also where there are parts that know no modes, as those that torch.export made."""
+    try:
+        module.train(training)
+    except NotImplementedError:
+        for child in module.children():
+            set_mode(child, training)
+        module.training = training
 
 
 def renew_caches(model: nn.Module) -> None:
     """Let modules drop what they keep for evaluation, or make it anew: they do so when the mode changes."""
     with modes_restored(model):
-        model.train(not model.training)
+        set_mode(model, not model.training)
 
 
 @contextmanager

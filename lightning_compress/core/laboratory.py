@@ -18,10 +18,11 @@ from lightning_compress.core.evaluation import (
     entries_restored,
     modes_restored,
     random_state_restored,
+    set_mode,
     take_rounding_away,
 )
 from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.core.scripts import scripts_callable
+from lightning_compress.core.scripts import convert, scripts_callable
 
 
 @contextmanager
@@ -54,8 +55,8 @@ def laboratory(model: nn.Module) -> Iterator[None]:
         for context in (modes_restored(model), all_sliceable(model), scripts_callable(model), _Doubles()):
             back.enter_context(context)
         torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
-        model.train()
-        model.eval()  # in two steps, so that what modules keep for evaluation is made anew of these weights
+        set_mode(model, True)
+        set_mode(model, False)  # in two steps, so that what modules keep for evaluation is made anew of these weights
         yield
 
 
@@ -98,7 +99,12 @@ class _Doubles(TorchFunctionMode):
     ) -> Any:
         if func in _TO_LESS:
             return args[0].double()
-        if getattr(func, "__name__", "") in ("cfloat", "chalf"):
+        name = getattr(func, "__name__", "")
+        if name in _SINGLE:  # nothing but rounding is lost, and the planner does not look into them
+            return convert(
+                torch.float64, torch.float32, func(*convert(torch.float32, torch.float64, args), **(kwargs or {}))
+            )
+        if name in ("cfloat", "chalf"):
             return args[0].cdouble()
         if func in _DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
@@ -115,6 +121,7 @@ class _Doubles(TorchFunctionMode):
 _LESS = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | dict.fromkeys(
     (torch.complex32, torch.complex64), torch.complex128
 )
+_SINGLE = ("_grouped_mm", "_scaled_mm")  # have no kernel for double precision
 _TO_LESS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 

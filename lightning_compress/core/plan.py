@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.conditioning import conditioned
 from lightning_compress.core.cutting import TOLERANCE, compare, run
-from lightning_compress.core.evaluation import entries_restored
+from lightning_compress.core.evaluation import entries_restored, set_mode
 from lightning_compress.core.graphs import OUTPUT, READINGS, Places, Walk, export
 from lightning_compress.core.groups import SINGLE, Attribute, ChannelGroup, Member
 from lightning_compress.core.inputs import ExampleInputs, batch_size, tensors
@@ -44,10 +44,10 @@ class Plan:
         factors = conditioned(model, inputs)
         programs = []
         for training in (False, True):
-            model.train(training)
+            set_mode(model, training)
             with entries_restored(model):  # what the code keeps for its next call is fake here
                 programs.append(export(model, inputs))
-        model.eval()
+        set_mode(model, False)
         returned = programs[0].graph_signature.output_specs
         if not any(one.kind == OutputKind.USER_OUTPUT and isinstance(one.arg, TensorArgument) for one in returned):
             raise ValueError(f"{type(model).__name__} returns no tensor, so that no cut of it could be checked.")

@@ -69,8 +69,8 @@ class _Part:
                 except RuntimeError:
                     self._single = True
             if self._single:
-                args, kwargs = _to(torch.float32, torch.float64, (args, kwargs))
-                result = _to(torch.float64, torch.float32, self._method(*args, **kwargs))
+                args, kwargs = convert(torch.float32, torch.float64, (args, kwargs))
+                result = convert(torch.float64, torch.float32, self._method(*args, **kwargs))
             else:
                 result = self._method(*args, **kwargs)
         leaves, spec = tree_flatten(result)
@@ -104,5 +104,6 @@ def _empty(value: Any) -> Any:
     return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
 
 
-def _to(dtype: torch.dtype, other: torch.dtype, tree: Any) -> Any:
+def convert(dtype: torch.dtype, other: torch.dtype, tree: Any) -> Any:
+    """Give the tensors of another dtype in nested arguments this one."""
     return tree_map_only(Tensor, lambda one: one.to(dtype) if one.dtype == other else one, tree)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from lightning_compress.core.attributes import VARIANTS, with_attributes
 from lightning_compress.core.calls import Calls, without
 from lightning_compress.core.cutting import TOLERANCE, Drop, compare, run, take
-from lightning_compress.core.evaluation import entries_restored
+from lightning_compress.core.evaluation import entries_restored, set_mode
 from lightning_compress.core.factors import without_factors
 from lightning_compress.core.graphs import export
 from lightning_compress.core.groups import ChannelGroup
@@ -111,11 +111,11 @@ class Trial:
                 return error
         if self._plan.trains_alike:
             return None
-        self._model.train()
+        set_mode(self._model, True)
         try:
             error = self._compared([(group, units) for group, units in drops[0] if group.exact])
         finally:
-            self._model.eval()
+            set_mode(self._model, False)
         return error and f"in training mode {error}"
 
     def _crash(self, groups: Sequence[ChannelGroup]) -> str | None:

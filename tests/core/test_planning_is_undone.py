@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralModel
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.surgery import cut
@@ -114,6 +115,39 @@ def test_networks_with_scripted_parts_are_planned_and_stay(make: Callable[[], nn
     cut(net, X, remove={name: [1, 2] for name in free})
     torch.testing.assert_close(net(X), dense(X))
     assert net.first.out_channels == 4
+
+
+def test_a_part_that_was_exported_is_planned_around() -> None:
+    net = Around(torch.export.export(part(), (Y[:2],)).module())
+    expected, before = net(X), everything(net)
+    groups = {group.name: group for group in channel_groups(net, X)}
+    assert everything(net) == before
+    assert torch.equal(net(X), expected)
+    assert {"first", "after"} <= {name for name, group in groups.items() if group.frozen is None}
+    dense = copy.deepcopy(net)
+    dense.first.weight.data[[1, 2]] = 0
+    dense.first.bias.data[[1, 2]] = 0
+    cut(net, X, remove={"first": [1, 2]})
+    torch.testing.assert_close(net(X), dense(X))
+
+
+def test_an_operator_without_double_precision_is_planned_around() -> None:
+    config = MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    model = MixtralModel(config).eval()
+    groups = {group.name: group for group in channel_groups(model, {"input_ids": torch.arange(10).view(2, 5)})}
+    assert groups["layers.0.self_attn.q_proj"].frozen is None
+    assert "is unknown to the planner" in str(groups["layers.0.mlp.experts.down_proj"].frozen)
 
 
 class Restless(nn.Module):
