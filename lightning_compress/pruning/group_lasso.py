@@ -50,8 +50,8 @@ class GroupLassoCallback(CompressionCallback):
             "shape" all that stand at one position (input channel, row, column) of the filters; for linear layers these
             are rows, columns, and columns. "group" takes everything that produces a channel, in all tensors (weights,
             biases, scale and shift of norms), so that what is zero can be cut out; only channels whose cut is exact.
-        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution. With
-            "group", a channel group is taken when one of the tensors that produce it is named.
+        target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
+            an optimizer trains when the fit begins and that the code of `forward` (or `network`) reaches. With "group", a channel group is taken when one of the tensors that produce it is named.
         exclude: Patterns to leave out.
         proximal: Whether groups are shrunk after the step, instead of a gradient added before it.
         shrink: When channels that are exactly zero leave the network for good: "never", or "on_fit_end", which needs

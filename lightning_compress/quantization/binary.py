@@ -48,7 +48,8 @@ class BinaryWeightsCallback(LatentCallback):
         lr_scale: "glorot" divides every update of the real weights by sqrt(1.5 / (fan_in + fan_out)), after the
             optimizer and thus with Adam too.
         start_epoch: When weights become binary, in epochs, which may be fractions.
-        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution.
+        target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
+            an optimizer trains when the fit begins and that the code of `forward` reaches.
         exclude: Patterns to leave out.
 
     Raises:

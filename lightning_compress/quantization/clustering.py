@@ -58,8 +58,9 @@ class WeightClusteringCallback(QuantizingCallback):
         gradient: "mean" keeps the scale of a single weight's gradient, and so the optimizer's settings. "sum" is the
             derivative by the shared value; it grows with the cluster, and SGD diverges at its dense learning rate.
         scope: "layer" makes a codebook for each layer, "global" one for all of them together.
-        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution, or
-            what the patterns of `n_clusters` name.
+        target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
+            an optimizer trains when the fit begins and that the code of `forward` reaches, or what the patterns of
+            `n_clusters` name.
         exclude: Patterns to leave out.
 
     Raises:
@@ -140,7 +141,7 @@ class WeightClusteringCallback(QuantizingCallback):
             pl_module,
             self.n_clusters,
             target=self.target,
-            default=self.patterns(pl_module),
+            default=self.patterns(pl_module, named=isinstance(self.n_clusters, Mapping)),
             exclude=self.exclude,
             argument="n_clusters",
             done="clustered",

@@ -46,8 +46,9 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         granularity: "channel" gives each output channel a scale, "tensor" each parameter, as clustered weights need.
         smoothing: How much of its range an input keeps from step to step.
         start_epoch: When it begins, in epochs, which may be fractions: after some epochs of dense training.
-        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution, or
-            what the patterns of `weight_bits` name.
+        target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
+            an optimizer trains when the fit begins and that the code of `forward` reaches, or what the patterns of
+            `weight_bits` name.
         exclude: Patterns to leave out.
 
     Raises:
@@ -126,7 +127,11 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         if self.weight_bits is None:
             return {}
         return bits_by_name(
-            pl_module, self.weight_bits, target=self.target, default=self.patterns(pl_module), exclude=self.exclude
+            pl_module,
+            self.weight_bits,
+            target=self.target,
+            default=self.patterns(pl_module, named=isinstance(self.weight_bits, Mapping)),
+            exclude=self.exclude,
         )
 
     def inputs_of(self, pl_module: LightningModule) -> Collection[str]:

@@ -9,10 +9,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from rich.table import Table
 from rich.text import Text
 
+from lightning_compress.core.select import exact_patterns
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.inspection import Verdict, inspect_neurons, inspect_weights
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.targets import layers_of_fit
 
 STYLES = {"pruned": "bold", "follows": "", "frozen": "yellow", "skipped": "dim"}
 
@@ -25,15 +27,18 @@ def inspect_pruning(
     Raises:
         ValueError: The callback's patterns or its network don't fit the module.
     """
+    target = callback.target
+    if target is None:
+        target = exact_patterns(layers_of_fit(None, module, callback.network).taken) or None
     if callback.granularity == "weight":
-        return inspect_weights(module, callback.target, exclude=callback.exclude)
+        return inspect_weights(module, target, exclude=callback.exclude)
     inputs = callback.example_inputs
     if inputs is None:
         datamodule.prepare_data()
         datamodule.setup("fit")
         inputs = example_inputs(module, datamodule, batch_size=2)
     resolve_network(module, callback.network)
-    return inspect_neurons(module, inputs, callback.target, exclude=callback.exclude, network=callback.network)
+    return inspect_neurons(module, inputs, target, exclude=callback.exclude, network=callback.network)
 
 
 def inspection_table(name: str, callback: IterativePruningCallback, verdicts: list[Verdict]) -> Table:

@@ -125,6 +125,7 @@ class CompressionCallback(TargetingCallback):
         self._project_averages(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._copies = []
         self._unhook()
 
     def _unhook(self) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_compress.core.select import check_computed, exact_patterns
 from lightning_compress.trainer.resume import ResumableCallback
-from lightning_compress.trainer.targets import begun_to_train, described, layers_of_fit
+from lightning_compress.trainer.targets import Layers, begun_to_train, described, layers_of_fit
 
 
 class TargetingCallback(ResumableCallback):
@@ -39,8 +39,12 @@ class TargetingCallback(ResumableCallback):
     def needs_gradients(self) -> bool:
         return False
 
-    def patterns(self, pl_module: LightningModule) -> str | Sequence[str] | None:
+    def patterns(self, pl_module: LightningModule, *, named: bool = False) -> str | Sequence[str] | None:
         """Return what `target` means in this fit, as patterns; None outside of a fit.
+
+        Args:
+            pl_module: The LightningModule.
+            named: Whether another argument names the layers, so that it does not matter if none is left here.
 
         Raises:
             ValueError: `target` is None, and the fit trains no layer that the network uses.
@@ -51,12 +55,14 @@ class TargetingCallback(ResumableCallback):
         if self._default is None:
             if trainer is None or trainer.state.fn != "fit":
                 return None
-            self._default = self._decide_default(trainer, pl_module)
+            layers = layers_of_fit(trainer, pl_module, self.network, frozen=not self.needs_gradients)
+            if named:
+                return exact_patterns(layers.taken)
+            self._default = self._decide_default(pl_module, layers)
         check_computed(pl_module, self._default["taken"], self.exclude)
         return exact_patterns(self._default["taken"])
 
-    def _decide_default(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[str]]:
-        layers = layers_of_fit(trainer, pl_module, self.network, frozen=not self.needs_gradients)
+    def _decide_default(self, pl_module: LightningModule, layers: Layers) -> dict[str, list[str]]:
         said = described(pl_module, layers, follows=self.follows_averages)
         if not layers.taken:
             raise ValueError(

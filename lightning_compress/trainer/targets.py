@@ -36,7 +36,9 @@ class Layers(NamedTuple):
     averages: dict[str, str | None]
 
 
-def layers_of_fit(trainer: Trainer, pl_module: LightningModule, network: str = "", *, frozen: bool = True) -> Layers:
+def layers_of_fit(
+    trainer: Trainer | None, pl_module: LightningModule, network: str = "", *, frozen: bool = True
+) -> Layers:
     """Sort the linear layers and convolutions of a module whose fit begins.
 
     A layer trains if an optimizer has its weight and that requires a gradient; with a callback that unfreezes layers
@@ -44,7 +46,7 @@ def layers_of_fit(trainer: Trainer, pl_module: LightningModule, network: str = "
     `forward` reaches, where it can be read and reaches something that trains. Averages belong to neither.
 
     Args:
-        trainer: Its optimizers exist.
+        trainer: Its optimizers exist. None before any fit: then what requires a gradient counts as trained.
         pl_module: The LightningModule.
         network: Dotted path of the submodule that makes the prediction, where the user has named one.
         frozen: Whether layers may be taken that a callback will unfreeze.
@@ -56,10 +58,11 @@ def layers_of_fit(trainer: Trainer, pl_module: LightningModule, network: str = "
         for name, parameters in layer_weights(module).items()
         if all(map(has_entries, parameters)) and not is_within(name, {*averages})
     }
-    ids = _trained(trainer)
+    ids = _trained(trainer) if trainer is not None else {id(one) for one in module.parameters() if one.requires_grad}
     trained = [name for name, parameters in layers.items() if all(id(one) in ids for one in parameters)]
     later = []
-    if frozen and any(isinstance(one, BaseFinetuning) for one in trainer.callbacks):  # type: ignore[attr-defined]
+    callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    if frozen and any(isinstance(one, BaseFinetuning) for one in callbacks):
         later = [name for name, parameters in layers.items() if not any(one.requires_grad for one in parameters)]
     parts = {network} if network else _parts(module, averages)
     if parts is None or not any(is_within(name, parts) for name in trained):
