@@ -58,8 +58,9 @@ class IterativePruningCallback(BacktrackingCallback):
         end_epoch: Where the ramp ends; by default after two thirds of the planned steps, so that recovery follows.
         every_n_steps: Optimizer steps between events; by default one epoch.
         target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
-            an optimizer trains when the fit begins and that the code of `forward` (or `network`) reaches. Packed weights that are no layer of their own, such as `in_proj_weight` of `nn.MultiheadAttention`, are
-            pruned when a pattern names them.
+            an optimizer trains when the fit begins and that the code of `forward` (or `network`) reaches. Packed
+            weights that are no layer of their own, such as `in_proj_weight` of `nn.MultiheadAttention`, are pruned when
+            a pattern names them.
         exclude: Patterns to leave out.
         regrow: Pruned entries go on training behind the mask and come back when they have grown (dynamic network
             surgery, Guo et al. 2016) until the ramp ends.

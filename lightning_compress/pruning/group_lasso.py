@@ -51,7 +51,8 @@ class GroupLassoCallback(CompressionCallback):
             are rows, columns, and columns. "group" takes everything that produces a channel, in all tensors (weights,
             biases, scale and shift of norms), so that what is zero can be cut out; only channels whose cut is exact.
         target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
-            an optimizer trains when the fit begins and that the code of `forward` (or `network`) reaches. With "group", a channel group is taken when one of the tensors that produce it is named.
+            an optimizer trains when the fit begins and that the code of `forward` (or `network`) reaches. With "group",
+            a channel group is taken when one of the tensors that produce it is named.
         exclude: Patterns to leave out.
         proximal: Whether groups are shrunk after the step, instead of a gradient added before it.
         shrink: When channels that are exactly zero leave the network for good: "never", or "on_fit_end", which needs
