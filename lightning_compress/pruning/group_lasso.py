@@ -23,6 +23,7 @@ from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.inputs import traced_network
 from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
+from lightning_compress.trainer.targets import refuse_average_in_forward
 
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
 LassoShrink = Literal["never", "on_fit_end"]
@@ -205,6 +206,7 @@ class GroupLassoCallback(CompressionCallback):
 
     def _channels(self, trainer: Trainer, pl_module: LightningModule) -> ChannelGroups:
         """The network's channel groups, with names as the LightningModule has them."""
+        refuse_average_in_forward(pl_module, self.network)
         network, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
         return channel_groups(network, inputs).prefixed(self.network)
 

@@ -24,6 +24,7 @@ from lightning_compress.pruning.watching import WatchingCallback
 from lightning_compress.trainer.inputs import resolve_network, traced_network
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.surgery import check_cuts_in_fit, cut_in_fit, follow_loads, keep_metadata
+from lightning_compress.trainer.targets import refuse_average_in_forward
 
 
 class RemovingCallback(WatchingCallback):
@@ -99,6 +100,7 @@ class RemovingCallback(WatchingCallback):
     # ------------------------------------------------------------------ what may go
 
     def _find_channels(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
+        refuse_average_in_forward(pl_module, self.network)
         _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
         channels = PrunableChannels(
             innermost(pl_module),

@@ -77,6 +77,19 @@ def layers_of_fit(
     )
 
 
+def refuse_average_in_forward(pl_module: LightningModule, network: str) -> None:
+    """Raise a ValueError where channels would be looked for in a forward that uses an average of what trains."""
+    module = innermost(pl_module)
+    parts = set() if network else reached_by_forward(module) or set()
+    for path, original in averages_inside(module).items():
+        if is_within(path, parts):
+            raise ValueError(
+                f"The forward of {type(module).__name__} uses {path}, which averages {original or 'a module'} and does "
+                f"not train itself: pass network={original or '...'!r}, with the submodule that trains. Its channels "
+                f"are found then, and the average is cut along."
+            )
+
+
 def unused_layers(pl_module: LightningModule) -> list[str]:
     """Return the names of the linear layers and convolutions that the code of `forward` does not reach."""
     module = innermost(pl_module)

@@ -343,3 +343,23 @@ def test_an_average_of_weights_with_hidden_values_stays_an_average(
         quiet_trainer(callbacks=[TECHNIQUES[technique]()], max_epochs=2).fit(module, loader())
     assert len(module.ema.module[0].weight.abs().unique()) > {"binary": 3, "qat": 24}[technique]
     assert any("ema (an average)" in one for one in caplog.messages)
+
+
+class AverageInForward(Averaging):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if self.training else self.ema(x)
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        lambda **network: IterativePruningCallback(0.5, granularity="neuron", shrink="during_fit", **network),
+        lambda **network: GroupLassoCallback(0.5, granularity="group", proximal=True, shrink="on_fit_end", **network),
+    ],
+)
+def test_channels_of_a_forward_that_uses_the_average_are_those_of_what_trains(technique: Any) -> None:
+    with pytest.raises(ValueError, match=r"uses ema, which averages net .* pass network='net'"):
+        quiet_trainer(callbacks=[technique()], max_epochs=2).fit(AverageInForward(), loader())
+    module = AverageInForward()
+    quiet_trainer(callbacks=[technique(network="net")], max_epochs=6).fit(module, loader())
+    assert module.net[0].out_features == module.ema.module[0].out_features < 12
