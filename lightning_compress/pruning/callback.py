@@ -296,11 +296,8 @@ class IterativePruningCallback(BacktrackingCallback):
                     for other in _others(pl_module):
                         other.leave_out(self.masks)
             self.current_amount = amount
-            least = {
-                name: least_left(self._entries.get(name, mask.numel()), amount, self.min_left)
-                for name, mask in self.masks.items()
-                if self._neurons is None and self.scope == "global"
-            }
+            counted = self._neurons is None and self.scope == "global"
+            least = least_left(self._entries, amount, self.min_left) if counted else {}
             warn_of_thin_layers(self.masks, least, self.min_left, self._emptied)
         if self._statistic is not None:
             self._statistic.reset()

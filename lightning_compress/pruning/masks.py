@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -35,8 +34,8 @@ def prune_weights(
         absolute: The importance is the score's absolute value.
         alive: Masks that hold already; what is dropped there stays dropped.
         left: How many of the original entries have left each tensor for good: they count as dropped.
-        min_left: What of each tensor's original entries stays at least with scope="global", as far as it is alive: this
-            fraction, but no more than half of the fraction that stays of all.
+        min_left: Fraction of each tensor's original entries that stays at least with scope="global", as far as they are
+            alive; see `least_left`.
 
     Raises:
         ValueError: A score is NaN.
@@ -49,11 +48,9 @@ def prune_weights(
         {'a': [0, 1, 0, 1], 'b': [0, 1]}
         >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5, left={"b": 2}).items()}
         {'a': [0, 1, 0, 1], 'b': [1, 1]}
-        >>> {name: mask.int().tolist() for name, mask in prune_weights(scores, 0.5, min_left=0.25).items()}
-        {'a': [0, 0, 0, 1], 'b': [1, 1]}
-        >>> small = scores | {"a": scores["a"] / 100}
-        >>> {name: mask.int().tolist() for name, mask in prune_weights(small, 0.67, min_left=0.25).items()}
-        {'a': [0, 0, 0, 1], 'b': [0, 1]}
+        >>> small = {"a": torch.tensor([0.1, 0.4, 0.3, 0.2]), "b": torch.arange(1.0, 7.0)}
+        >>> {name: mask.int().tolist() for name, mask in prune_weights(small, 0.5, min_left=0.01).items()}
+        {'a': [0, 1, 0, 0], 'b': [0, 0, 1, 1, 1, 1]}
     """
     if scope == "layer":
         return {
@@ -62,9 +59,10 @@ def prune_weights(
         }
     n_drop = _drops(scores, scores, amount, alive, left)
     masks = _keep(scores, n_drop, absolute, alive)
+    counts = {name: score.numel() + (left or {}).get(name, 0) for name, score in scores.items()}
     floors = {
-        name: min(least_left(score.numel() + (left or {}).get(name, 0), amount, min_left), _alive(score, alive, name))
-        for name, score in scores.items()
+        name: min(least, _alive(scores[name], alive, name))
+        for name, least in least_left(counts, amount, min_left).items()
     }
     open_names, dropped = list(scores), 0
     while short := [name for name in open_names if int(masks[name].sum()) < floors[name]]:
@@ -79,14 +77,25 @@ def prune_weights(
     return masks
 
 
-def least_left(count: int, amount: float, min_left: float) -> int:
-    """Return how many of a tensor's `count` original entries stay at least when `amount` of all is dropped.
+def least_left(counts: Mapping[str, int], amount: float, min_left: float) -> dict[str, int]:
+    """Return how many entries of every tensor stay at least when `amount` of all of them is dropped.
+
+    It is `min_left` of a tensor's entries, at most half of the fraction that stays of all, and one at least, unless
+    so few stay that half of them are not one for each. So the floors leave room for the amount.
+
+    Args:
+        counts: By name, how many entries each tensor had in the beginning.
+        amount: As for `prune_weights`.
+        min_left: As for `prune_weights`.
 
     Example:
-        >>> least_left(1000, 0.9, 0.01), least_left(1000, 0.996, 0.01), least_left(10, 0.9, 0.01)
-        (10, 2, 1)
+        >>> least_left({"a": 1000, "b": 10}, 0.9, 0.01), least_left({"a": 1000, "b": 10}, 0.999, 0.01)
+        ({'a': 10, 'b': 1}, {'a': 0, 'b': 0})
     """
-    return math.ceil(count * min(min_left, (1 - amount) / 2) - 1e-9)
+    total = sum(counts.values())
+    one = min_left > 0 and 2 * len(counts) <= total - _count(amount, total)
+    fraction = min(min_left, (1 - amount) / 2)
+    return {name: max(int(count * fraction + 1e-9), int(one)) for name, count in counts.items()}
 
 
 def _alive(score: Tensor, alive: Mapping[str, Tensor] | None, name: str) -> int:

@@ -197,7 +197,7 @@ def test_a_parameter_without_gradient_keeps_its_signs() -> None:
     module = SmallModule()
     module.net.hidden.weight.requires_grad_(False)
     signs = module.net.hidden.weight.detach().sign()
-    run(BinaryWeightsCallback(), module=module)
+    run(BinaryWeightsCallback(target="net.*"), module=module)
     assert torch.equal(module.net.hidden.weight.detach(), signs)
 
 
