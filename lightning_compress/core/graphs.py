@@ -36,7 +36,7 @@ class Place:
 
 
 class Places:
-    """The nodes of all parameters and floating-point buffers; tensors that are one and the same have one name."""
+    """The nodes of parameters, and of buffers that hold values or masks; one and the same tensor has one name."""
 
     def __init__(self, model: nn.Module) -> None:
         units = Units()
@@ -51,8 +51,8 @@ class Places:
                 self.by_name[name] = self.by_name[first[id(tensor)]]
                 continue
             first[id(tensor)] = name
-            counts = not (tensor.is_floating_point() or tensor.is_complex() or name in self.parameters)
-            sizes = () if counts else tensor.shape
+            holds = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+            sizes = tensor.shape if holds or name in self.parameters else ()  # other integers count, or name places
             self.by_name[name] = [Place(name, dim, units.new(n)) for dim, n in enumerate(sizes) if n > 1]
         self.names = list(first.values())
         self.count = units.count

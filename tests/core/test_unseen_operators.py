@@ -133,13 +133,19 @@ class Buffers(nn.Module):
         self.a, self.b, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1), nn.Conv2d(6, 2, 1)
         self.norm = Frozen(8) if kind == "frozen norm" else nn.Identity()
         self.kind = kind
-        if kind != "frozen norm":
+        if kind in ("choice", "boolean mask"):
+            self.register_buffer("factor", torch.arange(8).view(8, 1, 1) % 3 > 0)
+        elif kind != "frozen norm":
             self.register_buffer("shift" if kind == "shift" else "factor", torch.ones(8, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.a(x))
         if self.kind == "mask":
             y = F.relu(y) * self.factor
+        if self.kind == "boolean mask":
+            y = F.relu(y) * self.factor
+        if self.kind == "choice":
+            y = torch.where(self.factor, y, F.silu(y))
         if self.kind == "layer scale":
             y = self.factor * y
         if self.kind == "quotient":
@@ -154,6 +160,8 @@ class Buffers(nn.Module):
     [
         ("mask", []),
         ("layer scale", []),
+        ("boolean mask", []),
+        ("choice", []),
         ("quotient", []),
         ("shift", ["shift"]),
         ("frozen norm", ["norm.weight", "norm.bias"]),

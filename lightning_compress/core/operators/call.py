@@ -75,7 +75,7 @@ def run_rule(call: Call) -> Any:
         return unknown(call, f"the operator {call.where} is unknown to the planner")
     try:
         result = known(call)
-    except (IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
         # A rule that meets arguments it was not written for: like an operator without a rule, and said aloud.
         return unknown(call, f"the planner does not understand {call.where}: {type(error).__name__}: {error}")
     if not _fits(result, call.shape):
