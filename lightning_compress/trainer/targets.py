@@ -122,10 +122,12 @@ def described(pl_module: LightningModule, layers: Layers, *, follows: bool) -> s
     apart = {*layers.taken, *layers.untrained, *layers.unused}
     others = [name for name, one in parameters.items() if one.dim() > 1 and name not in apart]
     everything = [*apart, *others]
+    still = [*layers.untrained, *(name for name in others if not parameters[name].requires_grad)]
+    others = [name for name in others if parameters[name].requires_grad]
     said = [
         f"{_listed(names, everything)} ({why})"
         for names, why in (
-            (layers.untrained, "no optimizer trains it"),
+            (still, "no optimizer trains it"),
             (layers.unused, "the network's forward does not use it"),
             (others, "no linear layer or convolution"),
         )
@@ -144,8 +146,8 @@ def described(pl_module: LightningModule, layers: Layers, *, follows: bool) -> s
     total = sum(one.numel() for one in parameters.values())
     share = sum(parameters[name].numel() for name in layers.taken if name in parameters) / max(1, total)
     return (
-        f"the targets are {len(layers.taken)} weights, {share:.0%} of all parameters; {'; '.join(notes)}. To choose "
-        f"others, name them by target=."
+        f"the targets ({len(layers.taken)}) hold {share:.0%} of all parameters; {'; '.join(notes)}. To choose others, "
+        f"name them by target=."
     )
 
 

@@ -178,8 +178,27 @@ def test_what_is_left_alone_is_said_once_with_the_share_of_the_targets(caplog: p
         quiet_trainer(callbacks=[IterativePruningCallback(0.5)], max_epochs=2).fit(module, loader())
     (said,) = [one for one in caplog.messages if "IterativePruningCallback" in one]
     share = 192 / sum(p.numel() for p in module.parameters())
-    assert f"2 weights, {share:.0%} of all parameters" in said
+    assert f"the targets (2) hold {share:.0%} of all parameters" in said
     assert "other (no optimizer trains it)" in said
+
+
+def test_what_is_no_layer_is_said_by_why_it_stays(caplog: pytest.LogCaptureFixture) -> None:
+    class Words(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.table = nn.Embedding(4, WIDTH), nn.Embedding(4, WIDTH).requires_grad_(False)
+            self.rnn = nn.GRU(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            index = torch.zeros(len(x), dtype=torch.long)
+            return self.net(self.rnn(x + self.words(index) + self.table(index))[0])
+
+    module = Words()
+    with caplog.at_level("INFO"):
+        quiet_trainer(callbacks=[IterativePruningCallback(0.5)], max_epochs=2).fit(module, loader())
+    (said,) = [one for one in caplog.messages if "IterativePruningCallback" in one]
+    assert "table (no optimizer trains it), words, rnn (no linear layer or convolution)" in said
+    assert not any((one == 0).any() for one in (module.rnn.weight_hh_l0, module.words.weight))
 
 
 def test_patterns_mean_what_they_say() -> None:
