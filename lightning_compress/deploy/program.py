@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.core.evaluation import caches_off, evaluating
 from lightning_compress.core.files import replacing
 from lightning_compress.core.inputs import ExampleInputs, call
+from lightning_compress.core.slicing import named_tensors
 from lightning_compress.deploy.axes import BATCH, Axes, arguments, spelled_out
 
 
@@ -42,6 +43,8 @@ def capture(
         >>> program.module()(torch.zeros(7, 4)).shape
         torch.Size([7, 2])
     """
+    if empty := next((name for name, one in named_tensors(model).items() if one.is_meta), None):
+        raise ValueError(f"{empty} is on the meta device and has no values: load the model's weights first.")
     with evaluating(model), caches_off(model):
         axes = Axes.of(model, example_inputs, dynamic or {})
         small = axes.resized({name: 2 if name == BATCH else max(size, 2) for name, size in axes.sizes.items()})

@@ -31,7 +31,8 @@ def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Mod
 
     Raises:
         TypeError: One is something else.
-        ValueError: None is given, a file doesn't fit, or one shares parameters with the student.
+        ValueError: None is given, a file doesn't fit, one has no values, is a program in training mode, or shares
+            memory with what the student trains.
     """
     if not given:
         raise ValueError("teacher=[] names no teacher: pass a module, or the path of a checkpoint.")
@@ -39,6 +40,11 @@ def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Mod
     mine = {id(parameter): name for name, parameter in student.named_parameters()}
     for teacher in found:
         _refuse_training_graphs(teacher)
+        if empty := next((name for name, one in named_tensors(teacher).items() if one.is_meta), None):
+            raise ValueError(
+                f"The teacher's {empty} is on the meta device and has no values: load the weights of "
+                f"{type(teacher).__name__} first, or pass their path as the teacher."
+            )
         shared = [mine[id(one)] for one in teacher.parameters() if id(one) in mine and one.requires_grad]
         shared += _in_memory_of(student, teacher)
         if shared:

@@ -58,6 +58,7 @@ class Distillation(Objective):
         self.mask: str | None = settings["mask"]
         self.index: str | int | None = settings["cache"]
         self.cache = OutputCache()
+        self._cached: int | None = None  # the version of the teachers whose outputs are in the cache
         self._step = 0
         self.said: set[str] = set()
         self._check()
@@ -113,7 +114,7 @@ class Distillation(Objective):
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self.teachers.to(module.device, module)
-        self.cache = OutputCache()  # the teachers or the data may be others in a second fit
+        self.cache, self._cached = OutputCache(), None  # the teachers or the data may be others in a second fit
         if self.hints and is_compiled(module):
             raise ValueError(
                 "Hints need the outputs of layers, which torch.compile hides: compile after the fit, or leave them out."
@@ -172,6 +173,13 @@ class Distillation(Objective):
         """Return the teachers' outputs, from the cache where they are there."""
         if index is None:
             return [select_output(found, self.output, "The teacher") for found in self.teachers(args, kwargs)]
+        version = self.teachers.version()
+        if self._cached is not None and self._cached != version:
+            raise ValueError(
+                f"The teacher has changed since its outputs were kept, which cache={self.index!r} goes on with: leave "
+                f"cache= out for a teacher that moves, as an average of the student does."
+            )
+        self._cached = version
         leaves = tree_leaves((args, kwargs))
         others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         keys = checksums([leaf for leaf in leaves if isinstance(leaf, Tensor)], len(index))

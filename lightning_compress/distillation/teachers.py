@@ -63,6 +63,15 @@ class Teachers:
             root.to(device)
         self._settle(student)
 
+    def version(self) -> int:
+        """Return a number that grows whenever a weight or buffer of the networks is written to."""
+        return sum(
+            one._version
+            for root in self.roots
+            for one in (*root.parameters(), *root.buffers())
+            if not one.is_inference()
+        )
+
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return what each network returns for these arguments."""
         outputs = []

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from support.small import CLASSES, FEATURES, plain, quiet_trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_compress import DistillationModule
 from lightning_compress.deploy import capture
+from lightning_compress.distillation.cache import Indexed
 from lightning_compress.distillation.teachers import Teachers
 
 
@@ -193,6 +195,22 @@ def test_a_teacher_that_an_average_moves_is_asked_as_it_is_now() -> None:
     assert all(student.net[1].modes)
 
 
+def test_the_outputs_of_a_teacher_that_moves_are_not_kept() -> None:
+    class Move(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            with torch.no_grad():
+                teacher.weight.mul_(0.5)
+
+    teacher = nn.Linear(FEATURES, CLASSES)
+    loader = DataLoader(Indexed(plain().dataset), batch_size=8)
+    quiet_trainer(max_epochs=2).fit(
+        DistillationModule(Student(nn.Linear(FEATURES, CLASSES)), teacher, cache=-1), loader
+    )
+    module = DistillationModule(Student(nn.Linear(FEATURES, CLASSES)), teacher, cache=-1)
+    with pytest.raises(ValueError, match=r"has changed since its outputs were kept, which cache=-1"):
+        quiet_trainer(max_epochs=2, callbacks=[Move()]).fit(module, loader)
+
+
 def test_running_statistics_that_the_student_shares_are_not_the_teachers_to_change() -> None:
     base = frozen()
     student = Student(nn.Sequential(base, nn.Linear(16, CLASSES)))
@@ -217,6 +235,15 @@ def test_a_teacher_over_the_memory_of_the_student_is_refused(kind: str) -> None:
         DistillationModule(student, teacher)
     student.net.requires_grad_(False)
     DistillationModule(student, teacher)
+
+
+def test_a_teacher_without_values_is_refused() -> None:
+    with torch.device("meta"):
+        teacher = nn.Sequential(nn.Linear(FEATURES, CLASSES))
+    with pytest.raises(ValueError, match=r"The teacher's 0\.weight is on the meta device and has no values"):
+        DistillationModule(Student(nn.Linear(FEATURES, CLASSES)), teacher)
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device and has no values"):
+        capture(teacher, torch.zeros(2, FEATURES))
 
 
 # ------------------------------------------------------------------ exported programs
