@@ -40,6 +40,7 @@ class CompressionCallback(TargetingCallback):
         self._handles: list[RemovableHandle] = []
         self._announced: torch.optim.Optimizer | None = None  # by on_before_optimizer_step, until it has stepped
         self._stepping: torch.optim.Optimizer | None = None
+        self._depth = 0  # of its calls of `step`
         self._known: WeakSet[torch.optim.Optimizer] = WeakSet()  # that have stepped by `step`
         self._said_writes = False
 
@@ -141,7 +142,8 @@ class CompressionCallback(TargetingCallback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._announced = self._stepping = raw_optimizer(optimizer)
+        self._announced = raw_optimizer(optimizer)
+        self._begin_step(self._announced)
         self._known.add(self._announced)
         if self.projection is not None:
             self.projection.open(optimizer)
@@ -149,12 +151,18 @@ class CompressionCallback(TargetingCallback):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if not self.acts_on(optimizer):
             return None
-        self._stepping = self._stepping or optimizer
+        if self._stepping is None:
+            self._begin_step(optimizer)
+        self._depth += self._stepping is optimizer
         if callable(kwargs.get("closure")):
             return args, kwargs | {"closure": self._projected_again(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._projected_again(optimizer, args[1]), *args[2:]), kwargs
         return None
+
+    def _begin_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._stepping is not optimizer:
+            self._stepping, self._depth = optimizer, 0
 
     def _projected_again(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Let every evaluation of the loss see projected weights, where an optimizer needs several within its step."""
@@ -186,8 +194,9 @@ class CompressionCallback(TargetingCallback):
         announced = self._announced is optimizer
         if not announced and not self.acts_on(optimizer):
             return
-        if self._stepping not in (None, optimizer):
-            return  # it works inside another, whose step goes on
+        self._depth -= self._stepping is optimizer
+        if self._depth > 0 or self._stepping not in (None, optimizer):
+            return  # it works inside another step, or inside its own, as where `step` calls that of its superclass
         self._stepping = None
         if announced:
             self._announced = None

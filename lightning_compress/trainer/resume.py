@@ -148,6 +148,13 @@ class ResumableCallback(Callback):
         if random_state is not None:
             self.generator.set_state(random_state["own"].cpu())
         self.before_first_step(trainer, pl_module)
+        if loaded is not None and loaded.get("inside_batch", False):
+            warnings.warn(
+                "The checkpoint was written in the middle of a batch, as after an exception. Lightning goes on "
+                "behind that batch, and random states and statistics of norms are those of that moment: the run is "
+                "not exactly the uninterrupted one. Weights and masks are those of before the batch's step.",
+                stacklevel=2,
+            )
         if loaded is not None and random_state is not None:
             rng.restore(random_state["global"])
             self._match_batches(trainer, inside_epoch=loaded["inside_epoch"])
@@ -215,13 +222,15 @@ class ResumableCallback(Callback):
         if together:
             self.synchronize()
         mine = {"global": rng.capture(), "own": self.generator.get_state()}
+        batches = trainer.fit_loop.epoch_loop.batch_progress
         checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
             "format": FORMAT,
             "technique": self.technique_state(),
             "rng": gather(mine) if together else [mine],
             "offset": self._offset,
             "pace": self._pace,
-            "inside_epoch": not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+            "inside_epoch": not batches.is_last_batch,
+            "inside_batch": batches.current.ready != batches.current.processed,  # type: ignore[attr-defined]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
