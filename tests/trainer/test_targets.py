@@ -23,6 +23,9 @@ from lightning_compress import (
     IterativePruningCallback,
     QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
+    footprint,
+    load_compressed,
+    save_compressed,
 )
 
 WIDTH, CLASSES = 8, 3
@@ -382,3 +385,32 @@ def test_channels_of_a_forward_that_uses_the_average_are_those_of_what_trains(te
     module = AverageInForward()
     quiet_trainer(callbacks=[technique(network="net")], max_epochs=6).fit(module, loader())
     assert module.net[0].out_features == module.ema.module[0].out_features < 12
+
+
+# ---------------------------------------------------------------------- layers with nothing, zeros or one channel
+
+
+class Odd(Base):
+    """Layers of zeros, of one channel and of none, and a parameter without entries beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, 1), nn.Tanh(), nn.Linear(1, WIDTH))
+        nn.init.zeros_(self.net[2].weight)
+        self.nothing, self.empty = nn.Parameter(torch.zeros(3, 0, 2)), nn.Linear(0, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.empty(x[:, :0]).sum()
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_layers_with_nothing_zeros_or_one_channel(technique: str, tmp_path: Path) -> None:
+    module = Odd()
+    quiet_trainer(callbacks=[TECHNIQUES[technique]()], max_epochs=3).fit(module, loader())
+    assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
+    footprint(module, torch.zeros(2, WIDTH), repeats=1)
+    save_compressed(module, tmp_path / "odd.lcz")
+    loaded = Odd()
+    load_compressed(tmp_path / "odd.lcz", loaded)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
