@@ -35,7 +35,7 @@ def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
         return None
     table = np.unique(sample)
     while len(table) <= MAX_SYMBOLS:
-        find, kind = _finder(table), np.uint8 if len(table) <= 256 else np.uint16
+        find, kind = _finder(table, len(words)), np.uint8 if len(table) <= 256 else np.uint16
         index = np.empty(len(words), kind)
         for start in range(0, len(words), _STEP):
             piece = words[start : start + _STEP]
@@ -86,21 +86,22 @@ class _Finder:
         return found
 
 
-def _finder(table: Words) -> Callable[[Words], Array]:
+def _finder(table: Words, count: int) -> Callable[[Words], Array]:
     if table.dtype.itemsize == 1:
         slots = np.zeros(256, np.uint8)
         slots[table] = np.arange(len(table))
         return slots.take
-    if len(table) <= _HASHED and table.dtype.itemsize >= 4:
+    if len(table) <= _HASHED and table.dtype.itemsize >= 4 and count > 8 * len(table):  # else it takes longer to make
         return _Finder(table)
     return lambda words: np.minimum(np.searchsorted(table, words), len(table) - 1)
 
 
 def write_codebook(writer: Writer, table: Words, index: Array, dtype: torch.dtype, *, half: bool) -> None:
-    """Write distinct patterns and the index of each entry."""
+    """Write distinct patterns and the index of each entry, unless the patterns alone take more than is of use."""
     writer.number(len(table) - 1)
     write_plain(writer, table, dtype, half=half)
-    writer.coded(index, len(table))
+    if writer.bits < writer.limit:
+        writer.coded(index, len(table))
 
 
 def read_codebook(

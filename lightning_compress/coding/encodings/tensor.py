@@ -209,6 +209,8 @@ def _channel_grid(values: _Content, dtype: torch.dtype, shape: tuple[int, ...], 
     entries, channels = prod(shape), shape[axis - 1]
     if entries // channels < 2 or (axis > 1 and entries > _SMALL):
         return None
+    if axis == 2 and values.present is None:
+        return _second_axis_grid(values.words.reshape(shape[0], channels, -1), dtype)
     order: Array | slice = slice(None)
     if axis == 1:
         starts = np.arange(channels) * (entries // channels)
@@ -228,6 +230,18 @@ def _channel_grid(values: _Content, dtype: torch.dtype, shape: tuple[int, ...], 
     integers = np.empty_like(found.integers)
     integers[order] = found.integers
     return grid.Grid(scales, integers)
+
+
+def _second_axis_grid(words: Words, dtype: torch.dtype) -> grid.Grid | None:
+    """The grid with a scale for each index of the second of three dimensions; a few of them rule most tensors out."""
+    by_channel = words.transpose(1, 0, 2)
+    each = by_channel[0].size
+    for some in (by_channel[:4], by_channel):
+        found = grid.find_grid(some.reshape(-1), dtype, np.arange(len(some)) * each)
+        if found is None:
+            return None
+    integers = found.integers.reshape(by_channel.shape).transpose(1, 0, 2).reshape(-1)
+    return grid.Grid(found.scales, integers)
 
 
 def _on_grid(scales: Words, integers: Array, dtype: torch.dtype, axis: int) -> Callable[[Writer], Encoding]:
