@@ -235,11 +235,12 @@ def _channel_grid(values: _Content, dtype: torch.dtype, shape: tuple[int, ...], 
 def _second_axis_grid(words: Words, dtype: torch.dtype) -> grid.Grid | None:
     """The grid with a scale for each index of the second of three dimensions; a few of them rule most tensors out."""
     by_channel = words.transpose(1, 0, 2)
-    each = by_channel[0].size
-    for some in (by_channel[:4], by_channel):
-        found = grid.find_grid(some.reshape(-1), dtype, np.arange(len(some)) * each)
-        if found is None:
-            return None
+
+    def find(some: Words) -> grid.Grid | None:
+        return grid.find_grid(some.reshape(-1), dtype, np.arange(len(some)) * some[0].size)
+
+    if find(by_channel[:4]) is None or (found := find(by_channel)) is None:
+        return None
     integers = found.integers.reshape(by_channel.shape).transpose(1, 0, 2).reshape(-1)
     return grid.Grid(found.scales, integers)
 
