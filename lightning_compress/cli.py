@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
@@ -25,6 +27,7 @@ from lightning_compress.coding.files import read_compressed
 from lightning_compress.core.files import replacing
 from lightning_compress.deploy import capture, fold_quantized, save_onnx, save_program
 from lightning_compress.hydra import (
+    CONFIG,
     build_datamodule,
     build_module,
     build_named,
@@ -33,6 +36,8 @@ from lightning_compress.hydra import (
     check_choices,
     home,
     register_resolvers,
+    resumed_config,
+    suggestions,
 )
 from lightning_compress.pruning.neighbours import check_disjoint
 from lightning_compress.quantization.input_grids import input_grids
@@ -48,15 +53,21 @@ from lightning_compress.trainer.callback import CompressionCallback
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"  # in a run's folder: what was composed, resolved
 CALIBRATION = 256  # samples for the ranges of what a quantized network leaves in float
 
 
 def main() -> None:
     """Run the command."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # model._target_=mine.Module is found in mine.py here, as `python -m` finds it
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated")  # what Lightning asks of torch, at every fit
     register_resolvers()
-    _main()
+    try:
+        _main()
+    except SystemExit as error:
+        if error.code and (hint := suggestions(sys.argv[1:])):
+            sys.stderr.write(f"{hint}\n")
+        raise
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_compress.conf", config_name="config")
@@ -70,7 +81,17 @@ def _main(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig) -> None:
     """Train or load the dense network, compress it, measure both, and write the report into the run's folder."""
-    _check_folder(cfg)
+    resumed = cfg.ckpt_path is not None
+    if resumed:
+        _check_folder(cfg)
+        ckpt_path = str(Path(cfg.ckpt_path).absolute())
+        cfg = resumed_config(home(ckpt_path), cfg, HydraConfig.get().overrides.task)
+        cfg.ckpt_path = escaped(ckpt_path)
+    with _working_where(cfg) if resumed else nullcontext():
+        _run(cfg, resumed=resumed)
+
+
+def _run(cfg: DictConfig, *, resumed: bool) -> None:
     if not isinstance(cfg.teachers, int) or cfg.teachers < 1:
         raise ValueError(f"teachers={cfg.teachers!r} is the number of dense networks to train, 1 or more.")
     modules = [_seeded(cfg, "model", cfg.seed + number) for number in range(cfg.teachers)]
@@ -85,11 +106,16 @@ def run(cfg: DictConfig) -> None:
         metric=cfg.metric,
         val_metric=cfg.val_metric,
         metric_mode=cfg.metric_mode,
+        epochs=cfg.trainer.get("max_epochs") if cfg.trainer.get("enable_progress_bar", True) else None,
         settings=_plain(cfg, resolve=False),  # as written, for a folder's name would differ in every run
         **cfg.measure,
         **cfg.file,
     )
-    _record(cfg)
+    if resumed:
+        # A run that can't go on leaves its folder as it was.
+        callbacks["record"] = LambdaCallback(on_train_start=lambda trainer, module: _record(cfg))
+    else:
+        _record(cfg)
     report = job.compress(
         modules,
         student=student,
@@ -184,8 +210,6 @@ def export(cfg: DictConfig) -> None:
 
 
 def _check_folder(cfg: DictConfig) -> None:
-    if cfg.ckpt_path is None:
-        return
     if not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={cfg.ckpt_path!r} does not exist (looked for in {Path.cwd()}).")
     folder = home(cfg.ckpt_path)
@@ -269,7 +293,7 @@ def _listed(weights: str | ListConfig | None) -> list[str]:
 
 @rank_zero_only
 def _record(cfg: DictConfig) -> None:
-    recorded = _plain(cfg) | {"cwd": escaped(os.getcwd())}
+    recorded = _plain(cfg) | {"cwd": escaped(os.getcwd()), "ckpt_path": None}
     with replacing(Path(cfg.output_dir) / CONFIG) as temporary:
         OmegaConf.save(OmegaConf.create(recorded), temporary)
 

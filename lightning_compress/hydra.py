@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.report.tables import flatten
 from lightning_compress.tasks.run import dense_files
+from lightning_compress.tasks.verify import escaped
 
 T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints, inside the run's own
+CONFIG = "config.yaml"  # in a run's folder: what was composed, resolved
 READING = ("inspect", "test", "compare")  # tasks that make no folder
+CHANGEABLE = ("trainer", "logger", "measure", "file", "verify")  # on the way of a run: not what network comes of it
+OF_THE_COMMAND = ("task", "ckpt_path", "output_dir", "json", "path", "hydra")
+
+log = logging.getLogger(__name__)
 
 
 def started() -> str:
@@ -56,9 +69,9 @@ def home(source: str | Path) -> Path:
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
-def hydra_folder(task: str) -> str | None:
-    """Return the folder for what Hydra writes beside a task's own files; None for tasks that only read."""
-    return None if task in READING else ".hydra"
+def hydra_folder(task: str, ckpt_path: str | None = None, weights: str | None = None) -> str | None:
+    """Return the folder for what Hydra writes beside a task's own files; None where a run is read, or goes on."""
+    return None if task in READING or run_folder(task, ckpt_path, weights, "") else ".hydra"
 
 
 def log_handlers(task: str) -> list[str]:
@@ -121,6 +134,110 @@ def build_trainer_factory(cfg: DictConfig) -> Callable[..., Trainer]:
     """Return `cfg.trainer` as a function that takes further arguments."""
     factory: Callable[..., Trainer] = instantiate(cfg.trainer, _partial_=True, _convert_="all")
     return factory
+
+
+def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the config with which an interrupted run goes on: its own, and what may be changed on the way.
+
+    Args:
+        folder: The run's folder; its config is in config.yaml.
+        composed: What Hydra composed for this command.
+        overrides: The command line, as Hydra keeps it. What it says of the keys in `CHANGEABLE` holds from now on.
+
+    Raises:
+        FileNotFoundError: There is no config.yaml.
+        ValueError: The command line wants another value of any other key than the run has.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"There is no {CONFIG} in {folder}, which would say what run to go on with.")
+    # Everything is resolved there, so that a ${...} is text; the folder may have moved since.
+    content: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
+    cwd = {"cwd": content.get("cwd", "."), "output_dir": "${hydra:runtime.output_dir}"}
+    recorded: DictConfig = OmegaConf.create(_replanted(content, content["output_dir"]) | cwd)
+    before, wanted = _flat(recorded), _flat(composed)
+    refused = []
+    for section in _sections(overrides, composed):
+        keys = [key for key in before.keys() | wanted.keys() if key == section or key.startswith(f"{section}.")]
+        changed = sorted(key for key in keys if before.get(key) != wanted.get(key))
+        if section.split(".")[0] in CHANGEABLE:
+            for key in changed:
+                log.info("%s is %s from now on; it was %s.", key, wanted.get(key), before.get(key))
+            if changed:
+                OmegaConf.update(recorded, section, OmegaConf.select(composed, section), merge=False, force_add=True)
+        else:
+            refused += [f"  {key}={wanted.get(key)}, where the run has {before.get(key)}" for key in changed]
+    if refused:
+        raise ValueError(
+            f"The run in {folder} goes on with its own config. The command line says otherwise:\n"
+            + "\n".join(refused)
+            + f"\nLeave that out, or start a new run. What may change are {', '.join(CHANGEABLE)}."
+        )
+    return recorded
+
+
+def _replanted(value: Any, folder: str) -> Any:
+    """Return settings in which a run's folder is `${output_dir}` again, and other text is kept from interpolation."""
+    if isinstance(value, dict):
+        return {key: _replanted(one, folder) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_replanted(one, folder) for one in value]
+    if not isinstance(value, str):
+        return value
+    if value == folder or value.startswith(f"{folder}{os.sep}"):
+        return "${output_dir}" + escaped(value[len(folder) :])
+    return escaped(value)
+
+
+def _sections(overrides: Sequence[str], composed: DictConfig) -> list[str]:
+    """Return the dotted names of what a command line sets: of single keys, and of what a chosen option brings along."""
+    sections: dict[str, None] = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = override.key_or_group
+        if name == "experiment":
+            names = [str(key) for key in composed]
+        elif name == "compress":
+            names = ["callbacks", "wrappers"]
+        else:
+            names = [override.package or name]
+        sections |= dict.fromkeys(one for one in names if one.split(".")[0] not in OF_THE_COMMAND)
+    return list(sections)
+
+
+def _flat(cfg: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return flatten({str(key): value for key, value in container.items()})
+
+
+def suggestions(command_line: Sequence[str]) -> str:
+    """Return which keys the misspelt ones of a command line are nearest to; nothing where none is misspelt."""
+    words = [word for word in command_line if "=" in word and not word.startswith("-")]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException:
+        return ""
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lightning_compress.conf", version_base="1.3"):
+        groups = GlobalHydra.instance().config_loader().get_group_options("", results_filter=ObjectType.GROUP)
+        chosen = [word for word, override in zip(words, overrides, strict=True) if override.key_or_group in groups]
+        try:
+            known = {*groups, *_dotted(OmegaConf.to_container(compose("config", chosen), resolve=False))}
+        except HydraException:
+            return ""  # an option does not exist, and Hydra has listed those that do
+    found = []
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_add() or override.package is not None or key.split(".")[0] == "hydra":
+            continue
+        if key not in known and (near := get_close_matches(key, known, n=1, cutoff=0.75)):
+            found.append(f"{key} is no key. Did you mean {near[0]}?")
+    return "\n".join(found)
+
+
+def _dotted(value: Any, prefix: str = "") -> Iterator[str]:
+    for key, one in value.items() if isinstance(value, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _dotted(one, f"{prefix}{key}.")
 
 
 def check_choices(overrides: Sequence[str]) -> None:

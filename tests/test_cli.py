@@ -61,9 +61,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def process(*overrides: str, cwd: Path) -> str:
+def process(*overrides: str, cwd: Path, module: str = "lightning_compress.cli") -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, "-m", "lightning_compress.cli", *overrides]
+    command = [sys.executable, "-m", module, *overrides]
     done = subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -174,6 +174,75 @@ def test_a_resumed_run_ends_in_its_own_folder_like_the_uninterrupted_one(
     assert resumed.before_recovery == whole.before_recovery
     assert resumed.dense.test_metric == whole.dense.test_metric
     assert not Path("outputs").exists()
+
+
+def test_a_run_goes_on_with_its_own_config_and_refuses_another(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["compress=weight_clustering", "callbacks.clustering.start_epoch=1", "file.half=true"]
+    cut = "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}"
+    with pytest.raises(SystemExit):
+        command(*SMALL, *settings, "hydra.run.dir=run", cut)
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+
+    checkpoint = "ckpt_path=run/checkpoints/last.ckpt"
+    error = failure(command, capsys, checkpoint, "compress=iterative_pruning", "seed=3")
+    assert "callbacks.pruning.amount=0.9, where the run has None" in error
+    assert "callbacks.clustering.n_clusters=None, where the run has 16" in error
+    assert "seed=3, where the run has 0" in error
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert after == before, "what is refused leaves the folder as it was"
+
+    Path("run").rename("moved")
+    command("ckpt_path=moved/checkpoints/last.ckpt", "trainer.max_epochs=4", "trainer.log_every_n_steps=7")
+    recorded = yaml.safe_load(Path("moved/config.yaml").read_text())
+    assert "clustering" in recorded["callbacks"]
+    assert "pruning" not in recorded["callbacks"]
+    assert (recorded["trainer"]["max_epochs"], recorded["trainer"]["log_every_n_steps"]) == (4, 7)
+    assert recorded["file"]["half"] is True
+    assert recorded["callbacks"]["checkpoint"]["dirpath"].endswith("moved/checkpoints")
+    assert [epoch.epoch for epoch in Report.load("moved/report.json").history] == [0, 1, 0, 1, 2, 3]
+    assert not Path("run").exists()
+
+
+def test_a_misspelt_key_is_answered_with_the_nearest(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = failure(command, capsys, "callbacks.pruning.amont=0.4", "trainer.max_epoch=3")
+    assert "callbacks.pruning.amont is no key. Did you mean callbacks.pruning.amount?" in error
+    assert "trainer.max_epoch is no key. Did you mean trainer.max_epochs?" in error
+    error = failure(command, capsys, "compress=none", "seed=x")
+    assert "Did you mean" not in error
+
+
+def test_a_module_in_the_current_folder_is_found_and_a_loss_is_no_accuracy(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch, lightning as L\n"
+        "class M(L.LightningModule):\n"
+        "    def __init__(self): super().__init__(); self.net = torch.nn.Linear(64, 10)\n"
+        "    def forward(self, x): return self.net(x.flatten(1))\n"
+        "    def loss(self, b): return torch.nn.functional.cross_entropy(self(b[0]), b[1])\n"
+        "    def training_step(self, b, i): return self.loss(b)\n"
+        "    def validation_step(self, b, i): self.log('val_loss', self.loss(b))\n"
+        "    def test_step(self, b, i): self.log('test_loss', self.loss(b))\n"
+        "    def configure_optimizers(self): return torch.optim.Adam(self.parameters())\n"
+    )
+    own = ["model=module", "model._target_=mine.M", "metric=test_loss", "val_metric=val_loss", "hydra.run.dir=run"]
+    shown = process(*own, *SMALL[1:], "logger=none", cwd=tmp_path, module="lightning_compress")
+    assert "test_loss" in shown
+    assert "test_acc" not in shown
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert (report["metric"], report["val_metric"], report["dense"]["test_metric"] > 1) == (
+        "test_loss",
+        "val_loss",
+        True,
+    )
+    assert "%" not in (tmp_path / "run" / "report.md").read_text().split("| parameters |")[0]
+
+
+def test_the_help_names_the_tasks(tmp_path: Path) -> None:
+    shown = process("--help", cwd=tmp_path)
+    assert all(f"task={task}" in shown for task in ("run", "inspect", "test", "compare", "export"))
 
 
 def test_neuron_pruning_runs(finished: Path, command: Callable[..., None]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -25,6 +26,7 @@ from lightning_compress.core.inputs import to_device
 from lightning_compress.report import Measurement, Report, compare_layers, write_report
 from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.inputs import example_inputs
+from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.recorder import Recorder
 from lightning_compress.tasks.testing import accuracy, check_tested, quietly, trainer_of
 from lightning_compress.tasks.weights import load_weights
@@ -52,6 +54,7 @@ class Run:
         coder: Of compressed.lcz, as in `save_compressed`.
         half: Whether its floats are rounded to float16. The compressed network is then the rounded one, everywhere.
         settings: What the report says the run was started with.
+        epochs: Of the compression: with them a progress bar shows how much of the whole run is left; None: it does not.
     """
 
     datamodule: LightningDataModule
@@ -66,6 +69,7 @@ class Run:
     coder: Coder = "ans"
     half: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
 
     def compress(
         self,
@@ -130,7 +134,9 @@ class Run:
         compressed = wrap(copy.deepcopy(module) if student is None else student)
         seed_everything(self.seed, workers=True, verbose=False)  # the same, whether the dense network was loaded or not
         rank_zero_info("Compression.")
-        trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder], logger=list(loggers) or False)
+        before = 0 if loaded else len(modules) * int(dense.get("max_epochs") or 0)
+        bar = self._bar(before, before, callbacks)
+        trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder, *bar], logger=list(loggers) or False)
         trainer.fit(compressed, datamodule=self.datamodule, ckpt_path=ckpt_path)
         before_recovery = None
         if recorder.snapshot is not None:
@@ -165,14 +171,21 @@ class Run:
         for number, module in enumerate(modules):
             seed_everything(self.seed + number, workers=True, verbose=False)
             rank_zero_info(f"Dense training{f', {number + 1} of {len(modules)}' if len(modules) > 1 else ''}.")
+            epochs = int(options.get("max_epochs") or 0)
+            bar = self._bar(number * epochs, len(modules) * epochs)
             trainer = trainer_of(
                 self.make_trainer,
                 **options,
-                callbacks=[recorder] if number == 0 else [],
+                callbacks=[recorder, *bar] if number == 0 else bar,
                 logger=False,
                 enable_checkpointing=False,
             )
             trainer.fit(module, datamodule=self.datamodule)
+
+    def _bar(self, before: int, of_the_dense: int, others: Sequence[Callback] = ()) -> list[Callback]:
+        if self.epochs is None or any(isinstance(one, ProgressBar) for one in others):
+            return []
+        return [RunProgress(before, of_the_dense + self.epochs)]
 
     def _accuracy(self, module: LightningModule, **options: Any) -> float | None:
         if self.metric is None:

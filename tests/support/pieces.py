@@ -11,13 +11,13 @@ from support.small import SmallModule
 
 
 class StopAtEpoch(Callback):
-    """Ends the process in the middle of a fit."""
+    """Ends the process in the middle of a fit, if that is not a resumed one."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch == self.epoch:
+        if trainer.current_epoch == self.epoch and trainer.ckpt_path is None:
             raise SystemExit("the lights went out")
 
 
