@@ -11,7 +11,7 @@ import lightning_compress
 
 PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
-HYDRA_FILES = {"hydra.py", "cli.py"}
+HYDRA_FILES = {"hydra.py", "cli.py", "__main__.py"}
 GLUE = {
     *("callback.py", "module.py", "group_lasso.py", "watching.py", "removing.py", "backtracking.py", "neighbours.py"),
     *(

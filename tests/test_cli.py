@@ -240,6 +240,15 @@ def test_a_module_in_the_current_folder_is_found_and_a_loss_is_no_accuracy(tmp_p
     assert "%" not in (tmp_path / "run" / "report.md").read_text().split("| parameters |")[0]
 
 
+def test_the_demo_prunes_so_little_at_a_time_that_accuracy_never_collapses(command: Callable[..., None]) -> None:
+    """With its own settings; a test of every epoch of the 18, whose validation part has 180 digits."""
+    command("trainer.enable_progress_bar=false", "logger=none", "measure.repeats=1", "hydra.run.dir=run")
+    report = Report.load("run/report.json")
+    pruning = [epoch.val_metric for epoch in report.history if epoch.phase != "dense" and epoch.val_metric is not None]
+    assert len(pruning) == 18
+    assert min(pruning) >= 0.9
+
+
 def test_the_help_names_the_tasks(tmp_path: Path) -> None:
     shown = process("--help", cwd=tmp_path)
     assert all(f"task={task}" in shown for task in ("run", "inspect", "test", "compare", "export"))

@@ -41,7 +41,7 @@ DELIBERATE = {  # where a file has another value than the constructor's default,
     ("compress", "binary_weights"): {"lr_scale"},  # for the recipe's Adam
     ("compress", "distillation"): {"teacher"},  # has no default
     ("compress", "group_lasso"): {"strength"},  # has no default
-    ("compress", "iterative_pruning"): {"amount"},
+    ("compress", "iterative_pruning"): {"amount", "every_n_steps"},
     ("compress", "neuron_pruning"): {"granularity", "criterion"},
 }
 
