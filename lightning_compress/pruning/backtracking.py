@@ -22,6 +22,7 @@ class BacktrackingCallback(RemovingCallback):
     _stop: StopWatch | None
     _stopped: bool
     current_amount: float
+    start_epoch: float
 
     def _check_stop(self, trainer: Trainer) -> None:
         if self._stop is None:
@@ -48,6 +49,8 @@ class BacktrackingCallback(RemovingCallback):
                     f"validated while a checkpoint from the middle of a validation is resumed: set stop's baseline."
                 )
             self._stop.kept = self._snapshot(pl_module)
+            # A network that trains densely at first is to be known as it is when pruning begins.
+            self._stop.awaits_validation = self.start_epoch > 0 and self._stop.rule.baseline is None
             rank_zero_info(f"stop: the dense network has {self._stop.rule.monitor}={self._stop.baseline:.6g}.")
         super().before_first_step(trainer, pl_module)
 

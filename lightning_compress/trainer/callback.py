@@ -36,6 +36,7 @@ class CompressionCallback(TargetingCallback):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.projection: Projection | None = None
+        self.n_parameters_left: int | None = None  # once channels have left at a fit's end
         self._copies: list[torch.nn.Module] = []  # averages that the module holds itself
         self._handles: list[RemovableHandle] = []
         self._announced: torch.optim.Optimizer | None = None  # by on_before_optimizer_step, until it has stepped

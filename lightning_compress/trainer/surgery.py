@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_compress.core.optimizer_state import check_state, forget_unsliceable
@@ -18,6 +20,11 @@ from lightning_compress.core.slicing import Kept
 from lightning_compress.trainer.averages import averaged_modules, copies_inside
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.inside import innermost
+
+_TO_DO = (
+    "Once it is loaded, lightning_compress.shrink(network, example_inputs) takes them out; trainer.test(module) "
+    "without ckpt_path tests the network as the fit left it."
+)
 
 
 class Cut(Protocol):
@@ -44,6 +51,28 @@ def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut, *, at_
     for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if kept and isinstance(other, CompressionCallback) and other is not callback:
             other.follow_cut(trainer, trainer.lightning_module, kept)
+    if at_end:
+        callback.n_parameters_left = _count(trainer.lightning_module)
+        files = [one.best_model_path for one in trainer.callbacks if isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]
+        if kept and any(files):
+            rank_zero_info(
+                f"Channels have left the network at the fit's end; {', '.join(filter(None, files))} is of before and "
+                f"holds it with masked channels. {_TO_DO}"
+            )
+
+
+def warn_if_wide(pl_module: LightningModule, callback: CompressionCallback) -> None:
+    """Warn where a checkpoint of before the cut has been loaded back, as by `trainer.test(ckpt_path="best")`."""
+    if callback.n_parameters_left is not None and _count(pl_module) > callback.n_parameters_left:
+        warnings.warn(
+            f"The network has {_count(pl_module)} parameters, and had {callback.n_parameters_left} when channels had "
+            f"left at the fit's end: a checkpoint of before, with masked channels, has been loaded. {_TO_DO}",
+            stacklevel=2,
+        )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def follow_loads(trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:

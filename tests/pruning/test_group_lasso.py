@@ -341,3 +341,11 @@ def test_ranks_agree_when_neurons_are_pruned_under_the_penalty(rank_pair: RankPa
     second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own
     for part in ("weights", "optimizers"):
         assert differences(first[part], second[part]) == []
+
+
+@pytest.mark.parametrize("proximal", [False, True])
+def test_a_penalty_that_makes_no_group_zero_says_so(proximal: bool) -> None:
+    lasso = GroupLassoCallback(1e-6, proximal=proximal)
+    advice = r"use a larger strength than 1e-06" + (r"\." if proximal else ", and proximal=True")
+    with pytest.warns(UserWarning, match=r"has made no group zero \(the smallest .* can be left out: " + advice):
+        quiet_trainer(callbacks=[lasso], max_epochs=1).fit(SmallModule(), plain(0), plain())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.core.reshaping import adopt_state
-from lightning_compress.core.surgery import cut
+from lightning_compress.core.surgery import cut, shrink
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
 
@@ -316,3 +316,20 @@ def test_a_thin_network_goes_back_to_a_thin_one() -> None:
     assert stopping.current_amount == 0.0
     assert module.net.scale.tolist() == [1, 4, 5, 7]
     assert module.net.body.weight.all()
+
+
+def test_a_best_checkpoint_of_before_the_cut_is_said_to_be_wide(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max")
+    with caplog.at_level("INFO"):
+        trainer, module = run(pruning(), best, enable_checkpointing=True)
+    assert f"{best.best_model_path} is of before and holds it with masked channels. Once it is loaded" in caplog.text
+    thin = sum(parameter.numel() for parameter in module.parameters())
+    recwarn.clear()
+    trainer.test(module, plain(), verbose=False)
+    assert not [one for one in recwarn if "has been loaded" in str(one.message)]
+    with pytest.warns(UserWarning, match=f"had {thin} when channels had left at the fit's end: a checkpoint of before"):
+        trainer.test(module, plain(), ckpt_path="best", verbose=False)
+    shrink(module.net, X)
+    assert sum(parameter.numel() for parameter in module.parameters()) == thin
