@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.channels import channel_groups
+from lightning_compress.core.evaluation import caches_off, evaluating
 
 
 class _Restless(nn.Module):
@@ -98,3 +101,44 @@ def test_scripted_modules_work() -> None:
     with evaluating(model):
         assert not model.training
     assert model.training
+
+
+class Configured(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+def test_caches_are_off_where_a_config_has_them_and_then_as_before() -> None:
+    @dataclass(frozen=True)
+    class Frozen:
+        use_cache: bool
+
+    shared = SimpleNamespace(use_cache=True)
+    model = nn.ModuleList(map(Configured, (shared, shared, Frozen(True), SimpleNamespace(use_cache=False), {}, None)))
+    with caches_off(model):
+        assert not any(getattr(one.config, "use_cache", False) for one in model)
+    with pytest.raises(ZeroDivisionError), caches_off(model):
+        1 / 0  # noqa: B018
+    assert [getattr(one.config, "use_cache", None) for one in model] == [True, True, True, False, None, None]
+
+
+def test_a_language_model_is_planned_as_if_it_had_no_cache() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=16,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            use_cache=use_cache,
+        )
+        groups = channel_groups(LlamaForCausalLM(config), {"input_ids": torch.arange(10).view(2, 5)})
+        found.append([(group.name, group.size, group.frozen) for group in groups])
+        assert config.use_cache is use_cache
+    assert found[0] == found[1]
+    assert any(size == 12 and frozen is None for _, size, frozen in found[0])
