@@ -45,7 +45,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
         >>> hard_sigmoid(torch.tensor([-2.0, 0.0, 0.5, 1.0]))
         tensor([0.0000, 0.5000, 0.7500, 1.0000])
     """
-    return ((x + 1) / 2).clamp_(0, 1)
+    return (x + 1).div_(2).clamp_(0, 1)
 
 
 def draw_positive(w: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -109,8 +109,8 @@ def channel_scales(w: Tensor, *, groups: int | None = None, alive: Tensor | None
     if alive is None:
         return magnitudes.mean((1, 3), keepdim=True)
     alive = by_channel(alive.contiguous(), groups)
-    count = alive.to(magnitudes.dtype).sum((1, 3), keepdim=True).clamp_(min=1)
-    return magnitudes.masked_fill(~alive, 0.0).sum((1, 3), keepdim=True) / count
+    counts = alive.sum((1, 3), keepdim=True, dtype=magnitudes.dtype)
+    return magnitudes.masked_fill_(~alive, 0.0).sum((1, 3), keepdim=True) / counts.clamp_(min=1)
 
 
 @torch.no_grad()
@@ -177,20 +177,24 @@ def real_gradient(
         >>> real_gradient(G, w, scaling="mean")  # 1 / 2 * (1 - 3) + 1 * 1, and the same with the other sign
         tensor([[0., 1.]])
     """
-    if alive is not None:
-        gradient = gradient.masked_fill(~alive, 0.0)
-    if scaling == "mean":
-        gradient, given = widened(gradient), gradient.dtype
-        signs = sign(widened(w)).contiguous()
-        if alive is not None:
-            signs.masked_fill_(~alive, 0.0)
-        alpha = channel_scales(w, groups=groups, alive=alive)
-        common = by_channel((gradient * signs).contiguous(), groups)
-        count = w.numel() // alpha.numel() if alive is None else by_channel(signs.abs(), groups).sum((1, 3), True)
-        shared = common.sum((1, 3), keepdim=True) / torch.as_tensor(count, device=w.device).clamp(min=1)
-        own = by_channel(torch.where(w.abs() <= 1, gradient, 0.0).contiguous(), groups) * alpha
-        gradient = (by_channel(signs, groups) * shared + own).view(w.shape).to(given)
-    return gradient if alive is None else gradient.masked_fill(~alive, 0.0)
+    if scaling == "none":
+        return gradient if alive is None else gradient.masked_fill(~alive, 0.0)
+    gradient, given = widened(gradient), gradient.dtype
+    signs = sign(widened(w)).contiguous()
+    alpha = channel_scales(w, groups=groups, alive=alive)
+    count = torch.tensor(w.numel() // max(alpha.numel(), 1), device=w.device)
+    products = (gradient * signs).contiguous()
+    if alive is not None:  # select, as a pruned entry's gradient may be infinite
+        count = by_channel(alive.contiguous(), groups).sum((1, 3), keepdim=True)
+        products.masked_fill_(~alive, 0.0)
+    shared = by_channel(products, groups).sum((1, 3), keepdim=True)
+    del products  # weights may fill the memory
+    shared /= count.clamp(min=1)
+    own = torch.where((w >= -1) & (w <= 1), gradient, 0.0).contiguous()
+    by_channel(own, groups).mul_(alpha)
+    by_channel(signs, groups).mul_(shared)
+    result = signs.add_(own).view(w.shape).to(given)
+    return result if alive is None else result.masked_fill_(~alive, 0.0)
 
 
 def glorot_coefficient(shape: Sequence[int]) -> float:
