@@ -225,6 +225,7 @@ def _recorded(folder: Path) -> DictConfig | None:
         return None
     recorded = OmegaConf.load(folder / CONFIG)
     assert isinstance(recorded, DictConfig)
+    log.info("A run folder is code: what %s names as _target_ is called, so it must come from you.", folder / CONFIG)
     return recorded
 
 

@@ -31,6 +31,7 @@ from lightning_compress.coding.streams import Array, Reader, Writer
 RATES = (9, 7)
 MOST_STEPS = 1 << 14  # more take too long
 _LAGS = 64  # the largest is one less
+SETTINGS = math.log2(2 * len(RATES) * _LAGS)  # bits of axis, rate and lag
 _ODDS = 8  # bits of the fraction of log-odds
 _WEIGHT = 16  # of weights
 _ERROR = 12  # of p - x
@@ -82,7 +83,7 @@ def least_bits(present: Array, rows: int, axis: int, inputs: Array | None) -> fl
 
     with suppress(StopIteration):
         _walk(map_TJ.shape, 2, RATES[0], _classes(inputs, axis), first)
-    return math.log2(2 * len(RATES) * _LAGS) + bits
+    return SETTINGS + bits
 
 
 def read_adaptive(reader: Reader, out: Array, rows: int, inputs: Array | None) -> None:

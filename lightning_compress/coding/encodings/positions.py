@@ -14,7 +14,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from lightning_compress.coding.encodings.adaptive import MOST_STEPS, RATES, least_bits, read_adaptive, write_adaptive
+from lightning_compress.coding.encodings.adaptive import (
+    MOST_STEPS,
+    RATES,
+    SETTINGS,
+    least_bits,
+    read_adaptive,
+    write_adaptive,
+)
 from lightning_compress.coding.streams import Array, Reader, Writer
 
 W = TypeVar("W", bound=Writer)
@@ -45,8 +52,8 @@ def _write_cheapest(writer: Writer, present: Array, shape: tuple[int, ...], limi
     plain = writer.scratch()
     _write_one_chance(plain, present)
     inputs = _inputs(writer.filled, shape)
-    least = 1 + min(least_bits(present, rows, axis, inputs) for axis in axes)
-    if least > min(plain.bits, limit) + 1e-6:
+    useful = min(plain.bits, limit) + 1e-6 - 1
+    if useful < SETTINGS or min(least_bits(present, rows, axis, inputs) for axis in axes) > useful:
         writer.extend(plain)
         return
     axis, best = min(((axis, _learned(writer, present, shape, axis, 0)) for axis in axes), key=lambda one: one[1].bits)
