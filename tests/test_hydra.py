@@ -40,7 +40,7 @@ YOURS = {  # what these files leave to the user
 DELIBERATE = {  # where a file has another value than the constructor's default, on purpose
     ("compress", "binary_weights"): {"lr_scale"},  # for the recipe's Adam
     ("compress", "distillation"): {"teacher"},  # has no default
-    ("compress", "group_lasso"): {"strength"},  # has no default
+    ("compress", "group_lasso"): {"strength", "granularity", "proximal", "shrink"},  # one compresses, with these
     ("compress", "iterative_pruning"): {"amount", "every_n_steps"},
     ("compress", "neuron_pruning"): {"granularity", "criterion"},
 }
@@ -64,6 +64,12 @@ def targets(node: Any) -> Iterator[DictConfig]:
             yield node
         for child in node.values():
             yield from targets(child)
+
+
+def test_the_group_lasso_of_the_command_cuts_out_what_it_makes_zero() -> None:
+    lasso = composed("compress=group_lasso").callbacks.group_lasso
+    assert (lasso.granularity, lasso.proximal, lasso.shrink) == ("group", True, "on_fit_end")
+    assert lasso.strength >= 1.0
 
 
 def test_every_group_of_the_issue_has_files() -> None:
