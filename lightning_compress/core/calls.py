@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.cutting import Drop, run, take, tensors_of
-from lightning_compress.core.evaluation import entries_restored, renew_caches
+from lightning_compress.core.cutting import TOLERANCE, Drop, compare, run, silenced, take, tensors_of
+from lightning_compress.core.evaluation import buffers_restored
 from lightning_compress.core.inputs import ExampleInputs
 from lightning_compress.core.slicing import Slices
 
@@ -38,17 +38,19 @@ class Calls:
 
     def crash(self, drop: Drop) -> str | None:
         """Cut, and call the smallest module around all that is cut: None, or what its code says to it."""
-        path = self._around([member.tensor for group, _ in drop for member in group.members])
-        args, kwargs = self._calls[path]
-        module = self._model.get_submodule(path)
-
-        def called() -> list[Tensor]:
-            with entries_restored(module):
-                renew_caches(module)
-                return tensors_of(module(*args, **kwargs))
-
-        thin = without(self._model, drop, called)
+        thin = without(
+            self._model, drop, self._around([member.tensor for group, _ in drop for member in group.members])
+        )
         return thin if isinstance(thin, str) else None
+
+    def difference(self, drop: Drop) -> str | None:
+        """The same, or where the module's output is not that of zeros in what produces the channels, if that counts."""
+        part = self._around([member.tensor for group, _ in drop for member in group.members])
+        thin = without(self._model, drop, part)
+        if isinstance(thin, str) or not all(group.exact for group, _ in drop):
+            return thin if isinstance(thin, str) else None
+        with silenced(self._model, drop):
+            return compare(thin, part(), TOLERANCE)
 
     def _recorder(self, name: str) -> Any:
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
@@ -56,16 +58,25 @@ class Calls:
 
         return record
 
-    def _around(self, names: Sequence[str]) -> str:
+    def _around(self, names: Sequence[str]) -> Callable[[], list[Tensor]]:
+        """Calls the smallest module around some tensors as it was called."""
         paths = [name.split(".")[:-1] for name in names]
         common = []
         for parts in zip(*paths, strict=False):
             if len(set(parts)) > 1:
                 break
             common.append(parts[0])
+        if common and not any(True for _ in self._model.get_submodule(".".join(common)).children()):
+            common.pop()  # a layer alone gives its channels away
         while ".".join(common) not in self._calls:  # containers are not called; the network itself was
             common.pop()
-        return ".".join(common)
+        module, (args, kwargs) = self._model.get_submodule(".".join(common)), self._calls[".".join(common)]
+
+        def forward() -> list[Tensor]:
+            with buffers_restored(module):
+                return tensors_of(module(*args, **kwargs))
+
+        return forward
 
 
 def without(model: nn.Module, drop: Drop, forward: Callable[[], list[Tensor]]) -> list[Tensor] | str:

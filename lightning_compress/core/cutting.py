@@ -17,6 +17,7 @@ from lightning_compress.core.attention import make_sliceable
 from lightning_compress.core.evaluation import buffers_restored, caches_off, entries_restored, renew_caches
 from lightning_compress.core.groups import Attribute, ChannelGroup
 from lightning_compress.core.inputs import ExampleInputs, call
+from lightning_compress.core.reshapes import prepare
 from lightning_compress.core.slicing import Slices, named_tensors
 
 TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, an error far above
@@ -57,6 +58,8 @@ def take(
         attention = modules.get(path)
         if type(attention) is nn.MultiheadAttention:
             slices.on_undo(make_sliceable(attention))
+    for undo in prepare(model, [one for group, _ in drop for one in group.attributes]):
+        slices.on_undo(undo)
     tensors = named_tensors(model)
     stay: dict[str, dict[int, Tensor]] = {}
     counts: dict[tuple[str, str, int | None], int] = {}

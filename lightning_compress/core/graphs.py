@@ -111,6 +111,7 @@ class Walk:
         self._places, self._units, self._reading = places, units, reading
         self.averages: dict[str, list[Average]] = {}  # by the name of the graph's node
         self.seen: set[str] = set()
+        self.reshaped: dict[str, list[tuple[Value, Value]]] = {}  # by module, before and after the reshapes in its code
         inputs: list[Any] = []
         used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
         for spec in program.graph_signature.input_specs:
@@ -175,6 +176,8 @@ class Walk:
         if is_inplace and _is_view(node.args[0]):
             return unknown(call, f"{call.where} writes into a part of another tensor")
         result = run_rule(call)
+        if name in ("view", "reshape") and isinstance(result, Value):
+            self.reshaped.setdefault(call.module, []).append((call["self"], result))
         if call.averages:
             self.averages.setdefault(node.name, []).extend(call.averages)
         return result

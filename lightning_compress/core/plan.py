@@ -18,7 +18,8 @@ from lightning_compress.core.graphs import OUTPUT, READINGS, Places, Walk, expor
 from lightning_compress.core.groups import SINGLE, Attribute, ChannelGroup, Member
 from lightning_compress.core.inputs import ExampleInputs, batch_size, tensors
 from lightning_compress.core.laboratory import doubles
-from lightning_compress.core.units import Units
+from lightning_compress.core.reshapes import Seen
+from lightning_compress.core.units import Units, Value
 
 FEW = 2  # samples: batch norms in training mode need two
 
@@ -87,6 +88,27 @@ class Plan:
                 for member in group.members:
                     gone[reading][nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
         return gone
+
+    def reshapes(self, group: ChannelGroup) -> dict[str, list[Seen]]:
+        """By module, the reshapes in its own code, labelled as the group's reading has it."""
+        return {
+            module: [Seen(len(before.shape), after.shape, _along_one(after)) for before, after in values]
+            for module, values in self.walks[min(self.readings[identity(group)])].reshaped.items()
+        }
+
+    def unit_of(self, group: ChannelGroup) -> Tensor:
+        """By node the unit of a group, -1 for those of others."""
+        found = torch.full((self.places.count,), -1)
+        nodes = {(place.tensor, place.dim): place.nodes for place in self.places.all()}
+        for member in group.members:
+            units = torch.arange(group.size)[:, None].expand_as(member.index)
+            found[nodes[member.tensor, member.dim][member.index]] = units
+        return found
+
+
+def _along_one(value: Value) -> dict[int, Tensor]:
+    """By dimension the nodes of what varies along it alone."""
+    return {layer.dims[0]: layer.nodes.reshape(-1) for layer in value.layers if len(layer.dims) == 1}
 
 
 def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from lightning_compress.core.attention import SliceableMultiheadAttention
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.record_check import KINDS, check_record, check_structure
+from lightning_compress.core.reshapes import Pattern, is_reshape
 from lightning_compress.core.slicing import positions_left, saved_tensors
 
 RECORD = "lightning_compress"  # the key in the metadata of a module that was cut
@@ -49,8 +50,9 @@ class Shapes:
         noted: dict[str, dict[str, Any]] = {}
         for one in (attribute for group in free for attribute in group.attributes):
             module = model.get_submodule(one.module)
-            if hasattr(module, one.name):
-                noted.setdefault(one.module, {})[one.name] = getattr(module, one.name)
+            dense = Pattern.of(one.name).dense if is_reshape(one.name) else None
+            if dense is not None or hasattr(module, one.name):
+                noted.setdefault(one.module, {})[one.name] = getattr(module, one.name, dense)
         self._add_numbers(noted)
         self.dense_shapes = _shapes(model) | self._told  # layers may have come, or changed, since the beginning
         if self.is_dense(model):  # the groups of a network that was cut before lack what has left

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from lightning_compress.core.attributes import MAY_CHANGE
+from lightning_compress.core.reshapes import MOST, Pattern, is_reshape
 
 KINDS = ("numbers", "buffers", "dense_shapes", "dense_numbers")
 
@@ -51,8 +52,10 @@ def check_structure(record: Any) -> None:
                     if not _is_int(dim, 0) or not _is_ascending(keep):
                         _fail(f"keeps {_what(keep)} of dimension {_what(dim)} of {name!r}, which are no positions")
             else:
+                if sum(map(is_reshape, map(str, value))) > MOST:
+                    _fail(f"sets more than {MOST} reshapes of {name!r}, which no cut leaves behind")
                 for attribute, number in value.items():
-                    if attribute not in MAY_CHANGE:
+                    if attribute not in MAY_CHANGE and not is_reshape(str(attribute)):
                         _fail(f"sets {_what(attribute)} of {name!r}, which no cut changes")
                     if not _is_int(number, 1) and not (_is_sizes(number, least=1) and len(number)):
                         _fail(f"sets {attribute!r} of {name!r} to {_what(number)}, and a cut leaves a number above 0")
@@ -92,14 +95,15 @@ def check_record(
     for kind in ("numbers", "dense_numbers"):
         for path, values in record[kind].items():
             for name, value in values.items():
-                have = vars(modules[path]).get(name) if path in modules else None
+                noted = Pattern.of(name).dense if is_reshape(name) else None  # at the first cut
+                have = vars(modules[path]).get(name, noted) if path in modules else None
                 if have is None:
                     _fail(f"sets {name!r} of {path!r}, and {type(model).__name__} has no such number")
                 if not (_is_int(have, 1) and _is_int(value, 1)) and not (
                     _is_sizes(have, least=1) and isinstance(value, Sequence) and len(have) == len(value)
                 ):
                     _fail(f"sets {name!r} of {path!r} to {_what(value)} where {_what(have)} stands")
-                known = (dense or {}).get(path, {}).get(name)
+                known = noted or (dense or {}).get(path, {}).get(name)
                 most = record["dense_numbers"].get(path, {}).get(name, known) if kind == "numbers" else known
                 if kind == "dense_numbers" and dense is not None and known is not None and not _same(value, known):
                     raise RecordError(

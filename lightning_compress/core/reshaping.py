@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from lightning_compress.core.attention import SliceableMultiheadAttention, make_sliceable
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.record import RECORD, Shapes, already, differing, lost, merged, shapes_of
+from lightning_compress.core.reshapes import adapt, is_reshape
 from lightning_compress.core.slicing import (
     forget_graphs,
     named_tensors,
@@ -182,6 +183,8 @@ def adopt_shapes(
     for name, values in numbers.items():
         if type(modules[name]) is nn.MultiheadAttention:
             make_sliceable(modules[name])
+        if any(map(is_reshape, values)):
+            adapt(modules[name])
         for attribute, value in values.items():
             setattr(modules[name], attribute, tuple(value) if isinstance(value, list) else value)
     for module in modules.values():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from lightning_compress.core.graphs import export
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.plan import Plan, identity
 from lightning_compress.core.reference import dense_without
+from lightning_compress.core.reshapes import Solving, attributes_needed
 from lightning_compress.core.slicing import Slices
+
+ErrorOf = Callable[[Sequence[ChannelGroup]], str | None]
+Follower = Callable[[ChannelGroup], ChannelGroup]
 
 
 class Trial:
@@ -51,32 +56,69 @@ class Trial:
         return sorted(chosen + _telling(frozen, chosen), key=position)
 
     def _sorted_out(self, free: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
-        """The free groups that survive together, and the others; each way costs more forward passes than the last."""
-        for error in (self._crash, self._error):
-            tried = [group for kind in _kinds(free) for group in self._tried(kind, error)]
+        """The free groups that survive together, and the others; each way costs more forward passes than the last.
+
+        Groups of one kind are like blocks: the first speaks for all of them, until they do not survive together.
+        """
+        for trial in (self._first_tried, partial(self._tried, error_of=self._crash)):
+            tried = [group for kind in _kinds(free) for group in trial(kind)]
             frozen = [group for group in tried if group.frozen is not None]
             chosen = _compatible([group for group in tried if group.frozen is None])
             if self._error(chosen) is None:
                 return chosen, frozen
-        chosen, more = self._one_by_one(chosen)
+        tried = [group for kind in _kinds(free) for group in self._tried(kind, self._error)]
+        frozen = [group for group in tried if group.frozen is not None]
+        chosen, more = self._together([], _compatible([group for group in tried if group.frozen is None]))
         return chosen, frozen + more
 
-    def _tried(
-        self, kind: list[ChannelGroup], error_of: Callable[[Sequence[ChannelGroup]], str | None]
-    ) -> list[ChannelGroup]:
-        """Free or freeze the groups of one kind, with attributes that follow where the code needs it."""
+    def _first_tried(self, kind: list[ChannelGroup]) -> list[ChannelGroup]:
+        """Free or freeze groups as the first of them does around its own modules, by what comes out of these if it can.
+
+        Modules may return what nobody reads, so that a difference there says less than a crash.
+        """
+        for error_of in (self._difference, self._crash) if kind[0].exact else (self._crash,):
+            groups = self._tried(kind, partial(_of_first, error_of))
+            if groups[0].frozen is None:
+                break
+        return groups
+
+    def _tried(self, kind: list[ChannelGroup], error_of: ErrorOf) -> list[ChannelGroup]:
+        """Free or freeze the groups of one kind, with what follows them in their modules where the code needs it."""
         error = error_of(kind)
         if error is None:
             return kind
-        for variant in VARIANTS:  # of the first alone; where none helps it, none of the kind is free
-            groups = [with_attributes(group, self._model, variant) for group in kind]
-            tried_before = groups[0] is kind[0] and (bool(variant) or len(kind) == 1)
-            if tried_before or error_of(groups[:1]) is not None:
+        for follow in self._followers(kind[0]):  # of the first alone; where none helps it, none of the kind is free
+            first = follow(kind[0])
+            if first is kind[0] or error_of([first]) is not None:
                 continue
-            if len(kind) == 1 or (variant and error_of(groups) is None):
+            groups = [first, *map(follow, kind[1:])]
+            if len(kind) == 1 or error_of(groups) is None:
                 return groups
-            return [group for one in kind for group in self._tried([one], error_of)]
-        return [replace(group, frozen=f"the network's code does not survive a cut: {error}") for group in kind]
+            break
+        else:
+            if len(kind) == 1 or error_of(kind[:1]) is not None:
+                return [replace(group, frozen=f"the network's code does not survive a cut: {error}") for group in kind]
+        middle = len(kind) // 2
+        return self._tried(kind[:middle], error_of) + self._tried(kind[middle:], error_of)
+
+    def _followers(self, first: ChannelGroup) -> Iterator[Follower]:
+        """What adds to a group the numbers of its modules, or the sizes of their reshapes, that must follow it."""
+        variants = [names for names in VARIANTS if names and with_attributes(first, self._model, names) is not first]
+        for names in variants:
+            yield partial(with_attributes, model=self._model, names=names)
+        for names in ((), *variants):
+            yield partial(self._with_reshapes, names=names)
+
+    def _with_reshapes(self, group: ChannelGroup, names: Sequence[str]) -> ChannelGroup:
+        """Add the numbers of those names, and the reshapes that ask for more than is there without half the group."""
+        group = with_attributes(group, self._model, names)
+        units = torch.arange(group.size // 2)
+        removed = self._plan.removed([(group, units)])[min(self._plan.readings[identity(group)])]
+        solving = Solving(self._model, self._plan.reshapes(group), removed)
+        with solving.watching():
+            self._parts.crash([(group, units)])
+        found = attributes_needed(solving.needed, self._plan.unit_of(group), group.size)
+        return replace(group, attributes=(*group.attributes, *found)) if found else group
 
     def _halves_move(self, groups: Sequence[ChannelGroup]) -> bool:
         """Whether slices of fewer channels are halves again: what they do with them may not show in the output."""
@@ -91,16 +133,18 @@ class Trial:
         finally:
             slices.undo()
 
-    def _one_by_one(self, groups: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
-        free: list[ChannelGroup] = []
-        frozen = []
-        for group in groups:
-            error = self._error([*free, group])
-            if error is None:
-                free.append(group)
-            else:
-                frozen.append(replace(group, frozen=f"the network's code does not survive a cut with others: {error}"))
-        return free, frozen
+    def _together(
+        self, free: list[ChannelGroup], groups: Sequence[ChannelGroup]
+    ) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
+        """The free groups with those others that survive together with them, and the rest, by halves."""
+        error = self._error([*free, *groups]) if groups else None
+        if error is None:
+            return [*free, *groups], []
+        if len(groups) == 1:
+            return free, [replace(groups[0], frozen=f"the network's code does not survive a cut with others: {error}")]
+        free, frozen = self._together(free, groups[: len(groups) // 2])
+        free, more = self._together(free, groups[len(groups) // 2 :])
+        return free, frozen + more
 
     def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
         """Cut all groups, several times, and compare; None, or what went wrong."""
@@ -118,11 +162,20 @@ class Trial:
             set_mode(self._model, False)
         return error and f"in training mode {error}"
 
+    @property
+    def _parts(self) -> Calls:
+        self._calls = self._calls or Calls(self._model, self._inputs)
+        return self._calls
+
     def _crash(self, groups: Sequence[ChannelGroup]) -> str | None:
         """Cut one group after the other, by a single unit; None, or what the code around it says to the first."""
-        self._calls = self._calls or Calls(self._model, self._inputs)
         drops = ([(group, torch.arange(1))] for group in groups)
-        return next(filter(None, map(self._calls.crash, drops)), None)
+        return next(filter(None, map(self._parts.crash, drops)), None)
+
+    def _difference(self, groups: Sequence[ChannelGroup]) -> str | None:
+        """The same for exact groups, where what comes out of the modules around them must be that of zeros, too."""
+        drops = ([(group, torch.arange(group.size // 2))] for group in groups)
+        return next(filter(None, map(self._parts.difference, drops)), None)
 
     def _compared(self, drop: Drop) -> str | None:
         # first, because code that does not survive says so early, which is what most of it does
@@ -134,6 +187,10 @@ class Trial:
         except Exception as error:  # the reference can't say what should come out: nothing is free without it
             return f"there is nothing to compare with ({error})"[:200]
         return compare(got, expected, TOLERANCE)
+
+
+def _of_first(error_of: ErrorOf, groups: Sequence[ChannelGroup]) -> str | None:
+    return error_of(groups[:1])
 
 
 def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tensor]]]:
