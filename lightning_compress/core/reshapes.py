@@ -6,7 +6,8 @@ what its code asks for and what there is, and a reshape that would fail gets the
 
     reshape_3_to_x_x_x_3_x = (1, 1, 1, 2, 1)     of 3 dimensions to 5; where the code asks for 3, there are 2
 
-A reshape that names all its sizes and fits is left alone, and nothing changes while nothing is cut.
+A reshape that names all its sizes and fits is left alone, and nothing changes while nothing is cut. The network's own
+class stays what it is: sizes in its own forward freeze what they name.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ class Solving(TorchFunctionMode):
         path = self._paths.get(id(module), "")
         found: dict[Sizes, tuple[Pattern, Seen]] = {}
         for one in self._seen.get(path, ()):
-            if one.takes != tensor.dim() or len(one.shape) != len(asked):
+            if module is self._model or one.takes != tensor.dim() or len(one.shape) != len(asked):
                 continue
             full = torch.empty([math.prod(one.shape), *[1] * (one.takes - 1)], device="meta")
             before = corrected(asked, _noted(module), full)  # what it found before this cut

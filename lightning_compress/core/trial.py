@@ -60,14 +60,17 @@ class Trial:
 
         Groups of one kind are like blocks: the first speaks for all of them, until they do not survive together.
         """
+        stuck: set[tuple[object, ...]] = set()
         for trial in (self._first_tried, partial(self._tried, error_of=self._crash)):
             tried = [group for kind in _kinds(free) for group in trial(kind)]
             frozen = [group for group in tried if group.frozen is not None]
             chosen = _compatible([group for group in tried if group.frozen is None])
             if self._error(chosen) is None:
                 return chosen, frozen
-        tried = [group for kind in _kinds(free) for group in self._tried(kind, self._error)]
-        frozen = [group for group in tried if group.frozen is not None]
+            stuck = {identity(group) for group in frozen}
+        left = [group for group in free if identity(group) not in stuck]
+        tried = [group for kind in _kinds(left) for group in self._tried(kind, self._error)]
+        frozen += [group for group in tried if group.frozen is not None]
         chosen, more = self._together([], _compatible([group for group in tried if group.frozen is None]))
         return chosen, frozen + more
 
@@ -77,17 +80,22 @@ class Trial:
         Modules may return what nobody reads, so that a difference there says less than a crash.
         """
         for error_of in (self._difference, self._crash) if kind[0].exact else (self._crash,):
-            groups = self._tried(kind, partial(_of_first, error_of))
+            groups = self._tried(kind, partial(_of_first, error_of), alike=True)
             if groups[0].frozen is None:
                 break
         return groups
 
-    def _tried(self, kind: list[ChannelGroup], error_of: ErrorOf) -> list[ChannelGroup]:
-        """Free or freeze the groups of one kind, with what follows them in their modules where the code needs it."""
+    def _tried(self, kind: list[ChannelGroup], error_of: ErrorOf, *, alike: bool = False) -> list[ChannelGroup]:
+        """Free or freeze the groups of one kind, with what follows them in their modules where the code needs it.
+
+        Where nothing helps the first of them, the others are frozen with it if they are `alike`.
+        """
+        if not kind:
+            return []
         error = error_of(kind)
         if error is None:
             return kind
-        for follow in self._followers(kind[0]):  # of the first alone; where none helps it, none of the kind is free
+        for follow in self._followers(kind[0]):
             first = follow(kind[0])
             if first is kind[0] or error_of([first]) is not None:
                 continue
@@ -97,7 +105,9 @@ class Trial:
             break
         else:
             if len(kind) == 1 or error_of(kind[:1]) is not None:
-                return [replace(group, frozen=f"the network's code does not survive a cut: {error}") for group in kind]
+                stuck = len(kind) if alike else 1
+                why = f"the network's code does not survive a cut: {error if alike else error_of(kind[:1])}"
+                return [replace(group, frozen=why) for group in kind[:stuck]] + self._tried(kind[stuck:], error_of)
         middle = len(kind) // 2
         return self._tried(kind[:middle], error_of) + self._tried(kind[middle:], error_of)
 
