@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 
@@ -117,7 +117,10 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what nn.MultiheadAttention returns for the same arguments."""
+        """Return what nn.MultiheadAttention returns for the same arguments; a leaf for torch.fx, as that is."""
+        given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        if (leaf := leaf_of(self, given, {})) is not None:
+            return leaf  # type: ignore[return-value]
         if query.is_nested or key.is_nested or value.is_nested:
             if key_padding_mask is not None or attn_mask is not None or not (query is key is value):
                 raise ValueError("Nested tensors are for self-attention without masks; pad them for anything else.")
@@ -201,6 +204,14 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             x = x.transpose(0, 1)
         return x.transpose(1, 2)
+
+
+def leaf_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy | None:
+    """What torch.fx gets for the call of a module whose forward it should not look into; None where nothing traces."""
+    proxy = next((one for one in (*args, *kwargs.values()) if isinstance(one, fx.Proxy)), None)
+    if proxy is None or not isinstance(proxy.tracer, fx.Tracer):
+        return None
+    return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), args, kwargs)
 
 
 def make_sliceable(module: nn.MultiheadAttention) -> Callable[[], None]:

@@ -21,9 +21,10 @@ from itertools import combinations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_compress.core.attention import leaf_of
 from lightning_compress.core.groups import Attribute
 
 _START = "reshape_"
@@ -100,9 +101,8 @@ class Adapted(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # its function mode breaks the graph anyway
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the module's own class."""
-        traced = next((one for one in (*args, *kwargs.values()) if isinstance(one, fx.Proxy)), None)
-        if isinstance(traced, fx.Proxy) and isinstance(traced.tracer, fx.Tracer):  # a leaf, as torch's own layers are
-            return traced.tracer.create_proxy("call_module", traced.tracer.path_of_module(self), args, kwargs)
+        if (leaf := leaf_of(self, args, kwargs)) is not None:
+            return leaf
         with _Reshapes({} if Solving.active else _noted(self)):
             return super().forward(*args, **kwargs)
 

@@ -661,3 +661,20 @@ def test_compiles_in_one_graph() -> None:
     given = torch.randn(N, L, 5), torch.randn(N, S, 5)
     compiled = torch.compile(block, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*given), block(*given))
+
+
+def test_a_cut_attention_is_a_leaf_for_fx_as_that_of_torch_is() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attention(x, x, x, need_weights=False)[0]
+
+    net = Net().eval()
+    make_sliceable(net.attention)
+    traced = torch.fx.symbolic_trace(net)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attention"]
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(traced(x), net(x))
