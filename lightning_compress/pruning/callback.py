@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_compress.core.costs import Cost
@@ -196,9 +195,8 @@ class IterativePruningCallback(BacktrackingCallback):
         self._check_stop(trainer)
         self._targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude))
         check_disjoint(pl_module, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
-        # What is masked for good must not count in the norm that clipping compares with its threshold.
-        clips = trainer.gradient_clip_val is not None or is_overridden("configure_gradient_clipping", pl_module)
-        self._masks_gradients = clips and not self.regrow
+        # What is masked for good must not count where clipping, or an optimizer, takes entries together, as in a norm.
+        self._masks_gradients = not self.regrow
         resolve_network(pl_module, self.network)  # or say that there is none
         if state is not None:
             self._costs = state["costs"]  # of the dense network
@@ -373,6 +371,10 @@ class IterativePruningCallback(BacktrackingCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._masks_gradients and self._masked is not None:
             self._masked.mask_gradients()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.precision == "16-mixed" and self._masks_gradients and self._masked is not None:
+            self._masked.mask_gradients()  # before the scaler looks for what is not finite, and skips the step
 
     def leads_to_an_event(self) -> bool:
         return self._ramp is not None and self._steps >= self._ramp.start - self._ramp.interval

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from support.small import quiet_trainer
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -122,6 +123,8 @@ def test_every_pass_of_a_step_sees_projected_weights(
                     p.copy_(shown(value) if matrix else value)
         hand.zero_grad()
         F.mse_loss(hand(x), x[:, :3]).backward()
+        if shown is None:  # what is pruned has no part in the norm
+            return [torch.where(kept[id(p)], p.grad, 0.0) if id(p) in kept else p.grad.clone() for p in parameters]
         return [p.grad.clone() for p in parameters]
 
     for _ in range(2):
@@ -319,6 +322,38 @@ def test_an_optimizer_may_step_nothing_that_is_targeted(technique: Callable[[], 
     before = copy.deepcopy(module.net.state_dict())
     fit(module, technique(), max_epochs=3)
     assert all(not torch.equal(before[name], value) for name, value in module.net.state_dict().items())
+
+
+class Normalized(torch.optim.Optimizer):
+    """Takes the entries of a parameter together, as LAMB, Adafactor and Muon do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": LR})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.sub_(LR * p.grad / p.grad.norm().clamp(min=1e-6))
+        return loss
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_pruned_entries_do_not_count_where_gradients_are_taken_together(scaled: bool) -> None:
+    class Poisoned(Net):
+        def on_before_backward(self, *_: Any) -> None:
+            if not self.net[0].weight._backward_hooks:
+                self.net[0].weight.register_hook(lambda g: torch.where(self.net[0].weight == 0, torch.nan, g))
+
+    torch.manual_seed(0)
+    module, pruning = Poisoned(Normalized), IterativePruningCallback(0.5, schedule="one_shot")
+    before = module.net[0].weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    fit(module, pruning, **({"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if scaled else {}))
+    after = module.net[0].weight.detach()
+    assert after.isfinite().all()
+    assert not torch.equal(after, torch.where(pruning.masks["net.0.weight"], before, 0.0)), "every step was skipped"
 
 
 @pytest.mark.parametrize("granularity", ["weight", "neuron"])
