@@ -107,7 +107,7 @@ class CompressedSize:
             f"by the formula n b / (n log2 k + k b), without a file, it would be {self.formula_rate:.1f}x."
         )
         table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")
-        for heading in ("tensor", "shape", "stored as"):
+        for heading in ("tensor", "shape, stored as"):
             table.add_column(heading, overflow="fold")
         for heading in ("bytes", "bits per\nweight", "share"):
             table.add_column(heading, justify="right", no_wrap=True)  # a number in two lines is none
@@ -119,14 +119,13 @@ class CompressedSize:
         for tensor in self.tensors:
             yield (
                 " = ".join(tensor.names),
-                " x ".join(map(str, tensor.shape)),
-                f"{tensor.dtype}: {tensor.encoding}",
+                f"{' x '.join(map(str, tensor.shape)) or 'scalar'}, {tensor.dtype}: {tensor.encoding}",
                 f"{tensor.bytes:,.1f}",
                 f"{tensor.bits_per_weight:.3f}",
                 f"{tensor.bytes / self.bytes:.1%}",
             )
         rest = self.bytes - sum(tensor.bytes for tensor in self.tensors)
-        yield ("names, shapes, checksum", "", "", f"{rest:,.1f}", "", f"{rest / self.bytes:.1%}")
+        yield ("names, shapes, checksum", "", f"{rest:,.1f}", "", f"{rest / self.bytes:.1%}")
 
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=140)
