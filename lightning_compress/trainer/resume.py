@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.trainer import rng
 from lightning_compress.trainer.distributed import gather, rank
+from lightning_compress.trainer.epoch_end import EpochEnd
 from lightning_compress.trainer.inputs import forget_batch
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.timeline import Pace, epochs_done, steps_done, steps_per_epoch
@@ -56,6 +57,7 @@ class ResumableCallback(Callback):
         self._fitted: weakref.ref[LightningModule] | None = None
         self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
         self._loads_state = True
+        self._epoch_end: EpochEnd | None = None  # of the checkpoint, until the fit starts
 
     # ------------------------------------------------------------------ what a technique supplies
 
@@ -132,6 +134,9 @@ class ResumableCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loaded, self._loaded = self._loaded, None
+        epoch_end, self._epoch_end = self._epoch_end, None
+        if epoch_end is not None:
+            epoch_end.before_training(trainer)
         self._begin_counting(trainer, pl_module, loaded)
         self.generator.manual_seed(torch.initial_seed() + rank())
         try:
@@ -155,9 +160,10 @@ class ResumableCallback(Callback):
                 "not exactly the uninterrupted one. Weights and masks are those of before the batch's step.",
                 stacklevel=2,
             )
-        if loaded is not None and random_state is not None:
+        if random_state is not None:
             rng.restore(random_state["global"])
-            self._match_batches(trainer, inside_epoch=loaded["inside_epoch"])
+        if epoch_end is not None:
+            self._match_batches(trainer)
 
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act before the first step; everything is prepared."""
@@ -229,7 +235,6 @@ class ResumableCallback(Callback):
             "rng": gather(mine) if together else [mine],
             "offset": self._offset,
             "pace": self._pace,
-            "inside_epoch": not batches.is_last_batch,
             "inside_batch": batches.current.ready != batches.current.processed,  # type: ignore[attr-defined]
         }
 
@@ -248,6 +253,7 @@ class ResumableCallback(Callback):
         self._loads_state = trainer.state.fn == "fit"  # Lightning restores callbacks for validate and test as well
         if not self._loads_state:
             return
+        self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"])
         states = checkpoint["callbacks"]
         mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
         others = [key for key in states if key.startswith(type(self).__qualname__ + "{") and key not in mine]
@@ -267,15 +273,15 @@ class ResumableCallback(Callback):
         )
         return None
 
-    def _match_batches(self, trainer: Trainer, *, inside_epoch: bool) -> None:
+    def _match_batches(self, trainer: Trainer) -> None:
         """See to it that the resumed run draws the batches that the uninterrupted one would have drawn."""
-        if not inside_epoch:
+        if not trainer.fit_loop.restarted_mid_epoch:
             # The uninterrupted run would draw the next epoch's shuffling seeds now; Lightning made the resumed run's
             # iterator before the random state was back.
             fetcher = trainer.fit_loop._data_fetcher
             assert fetcher is not None
             iter(fetcher)
-        elif not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
+        elif not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
             warnings.warn(
                 "Resumed in the middle of an epoch with a training loader that has no state_dict/load_state_dict: "
                 "the rest of this epoch has other batches than the uninterrupted run. Weights, masks and random "

@@ -40,10 +40,12 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
 
 def epochs_done(trainer: Trainer) -> float:
     """Return how many epochs of this fit are done, at its start or where it is resumed, as Lightning goes on."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress
+    batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
     if math.isinf(trainer.num_training_batches):
         return float(trainer.current_epoch)
-    inside = 0.0 if batches.is_last_batch else min(1.0, batches.current.ready / trainer.num_training_batches)
+    inside = min(1.0, batches.current.ready / trainer.num_training_batches)
+    if batches.is_last_batch:
+        inside = 1.0 if epochs.ready > epochs.processed else 0.0  # type: ignore[attr-defined]
     return trainer.current_epoch + inside
 
 

@@ -36,12 +36,16 @@ def seen() -> dict[str, Any]:
 
     class Look(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            loop = trainer.fit_loop.epoch_loop
             found.update(
                 _combined_loader=vars(trainer.fit_loop)["_combined_loader"],
                 _data_fetcher=vars(trainer.fit_loop)["_data_fetcher"],
                 _data_source=vars(trainer.fit_loop)["_data_source"].dataloader(),
                 _trainer=vars(pl_module)["_trainer"],
                 _run_sanity_check=trainer._run_sanity_check,
+                _restart_stage=[vars(one)["_restart_stage"] for one in (loop, loop.val_loop)],
+                _batches_that_stepped=vars(loop)["_batches_that_stepped"],
+                _should_check_val_fx=loop._should_check_val_fx,
                 _average_model=vars(averaging)["_average_model"],
                 _step_supports_amp_scaling=getattr(trainer.optimizers[0], "_step_supports_amp_scaling", None),
             )
@@ -69,6 +73,9 @@ EXPECTED = {
     "_average_model": lambda value: isinstance(value.module, SmallModule),
     "_step_supports_amp_scaling": lambda value: value is True,
     "_run_sanity_check": lambda value: list(inspect.signature(value).parameters) == [],
+    "_restart_stage": lambda value: value == ["none", "none"],
+    "_batches_that_stepped": lambda value: value == 0,
+    "_should_check_val_fx": lambda value: list(inspect.signature(value).parameters) == ["data_fetcher"],
     "_start_method": lambda value: value == "popen",
     "_ddp_kwargs": lambda value: value == {"static_graph": True},
     "_ddp_comm_hook": lambda value: value is None,

@@ -1,0 +1,108 @@
+"""What an epoch still owes where a checkpoint was written before its validation or its end: Lightning leaves it out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
+from lightning.pytorch.loops.training_epoch_loop import RestartStage
+from lightning.pytorch.utilities.data import sized_len
+
+_END = object()
+
+
+class EpochEnd:
+    """Has a resumed run do what the uninterrupted one did between a checkpoint and its next batch.
+
+    From an epoch's last batch Lightning goes straight to the next epoch, whose start it does not count: neither the
+    validation nor a hook of that epoch's end runs, and a checkpoint of the next epoch has counters that train batches
+    twice. A validation that follows the checkpoint's batch inside an epoch is left out as well.
+
+    Args:
+        loops: The checkpoint's state of the fit's loops, which this changes so that Lightning ends the epoch.
+    """
+
+    def __init__(self, loops: dict[str, Any]) -> None:
+        self._loader_states = loops["state_dict"].get("combined_loader", [])
+        batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        total = batches["total"]
+        after_batch = total["ready"] == total["processed"] == total["completed"] + 1
+        self._last_batch = after_batch and batches["is_last_batch"]
+        if self._last_batch:
+            for counter in (total, batches["current"]):
+                counter["completed"] += 1
+        if epochs["total"]["started"] == epochs["total"]["processed"] and after_batch:  # an epoch that was not counted
+            for counter in epochs.values():
+                counter["ready"] += 1
+                counter["started"] += 1
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Arrange what comes first, before the random states of the checkpoint are put back."""
+        fit_loop = trainer.fit_loop
+        loop = fit_loop.epoch_loop
+        if not fit_loop.restarted_mid_epoch:
+            self._begin_epoch(trainer)
+        elif self._last_batch or loop.restarted_on_train_batch_end:
+            self._validate_and_end(trainer)
+        if fit_loop.restarted_mid_epoch and any(
+            one.reduce_on_plateau and one.interval == "epoch" for one in trainer.lr_scheduler_configs
+        ):
+            warnings.warn(
+                "Resumed inside an epoch with ReduceLROnPlateau, which Lightning does not step at the end of that "
+                "epoch: learning rates may differ from the uninterrupted run's. Save at the end of an epoch, with "
+                "ModelCheckpoint(save_on_train_epoch_end=True), for an exact resume.",
+                stacklevel=2,
+            )
+        if not fit_loop.restarted_mid_epoch or loop.batch_progress.is_last_batch:
+            self._leave_loaders(trainer)
+
+    def _begin_epoch(self, trainer: Trainer) -> None:
+        """Have a run that is limited by max_steps begin an epoch; Lightning would end the finished one once more."""
+        fit_loop = trainer.fit_loop
+        for counter in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
+            counter.completed = counter.processed  # type: ignore[attr-defined]
+        fit_loop.reset_restart_stage()
+        fit_loop.epoch_loop.restarting = False
+        fit_loop.epoch_loop.reset_restart_stage()
+
+    def _validate_and_end(self, trainer: Trainer) -> None:
+        fit_loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
+        loop = fit_loop.epoch_loop
+        assert fetcher is not None
+        if loop._should_check_val_fx(fetcher):
+            if not self._last_batch:
+                loop.batch_progress.increment_completed()
+                loop._restart_stage = RestartStage.RESTARTED_ON_LAST
+            loop.val_loop.batch_progress.reset()
+            loop.val_loop._restart_stage = ValidationStage.RESTARTED_MID_EVALUATION
+        elif self._last_batch:  # the epoch's loop ends where it finds no batch
+            fetcher.reset()
+            fetcher.iterator, fetcher.done = iter(()), True
+            loop._batches_that_stepped += 1
+
+    def _leave_loaders(self, trainer: Trainer) -> None:
+        """Bring stateful loaders to where the uninterrupted run's were: at the end of an epoch, not before its rest."""
+        combined = trainer.fit_loop._combined_loader
+        if combined is None or not self._loader_states:
+            return
+        loaders = [loader for loader in combined.flattened if hasattr(loader, "load_state_dict")]
+        for loader, state in zip(loaders, self._loader_states, strict=True):
+            loader.load_state_dict(state)  # which Lightning does not where the epoch has ended
+            if next(iter(loader), _END) is _END:
+                continue  # it gave the rest of the finished epoch, and begins anew from now on
+            begins_anew = sized_len(loader) != trainer.num_training_batches and _begins_anew(loader)
+            loader.load_state_dict(state)
+            if begins_anew:
+                next(iter(loader), _END)  # uses the position up
+
+
+def _begins_anew(loader: Any) -> bool:
+    """Whether a loader that was left in the middle of its data begins at their start, and does not go on."""
+    position = loader.state_dict()
+    next(iter(loader), _END)
+    left = repr(loader.state_dict())
+    loader.load_state_dict(position)
+    next(iter(loader), _END)
+    return repr(loader.state_dict()) != left

@@ -1,0 +1,273 @@
+"""Resumes from every moment at which a checkpoint is written, compared with what the uninterrupted run recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from support.small import quiet_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_compress import IterativePruningCallback
+
+BATCHES = 6
+X = torch.randn(4 * BATCHES, 8, generator=torch.Generator().manual_seed(5))
+
+
+class Positioned:
+    """Shuffles by the epoch; a position at the end of the data is their beginning."""
+
+    def __init__(self) -> None:
+        self.epoch = self.position = 0
+        self.loaded = False
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def batch(self, index: int) -> Tensor:
+        order = torch.randperm(len(X), generator=torch.Generator().manual_seed(self.epoch))
+        return X[order[4 * index : 4 * index + 4]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.position % BATCHES, BATCHES):
+            self.position = index + 1
+            yield self.batch(index)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position, self.loaded = state["epoch"], state["position"], True
+
+
+class Running(Positioned):
+    """A generator: the first one after a load gives the rest of an epoch, and nothing at its end."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.position, self.loaded = self.position if self.loaded else 0, False
+        while self.position < BATCHES:
+            self.position += 1
+            yield self.batch(self.position - 1)
+
+
+class Eager(Positioned):
+    """As torchdata's loader: the state is used when an iterator is made."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.position, self.loaded = self.position if self.loaded else 0, False
+        return iter(self.rest())
+
+    def rest(self) -> Iterator[Tensor]:
+        while self.position < BATCHES:
+            self.position += 1
+            yield self.batch(self.position - 1)
+
+
+class Own(Positioned):
+    """Counts its epochs itself, which is known to its state alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampler = None  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.position, BATCHES):
+            batch = self.batch(index)
+            self.position = (index + 1) % BATCHES
+            self.epoch += self.position == 0
+            yield batch
+
+
+LOADERS: dict[str, Callable[[], Iterable[Any]]] = {
+    "positioned": Positioned,
+    "running": Running,
+    "eager": Eager,
+    "own": Own,
+    "shuffled": lambda: DataLoader(X, 4, shuffle=True),  # type: ignore[arg-type]
+    "combined": lambda: CombinedLoader([Positioned(), Running()], "max_size_cycle"),
+}
+
+
+class Recorded(LightningModule):
+    """Records what happens, with the content of batches and the learning rate."""
+
+    def __init__(self, scheduler: str) -> None:
+        super().__init__()
+        self.linear, self.dropout, self.scheduler = nn.Linear(8, 4), nn.Dropout(0.3), scheduler
+        self.events: list[Any] = []
+
+    def record(self, what: str, *values: Any) -> None:
+        self.events.append((what, self.current_epoch, self.global_step, *values))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = torch.cat(batch) if isinstance(batch, list) else batch
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.record("batch", batch_idx, rate, batch.sum().item())
+        return self.dropout(self.linear(batch)).square().mean()  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.record("validation", batch_idx)
+        self.log("quality", self.linear(batch).square().mean())
+
+    def on_train_epoch_start(self) -> None:
+        self.record("start")
+
+    def on_train_epoch_end(self) -> None:
+        self.record("end")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        if self.scheduler == "plateau":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=10.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "quality"}}
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)}
+
+
+class Saves(Callback):
+    """Saves at every moment at which ModelCheckpoint may, and notes where in the record that was."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: dict[str, int] = {}
+
+    def save(self, trainer: Trainer, moment: str) -> None:
+        module = trainer.lightning_module
+        assert isinstance(module, Recorded)
+        batch = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        name = f"{moment}{batch}"
+        trainer.save_checkpoint(self.folder / name)
+
+        self.saved[name] = len(module.events)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.save(trainer, "batch")
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        self.save(trainer, "validation")
+
+
+def fit(
+    loader: str,
+    folder: Path,
+    resume: Path | None,
+    *,
+    validate: bool = True,
+    scheduler: str = "step",
+    saves: type[Saves] | None = None,
+    **options: Any,
+) -> tuple[Recorded, Saves, Trainer]:
+    torch.manual_seed(0)
+    module, saving = Recorded(scheduler), (saves or Saves)(folder)
+    pruning = IterativePruningCallback(0.5, end_epoch=2.0, every_n_steps=4)
+    settings: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": 3} | options
+    trainer = quiet_trainer(callbacks=[pruning, saving], **settings)
+    validation = DataLoader(X, 8) if validate else None  # type: ignore[arg-type]
+    trainer.fit(module, LOADERS[loader](), validation, ckpt_path=resume, weights_only=True)
+    return module, saving, trainer
+
+
+def assert_same_end(
+    whole: tuple[Recorded, Saves, Trainer], resumed: tuple[Recorded, Saves, Trainer], name: str
+) -> None:
+    module, saves, trainer = whole
+    assert resumed[0].events == module.events[saves.saved[name] :], name
+    assert resumed[2].global_step == trainer.global_step
+    assert resumed[2].current_epoch == trainer.current_epoch
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, resumed[0].state_dict()[key]), (name, key)
+    left, right = (one[2].optimizers[0].state_dict() for one in (whole, resumed))
+    assert left["param_groups"] == right["param_groups"]
+    for index, state in left["state"].items():
+        assert torch.equal(state["momentum_buffer"], right["state"][index]["momentum_buffer"])
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "validated": {},
+    "not-validated": {"validate": False},
+    "every-2-epochs": {"check_val_every_n_epoch": 2},
+    "every-4-batches": {"val_check_interval": 4},
+    "every-3-batches": {"val_check_interval": 3},
+    "across-epochs": {"val_check_interval": 4, "check_val_every_n_epoch": None},
+    "accumulated": {"accumulate_grad_batches": 4},
+    "steps": {"max_steps": 15, "max_epochs": -1},
+    "reloaded": {"reload_dataloaders_every_n_epochs": 1},
+}
+CASES = [("positioned", setting) for setting in SETTINGS] + [
+    (loader, setting) for loader in LOADERS if loader != "positioned" for setting in ("validated", "not-validated")
+]
+
+
+@pytest.mark.parametrize(("loader", "setting"), [*CASES, ("running", "steps"), ("shuffled", "every-2-epochs")])
+def test_a_resume_from_the_last_batch_and_then_inside_the_next_epoch_is_exact(
+    loader: str, setting: str, tmp_path: Path
+) -> None:
+    options = SETTINGS[setting]
+    whole = fit(loader, tmp_path, None, **options)
+    for last in (BATCHES, 2 * BATCHES):
+        folder = tmp_path / f"resumed{last}"
+        resumed = fit(loader, folder, tmp_path / f"batch{last}", **options)
+        assert_same_end(whole, resumed, f"batch{last}")
+        later = f"batch{last + (BATCHES if loader == 'shuffled' else 4)}"  # a plain loader has no position
+        if later in resumed[1].saved and (last, setting) != (2 * BATCHES, "steps"):
+            assert_same_end(whole, fit(loader, tmp_path / "again", folder / later, **options), later)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("setting", ["validated", "every-3-batches", "steps"])
+def test_a_resume_from_a_validation_is_exact(loader: str, setting: str, tmp_path: Path) -> None:
+    options = SETTINGS[setting]
+    whole = fit(loader, tmp_path, None, **options)
+    moments = [name for name in whole[1].saved if name.startswith("validation")]
+    if loader == "shuffled":
+        moments = [name for name in moments if int(name.removeprefix("validation")) % BATCHES == 0]
+    for name in [one for one in moments if one != "validation15"][:4]:  # after the last step nothing is resumed
+        assert_same_end(whole, fit(loader, tmp_path / "resumed", tmp_path / name, **options), name)
+
+
+def test_a_validation_that_follows_the_batch_of_a_checkpoint_is_made_up_for(tmp_path: Path) -> None:
+    whole = fit("positioned", tmp_path, None, val_check_interval=3)
+    resumed = fit("positioned", tmp_path / "resumed", tmp_path / "batch3", val_check_interval=3)
+    assert resumed[0].events[0][0] == "validation"
+    assert_same_end(whole, resumed, "batch3")
+
+
+@pytest.mark.parametrize("loader", ["running", "eager", "shuffled"])
+def test_an_epoch_that_a_limit_ends_is_resumed_exactly(loader: str, tmp_path: Path) -> None:
+    """The uninterrupted run leaves its iterator in the middle of the data, and so must the resumed one."""
+    whole = fit(loader, tmp_path, None, limit_train_batches=4)
+    for name in ("batch4", "validation8"):
+        assert_same_end(whole, fit(loader, tmp_path / "resumed", tmp_path / name, limit_train_batches=4), name)
+
+
+def test_a_checkpoint_behind_an_epoch_that_lightning_did_not_count_is_repaired(tmp_path: Path) -> None:
+    """Such were written after a resume from a last batch."""
+    whole = fit("positioned", tmp_path, None)
+    checkpoint = torch.load(tmp_path / "batch10", weights_only=True)
+    for counter in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+        counter["ready"] -= 1
+        counter["started"] -= 1
+    torch.save(checkpoint, tmp_path / "batch10")
+    assert_same_end(whole, fit("positioned", tmp_path / "resumed", tmp_path / "batch10"), "batch10")
+
+
+def test_a_plateau_that_lightning_does_not_step_is_said_and_one_after_an_epochs_end_is_exact(tmp_path: Path) -> None:
+    class SavesAtEnd(Saves):
+        def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.save(trainer, "end")
+
+    whole = fit("positioned", tmp_path, None, scheduler="plateau", saves=SavesAtEnd)
+    for moment in ("batch6", "validation6", "batch9"):
+        with pytest.warns(UserWarning, match="ReduceLROnPlateau, which Lightning does not step"):
+            fit("positioned", tmp_path / "resumed", tmp_path / moment, scheduler="plateau")
+    whole[1].saved["end6"] += 1  # the module's own hook comes after the callback that saved
+    assert_same_end(whole, fit("positioned", tmp_path / "resumed", tmp_path / "end6", scheduler="plateau"), "end6")
