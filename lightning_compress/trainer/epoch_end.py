@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage
-from lightning.pytorch.utilities.data import sized_len
 
 _END = object()
 
@@ -42,19 +42,18 @@ class EpochEnd:
         """Arrange what comes first, before the random states of the checkpoint are put back."""
         fit_loop = trainer.fit_loop
         loop = fit_loop.epoch_loop
+        plateaus = [one for one in trainer.lr_scheduler_configs if one.reduce_on_plateau and one.interval == "epoch"]
+        ends = fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end
+        if plateaus and (ends or fit_loop.restarted_mid_epoch):
+            warnings.warn(
+                "Resumed with ReduceLROnPlateau, which Lightning does not step at the end of the epoch that the "
+                "checkpoint is from: learning rates may differ from the uninterrupted run's, as in Lightning alone.",
+                stacklevel=2,
+            )
         if not fit_loop.restarted_mid_epoch:
             self._begin_epoch(trainer)
         elif self._last_batch or loop.restarted_on_train_batch_end:
             self._validate_and_end(trainer)
-        if fit_loop.restarted_mid_epoch and any(
-            one.reduce_on_plateau and one.interval == "epoch" for one in trainer.lr_scheduler_configs
-        ):
-            warnings.warn(
-                "Resumed inside an epoch with ReduceLROnPlateau, which Lightning does not step at the end of that "
-                "epoch: learning rates may differ from the uninterrupted run's. Save at the end of an epoch, with "
-                "ModelCheckpoint(save_on_train_epoch_end=True), for an exact resume.",
-                stacklevel=2,
-            )
         if not fit_loop.restarted_mid_epoch or loop.batch_progress.is_last_batch:
             self._leave_loaders(trainer)
 

@@ -281,7 +281,9 @@ class ResumableCallback(Callback):
             fetcher = trainer.fit_loop._data_fetcher
             assert fetcher is not None
             iter(fetcher)
-        elif not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
+        elif not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not all(
+            hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)
+        ):
             warnings.warn(
                 "Resumed in the middle of an epoch with a training loader that has no state_dict/load_state_dict: "
                 "the rest of this epoch has other batches than the uninterrupted run. Weights, masks and random "

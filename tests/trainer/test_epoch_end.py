@@ -156,6 +156,11 @@ class Saves(Callback):
         self.save(trainer, "validation")
 
 
+class SavesAtEnds(Saves):
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.save(trainer, "end")
+
+
 def fit(
     loader: str,
     folder: Path,
@@ -260,14 +265,17 @@ def test_a_checkpoint_behind_an_epoch_that_lightning_did_not_count_is_repaired(t
     assert_same_end(whole, fit("positioned", tmp_path / "resumed", tmp_path / "batch10"), "batch10")
 
 
-def test_a_plateau_that_lightning_does_not_step_is_said_and_one_after_an_epochs_end_is_exact(tmp_path: Path) -> None:
-    class SavesAtEnd(Saves):
-        def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-            self.save(trainer, "end")
-
-    whole = fit("positioned", tmp_path, None, scheduler="plateau", saves=SavesAtEnd)
-    for moment in ("batch6", "validation6", "batch9"):
+def test_a_plateau_that_lightning_does_not_step_is_said(tmp_path: Path) -> None:
+    fit("positioned", tmp_path, None, scheduler="plateau", saves=SavesAtEnds)
+    for moment in ("batch6", "validation6", "batch9", "end6"):
         with pytest.warns(UserWarning, match="ReduceLROnPlateau, which Lightning does not step"):
             fit("positioned", tmp_path / "resumed", tmp_path / moment, scheduler="plateau")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("setting", ["validated", "not-validated", "steps"])
+def test_a_resume_from_an_epochs_end_is_exact(loader: str, setting: str, tmp_path: Path) -> None:
+    whole = fit(loader, tmp_path, None, saves=SavesAtEnds, **SETTINGS[setting])
     whole[1].saved["end6"] += 1  # the module's own hook comes after the callback that saved
-    assert_same_end(whole, fit("positioned", tmp_path / "resumed", tmp_path / "end6", scheduler="plateau"), "end6")
+    resumed = fit(loader, tmp_path / "resumed", tmp_path / "end6", **SETTINGS[setting])
+    assert_same_end(whole, resumed, "end6")
