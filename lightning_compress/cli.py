@@ -201,6 +201,7 @@ def export(cfg: DictConfig) -> None:
         datamodule.setup("fit")
         inputs = example_inputs(module, datamodule, batch_size=2)
         calibration = samples(module, datamodule, batch_size=CALIBRATION) if input_grids(module) else None
+    folder.mkdir(parents=True, exist_ok=True)
     fold_quantized(module, inputs)
     program = capture(module, inputs)
     grids = input_grids(module)
@@ -295,7 +296,9 @@ def _listed(weights: str | ListConfig | None) -> list[str]:
 @rank_zero_only
 def _record(cfg: DictConfig) -> None:
     recorded = _plain(cfg) | {"cwd": escaped(os.getcwd()), "ckpt_path": None}
-    with replacing(Path(cfg.output_dir) / CONFIG) as temporary:
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # Hydra makes the folder of the run, which may be another one
+    with replacing(folder / CONFIG) as temporary:
         OmegaConf.save(OmegaConf.create(recorded), temporary)
 
 

@@ -94,6 +94,12 @@ def test_a_run_writes_its_files_and_nothing_half_done(finished: Path) -> None:
     assert files(finished / "checkpoints") == {"last.ckpt"}
 
 
+def test_a_folder_for_the_output_is_made(command: Callable[..., None]) -> None:
+    short = [one for one in SMALL if "max_epochs" not in one]
+    command("output_dir=new/folder", "dense.max_epochs=1", "trainer.max_epochs=1", *short)
+    assert {"config.yaml", "report.json", "compressed.lcz"} <= files(Path("new/folder"))
+
+
 def test_the_report_tells_of_both_networks(finished: Path) -> None:
     content = json.loads((finished / "report.json").read_text())
     for network in ("dense", "compressed"):
