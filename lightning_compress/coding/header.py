@@ -17,6 +17,7 @@ from lightning_compress.coding.streams import Reader, Writer
 from lightning_compress.core.reshaping import is_extra
 
 _DIMENSIONS = 64
+_SIZE = 1 << 48  # of a dimension; torch takes larger ones where another is zero
 _ALLOWANCE = 1 << 24  # bytes of memory that names and records may take, beside 16 times the file's own
 _EXTRAS = "lightning_compress.extra_state"  # a key in the root module's metadata
 _ASSIGN = "assign_to_params_buffers"  # torch leaves it in the metadata; a load that finds it replaces parameters
@@ -34,6 +35,12 @@ class Entry:
     def bytes(self) -> int:
         """What it takes in memory."""
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def possible(self) -> bool:
+        """Whether a file may have a tensor of this shape."""
+        small = len(self.shape) <= _DIMENSIONS and all(size < _SIZE for size in self.shape)
+        return small and prod(max(size, 1) for size in self.shape) * self.dtype.itemsize < 1 << 63
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,14 @@ def write_header(writer: Writer, header: Header) -> int:
     """Write a header, and return how much memory a reader will need for names and records.
 
     Raises:
-        ValueError: The metadata, or an extra state, holds something other than plain values.
+        ValueError: The metadata, or an extra state, holds something other than plain values, or a tensor has a shape
+            that no reader takes.
     """
+    if unreadable := [entry for entry in header.entries if not entry.possible]:
+        raise ValueError(
+            f"{unreadable[0].names[0]!r} has the shape {unreadable[0].shape}; a compressed file holds tensors of at "
+            f"most {_DIMENSIONS} dimensions below {_SIZE}, whose product fits into memory."
+        )
     owner = {name: i for i, entry in enumerate(header.entries) for name in entry.names}
     firsts = {entry.names[0] for entry in header.entries}
     tied = [(place, name) for place, name in enumerate(header.names) if name not in firsts]
@@ -94,16 +107,16 @@ def _unusual(header: Header) -> dict[str, Any] | None:
         return None
     usual = _usual(header.names)
     metadata = {
-        path: {key: _plain(value) for key, value in entry.items() if key != _ASSIGN}
+        path: {key: value for key, value in entry.items() if key != _ASSIGN}
         for path, entry in ({"": {}} if header.metadata is None else header.metadata).items()
     }
     for path, entry in metadata.items():
         if not isinstance(entry.get("version"), int | None):
             raise ValueError(f"The metadata of {path!r} have the version {entry['version']!r}; expected an integer.")
     for name, value in header.extras.items():
-        records.to_bytes(_plain(value), f"{name!r}, an extra state,")
+        records.to_bytes(value, f"{name!r}, an extra state,")
     if header.extras:
-        metadata[""] = metadata.get("", {}) | {_EXTRAS: _plain(header.extras)}
+        metadata[""] = metadata.get("", {}) | {_EXTRAS: header.extras}
     return {path: entry for path, entry in metadata.items() if entry != usual.get(path, {"version": 1})}
 
 
@@ -143,13 +156,13 @@ def read_header(reader: Reader, file_bytes: int) -> Header:
         shape = []
         for _ in range(reader.number(_DIMENSIONS + 1)):
             place = reader.number(len(recent.sizes) + 1)
-            shape.append(recent.taken(place) if place else reader.number(1 << 48))
+            shape.append(recent.taken(place) if place else reader.number(_SIZE))
             if not place and shape[-1] in recent.known:
                 reader.fail(f"a size of {shape[-1]} is told anew")
             recent.add(shape[-1])
-        if prod(max(size, 1) for size in shape) * dtype.itemsize >= 1 << 63:
-            reader.fail(f"a tensor has the shape {tuple(shape[:8])}, and no machine has memory for it")
         entries.append(Entry(tuple(group), dtype, tuple(shape)))
+        if not entries[-1].possible:
+            reader.fail(f"a tensor has the shape {tuple(shape[:8])}, and no machine has memory for it")
     if not reader.uniform(1, 2)[0]:
         return Header(tuple(entries), tuple(names), None)
     metadata, extras = _read_metadata(reader, names, limit)
@@ -213,12 +226,3 @@ def _usual(names: Sequence[str]) -> dict[str, dict[str, int]]:
         if own == "num_batches_tracked":
             found[path] = {"version": 2}
     return found
-
-
-def _plain(value: Any) -> Any:
-    """A value with tuples in place of torch.Size, and dicts in place of their subclasses."""
-    if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(map(_plain, value)) if type(value) in (tuple, list) else tuple(map(_plain, value))
-    return value

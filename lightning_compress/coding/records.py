@@ -8,22 +8,31 @@ s a string and b bytes (length first), l a list, t a tuple, d a dict (number of 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Any
 
-_DEPTH = 32  # values within values
+_DEPTH = 32  # values within values; a reader takes no more
 _EACH = 64  # bytes that a value takes in memory, beside its length
 
 
-def to_bytes(value: Any, where: str = "the metadata") -> bytes:
+def to_bytes(value: Any, where: str = "the metadata", depth: int = _DEPTH) -> bytes:
     """Return a value as bytes.
 
+    Args:
+        value: The value.
+        where: Its name, for the message.
+        depth: How deep values may be nested in it.
+
     Raises:
-        ValueError: It is, or holds, something other than None, bool, int, float, str, bytes, list, tuple and dict.
+        ValueError: It is, or holds, something other than None, bool, int, float, str, bytes, list, tuple and mapping,
+            or is nested deeper than `from_bytes` reads.
 
     Example:
         >>> to_bytes({"num_heads": 2})
         b'd\\x01s\\tnum_headsi\\x01\\x02'
     """
+    if not depth:
+        raise ValueError(f"{where} holds values that are nested more than {_DEPTH} deep, or in themselves.")
     if value is None or isinstance(value, bool):
         return {None: b"N", True: b"T", False: b"F"}[value]
     if isinstance(value, int):
@@ -36,9 +45,9 @@ def to_bytes(value: Any, where: str = "the metadata") -> bytes:
         return b"b" + _sized(value)
     if isinstance(value, list | tuple):
         kind = b"l" if isinstance(value, list) else b"t"
-        return kind + varint(len(value)) + b"".join(to_bytes(one, where) for one in value)
-    if isinstance(value, dict):
-        items = (to_bytes(one, where) for pair in value.items() for one in pair)
+        return kind + varint(len(value)) + b"".join(to_bytes(one, where, depth - 1) for one in value)
+    if isinstance(value, Mapping):
+        items = (to_bytes(one, where, depth - 1) for pair in value.items() for one in pair)
         return b"d" + varint(len(value)) + b"".join(items)
     raise ValueError(f"{where} holds a {type(value).__name__}; a compressed file takes plain values only.")
 
@@ -50,7 +59,7 @@ def memory(value: Any) -> int:
         >>> memory([1, "xy"])
         195
     """
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return _EACH + sum(memory(one) for pair in value.items() for one in pair)
     if isinstance(value, list | tuple):
         return _EACH + sum(map(memory, value))

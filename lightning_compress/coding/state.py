@@ -46,7 +46,11 @@ def with_values(name: str, tensor: Any) -> Tensor:
         >>> with_values("bias", torch.nn.Parameter(torch.ones(2)))
         tensor([1., 1.])
     """
-    if "\0" in name:
+    try:
+        text = name.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise ValueError(f"{name!r} is no text that UTF-8 can write, as names in a compressed file are.") from error
+    if b"\0" in text:
         raise ValueError(f"{name!r} has a NUL character, which ends names in a compressed file: rename it.")
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name!r} is a {type(tensor).__name__}; a compressed file holds tensors only: leave it out.")

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows, where an open file can't be replaced
     _CAN_LOCK = False
 
-_NAME = 100  # characters of a file's name that its temporary one repeats: file systems limit names to 255 bytes
+_NAME = 100  # bytes of a file's name that its temporary one repeats: file systems limit names to 255
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -41,7 +41,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         '{}'
     """
     path = Path(path)
-    stem = f".{path.name[:_NAME]}."
+    stem = f".{path.name.encode(errors='surrogateescape')[:_NAME].decode(errors='ignore')}."
     _remove_leftovers(path.parent, stem)
     mode = _mode(path)
     temporary, descriptor = _make(path, stem, mode)

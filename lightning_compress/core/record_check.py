@@ -115,6 +115,10 @@ def check_record(
                     _fail(f"sets {name!r} of {path!r} to {_what(value)}, more than the {_what(most)} before the cut")
             if kind == "numbers":
                 _check_divisible(path, values, incoming)
+    for path, values in record["dense_numbers"].items():
+        for name in values:  # a reshape is noted where it is cut, and not before
+            if name not in record["numbers"].get(path, {}) and not is_reshape(name):
+                _fail(f"says what {name!r} of {path!r} was before the cut, and not what it is")
     hidden = {
         f"{path}.{name}".lstrip(".")
         for path, module in modules.items()

@@ -427,3 +427,41 @@ def test_a_load_does_not_replace_parameters(tmp_path: Path) -> None:
     before = fresh[0].weight
     load_compressed(tmp_path / "f", fresh)
     assert fresh[0].weight is before
+
+
+def _in_itself() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+def _deep(levels: int) -> Any:
+    return [_deep(levels - 1)] if levels else 1
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ({3: torch.ones(2)}, "3 is no text"),
+        ({"\ud800": torch.ones(2)}, r"'\\ud800' is no text"),
+        ({"x": torch.ones([1] * 65)}, "'x' has the shape .* at most 64 dimensions"),
+        ({"x": torch.empty(2**50, 0)}, "'x' has the shape .* below 281474976710656"),
+        ({"_extra_state": _in_itself()}, "an extra state, holds values that are nested"),
+        ({"_extra_state": _deep(40)}, "an extra state, holds values that are nested"),
+    ],
+    ids=["a number", "half a character", "many dimensions", "a huge one", "in itself", "deep"],
+)
+def test_what_could_not_be_read_again_is_not_written(state: Any, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        save_compressed(state, tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_deepest_value_that_is_written_comes_back(tmp_path: Path) -> None:
+    for levels in range(40):
+        try:
+            save_compressed({"_extra_state": _deep(levels)}, tmp_path / "f")
+        except ValueError:
+            break
+        assert load_compressed(tmp_path / "f")["_extra_state"] == _deep(levels)
+    assert 20 < levels < 40

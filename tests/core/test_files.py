@@ -39,6 +39,15 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "漢" * 85, "é" * 127, "😀" * 63], ids=["ascii", "3 bytes", "2", "4"])
+def test_a_name_as_long_as_the_file_system_takes(name: str, tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_text(content)
+    assert (tmp_path / name).read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_no_link_that_lies_in_wait_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     victim, target = tmp_path / "victim", tmp_path / "a.json"
     victim.write_text("mine")

@@ -153,6 +153,19 @@ def test_heads_of_another_network_with_the_same_shapes_are_refused() -> None:
     assert_as_before(other, before)
 
 
+def test_a_record_that_leaves_out_what_a_number_has_become_is_refused() -> None:
+    attention = nn.MultiheadAttention(8, 4, batch_first=True)
+    x = torch.zeros(2, 5, 8)
+    whole = {"query": x, "key": x, "value": x, "need_weights": False}
+    state = cut(attention, whole, keep={"in_proj_weight#2": [0]}).state_dict()
+    del state._metadata[""][RECORD]["numbers"][""]["head_dim"]  # then the shapes are those of fewer heads as well
+    dense = nn.MultiheadAttention(8, 4, batch_first=True)
+    before = everything(dense)
+    with pytest.raises(RecordError, match="says what 'head_dim' of '' was before the cut, and not what it is"):
+        adopt_state(dense, state)
+    assert_as_before(dense, before)
+
+
 def test_a_module_on_the_meta_device_is_refused_and_not_left_empty(tmp_path: Path) -> None:
     save_compressed(classes(7), tmp_path / "f")
     with torch.device("meta"):
