@@ -19,7 +19,7 @@ def bit_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def keep_(tensor: Tensor, bits: Tensor) -> None:
-    """Set a tensor to zero, in place, where its mask from `bit_mask` is False.
+    """Set a tensor, which may be sparse, to zero in place where its mask from `bit_mask` is False.
 
     Example:
         >>> w = torch.tensor([1.0, torch.nan, torch.inf])
@@ -27,6 +27,8 @@ def keep_(tensor: Tensor, bits: Tensor) -> None:
         tensor([1., 0., 0.])
     """
     bits = bits.to(tensor.device)
+    if tensor.is_sparse:
+        tensor, bits = tensor._values(), bits[tuple(tensor._indices())]
     if bits.dtype == torch.bool:
         tensor.masked_fill_(~bits, 0.0)
     else:

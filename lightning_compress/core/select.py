@@ -150,6 +150,23 @@ def refuse_sparse_gradients(module: nn.Module, names: Iterable[str], who: str) -
             )
 
 
+def refuse_complex(module: nn.Module, names: Iterable[str], who: str) -> None:
+    """Raise a ValueError if one of some parameters is complex, where an order or signs of weights are needed.
+
+    Args:
+        module: The network.
+        names: Qualified names of parameters.
+        who: What needs real weights, for the message.
+    """
+    for name in names:
+        parameter = module.get_parameter(name)
+        if parameter.is_complex():
+            raise ValueError(
+                f"{name} is {parameter.dtype}, and {who} is for real weights: exclude it, or keep its real and "
+                f"imaginary parts in two parameters."
+            )
+
+
 def has_entries(parameter: nn.Parameter) -> bool:
     """Whether there is something in a parameter to compress; a lazy one will have entries."""
     return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.numel() > 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_compress.core.costs import Cost
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
-from lightning_compress.core.select import select_parameters
+from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.pruning.backtracking import BacktrackingCallback
 from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
 from lightning_compress.pruning.masked import MaskedParameters
@@ -194,6 +194,8 @@ class IterativePruningCallback(BacktrackingCallback):
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._check_stop(trainer)
         self._targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude))
+        if self.granularity == "weight":
+            refuse_complex(pl_module, self._targets, f"{self.name}(granularity='weight')")
         check_disjoint(pl_module, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         # What is masked for good must not count where clipping, or an optimizer, takes entries together, as in a norm.
         self._masks_gradients = not self.regrow

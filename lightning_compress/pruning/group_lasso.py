@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.groups import ChannelGroups, positions_kept
-from lightning_compress.core.select import refuse_sparse_gradients
+from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients
 from lightning_compress.core.slicing import Kept, named_tensors
 from lightning_compress.core.surgery import cut, masked_channels, parts_of
 from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
@@ -166,8 +166,9 @@ class GroupLassoCallback(CompressionCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._groups = self._find(trainer, pl_module)
+        names = [name for name, one in pl_module.named_parameters() if self._penalizes(one)]
+        refuse_complex(pl_module, names, self.name)
         if not self.proximal:
-            names = [name for name, one in pl_module.named_parameters() if self._penalizes(one)]
             refuse_sparse_gradients(pl_module, names, f"{self.name}(proximal=False)")
         if not self._groups:
             raise ValueError(

@@ -96,8 +96,10 @@ class BinaryWeights(LatentWeights):
         return binarize(real, **self._how(name, real))
 
     def real_gradient(self, name: str, gradient: Tensor) -> None:
-        if self.scaling == "mean" or name in self.alive:
+        if self.scaling == "mean":
             gradient.copy_(real_gradient(gradient, self.latent[name], **self._how(name, gradient)))
+        else:
+            super().real_gradient(name, gradient)
 
     def open(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         super().open(optimizer)

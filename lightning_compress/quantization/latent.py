@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.masking import keep_
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
 from lightning_compress.quantization.signs import transposed_groups
@@ -63,7 +64,7 @@ class LatentWeights(Projection):
     def real_gradient(self, name: str, gradient: Tensor) -> None:
         """Turn the gradient by W~ into that by w, in place."""
         if name in self.alive:
-            gradient.masked_fill_(~self.alive[name], 0.0)
+            keep_(gradient, self.alive[name])  # which may be sparse
 
     def agree(self, held: Tensor, expected: Tensor) -> bool:
         """Whether a parameter holds what it should."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_compress.core.select import select_parameters
+from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.timeline import steps_at
@@ -94,6 +94,7 @@ class QuantizingCallback(CompressionCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._wanted = self.wants(pl_module)
+        refuse_complex(pl_module, self._wanted, self.name)
         self._idle = not self._wanted and not self.inputs_of(pl_module)
         self._check_disjoint(trainer, pl_module)
         if state is not None:

@@ -127,10 +127,10 @@ def test_layers_without_a_binary_form_are_refused_before_the_first_step() -> Non
 
 
 class Words(LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, *, sparse: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.head = nn.Embedding(10, 6, sparse=True), nn.Linear(6, 4)
+        self.embedding, self.head = nn.Embedding(10, 6, sparse=sparse), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.embedding(x))
@@ -169,6 +169,57 @@ def test_embeddings_with_sparse_gradients_are_pruned(criterion: Any) -> None:
     pruning = IterativePruningCallback(0.5, criterion=criterion, start_epoch=1.0, target=["embedding", "head"])
     quiet_trainer(callbacks=[pruning], max_epochs=3).fit(module, words())
     assert sum(int((one.weight == 0).sum()) for one in (module.embedding, module.head)) == 42
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda **target: [],
+        lambda **target: [QuantizationAwareTrainingCallback(4, None, start_epoch=1.0, **target)],
+        lambda **target: [BinaryWeightsCallback(start_epoch=2.0, **target)],
+    ],
+)
+def test_a_pruned_embedding_trains_alike_with_sparse_and_with_dense_gradients(behind: Any) -> None:
+    ends = []
+    for sparse in (True, False):
+        module, target = Words(sparse=sparse), {"target": ["embedding", "head"]}
+        pruning = IterativePruningCallback(0.5, end_epoch=2.0, **target)
+        quiet_trainer(callbacks=[pruning, *behind(**target)], max_epochs=4).fit(module, words())
+        ends.append(module.embedding.weight.detach())
+    torch.testing.assert_close(*ends)
+
+
+class Waves(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wave, self.head = nn.Linear(6, 8, dtype=torch.complex64), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.wave(x.to(torch.complex64)).abs())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(F.one_hot(batch[0] % 6, 6)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        lambda **options: IterativePruningCallback(0.5, start_epoch=1.0, **options),
+        lambda **options: QuantizationAwareTrainingCallback(8, None, start_epoch=1.0, **options),
+        lambda **options: BinaryWeightsCallback(start_epoch=1.0, **options),
+        lambda **options: WeightClusteringCallback(4, start_epoch=1.0, **options),
+        lambda **options: GroupLassoCallback(0.1, **options),
+    ],
+)
+def test_complex_weights_are_refused_by_name_before_the_first_step(technique: Any) -> None:
+    count = Count()
+    with pytest.raises(ValueError, match=r"wave\.weight is torch\.complex64, and .* is for real weights: exclude it"):
+        quiet_trainer(callbacks=[count, technique()]).fit(Waves(), words())
+    assert count.steps == 0
+    quiet_trainer(callbacks=[technique(exclude="wave")], max_epochs=2).fit(Waves(), words())
 
 
 def test_what_texts_cite_exists() -> None:
