@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage
 
@@ -42,6 +43,8 @@ class EpochEnd:
         """Arrange what comes first, before the random states of the checkpoint are put back."""
         fit_loop = trainer.fit_loop
         loop = fit_loop.epoch_loop
+        if fit_loop.restarted_mid_epoch:
+            self._check_accumulation(trainer)
         plateaus = [one for one in trainer.lr_scheduler_configs if one.reduce_on_plateau and one.interval == "epoch"]
         ends = fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end
         if plateaus and (ends or fit_loop.restarted_mid_epoch):
@@ -56,6 +59,28 @@ class EpochEnd:
             self._validate_and_end(trainer)
         if not fit_loop.restarted_mid_epoch or loop.batch_progress.is_last_batch:
             self._leave_loaders(trainer)
+
+    def _check_accumulation(self, trainer: Trainer) -> None:
+        batches, factor = trainer.fit_loop.epoch_loop.batch_progress, trainer.accumulate_grad_batches
+        if batches.is_last_batch:
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            if isinstance(callback, GradientAccumulationScheduler):
+                factor = callback.get_accumulate_grad_batches(trainer.current_epoch)
+                if factor > 1:
+                    warnings.warn(
+                        f"Resumed inside an epoch with GradientAccumulationScheduler, which acts where an epoch "
+                        f"begins: until the next one every batch is a step, and not every {factor} batches. The run "
+                        f"is not exactly the uninterrupted one: resume from the end of an epoch.",
+                        stacklevel=2,
+                    )
+        if batches.current.ready % factor:
+            warnings.warn(
+                f"Resumed between two of the {factor} batches that one optimizer step accumulates: Lightning saves "
+                f"no gradients, so the first step lacks those of the batches before the checkpoint, and the run is "
+                f"not exactly the uninterrupted one.",
+                stacklevel=2,
+            )
 
     def _begin_epoch(self, trainer: Trainer) -> None:
         """Have a run that is limited by max_steps begin an epoch; Lightning would end the finished one once more."""
@@ -87,6 +112,14 @@ class EpochEnd:
         if combined is None or not self._loader_states:
             return
         loaders = [loader for loader in combined.flattened if hasattr(loader, "load_state_dict")]
+        if len(loaders) != len(self._loader_states):
+            warnings.warn(
+                f"The checkpoint holds states of {len(self._loader_states)} training loader(s), and this fit has "
+                f"{len(loaders)} with a load_state_dict: the next epoch may have other batches than the uninterrupted "
+                f"run.",
+                stacklevel=2,
+            )
+            return
         for loader, state in zip(loaders, self._loader_states, strict=True):
             loader.load_state_dict(state)  # which Lightning does not where the epoch has ended
             if next(iter(loader), _END) is _END:

@@ -253,7 +253,8 @@ class ResumableCallback(Callback):
         self._loads_state = trainer.state.fn == "fit"  # Lightning restores callbacks for validate and test as well
         if not self._loads_state:
             return
-        self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"])
+        if "loops" in checkpoint:  # else Lightning refuses it
+            self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"])
         states = checkpoint["callbacks"]
         mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
         others = [key for key in states if key.startswith(type(self).__qualname__ + "{") and key not in mine]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import CombinedLoader
+from support.ranks import RankPair
 from support.small import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -169,13 +172,14 @@ def fit(
     validate: bool = True,
     scheduler: str = "step",
     saves: type[Saves] | None = None,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> tuple[Recorded, Saves, Trainer]:
     torch.manual_seed(0)
     module, saving = Recorded(scheduler), (saves or Saves)(folder)
     pruning = IterativePruningCallback(0.5, end_epoch=2.0, every_n_steps=4)
     settings: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": 3} | options
-    trainer = quiet_trainer(callbacks=[pruning, saving], **settings)
+    trainer = quiet_trainer(callbacks=[pruning, *callbacks, saving], **settings)
     validation = DataLoader(X, 8) if validate else None  # type: ignore[arg-type]
     trainer.fit(module, LOADERS[loader](), validation, ckpt_path=resume, weights_only=True)
     return module, saving, trainer
@@ -279,3 +283,48 @@ def test_a_resume_from_an_epochs_end_is_exact(loader: str, setting: str, tmp_pat
     whole[1].saved["end6"] += 1  # the module's own hook comes after the callback that saved
     resumed = fit(loader, tmp_path / "resumed", tmp_path / "end6", **SETTINGS[setting])
     assert_same_end(whole, resumed, "end6")
+
+
+def test_gradients_that_no_checkpoint_holds_are_said(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 4}
+    whole = fit("positioned", tmp_path, None, **options)
+    with pytest.warns(UserWarning, match="between two of the 4 batches"):
+        fit("positioned", tmp_path / "resumed", tmp_path / "batch3", **options)
+    for name in ("batch4", "batch6", "batch10"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Resumed between two")
+            assert_same_end(whole, fit("positioned", tmp_path / "resumed", tmp_path / name, **options), name)
+
+
+def test_a_schedule_of_accumulation_that_waits_for_the_next_epoch_is_said(tmp_path: Path) -> None:
+    def schedule() -> list[Callback]:
+        return [GradientAccumulationScheduler({0: 1, 1: 2})]
+
+    whole = fit("positioned", tmp_path, None, callbacks=schedule())
+    with pytest.warns(UserWarning, match="every batch is a step, and not every 2 batches"):
+        fit("positioned", tmp_path / "resumed", tmp_path / "batch10", callbacks=schedule())
+    for name in ("batch4", "batch6", "batch12"):
+        resumed = fit("positioned", tmp_path / "resumed", tmp_path / name, callbacks=schedule())
+        assert_same_end(whole, resumed, name)
+
+
+@pytest.mark.parametrize("entry", ["pruning-regrow", "distillation"])
+def test_two_resumes_in_a_row_are_exact_on_two_ranks(entry: str, rank_pair: RankPair, tmp_path: Path) -> None:
+    def on_ranks(**options: Any) -> list[dict[str, Any]]:
+        return rank_pair.run("support.jobs:fit_on_ranks", tmp_path, entry=entry, stateful=True, max_epochs=3, **options)
+
+    whole = on_ranks(folder=str(tmp_path / "whole"), every_n_train_steps=4)
+    first = on_ranks(
+        folder=str(tmp_path / "first"), every_n_train_steps=4, resume=str(tmp_path / "whole" / "step=12.ckpt")
+    )
+    second = on_ranks(resume=str(tmp_path / "first" / "step=20.ckpt"))
+    for resumed in (first, second):
+        for left, right in zip(whole, resumed, strict=True):
+            assert left["weights"].keys() == right["weights"].keys()
+            assert all(torch.equal(value, right["weights"][name]) for name, value in left["weights"].items())
+
+
+def test_other_loaders_than_the_checkpoints_are_said(tmp_path: Path) -> None:
+    fit("positioned", tmp_path, None, saves=SavesAtEnds)
+    with pytest.warns(UserWarning, match=r"holds states of 1 training loader\(s\), and this fit has 2"):
+        fit("combined", tmp_path / "resumed", tmp_path / "end6")
