@@ -276,19 +276,23 @@ class ResumableCallback(Callback):
 
     def _match_batches(self, trainer: Trainer) -> None:
         """See to it that the resumed run draws the batches that the uninterrupted one would have drawn."""
-        if not trainer.fit_loop.restarted_mid_epoch:
+        fit_loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        lacks = ""
+        if not fit_loop.restarted_mid_epoch:
             # The uninterrupted run would draw the next epoch's shuffling seeds now; Lightning made the resumed run's
             # iterator before the random state was back.
-            fetcher = trainer.fit_loop._data_fetcher
-            assert fetcher is not None
             iter(fetcher)
-        elif not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not all(
-            hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)
-        ):
+        elif fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        elif not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
+            lacks = "no state_dict/load_state_dict"
+        elif fetcher.length is None:
+            lacks = "no length, from which Lightning fetches a batch ahead that the loader's state counts as trained"
+        if lacks:
             warnings.warn(
-                "Resumed in the middle of an epoch with a training loader that has no state_dict/load_state_dict: "
-                "the rest of this epoch has other batches than the uninterrupted run. Weights, masks and random "
-                "states are exact.",
+                f"Resumed in the middle of an epoch with a training loader that has {lacks}: the rest of this epoch "
+                f"has other batches than the uninterrupted run. Weights, masks and random states are exact.",
                 stacklevel=2,
             )
 

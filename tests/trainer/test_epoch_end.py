@@ -91,6 +91,12 @@ class Own(Positioned):
             yield batch
 
 
+class Unending(Running):
+    """Has no length that a Trainer could ask for."""
+
+    __len__ = None  # type: ignore[assignment]
+
+
 LOADERS: dict[str, Callable[[], Iterable[Any]]] = {
     "positioned": Positioned,
     "running": Running,
@@ -177,7 +183,7 @@ def fit(
 ) -> tuple[Recorded, Saves, Trainer]:
     torch.manual_seed(0)
     module, saving = Recorded(scheduler), (saves or Saves)(folder)
-    pruning = IterativePruningCallback(0.5, end_epoch=2.0, every_n_steps=4)
+    pruning = IterativePruningCallback(0.5, end_epoch=options.pop("end_epoch", 2.0), every_n_steps=4)
     settings: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": 3} | options
     trainer = quiet_trainer(callbacks=[pruning, *callbacks, saving], **settings)
     validation = DataLoader(X, 8) if validate else None  # type: ignore[arg-type]
@@ -328,3 +334,15 @@ def test_other_loaders_than_the_checkpoints_are_said(tmp_path: Path) -> None:
     fit("positioned", tmp_path, None, saves=SavesAtEnds)
     with pytest.warns(UserWarning, match=r"holds states of 1 training loader\(s\), and this fit has 2"):
         fit("combined", tmp_path / "resumed", tmp_path / "end6")
+
+
+def test_a_loader_without_length_is_a_batch_ahead_of_its_state_which_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOADERS, "unending", Unending)
+    options: dict[str, Any] = {"max_steps": 15, "max_epochs": -1, "end_epoch": None}
+    whole = fit("unending", tmp_path, None, **options)
+    with pytest.warns(UserWarning, match="has no length, from which Lightning fetches a batch ahead"):
+        fit("unending", tmp_path / "resumed", tmp_path / "batch3", **options)
+    for name in ("batch6", "validation12"):
+        assert_same_end(whole, fit("unending", tmp_path / "resumed", tmp_path / name, **options), name)
