@@ -231,10 +231,8 @@ class IterativePruningCallback(BacktrackingCallback):
             self._leave_sums_to_rank_zero(self._statistic)
         earlier = self._masked  # of a fit before, perhaps on another device
         self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)
-        if self._kept is not None:
-            return
         if state is not None:
-            self._mask(state["keep"], latent=state["latent"])
+            self._mask(None if self._kept is not None else state["keep"], latent=state["latent"])
         elif earlier is not None:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)

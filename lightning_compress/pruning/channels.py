@@ -31,7 +31,7 @@ class PrunableChannels:
     Attributes:
         neurons: The free ones, as they are in the network now.
         reasons: Why others have to stay, in words.
-        keep: By name a mask over the dense network's channels: those that are left. Changed by `cut` alone.
+        keep: By name a mask over the dense network's channels: those that are left.
 
     Raises:
         ValueError: There are none, or not those that `keep` says.
@@ -63,6 +63,27 @@ class PrunableChannels:
         """Find the channels of a network that something else has cut."""
         self._groups: ChannelGroups = channel_groups(self._model.get_submodule(self._network), self._inputs)
         return self._find()
+
+    def follow(self, kept: Kept) -> dict[str, Tensor]:
+        """Find the channels of a network that something else has cut, and count those out that have left.
+
+        Args:
+            kept: By tensor and dimension the positions that stayed.
+
+        Returns:
+            By name, for channels of which some have left, a mask over those that were there: those that stayed.
+        """
+        stayed = {}
+        for layer in self.neurons:
+            cuts = [(one.index[:, 0], kept.get(one.tensor, {}).get(one.dim)) for one in layer.members]
+            index, positions = next(((at, left) for at, left in cuts if left is not None), (None, None))
+            if index is not None and positions is not None:
+                stayed[layer.name] = torch.isin(index.cpu(), positions.cpu())
+                mask = self.keep[layer.name].clone()
+                mask[self.keep[layer.name]] = stayed[layer.name]
+                self.keep[layer.name] = mask
+        self.find_again()
+        return stayed
 
     def _find(self) -> list[Neurons]:
         found = find_neurons(

@@ -75,7 +75,7 @@ class RemovingCallback(WatchingCallback):
         """
         if self._keep is None:
             return 0.0
-        zeros = {} if self._kept is not None or self._masked is None else self._masked.count_zeros()
+        zeros = {} if self._masked is None else self._masked.count_zeros()
         if self._channels is None:
             total = sum(self._entries.values())
             here = sum(mask.numel() for mask in self._keep.values())
@@ -191,7 +191,9 @@ class RemovingCallback(WatchingCallback):
             self._statistic.end()  # before anything else: it may have changed how torch.compile behaves
         keep, latent = self._masked.keep, sliced(self._masked.latent, kept)
         if self._channels is not None:
-            self._channels.find_again()
+            if stayed := self._channels.follow(kept):  # channels of its own, at the fit's end
+                self._kept, self._statistic = self._channels.keep, None
+                keep = keep and {name: mask[stayed[name]] if name in stayed else mask for name, mask in keep.items()}
         elif keep is not None:
             keep = sliced(keep, kept)
         self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)

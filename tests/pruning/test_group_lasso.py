@@ -287,6 +287,42 @@ def test_what_is_zero_at_the_fits_end_leaves_the_network(tmp_path: Path) -> None
     assert module.net.hidden.out_features <= left
 
 
+class Three(SmallModule):
+    """Two hidden layers, whose live neurons are easily counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(FEATURES, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU())
+        self.net.append(nn.Linear(8, 3))
+
+    def alive(self) -> int:
+        return sum(int((self.net[at].weight.abs().sum(1) > 0).sum()) for at in (1, 3))
+
+
+@pytest.mark.parametrize("target", ["net.*", "net.3"])
+@pytest.mark.parametrize("end_epoch", [1.0, 9.0])
+def test_neurons_that_another_callback_masks_may_be_cut_out_by_the_penalty(target: str, end_epoch: float) -> None:
+    module = Three()
+    pruning = IterativePruningCallback(
+        0.5,
+        granularity="neuron",
+        scope="layer",
+        schedule="linear",
+        shrink="never",
+        every_n_steps=2,
+        end_epoch=end_epoch,
+    )
+    lasso = GroupLassoCallback(0.01, granularity="group", proximal=True, shrink="on_fit_end", target=target)
+    for others in ([lasso], []):  # and a second fit goes on with what is left
+        quiet_trainer(callbacks=[pruning, *others], max_epochs=2).fit(module, plain())
+        assert module.net[3].weight.shape[0] < 8
+        assert (module.net[1].weight.shape[0] < 12) == (target == "net.*")
+        assert pruning.sparsity == pytest.approx(1 - module.alive() / 20)
+        if end_epoch > 2:
+            return
+
+
 def test_a_named_network_is_cut_within_the_module() -> None:
     module = fit(shrinking(network="net", example_inputs=torch.zeros(2, FEATURES)), max_epochs=8)
     assert_same(module, fit(shrinking(), max_epochs=8))
