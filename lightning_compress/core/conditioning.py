@@ -8,7 +8,7 @@ every layer's output has one size, the largest at which a tiny change of the wei
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +22,23 @@ _SENSITIVE = 1e3  # how much larger the output's relative change may be: ordinar
 _SIZES = tuple(2.0**-step for step in range(10))  # of every layer's output: the smaller, the less of a softmax shows
 
 
-def conditioned(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, float]:
+def conditioned(model: nn.Module, example_inputs: ExampleInputs, outputs: Sequence[Tensor]) -> dict[str, float]:
     """Scale the model's parameters until it is well conditioned, and return the factors by name; empty if it is.
 
     Where no size helps, the one that helps most is taken, and the comparisons that follow freeze what they can't tell.
+
+    Args:
+        model: The network, in the laboratory.
+        example_inputs: What it runs with.
+        outputs: What it makes of these as it is.
     """
-    if _sensitivity(model, example_inputs) <= _SENSITIVE:
+    if _sensitivity(model, example_inputs, outputs) <= _SENSITIVE:
         return {}
     found: list[tuple[float, dict[str, float]]] = []
     for size in _SIZES:
         factors = _factors(model, example_inputs, size)
         with_factors(model, factors)
-        found.append((_sensitivity(model, example_inputs), factors))
+        found.append((_sensitivity(model, example_inputs, run(model, example_inputs)), factors))
         if found[-1][0] <= _SENSITIVE:
             return factors
         with_factors(model, {name: 1 / factor for name, factor in factors.items()})
@@ -48,9 +53,8 @@ def with_factors(model: nn.Module, factors: Mapping[str, float]) -> None:
         model.get_parameter(name).data *= factor
 
 
-def _sensitivity(model: nn.Module, example_inputs: ExampleInputs) -> float:
+def _sensitivity(model: nn.Module, example_inputs: ExampleInputs, before: Sequence[Tensor]) -> float:
     """How much larger the relative change of the output is than that of the weights."""
-    before = run(model, example_inputs)
     generator = torch.Generator().manual_seed(1)
     dense = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
     try:

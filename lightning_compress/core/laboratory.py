@@ -184,7 +184,7 @@ def _noisy(values: Tensor, generator: torch.Generator) -> Tensor:
 def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Weights of variance 1 / fan-in; scales and variances around 1, so that signals keep their size."""
     shape = tuple(tensor.shape)
-    normal = torch.randn(shape, dtype=torch.float64, generator=generator)
+    normal = torch.randn(shape, dtype=torch.float32, generator=generator).double()  # twice as fast as doubles
     if name.endswith(("running_var", "weight")) and len(shape) == 1:
         values = normal.abs_().clamp_(max=2).mul_(0.5).add_(0.5)
     elif len(shape) > 1:

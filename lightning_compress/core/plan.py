@@ -41,8 +41,8 @@ class Plan:
     @classmethod
     def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
         """Export the model, which is in the laboratory, in both modes, and follow the channels."""
-        inputs = _trial_inputs(model, example_inputs)
-        factors = conditioned(model, inputs)
+        inputs, outputs = _trial_inputs(model, example_inputs)
+        factors = conditioned(model, inputs, outputs)
         programs = []
         for training in (False, True):
             set_mode(model, training)
@@ -59,18 +59,19 @@ class Plan:
         walks = []
         for reading in range(READINGS):
             units = Units(places.count)
-            both = [Walk(program, places, units, reading) for program in programs]
-            walks.append(both[0])
-            unused = set(places.names) - both[0].seen - both[1].seen
-            for place in (place for name in unused for place in places.by_name[name]):
-                units.freeze(place.nodes, "it is not used in the forward pass of the example inputs")
-            middle = torch.cat([torch.zeros(0, dtype=torch.long), *units.halved])
-            nodes = {(place.tensor, place.dim): place.nodes for place in places.all()}
-            for group in _groups(places, units):
-                if any(bool(torch.isin(nodes[one.tensor, one.dim], middle).any()) for one in group.members):
-                    halved.add(identity(group))
-                candidates.setdefault(identity(group), group)
-                readings.setdefault(identity(group), set()).add(reading)
+            with torch._C.DisableTorchFunction():  # the laboratory's precision is for the network's code, not for nodes
+                both = [Walk(program, places, units, reading) for program in programs]
+                walks.append(both[0])
+                unused = set(places.names) - both[0].seen - both[1].seen
+                for place in (place for name in unused for place in places.by_name[name]):
+                    units.freeze(place.nodes, "it is not used in the forward pass of the example inputs")
+                middle = torch.cat([torch.zeros(0, dtype=torch.long), *units.halved])
+                nodes = {(place.tensor, place.dim): place.nodes for place in places.all()}
+                for group in _groups(places, units):
+                    if any(bool(torch.isin(nodes[one.tensor, one.dim], middle).any()) for one in group.members):
+                        halved.add(identity(group))
+                    candidates.setdefault(identity(group), group)
+                    readings.setdefault(identity(group), set()).add(reading)
             if not units.read:
                 break
         alike = _operators(programs[0]) == _operators(programs[1])
@@ -111,8 +112,12 @@ def _along_one(value: Value) -> dict[int, Tensor]:
     return {layer.dims[0]: layer.nodes.reshape(-1) for layer in value.layers if len(layer.dims) == 1}
 
 
-def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
-    """Two samples in double precision; or as many as there are, where the network mixes them or takes no more."""
+def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[ExampleInputs, list[Tensor]]:
+    """Two samples in double precision; or as many as there are, where the network mixes them or takes no more.
+
+    Returns:
+        The inputs, and what the network makes of them.
+    """
     *doubled, given = _with_two(example_inputs)
     several = next((one for one in doubled if _runs(model, doubles(one, noise=False))), given)
     for noise in (True, False):  # a logarithm of noise is not a number
@@ -122,7 +127,7 @@ def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInp
             break
     many = batch_size(inputs)
     if many <= FEW:
-        return inputs
+        return inputs, outputs
 
     def first(tensor: Tensor) -> Tensor:
         return tensor[:FEW] if tensor.dim() and tensor.shape[0] == many else tensor
@@ -131,8 +136,9 @@ def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInp
     try:
         alone = run(model, few)
     except Exception:  # whatever the network's code says to fewer samples: then it gets them all
-        return inputs
-    return few if compare(alone, [first(one) for one in outputs], TOLERANCE) is None else inputs
+        return inputs, outputs
+    mixed = compare(alone, [first(one) for one in outputs], TOLERANCE) is not None
+    return (inputs, outputs) if mixed else (few, alone)
 
 
 def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
@@ -203,8 +209,15 @@ def _groups(places: Places, units: Units) -> list[ChannelGroup]:
     alike: dict[tuple[tuple[tuple[int, int], ...], bool, str | None], list[int]] = {}
     for unit in sorted(counts):
         alike.setdefault((tuple(counts[unit]), unit in reasons, notes.get(unit)), []).append(unit)
+    of_unit = torch.full((units.count,), -1)
+    for one, members in enumerate(alike.values()):
+        of_unit[torch.tensor(members)] = one
+    counters: dict[int, list[tuple[str, str, int | None, Tensor]]] = {}  # by the number of a group
+    for module, name, at, nodes in units.attributes:
+        for one in torch.unique(of_unit[root[nodes]]).tolist():
+            counters.setdefault(one, []).append((module, name, at, root[nodes]))
     groups = []
-    for (signature, is_frozen, note), members in alike.items():
+    for one, ((signature, is_frozen, note), members) in enumerate(alike.items()):
         ordered = torch.tensor(members)
         whys = [reasons[unit] for unit in members] if is_frozen else []
         frozen = next((why for why in whys if why == OUTPUT), whys[0] if whys else None)
@@ -213,18 +226,14 @@ def _groups(places: Places, units: Units) -> list[ChannelGroup]:
             place = all_places[number]
             index = _positions(root[place.nodes], ordered, count)
             slices.append(Member(place.tensor, place.dim, index, not bool(consumed[place.nodes[index]].any())))
-        if not any(one.produces and one.tensor in places.parameters for one in slices):
+        if not any(made.produces and made.tensor in places.parameters for made in slices):
             continue
         if len(members) == 1 and frozen is None:
             single = all(count == 1 for _, count in signature)
             frozen = SINGLE if single else "all its channels depend on each other"
         attributes: dict[tuple[str, str, int | None], Attribute] = {}
-        for module, name, at, nodes in units.attributes:
-            of_these = root[nodes]
-            inside = of_these[torch.isin(of_these, ordered)]
-            if len(inside) == 0:
-                continue
-            each = torch.bincount(inside, minlength=units.count)[ordered]
+        for module, name, at, of_these in counters.get(one, ()):
+            each = torch.bincount(of_these, minlength=units.count)[ordered]
             if int(each.min()) != int(each.max()):
                 frozen = frozen or f"{name} of {module!r} counts its channels unevenly"
                 continue

@@ -95,9 +95,13 @@ class Trial:
         error = error_of(kind)
         if error is None:
             return kind
+        known = [_numbers(kind[0])]
         for follow in self._followers(kind[0]):
             first = follow(kind[0])
-            if first is kind[0] or error_of([first]) is not None:
+            if _numbers(first) in known:
+                continue
+            known.append(_numbers(first))
+            if error_of([first]) is not None:
                 continue
             groups = [first, *map(follow, kind[1:])]
             if len(kind) == 1 or error_of(groups) is None:
@@ -113,10 +117,10 @@ class Trial:
 
     def _followers(self, first: ChannelGroup) -> Iterator[Follower]:
         """What adds to a group the numbers of its modules, or the sizes of their reshapes, that must follow it."""
-        variants = [names for names in VARIANTS if names and with_attributes(first, self._model, names) is not first]
-        for names in variants:
+        variants = {_numbers(with_attributes(first, self._model, names)): names for names in reversed(VARIANTS)}
+        for names in reversed(variants.values()):
             yield partial(with_attributes, model=self._model, names=names)
-        for names in ((), *variants):
+        for names in reversed(variants.values()):
             yield partial(self._with_reshapes, names=names)
 
     def _with_reshapes(self, group: ChannelGroup, names: Sequence[str]) -> ChannelGroup:
@@ -199,6 +203,11 @@ class Trial:
         return compare(got, expected, TOLERANCE)
 
 
+def _numbers(group: ChannelGroup) -> frozenset[tuple[str, str, int | None]]:
+    """The numbers that follow a group."""
+    return frozenset((one.module, one.name, one.place) for one in group.attributes)
+
+
 def _of_first(error_of: ErrorOf, groups: Sequence[ChannelGroup]) -> str | None:
     return error_of(groups[:1])
 
@@ -206,8 +215,8 @@ def _of_first(error_of: ErrorOf, groups: Sequence[ChannelGroup]) -> str | None:
 def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tensor]]]:
     """What the trials take: every group in two sizes, so that a number in the network's code does not fit both.
 
-    One unit of every group comes first, because little hides behind channels that are gone. Rows leave without columns,
-    too, and columns without rows: together they may leave a number of channels that fits by chance.
+    One unit of every group comes first, because little hides behind channels that are gone. It leaves in rows without
+    columns, and in columns without rows: together they may leave a number of channels that fits by chance.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -221,12 +230,12 @@ def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tens
             sides.append([group])
         else:
             side.append(group)
-    few = [some(group, 1) for group in groups]
+    few = [[some(group, 1) for group in side] for side in sides]
     many = [
         some(group, group.size - 1 if number % 2 else group.size - group.size // 2)
         for number, group in enumerate(groups)
     ]
-    return [few, many, *([some(group, group.size - group.size // 2) for group in side] for side in sides[1:] and sides)]
+    return [*few, many]
 
 
 def _overlap(a: ChannelGroup, b: ChannelGroup) -> bool:
