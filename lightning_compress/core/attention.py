@@ -15,7 +15,7 @@ A packed in_proj_weight falls into three equal parts, so there V = D.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,8 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
     the forward pass takes from attributes about shapes; `scale` stays that of the original heads, so that narrower
     heads lose their missing channels' share of the scores and nothing else. Weights averaged over heads are averaged
     over the heads that are left, and a 3-D `attn_mask` has N * H entries for the H that is left.
+
+    Its forward pass keeps to the Python that torch.jit.script reads, as that of torch does.
 
     The fast paths of nn.TransformerEncoderLayer and nn.MultiheadAttention are never taken. A nested tensor, which
     nn.TransformerEncoder makes of padded input for their sake, is padded again and handed back nested.
@@ -48,8 +50,12 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         torch.Size([1, 5, 8])
     """
 
-    scale: float
-    value_head_dim: int
+    if TYPE_CHECKING:  # torch.jit.script would read these as text
+        scale: float
+        value_head_dim: int
+        in_proj_weight: Tensor | None  # type: ignore[assignment]
+        in_proj_bias: Tensor | None  # type: ignore[assignment]
+    __jit_unused_properties__: ClassVar[list[str]] = ["_qkv_same_embed_dim"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("Build a torch.nn.MultiheadAttention and put this class on it with make_sliceable.")
@@ -118,44 +124,51 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what nn.MultiheadAttention returns for the same arguments; a leaf for torch.fx, as that is."""
-        given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if (leaf := leaf_of(self, given, {})) is not None:
-            return leaf  # type: ignore[return-value]
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            leaf = leaf_of(self, given, {})
+            if leaf is not None:
+                return leaf  # type: ignore[return-value]
+        lengths: list[int] = []
         if query.is_nested or key.is_nested or value.is_nested:
-            if key_padding_mask is not None or attn_mask is not None or not (query is key is value):
+            if key_padding_mask is not None or attn_mask is not None or not (query is key and key is value):
                 raise ValueError("Nested tensors are for self-attention without masks; pad them for anything else.")
-            return self._forward_nested(query, need_weights, average_attn_weights)
+            lengths = [sample.shape[0] for sample in query.unbind()]
+            query = key = value = query.to_padded_tensor(0.0)
+            ends = torch.tensor(lengths, device=query.device).unsqueeze(1)
+            key_padding_mask = torch.arange(query.shape[1], device=query.device) >= ends
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True only says that attn_mask is the causal one: give attn_mask as well.")
-        if query.dim() not in (2, 3) or not (query.dim() == key.dim() == value.dim()):
-            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+        if query.dim() not in [2, 3] or query.dim() != key.dim() or key.dim() != value.dim():
+            shapes = f"{_shape(query)}, {_shape(key)}, {_shape(value)}"
             raise ValueError(f"query, key and value must all be 3-D, or all 2-D without a batch; got {shapes}.")
 
         q, k, v = self._project(query, key, value)
         q, k, v = self._split(q, self.head_dim), self._split(k, self.head_dim), self._split(v, self.value_head_dim)
-        if is_causal and key_padding_mask is None and not need_weights:
-            mask = None  # the kernel has its own
-        else:
+        mask: Tensor | None = None
+        if not (is_causal and key_padding_mask is None and not need_weights):  # else the kernel has its own
             mask = _merge(attn_mask, key_padding_mask, q, k)
             is_causal = False
         if self.bias_k is not None and self.bias_v is not None:
             k, v = _append(k, self.bias_k), _append(v, self.bias_v)
         if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+            k, v = F.pad(k, [0, 0, 0, 1]), F.pad(v, [0, 0, 0, 1])
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
-        if mask is not None and appended:  # what is appended is never masked
-            mask = F.pad(mask, (0, appended))
+        if mask is not None and appended > 0:  # what is appended is never masked
+            mask = F.pad(mask, [0, appended])
 
-        weights = None
+        averaged: Tensor | None = None
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             scores = (q * self.scale) @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+            if mask is not None:
+                scores = scores + mask
+            weights = scores.softmax(dim=-1)
             if dropout > 0:
                 weights = F.dropout(weights, dropout)
             heads = weights @ v
             weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if query.dim() == 3 else weights.squeeze(0)
+            averaged = weights if query.dim() == 3 else weights.squeeze(0)
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
 
@@ -165,40 +178,33 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             heads = heads.transpose(0, 1)
         # the weight and not the layer, as in torch: a hook on out_proj does not run there either
-        return F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias), weights
-
-    def _forward_nested(self, x: Tensor, need_weights: bool, average: bool) -> tuple[Tensor, Tensor | None]:
-        lengths = [len(sample) for sample in x.unbind()]
-        padded = torch.nested.to_padded_tensor(x, 0.0)
-        positions = torch.arange(padded.shape[1], device=padded.device)
-        missing = positions >= torch.tensor(lengths, device=padded.device).unsqueeze(1)
-        out, weights = self.forward(padded, padded, padded, missing, need_weights, average_attn_weights=average)
-        if weights is not None:  # as the fast path has it
-            weights = weights.masked_fill(missing[:, :, None] if average else missing[:, None, :, None], 0.0)
-        return torch.nested.as_nested_tensor([y[:length] for y, length in zip(out, lengths, strict=True)]), weights
+        out = F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        if len(lengths) > 0:
+            if averaged is not None and key_padding_mask is not None:  # as the fast path has it
+                missing = key_padding_mask.unsqueeze(-1)
+                averaged = averaged.masked_fill(missing if average_attn_weights else missing.unsqueeze(1), 0.0)
+            out = torch._nested_tensor_from_tensor_list([out[i, :length] for i, length in enumerate(lengths)])
+        return out, averaged
 
     def _in_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        packed: Tensor | None = self.in_proj_weight
-        if packed is None:
+        if self.in_proj_weight is None:
             return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        q, k, v = packed.chunk(3)
+        q, k, v = self.in_proj_weight.chunk(3)
         return q, k, v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        packed: Tensor | None = self.in_proj_weight
-        bias: Tensor | None = self.in_proj_bias
-        if packed is not None and query is key is value:
-            q, k, v = F.linear(query, packed, bias).chunk(3, dim=-1)
+        if self.in_proj_weight is not None and query is key and key is value:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
             return q, k, v
         w_q, w_k, w_v = self._in_weights()
-        b_q = b_k = b_v = None
-        if bias is not None:
-            b_q, b_k, b_v = torch.split(bias, [w_q.shape[0], w_k.shape[0], w_v.shape[0]])
+        if self.in_proj_bias is None:
+            return F.linear(query, w_q), F.linear(key, w_k), F.linear(value, w_v)
+        b_q, b_k, b_v = torch.split(self.in_proj_bias, [w_q.shape[0], w_k.shape[0], w_v.shape[0]])
         return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
 
     def _split(self, x: Tensor, width: int) -> Tensor:
         """(N, L, H * width), (L, N, H * width) or (L, H * width) to (N, H, L, width)."""
-        x = torch.unflatten(x, -1, (-1, width))
+        x = torch.unflatten(x, -1, [-1, width])
         if x.dim() == 3:
             x = x.unsqueeze(0)
         elif not self.batch_first:
@@ -266,33 +272,37 @@ def make_plain(module: nn.MultiheadAttention) -> None:
 
 def _append(x: Tensor, bias: Tensor) -> Tensor:
     """(N, H, S, width) and (1, 1, H * width) to (N, H, S + 1, width)."""
-    row = torch.unflatten(bias, -1, (-1, x.shape[-1])).transpose(1, 2)
+    row = torch.unflatten(bias, -1, [-1, x.shape[-1]]).transpose(1, 2)
     return torch.cat([x, row.expand(x.shape[0], -1, -1, -1)], dim=2)
 
 
 def _merge(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """The sum of the masks, -inf where nothing is to be seen, in a shape that broadcasts to (N, H, L, S)."""
-    (batch, heads, length), keys = q.shape[:3], k.shape[2]
-    mask = None
+    batch, heads, length, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    mask: Tensor | None = None
     if attn_mask is not None:
-        expected = (length, keys) if attn_mask.dim() == 2 else (batch * heads, length, keys)
-        if attn_mask.shape != expected:
+        expected = [length, keys] if attn_mask.dim() == 2 else [batch * heads, length, keys]
+        if list(attn_mask.shape) != expected:
             raise ValueError(
-                f"attn_mask has shape {tuple(attn_mask.shape)}, expected ({length}, {keys}) or, for {batch} samples "
+                f"attn_mask has shape {_shape(attn_mask)}, expected ({length}, {keys}) or, for {batch} samples "
                 f"and {heads} heads, ({batch * heads}, {length}, {keys})."
             )
-        mask = _additive(attn_mask, q.dtype)
-        mask = mask if mask.dim() == 2 else torch.unflatten(mask, 0, (batch, -1))
+        given = _additive(attn_mask, q.dtype)
+        mask = given if given.dim() == 2 else torch.unflatten(given, 0, [batch, -1])
     if key_padding_mask is not None:
         padding = key_padding_mask.unsqueeze(0) if key_padding_mask.dim() == 1 else key_padding_mask
-        if padding.shape != (batch, keys):
+        if list(padding.shape) != [batch, keys]:
             raise ValueError(
-                f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected ({batch}, {keys}), or ({keys},) "
+                f"key_padding_mask has shape {_shape(padding)}, expected ({batch}, {keys}), or ({keys},) "
                 "without a batch."
             )
         padding = _additive(padding, q.dtype)[:, None, None, :]
         mask = padding if mask is None else mask + padding
-    return mask if mask is None or mask.dtype == q.dtype else mask.to(q.dtype)
+    return mask if mask is None else mask.to(q.dtype)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "(" + ", ".join([str(size) for size in tensor.shape]) + ")"
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import combinations
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,12 @@ class Adapted(nn.Module):
             return leaf
         with _Reshapes({} if Solving.active else _noted(self)):
             return super().forward(*args, **kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            f"torch.jit.script would read the sizes in the code of {type(self).__name__}, which are those of before the "
+            f"cut. Use torch.export.export or torch.jit.trace."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _blank, (type(self).__bases__[1],), vars(self)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core import surgery
 from lightning_compress.core.attention import SliceableMultiheadAttention, make_plain, make_sliceable
 
 E, N, L, S = 12, 3, 5, 7  # width, batch, queries, keys
@@ -306,6 +307,29 @@ def test_thin_modules_compute_what_the_dense_one_does_with_zeros(name: str, cut:
         # kdim and vdim are those of another network, of which nothing is cut
         less = mapped(given, lambda x: x[..., kept.outside] if x.shape[-1] == E else x)
         assert_same(thin(*less, **options), (expected[..., kept.outside], weights))
+
+
+@pytest.mark.parametrize(("name", "cut"), [(name, cut) for name, cut in CUT_MODULES if cut != "network"])
+def test_thin_modules_are_scripted_as_those_of_torch_are(name: str, cut: str) -> None:
+    module = build(name)
+    thin = (CUTS | UNPACKED)[cut].slice(module)
+    scripted = torch.jit.script(thin)
+    for mask in ("none", "padding", "float mask", "causal"):
+        for given, options in calls(module, mask):
+            less = [x[..., : thin.embed_dim] if x.shape[-1] == E else x for x in given]
+            assert_same(scripted(*less, **options), thin(*less, **options))
+    with pytest.raises(torch.jit.Error, match="query, key and value must all be 3-D"):
+        scripted(*(x[None] for x in inputs(module)))
+
+
+def test_a_scripted_encoder_with_fewer_heads() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, HEADS, 8, batch_first=True), 2).eval()
+    x, padding = torch.randn(N, L, E), torch.arange(L) >= torch.tensor([[3], [L], [1]])
+    thin = surgery.cut(encoder, (x, None, padding), keep={"layers.0.self_attn.in_proj_weight": [1, 2]})
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.jit.script(thin)(x, src_key_padding_mask=padding), thin(x, src_key_padding_mask=padding)
+        )
 
 
 def test_weights_are_averaged_over_the_heads_that_are_left() -> None:

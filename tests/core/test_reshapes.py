@@ -143,6 +143,13 @@ def test_a_cut_network_is_traced_compiled_and_exported(how: Any) -> None:
         assert torch.allclose(how(thin)(inputs), expected)
 
 
+def test_a_cut_network_is_no_script_and_says_what_to_use() -> None:
+    net, inputs = windows()
+    thin = cut(net, inputs, keep=half(channel_groups(net, inputs)))
+    with pytest.raises(TypeError, match=r"sizes in the code of WindowAttention.*torch\.export\.export"):
+        torch.jit.script(thin)
+
+
 def test_planning_leaves_classes_as_they_were() -> None:
     net, inputs = windows()
     channel_groups(net, inputs)
