@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,7 +117,12 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """The tensors of the model's output, the same every time: random numbers start anew, and no call sees another's.
+    """The tensors of the model's output, the same every time: see `alike`."""
+    return alike(model, lambda: call(model, example_inputs))
+
+
+def alike(model: nn.Module, forward: Callable[[], Any]) -> list[Tensor]:
+    """The tensors that a call of the model returns: random numbers start anew, and no call sees another's.
 
     Buffers, caches and counters are put back, and what modules keep for evaluation is made anew from their weights.
     """
@@ -126,7 +131,7 @@ def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
     np.random.seed(0)
     with caches_off(model), entries_restored(model), buffers_restored(model):
         renew_caches(model)
-        return tensors_of(call(model, example_inputs))
+        return tensors_of(forward())
 
 
 def tensors_of(output: Any) -> list[Tensor]:

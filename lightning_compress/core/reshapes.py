@@ -108,8 +108,8 @@ class Adapted(nn.Module):
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(
-            f"torch.jit.script would read the sizes in the code of {type(self).__name__}, which are those of before the "
-            f"cut. Use torch.export.export or torch.jit.trace."
+            f"torch.jit.script would read the sizes in the code of {type(self).__name__}, which are those of before "
+            "the cut. Use torch.export.export or torch.jit.trace."
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

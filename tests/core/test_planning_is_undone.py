@@ -264,3 +264,31 @@ def test_what_is_kept_for_evaluation_does_not_outlive_a_cut(layer: type[Kept], w
         cut(net, x, remove={"0": range(0, 8, 2), "2": [5]})
         torch.testing.assert_close(net(x), dense(x))
         torch.testing.assert_close(net.train()(x), dense(x))
+
+
+class Blocks(nn.Module):
+    """Identical blocks with weights kept for evaluation, before pairs of channels that the code counts."""
+
+    def __init__(self, layer: type[Kept]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), layer(8, 6)) for _ in range(3))
+        self.pairs, self.last = nn.Linear(6, 12), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(self.pairs(x).view(-1, 6, 2).amax(-1))
+
+
+@pytest.mark.parametrize("layer", [Kept, Filled])
+def test_parts_that_keep_weights_for_evaluation_are_tried_alone(layer: type[Kept]) -> None:
+    torch.manual_seed(0)
+    net, x = Blocks(layer).eval(), torch.randn(4, 6)
+    net(x)
+    groups = channel_groups(net, x)
+    assert [group.name for group in groups.free()] == ["blocks.0.0", "blocks.1.0", "blocks.2.0"]
+    oracle = copy.deepcopy(net)
+    for block in oracle.blocks:
+        block[0].weight.data[3:], block[0].bias.data[3:] = 0, 0  # type: ignore[index, union-attr]
+    thin = cut(net, x, keep={group.name: [0, 1, 2] for group in groups.free()}, groups=groups)
+    torch.testing.assert_close(thin(2 * x), oracle(2 * x))
