@@ -115,6 +115,10 @@ class BinaryWeights(LatentWeights):
         self._deterministic = False
         super().load_state_dict(state)
 
+    @property
+    def is_shown(self) -> bool:
+        return self.mode == "stochastic" and self._deterministic
+
     def _show_samples(self, shown: bool) -> None:
         self._deterministic = not shown
 

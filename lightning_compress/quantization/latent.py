@@ -77,6 +77,11 @@ class LatentWeights(Projection):
         """Return which entries count as written by other code, where `changed` differ from what was expected."""
         return changed
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the module holds what is validated and saved, where that is not what trains."""
+        return False
+
     def _show_samples(self, shown: bool) -> None:
         """Let `value` be that of training, or else what is validated and saved."""
 

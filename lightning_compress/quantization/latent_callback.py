@@ -168,10 +168,6 @@ class LatentCallback(QuantizingCallback):
         for average in averaged_modules(trainer):
             _put(average, averages)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._validates(trainer):
-            self._begun().project()
-
     def _validates(self, trainer: Trainer) -> bool:
         """Whether this is a validation within a fit that has begun to train real weights behind the module."""
         return self._weights is not None and super()._validates(trainer)
@@ -215,6 +211,8 @@ class LatentCallback(QuantizingCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._weights is not None and self._weights.is_shown:  # since a validation
+            self._weights.project()
         if self.projection is None and not self._is_checked:  # every callback knows its steps by now
             self._is_checked = True
             self._check_pruning(trainer, pl_module, ahead=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,29 @@ def test_samples_train_and_signs_are_validated_and_saved(options: dict[str, Any]
     assert differences(record.validated[-1], signs) == []
     assert differences(weights(module), signs) == []
     assert differences(record.trained[-1], signs) != []
+
+
+class KeepsTheBest(SmallModule):
+    """Keeps the weights that did best in a validation, by hand, and loads them at the fit's end."""
+
+    best, loss = None, float("inf")
+
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking and self.trainer.callback_metrics["val_loss"] < self.loss:
+            self.loss = float(self.trainer.callback_metrics["val_loss"])
+            self.best = copy.deepcopy(self.state_dict())
+
+    def on_train_end(self) -> None:
+        self.load_state_dict(self.best)
+
+
+@pytest.mark.parametrize("mode", ["deterministic", "stochastic"])
+def test_what_other_code_keeps_after_a_validation_is_what_was_validated(mode: Any) -> None:
+    torch.manual_seed(0)
+    module = KeepsTheBest()
+    trainer = quiet_trainer(callbacks=[BinaryWeightsCallback(mode)])
+    trainer.fit(module, shuffled(), plain())
+    assert trainer.validate(module, plain(), verbose=False)[0]["val_loss"] == pytest.approx(module.loss)
 
 
 def test_the_network_draws_what_it_drew_without_us() -> None:
