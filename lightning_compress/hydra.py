@@ -156,9 +156,11 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
     recorded: DictConfig = OmegaConf.create(_replanted(content, content["output_dir"]) | cwd)
     before, wanted = _flat(recorded), _flat(composed)
     refused = []
-    for section in _sections(overrides, composed):
+    for section, single in _sections(overrides, composed).items():
         keys = [key for key in before.keys() | wanted.keys() if key == section or key.startswith(f"{section}.")]
-        changed = sorted(key for key in keys if before.get(key) != wanted.get(key))
+        # An option says nothing of what it leaves open, where the run may have a setting of its own.
+        said = [key for key in keys if single or wanted.get(key) is not None]
+        changed = sorted(key for key in said if before.get(key) != wanted.get(key))
         if section.split(".")[0] in CHANGEABLE:
             for key in changed:
                 log.info("%s is %s from now on; it was %s.", key, wanted.get(key), before.get(key))
@@ -188,9 +190,9 @@ def _replanted(value: Any, folder: str) -> Any:
     return escaped(value)
 
 
-def _sections(overrides: Sequence[str], composed: DictConfig) -> list[str]:
-    """Return the dotted names of what a command line sets: of single keys, and of what a chosen option brings along."""
-    sections: dict[str, None] = {}
+def _sections(overrides: Sequence[str], composed: DictConfig) -> dict[str, bool]:
+    """Return the dotted names of what a command line sets; False for what a chosen option brings along."""
+    sections: dict[str, bool] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         name = override.key_or_group
         if name == "experiment":
@@ -199,8 +201,9 @@ def _sections(overrides: Sequence[str], composed: DictConfig) -> list[str]:
             names = ["callbacks", "wrappers"]
         else:
             names = [override.package or name]
-        sections |= dict.fromkeys(one for one in names if one.split(".")[0] not in OF_THE_COMMAND)
-    return list(sections)
+        single = not isinstance(OmegaConf.select(composed, name), DictConfig) and name not in ("experiment", "compress")
+        sections |= {one: single for one in names if one.split(".")[0] not in OF_THE_COMMAND}
+    return sections
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:

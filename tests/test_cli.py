@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_its_own_config_and_refuses_another(
     checkpoint = "ckpt_path=run/checkpoints/last.ckpt"
     error = failure(command, capsys, checkpoint, "compress=iterative_pruning", "seed=3")
     assert "callbacks.pruning.amount=0.9, where the run has None" in error
-    assert "callbacks.clustering.n_clusters=None, where the run has 16" in error
+    assert "clustering" not in error
     assert "seed=3, where the run has 0" in error
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert after == before, "what is refused leaves the folder as it was"

@@ -22,7 +22,7 @@ from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_
 from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.inputs import traced_network
-from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata, warn_if_wide
+from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
 from lightning_compress.trainer.targets import refuse_average_in_forward
 
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
@@ -252,16 +252,6 @@ class GroupLassoCallback(CompressionCallback):
         averages = parts_of(copies, self.network)
         cut(network, inputs, keep=indices, groups=groups, optimizers=optimizers, copies=averages, owner=pl_module)
         return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            warn_if_wide(pl_module, self)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_if_wide(pl_module, self)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_if_wide(pl_module, self)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

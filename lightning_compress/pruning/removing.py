@@ -28,7 +28,6 @@ from lightning_compress.trainer.surgery import (
     cut_in_fit,
     follow_loads,
     keep_metadata,
-    warn_if_wide,
 )
 from lightning_compress.trainer.targets import refuse_average_in_forward
 
@@ -97,16 +96,6 @@ class RemovingCallback(WatchingCallback):
         super().setup(trainer, pl_module, stage)
         if self.removes:
             follow_loads(trainer, pl_module, self)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            warn_if_wide(pl_module, self)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_if_wide(pl_module, self)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_if_wide(pl_module, self)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

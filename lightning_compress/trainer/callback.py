@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -19,6 +20,11 @@ from lightning_compress.core.swap import Projection
 from lightning_compress.trainer.averages import averaged_modules, check_averages, copies_inside
 from lightning_compress.trainer.inside import LOGGED, innermost, raw_optimizer
 from lightning_compress.trainer.targeting import TargetingCallback
+
+TO_SHRINK = (
+    "Once it is loaded, lightning_compress.shrink(network, example_inputs) takes them out; trainer.test(module) "
+    "without ckpt_path tests the network as the fit left it."
+)
 
 
 class CompressionCallback(TargetingCallback):
@@ -232,6 +238,8 @@ class CompressionCallback(TargetingCallback):
     # ------------------------------------------------------------------ what other code writes between steps
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._warn_if_wide(pl_module)
         if self.projection is not None and self._validates(trainer):
             self.projection.refresh(by_value=True)
 
@@ -263,8 +271,9 @@ class CompressionCallback(TargetingCallback):
             self._say_writes()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        began = bool(self._handles)  # else the projection is that of an earlier fit, perhaps of other shapes
         self._unhook()
-        if self.projection is not None:
+        if self.projection is not None and began:
             self.projection.settle()  # so that a checkpoint of this moment holds the projected values
             self.projection.refresh(by_value=True)
 
@@ -279,6 +288,22 @@ class CompressionCallback(TargetingCallback):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if inside:
             put_values(checkpoint, pl_module, projection.projected())
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_if_wide(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._warn_if_wide(pl_module)
+
+    def _warn_if_wide(self, pl_module: LightningModule) -> None:
+        """Warn where a checkpoint of before the cut has been loaded back, as by `trainer.test(ckpt_path="best")`."""
+        left, found = self.n_parameters_left, sum(parameter.numel() for parameter in pl_module.parameters())
+        if left is not None and found > left:
+            warnings.warn(
+                f"The network has {found} parameters, and had {left} when channels had left at the fit's end: a "
+                f"checkpoint of before, with masked channels, has been loaded. {TO_SHRINK}",
+                stacklevel=2,
+            )
 
     def _say_writes(self) -> None:
         """Say once that other code has written weights."""

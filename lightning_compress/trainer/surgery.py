@@ -18,13 +18,8 @@ from lightning_compress.core.optimizer_state import check_state, forget_unslicea
 from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
 from lightning_compress.core.slicing import Kept
 from lightning_compress.trainer.averages import averaged_modules, copies_inside
-from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.callback import TO_SHRINK, CompressionCallback
 from lightning_compress.trainer.inside import innermost
-
-_TO_DO = (
-    "Once it is loaded, lightning_compress.shrink(network, example_inputs) takes them out; trainer.test(module) "
-    "without ckpt_path tests the network as the fit left it."
-)
 
 
 class Cut(Protocol):
@@ -57,18 +52,8 @@ def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut, *, at_
         if kept and any(files):
             rank_zero_info(
                 f"Channels have left the network at the fit's end; {', '.join(filter(None, files))} is of before and "
-                f"holds it with masked channels. {_TO_DO}"
+                f"holds it with masked channels. {TO_SHRINK}"
             )
-
-
-def warn_if_wide(pl_module: LightningModule, callback: CompressionCallback) -> None:
-    """Warn where a checkpoint of before the cut has been loaded back, as by `trainer.test(ckpt_path="best")`."""
-    if callback.n_parameters_left is not None and _count(pl_module) > callback.n_parameters_left:
-        warnings.warn(
-            f"The network has {_count(pl_module)} parameters, and had {callback.n_parameters_left} when channels had "
-            f"left at the fit's end: a checkpoint of before, with masked channels, has been loaded. {_TO_DO}",
-            stacklevel=2,
-        )
 
 
 def _count(module: nn.Module) -> int:
