@@ -48,7 +48,7 @@ class Calls:
         thin = without(self._model, drop, part)
         if isinstance(thin, str) or not all(group.exact for group, _ in drop):
             return thin if isinstance(thin, str) else None
-        with silenced(self._model, drop):
+        with silenced(self._model, drop, in_place=True):
             try:
                 expected = part()
             except Exception as error:  # whatever the network's code raises
@@ -79,8 +79,11 @@ class Calls:
 
 
 def without(model: nn.Module, drop: Drop, forward: Callable[[], list[Tensor]]) -> list[Tensor] | str:
-    """What `forward` returns while some channels are cut out of the model, or what the network's code says to it."""
-    slices = Slices()
+    """What `forward` returns while some channels are cut out of the model, or what the network's code says to it.
+
+    The model is in the laboratory.
+    """
+    slices = Slices(sparing=True)
     try:
         take(slices, model, drop)
         return forward()

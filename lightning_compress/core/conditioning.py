@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -56,15 +57,13 @@ def with_factors(model: nn.Module, factors: Mapping[str, float]) -> None:
 def _sensitivity(model: nn.Module, example_inputs: ExampleInputs, before: Sequence[Tensor]) -> float:
     """How much larger the relative change of the output is than that of the weights."""
     generator = torch.Generator().manual_seed(1)
-    dense = {parameter: parameter.data for parameter in model.parameters() if parameter.is_floating_point()}
-    try:
-        for parameter, data in dense.items():
+    with ExitStack() as back:
+        for data in (one.data for one in model.parameters() if one.is_floating_point()):
             each = torch.randn([*data.shape[:1], *[1] * (data.dim() - 1)], generator=generator, dtype=torch.float64)
-            parameter.data = data * (1 + _TINY * each).to(data.device)
+            factors = (1 + _TINY * each).to(data.device)
+            data.mul_(factors)
+            back.callback(data.div_, factors)  # up to rounding: copies would be as large as the network
         after = run(model, example_inputs)
-    finally:
-        for parameter, data in dense.items():
-            parameter.data = data
     ratios = []
     for one, other in zip(before, after, strict=True):
         if not one.is_floating_point() or one.shape != other.shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,23 +26,31 @@ Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
 
 
 @contextmanager
-def silenced(model: nn.Module, drop: Drop) -> Iterator[None]:
-    """Zeros in everything that produces some channels, for the length of a `with` block."""
+def silenced(model: nn.Module, drop: Drop, *, in_place: bool = False) -> Iterator[None]:
+    """Zeros in everything that produces some channels, for the length of a `with` block.
+
+    Args:
+        model: The network.
+        drop: The channels.
+        in_place: Whether the tensors themselves are written, as those of the laboratory may be: only the slices that
+            become zero are kept then. Without it, copies take their place, since the network's memory may be shared.
+    """
     tensors = named_tensors(model)
-    before: dict[str, Tensor] = {}
-    try:
+    copied: set[str] = set()
+    with ExitStack() as back:
         for group, units in drop:
             for member in (one for one in group.members if one.produces):
                 tensor = tensors[member.tensor]
-                if member.tensor not in before:
-                    before[member.tensor] = tensor.data
+                if not in_place and member.tensor not in copied:
+                    copied.add(member.tensor)
+                    back.callback(setattr, tensor, "data", tensor.data)
                     tensor.data = tensor.data.clone()
                 positions = member.index[units].reshape(-1).to(tensor.device)
+                if in_place:
+                    dense = tensor.data.index_select(member.dim, positions)
+                    back.callback(tensor.data.index_copy_, member.dim, positions, dense)
                 tensor.data.index_fill_(member.dim, positions, 0)
         yield
-    finally:
-        for name, data in before.items():
-            tensors[name].data = data
 
 
 def take(

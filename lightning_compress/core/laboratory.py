@@ -132,7 +132,7 @@ def _random_parameter(name: str, parameter: nn.Parameter, generator: torch.Gener
     elif parameter.is_floating_point():
         values = _random(name, parameter, generator)
     else:
-        return parameter
+        values = parameter.detach().clone()
     return nn.Parameter(values, requires_grad=parameter.requires_grad)
 
 

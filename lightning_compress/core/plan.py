@@ -48,6 +48,7 @@ class Plan:
             set_mode(model, training)
             with entries_restored(model):  # what the code keeps for its next call is fake here
                 programs.append(export(model, inputs))
+            programs[-1].state_dict.clear()  # the graphs are enough: weights are read from the model
         set_mode(model, False)
         returned = programs[0].graph_signature.output_specs
         if not any(one.kind == OutputKind.USER_OUTPUT and isinstance(one.arg, TensorArgument) for one in returned):

@@ -109,9 +109,10 @@ def dense_without(
 ) -> list[Tensor]:
     """Return the output of the dense network with zeros in place of some channels.
 
-    Where averages count the channels, they count those that stay: that needs the plan, and the model in the laboratory.
+    Where averages count the channels, they count those that stay: that needs the plan. With the plan, the model must be
+    in the laboratory, whose tensors may be written.
     """
-    with silenced(model, drop):
+    with silenced(model, drop, in_place=plan is not None):
         if all(group.exact for group, _ in drop):
             return run(model, example_inputs)
         assert plan is not None, "inexact groups need the plan"

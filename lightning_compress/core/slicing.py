@@ -23,9 +23,16 @@ _DENSE = "_dense_buffers"  # on a module whose non-persistent buffers were cut: 
 
 
 class Slices:
-    """Slices that have been taken; `undo` puts everything back."""
+    """Slices that have been taken; `undo` puts everything back.
 
-    def __init__(self) -> None:
+    Args:
+        sparing: Whether `undo` makes the dense tensors anew from what stayed and what left, so that no more memory is
+            needed than theirs. It is for tensors without gradients in memory that nothing else sees, such as the
+            laboratory's.
+    """
+
+    def __init__(self, *, sparing: bool = False) -> None:
+        self._sparing = sparing
         self._undo: list[Undo] = []
 
     def undo(self) -> None:
@@ -74,6 +81,10 @@ class Slices:
         setattr(owner, name, value)
 
     def _slice(self, tensor: Tensor, dims: Mapping[int, Tensor]) -> None:
+        if self._sparing:
+            for dim, keep in dims.items():
+                self._take_apart(tensor, dim, keep.to(tensor.device))
+            return
         data, gradient = tensor.data, tensor.grad
 
         def undo() -> None:
@@ -86,6 +97,19 @@ class Slices:
         tensor.data = select(data, dims)
         if gradient is not None:
             tensor.grad = select(gradient, dims)
+
+    def _take_apart(self, tensor: Tensor, dim: int, keep: Tensor) -> None:
+        shape = tensor.shape
+        leaves = torch.ones(shape[dim], dtype=torch.bool, device=tensor.device).index_fill_(0, keep, False)
+        gone = leaves.nonzero().squeeze(1)
+        left = tensor.data.index_select(dim, gone)
+
+        def undo() -> None:
+            dense = tensor.data.new_empty(shape).index_copy_(dim, gone, left)
+            tensor.data = dense.index_copy_(dim, keep, tensor.data)
+
+        self._undo.append(undo)
+        tensor.data = select(tensor.data, {dim: keep})
 
     def _remember(self, module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
         """Keep what no state dict holds: the dense buffer, and which of its positions stay."""

@@ -147,7 +147,7 @@ def _renamed(copy: nn.Module, owner: nn.Module) -> dict[str, str]:
 def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
     """Compare in double precision, with random parameters, and put everything back."""
     assert groups.plan is not None, "channel_groups made them"
-    slices = Slices()
+    slices = Slices(sparing=True)
     inputs = groups.plan.inputs
     with laboratory(model):
         with_factors(model, groups.plan.factors)

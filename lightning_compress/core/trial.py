@@ -136,7 +136,7 @@ class Trial:
 
     def _halves_move(self, groups: Sequence[ChannelGroup]) -> bool:
         """Whether slices of fewer channels are halves again: what they do with them may not show in the output."""
-        slices = Slices()
+        slices = Slices(sparing=True)
         try:
             take(slices, self._model, [(group, torch.arange(max(1, group.size // 2))) for group in groups])
             with entries_restored(self._model):

@@ -318,8 +318,8 @@ class IterativePruningCallback(BacktrackingCallback):
             scores = statistic.scores()
             if self.projection is not None:
                 self.projection.settle()
-        elif self.criterion == "magnitude" and self._neurons is None:
-            scores, absolute = weights, True  # the score is |w|: no copy of the weights is made
+        elif self.criterion in ("magnitude", "l2") and self._neurons is None:
+            scores, absolute = weights, True  # |w| and w^2 have one order: no copy of the weights is made
         else:
             scores = static_scores(self.criterion, weights, self._neurons, self.generator)
         if self._channels is not None:

@@ -65,8 +65,18 @@ def neuron_norm(weights: Mapping[str, Tensor], neurons: Neurons, order: int) -> 
         >>> neuron_norm({"fc.weight": torch.tensor([[3.0, -4.0], [1.0, 0.0]])}, layer, 2)
         tensor([5., 1.])
     """
-    sums = [channel_sums(weights[one.tensor].detach().abs().pow(order), one) for one in neurons.weights]
+    sums = [
+        channel_sums(_norms(weights[one.tensor].detach(), one.dim, order).pow(order), one) for one in neurons.weights
+    ]
     return torch.stack(sums).sum(0).pow(1 / order)
+
+
+def _norms(weight: Tensor, dim: int, order: int) -> Tensor:
+    """Return the norm at every position along a dimension, in float32 or wider, without a copy of the weight."""
+    others = [other for other in range(weight.dim()) if other != dim % weight.dim()]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight, order, others, dtype=wide) if others else weight.to(wide).abs()
+    return norms
 
 
 class Taylor(WeightStatistic):
@@ -157,8 +167,8 @@ class Obd(WeightStatistic):
         )
 
     def scores(self) -> dict[str, Tensor]:
-        changes = self.times_square({name: h.abs() for name, h in self.means().items()})
-        return self.collect({name: change / 2 for name, change in changes.items()})
+        changes = self.times_square({name: h.abs_() for name, h in self.means().items()})
+        return self.collect({name: change.div_(2) for name, change in changes.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "generator": self.generator.get_state()}
@@ -247,13 +257,13 @@ class Si(WeightStatistic):
         self._before.clear()
 
     def scores(self) -> dict[str, Tensor]:
-        self.means()
+        self.check_seen()
         return self.collect({name: self._score(name, omega) for name, omega in self.sums.items()})
 
     def _score(self, name: str, omega: Tensor) -> Tensor:
         now = self.parameters[name].detach()
-        moved = now - self.start[name].to(now.device)
-        return omega.to(now.device) / (moved.square() + self.xi)
+        moved = (now - self.start[name].to(now.device)).to(omega.dtype)
+        return torch.div(omega.to(now.device), moved.square_().add_(self.xi), out=moved)
 
     def reset(self) -> None:
         """Forget nothing: the integral runs over the whole training."""

@@ -125,7 +125,7 @@ class Fisher(SampleStatistic):
     def scores(self) -> dict[str, Tensor]:
         if self.neurons:
             return self.means()
-        return {name: score / 2 for name, score in self.times_square(self.means()).items()}
+        return {name: score.div_(2) for name, score in self.times_square(self.means()).items()}
 
 
 class OutputStatistic(SampleStatistic):

@@ -62,10 +62,11 @@ class MaskedParameters:
             latent: Latent values from a checkpoint or an earlier moment; by default those of now go on.
         """
         if keep is None:
-            self.keep, self.masks, self.projection = None, {}, None
+            self.keep, self.masks, self.projection, self._bits = None, {}, None, {}
             return
         if self.projection is not None and latent is None:
             self.projection.take_writes()  # while the masks are those that the module was written with
+        self._bits = {}  # the old ones go before the new ones are made
         self.keep = {name: mask.to(self._device_of(name)) for name, mask in keep.items()}
         self.masks = self.keep if self._neurons is None else expand(self._neurons, self.keep, self._parameters)
         self._bits = {name: bit_mask(mask, self._parameters[name].dtype) for name, mask in self.masks.items()}

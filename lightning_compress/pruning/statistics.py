@@ -85,7 +85,12 @@ class Statistic:
         return False
 
     def means(self) -> dict[str, Tensor]:
-        """Divide the sums by their counts; `ValueError` if a target has seen nothing."""
+        """Divide the sums by their counts, into new tensors; `ValueError` if a target has seen nothing."""
+        self.check_seen()
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+    def check_seen(self) -> None:
+        """Raise a `ValueError` if a target has seen nothing."""
         unseen = [name for name, count in self.counts.items() if count == 0]
         if unseen:
             others = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
@@ -95,7 +100,6 @@ class Statistic:
                 "take part in them. magnitude, l2 and random need no data."
                 + (f" {self.n_left_out} batches were left out, which were not finite." if self.n_left_out else "")
             )
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
 
     def begin(self) -> None:
         """Before the forward pass of a micro-batch: put hooks in place."""
@@ -224,12 +228,12 @@ class WeightStatistic(Statistic):
         }
 
     def times_square(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Multiply by w^2, with w the weights of now."""
-        scores = {}
-        for name, value in curvature.items():
-            weight = self.parameters[name].detach()
-            scores[name] = value.to(weight.device) * weight * weight
-        return scores
+        """Multiply by w^2, with w the weights of now; in place, where values are on the weights' device."""
+        weights = {name: self.parameters[name].detach() for name in curvature}
+        return {
+            name: value.to(weights[name].device).mul_(weights[name]).mul_(weights[name])
+            for name, value in curvature.items()
+        }
 
 
 def estimate(
