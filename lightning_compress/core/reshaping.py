@@ -155,6 +155,7 @@ def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None =
     ]
 
 
+@torch.inference_mode(False)  # in it new memory could not be trained any more
 def adopt_shapes(
     model: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,16 @@ from lightning_compress.core.reference import dense_without
 from lightning_compress.core.reshaping import follow_checkpoints
 from lightning_compress.core.slicing import Slices, forget_graphs, named_tensors
 
+Indices = Tensor | Sequence[int] | Set[int]
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest
 
 
+@torch.inference_mode(False)  # in it new memory could not be trained any more
 def cut(
     model: nn.Module,
     *inputs: ExampleInputs,
-    keep: Mapping[str, Tensor | Sequence[int]] | None = None,
-    remove: Mapping[str, Tensor | Sequence[int]] | None = None,
+    keep: Mapping[str, Indices] | None = None,
+    remove: Mapping[str, Indices] | None = None,
     example_inputs: ExampleInputs | None = None,
     allow_inexact: bool = False,
     groups: ChannelGroups | None = None,
@@ -108,6 +110,7 @@ def cut(
             forget_graphs(tensor)
     for module in (model, *copies):
         renew_caches(module)
+    torch.clear_autocast_cache()  # it holds weights as they were
     return model
 
 
@@ -118,8 +121,13 @@ def parts_of(copies: Iterable[nn.Module], path: str) -> list[nn.Module]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Forward passes that leave nothing behind, and that torch.compile does not see."""
-    with torch.compiler.set_stance("force_eager"), entries_restored(model), evaluating(model):
+    """Forward passes that leave nothing behind, and that neither torch.compile nor torch.autocast sees."""
+    with ExitStack() as stack:
+        for device in {tensor.device.type for tensor in named_tensors(model).values()} & {"cpu", "cuda", "mps", "xpu"}:
+            stack.enter_context(torch.autocast(device, enabled=False))  # it would go on with the weights of before
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(entries_restored(model))
+        stack.enter_context(evaluating(model))
         take_rounding_away(model)
         yield
 
@@ -173,10 +181,10 @@ def _check(slices: Slices, drop: Drop, wrong: str | None) -> None:
 
 def _asked(
     inputs: tuple[ExampleInputs, ...],
-    keep: Mapping[str, Tensor | Sequence[int]] | None,
-    remove: Mapping[str, Tensor | Sequence[int]] | None,
+    keep: Mapping[str, Indices] | None,
+    remove: Mapping[str, Indices] | None,
     example_inputs: ExampleInputs | None,
-) -> tuple[Mapping[str, Tensor | Sequence[int]], str, ExampleInputs]:
+) -> tuple[Mapping[str, Indices], str, ExampleInputs]:
     """The indices by group, whether they are to "keep" or to "remove", and the example inputs."""
     given = [*inputs, *([] if example_inputs is None else [example_inputs])]
     if (keep is None) == (remove is None) or len(given) != 1:
@@ -191,14 +199,12 @@ def _asked(
     return chosen, side, given[0]
 
 
-def _checked(
-    named: Mapping[str, ChannelGroup], name: str, indices: Tensor | Sequence[int], side: str, allow_inexact: bool
-) -> Tensor:
+def _checked(named: Mapping[str, ChannelGroup], name: str, indices: Indices, side: str, allow_inexact: bool) -> Tensor:
     """The indices that stay, in order; `side` says whether `indices` are those, or the ones to remove."""
     if name not in named:
         raise ValueError(f"There is no channel group {name!r}; there are {', '.join(map(repr, named))}.")
     group = named[name]
-    units = torch.as_tensor(indices, device="cpu").reshape(-1)
+    units = torch.as_tensor(sorted(indices) if isinstance(indices, Set) else indices, device="cpu").reshape(-1)
     units = units.long() if units.numel() == 0 else units
     if units.dtype == torch.bool or units.is_floating_point():
         raise ValueError(f"{side} for {name!r} must be indices, that is integers; got {units.dtype}.")

@@ -524,3 +524,31 @@ def test_the_owner_takes_the_shapes_of_what_is_loaded_into_it() -> None:
     assert "lightning_compress" not in owner.state_dict()._metadata["net"]
     owner.load_state_dict(wide)
     assert owner["net"].scale.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    "within",
+    [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference_mode", "no_grad", "autocast"],
+)
+def test_a_network_is_cut_alike_and_trained_on_whatever_is_on_around(within: Callable[[], Any]) -> None:
+    expected, net = cut(make(), X, keep=KEEP), make()
+    with within():
+        net(X)  # autocast keeps what it has cast
+        cut(net, X, keep=KEEP)
+        assert net(X).shape == (4, 4)
+    assert torch.equal(net(X), expected(X))
+    net(X).sum().backward()
+    assert net.conv1.weight.grad is not None
+
+
+def test_shapes_that_are_loaded_in_inference_mode_can_be_trained() -> None:
+    thin, net = cut(make(), X, keep=KEEP), make()
+    with torch.inference_mode():
+        adopt_state(net, thin.state_dict())
+    net(X).sum().backward()
+    assert torch.equal(net(X), thin(X))
+
+
+def test_indices_may_be_a_set() -> None:
+    assert torch.equal(cut(make(), X, keep={"body": {8, 1}})(X), cut(make(), X, keep={"body": [1, 8]})(X))
