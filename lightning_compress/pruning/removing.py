@@ -21,6 +21,7 @@ from lightning_compress.pruning.masks import Scope
 from lightning_compress.pruning.scoring import Shrink, make_statistic
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.watching import WatchingCallback
+from lightning_compress.trainer.distributed import gather
 from lightning_compress.trainer.inputs import resolve_network, traced_network
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.surgery import (
@@ -115,6 +116,7 @@ class RemovingCallback(WatchingCallback):
             exclude=self._excluded(pl_module),
             keep=self._kept,
         )
+        _check_ranks_agree(channels)
         if self.shrink == "during_fit":
             check_cuts_in_fit(trainer, self, map(innermost(pl_module).get_parameter, channels.cut_parameters))
         if self.scope == "global" and self._costs is None:
@@ -195,6 +197,20 @@ class RemovingCallback(WatchingCallback):
     def project_copy(self, module: nn.Module) -> None:
         if self._masked is not None:
             self._masked.mask_copy(module)
+
+
+def _check_ranks_agree(channels: PrunableChannels) -> None:
+    """Raise a ValueError where ranks have found different channels, as each looks at a batch of its own."""
+    found = {one.name: (one.size, [(member.tensor, member.dim) for member in one.members]) for one in channels.neurons}
+    ranks = gather(found)
+    for number, others in enumerate(ranks):
+        names = [name for name in {**ranks[0], **others} if ranks[0].get(name) != others.get(name)]
+        if names:
+            raise ValueError(
+                f"Ranks 0 and {number} found different channels that may be pruned, such as those of {names[0]!r}: the "
+                f"forward pass depends on the rank or on the batch. Pass example_inputs, the same on all ranks, or "
+                f"exclude these layers."
+            )
 
 
 def _followed(seen: dict[str, Any], now: Statistic, kept: Kept) -> dict[str, Any]:

@@ -176,3 +176,31 @@ def test_a_batch_of_one_rank_that_is_not_finite_poisons_neither(rank_pair: RankP
         for name, value in mine.items():
             assert bool(value.isfinite().all())
             assert torch.equal(value, other[name])
+
+
+class AsTheRankLikes(SmallModule):
+    """The second rank's channels meet those of another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beside = nn.Linear(12, 6)
+        self.first, self.last = nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(F.relu(hidden + self.beside(x) if rank() else hidden))
+
+
+def fit_as_the_rank_likes() -> str:
+    pruning = IterativePruningCallback(0.5, granularity="neuron", shrink="never")
+    try:
+        quiet_trainer(callbacks=[pruning], strategy="ddp", devices=2).fit(AsTheRankLikes(), plain())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_find_different_channels_are_told_so(rank_pair: RankPair, tmp_path: Path) -> None:
+    for said in rank_pair.run("trainer.test_ranks:fit_as_the_rank_likes", tmp_path):
+        assert "Ranks 0 and 1 found different channels" in said
+        assert "Pass example_inputs" in said
