@@ -702,3 +702,62 @@ def test_a_cut_attention_is_a_leaf_for_fx_as_that_of_torch_is() -> None:
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attention"]
     x = torch.randn(2, 5, 8)
     assert torch.equal(traced(x), net(x))
+
+
+class Attending(nn.Module):
+    """What TorchScript is made of: all arguments by name, as users write them."""
+
+    def __init__(self, attention: nn.MultiheadAttention, *, need_weights: bool, average: bool) -> None:
+        super().__init__()
+        self.attention, self.need_weights, self.average = attention, need_weights, average
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.attention(
+            query,
+            key,
+            value,
+            key_padding_mask=padding,
+            need_weights=self.need_weights,
+            attn_mask=mask,
+            average_attn_weights=self.average,
+        )
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("need_weights", "average"), [(True, True), (True, False), (False, True)])
+def test_a_script_computes_what_the_module_does(name: str, need_weights: bool, average: bool) -> None:
+    dense = build(name).eval()
+    script = torch.jit.script(Attending(sliceable(dense), need_weights=need_weights, average=average))
+    wide = Attending(dense, need_weights=need_weights, average=average)
+    x, key, value = (
+        torch.randn(N, L, width) if dense.batch_first else torch.randn(L, N, width)
+        for width in (E, dense.kdim, dense.vdim)
+    )
+    padding = torch.zeros(N, L, dtype=torch.bool).index_fill_(1, torch.tensor([1]), True)
+    later = torch.ones(L, L, dtype=torch.bool).triu(1)
+    for given in [(x, x, x), (x, key, value)] if dense.kdim == dense.vdim == E else [(x, key, value)]:
+        for masks in ((None, None), (padding, None), (None, later), (padding, later.repeat(N * dense.num_heads, 1, 1))):
+            torch.testing.assert_close(script(*given, *masks), wide(*given, *masks))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("cut", [name for name, one in CUTS.items() if len(one.outside) == E])
+def test_an_encoder_layer_around_a_cut_attention_is_scripted(batch_first: bool, cut: str) -> None:
+    kept = CUTS[cut]
+    layer = nn.TransformerEncoderLayer(E, 4, 16, batch_first=batch_first).eval()
+    layer.self_attn = kept.slice(build("batch first" if batch_first else "sequence first"))
+    x, padding = torch.randn(N, N, E), torch.zeros(N, N, dtype=torch.bool).index_fill_(1, torch.tensor([1]), True)
+    for model in (layer, nn.Sequential(layer)):
+        script = torch.jit.script(model)
+        with torch.no_grad():  # where torch's fast path would be taken
+            torch.testing.assert_close(script(x), model(x))
+    with torch.no_grad():
+        script = torch.jit.script(layer)
+        torch.testing.assert_close(script(x, None, padding), layer(x, None, padding))
+        torch.testing.assert_close(script(x, torch.eye(N)), layer(x, torch.eye(N)))
+        buffer = io.BytesIO()
+        torch.jit.save(script, buffer)
+        buffer.seek(0)
+        torch.testing.assert_close(torch.jit.load(buffer)(x), layer(x))
