@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -152,20 +152,28 @@ def inspect(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Test the network in the file at `path`, a compressed one or a checkpoint, as its run did, on one device."""
+    """Test the network in the file at `path`, a compressed one or a checkpoint, as its run did, on one device.
+
+    Where the command line names a network or data, all settings are its own, and the file's folder is not read: a file
+    of somebody else is data, but the config beside it would be code.
+    """
     if cfg.path is None:
         raise ValueError(f"task=test wants path=<run folder>/{SMALL}.")
     path = Path(cfg.path).absolute()
     if not path.is_file():
         raise FileNotFoundError(f"path={cfg.path!r} does not exist (looked for in {Path.cwd()}).")
-    recorded = _recorded(home(path))
-    if recorded is None:
-        raise FileNotFoundError(
-            f"There is no {CONFIG} in {home(path)}, which would say what network {path.name} holds, and what it is "
-            f"tested with: task=test wants a file in the folder of a run."
-        )
-    with _working_where(recorded):
-        found = _tested(recorded, path)
+    if _names_network(HydraConfig.get().overrides.task):
+        log.info("The network and its data are those of the command line; no config of %s is read.", home(path))
+        found = _tested(cfg, path)
+    else:
+        recorded = _recorded(home(path))
+        if recorded is None:
+            raise FileNotFoundError(
+                f"There is no {CONFIG} in {home(path)}, which would say what network {path.name} holds, and what it is "
+                f"tested with: task=test wants a file in the folder of a run, or model=... and data=... beside path=."
+            )
+        with _working_where(recorded):
+            found = _tested(recorded, path)
     result = ", ".join(f"{name} {value:.4f}" for name, value in found.items()) or "loaded; with metric=null not tested"
     Console().print(f"{cfg.path}: {result}", soft_wrap=True, highlight=False)
     if cfg.json is not None:
@@ -219,6 +227,12 @@ def _check_folder(cfg: DictConfig) -> None:
             f"ckpt_path={cfg.ckpt_path!r} goes on in its own folder, {folder}, but this run was given "
             f"{cfg.output_dir}: leave out hydra.run.dir and -m."
         )
+
+
+def _names_network(overrides: Iterable[str]) -> bool:
+    """Whether the command line says itself what network is tested, or on what."""
+    keys = {one.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0] for one in overrides}
+    return bool(keys & {"model", "student", "data", "experiment"})
 
 
 def _recorded(folder: Path) -> DictConfig | None:

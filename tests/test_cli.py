@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -587,3 +588,21 @@ def test_a_sweep_of_recipes_on_two_ranks(finished: Path, tmp_path: Path) -> None
         assert report.dense.test_metric == Report.load(finished / "report.json").dense.test_metric
         assert report.history[-1].sparsity == pytest.approx(sparsity, abs=1e-3)
         assert files(folder / job / "checkpoints") == {"last.ckpt"}
+
+
+def test_an_untrusted_file_is_tested_with_the_command_lines_network_and_nothing_of_its_folder(
+    finished: Path, command: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "sent").mkdir()
+    shutil.copy(finished / "compressed.lcz", tmp_path / "sent")
+    network = [one for one in SMALL if one.partition("=")[0].partition(".")[0] in ("model", "data")]
+    network += [] if any(one.startswith("data=") for one in network) else ["data=digits"]
+    expected = Report.load(finished / "report.json").compressed.test_metric
+    trap = {"model": {"_target_": "os.mkdir", "path": str(tmp_path / "trapped")}, "cwd": str(tmp_path), "seed": 0}
+    for config in (None, yaml.safe_dump(trap), "{"):
+        if config is not None:
+            (tmp_path / "sent" / "config.yaml").write_text(config)
+        command("task=test", f"path={tmp_path / 'sent' / 'compressed.lcz'}", "json=number.json", *network)
+        assert json.loads(Path("number.json").read_text())["test_acc"] == expected
+        Path("number.json").unlink()
+    assert not (tmp_path / "trapped").exists()
