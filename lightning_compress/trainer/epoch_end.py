@@ -23,14 +23,24 @@ class EpochEnd:
 
     Args:
         loops: The checkpoint's state of the fit's loops, which this changes so that Lightning ends the epoch.
+        metrics_known: The checkpoint holds what was logged. Without it, as in one that Lightning alone has written, an
+            epoch that is over does not end: what monitors its metrics would raise for want of them.
     """
 
-    def __init__(self, loops: dict[str, Any]) -> None:
+    def __init__(self, loops: dict[str, Any], *, metrics_known: bool) -> None:
         self._loader_states = loops["state_dict"].get("combined_loader", [])
         batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
         total = batches["total"]
         after_batch = total["ready"] == total["processed"] == total["completed"] + 1
         self._last_batch = after_batch and batches["is_last_batch"]
+        self._leaves_out_end = self._last_batch and not metrics_known
+        if self._leaves_out_end:
+            self._last_batch = False
+            warnings.warn(
+                "The checkpoint is from an epoch's last batch and holds no logged metrics, so that neither the epoch's "
+                "validation nor its end takes place, as in Lightning alone.",
+                stacklevel=2,
+            )
         if self._last_batch:
             for counter in (total, batches["current"]):
                 counter["completed"] += 1
@@ -39,26 +49,51 @@ class EpochEnd:
                 counter["ready"] += 1
                 counter["started"] += 1
 
-    def before_training(self, trainer: Trainer) -> None:
-        """Arrange what comes first, before the random states of the checkpoint are put back."""
+    def before_training(self, trainer: Trainer, *, metrics_known: bool) -> None:
+        """Arrange what comes first, before the random states of the checkpoint are put back.
+
+        `metrics_known`: what the checkpoint's run had logged has been put back.
+        """
         fit_loop = trainer.fit_loop
         loop = fit_loop.epoch_loop
         if fit_loop.restarted_mid_epoch:
             self._check_accumulation(trainer)
-        plateaus = [one for one in trainer.lr_scheduler_configs if one.reduce_on_plateau and one.interval == "epoch"]
+            if metrics_known:
+                fit_loop._restarting = False  # else Lightning skips ReduceLROnPlateau at this epoch's end
         ends = fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end
-        if plateaus and (ends or fit_loop.restarted_mid_epoch):
+        if ends:
+            metrics_known = self._step_plateaus(trainer, "epoch", metrics_known)
+        elif fit_loop.restarted_mid_epoch and (self._last_batch or loop.restarted_on_train_batch_end):
+            metrics_known = self._step_plateaus(trainer, "step", metrics_known)
+        plateaus = any(one.reduce_on_plateau for one in trainer.lr_scheduler_configs)
+        if plateaus and not metrics_known and (ends or fit_loop.restarted_mid_epoch):
             warnings.warn(
-                "Resumed with ReduceLROnPlateau, which Lightning does not step at the end of the epoch that the "
-                "checkpoint is from: learning rates may differ from the uninterrupted run's, as in Lightning alone.",
+                "Resumed with ReduceLROnPlateau and without the metrics of the checkpoint's epoch: it is not stepped "
+                "for them, and learning rates may differ from the uninterrupted run's, as in Lightning alone.",
                 stacklevel=2,
             )
         if not fit_loop.restarted_mid_epoch:
             self._begin_epoch(trainer)
-        elif self._last_batch or loop.restarted_on_train_batch_end:
+        elif (self._last_batch or loop.restarted_on_train_batch_end) and not self._leaves_out_end:
             self._validate_and_end(trainer)
         if not fit_loop.restarted_mid_epoch or loop.batch_progress.is_last_batch:
             self._leave_loaders(trainer)
+
+    def _step_plateaus(self, trainer: Trainer, interval: str, metrics_known: bool) -> bool:
+        """Step ReduceLROnPlateau as the uninterrupted run did then, and return whether metrics sufficed."""
+        loop, progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
+        plateaus = [one for one in trainer.lr_scheduler_configs if one.reduce_on_plateau and one.interval == interval]
+        if not (metrics_known and all(one.monitor in trainer.callback_metrics for one in plateaus)):
+            return False
+        assert trainer.fit_loop._data_fetcher is not None
+        if interval == "step" and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+            return True  # it follows the validation, which is made
+        completed = progress.completed
+        if interval == "epoch":
+            progress.completed = progress.processed - 1  # type: ignore[attr-defined]  # its number at that moment
+        loop.update_lr_schedulers(interval, update_plateau_schedulers=True)
+        progress.completed = completed
+        return True
 
     def _check_accumulation(self, trainer: Trainer) -> None:
         batches, factor = trainer.fit_loop.epoch_loop.batch_progress, trainer.accumulate_grad_batches

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_compress.trainer import rng
+from lightning_compress.trainer import means, rng
 from lightning_compress.trainer.distributed import gather, rank
 from lightning_compress.trainer.epoch_end import EpochEnd
 from lightning_compress.trainer.inputs import forget_batch
@@ -136,7 +136,9 @@ class ResumableCallback(Callback):
         loaded, self._loaded = self._loaded, None
         epoch_end, self._epoch_end = self._epoch_end, None
         if epoch_end is not None:
-            epoch_end.before_training(trainer)
+            logged = [one.get("logged") for one in ([] if loaded is None else loaded["rng"])]
+            known = means.restore(trainer, pl_module, logged, inside=trainer.fit_loop.restarted_mid_epoch)
+            epoch_end.before_training(trainer, metrics_known=known)
         self._begin_counting(trainer, pl_module, loaded)
         self.generator.manual_seed(torch.initial_seed() + rank())
         try:
@@ -227,7 +229,7 @@ class ResumableCallback(Callback):
         together = trainer.state.status != TrainerStatus.INTERRUPTED
         if together:
             self.synchronize()
-        mine = {"global": rng.capture(), "own": self.generator.get_state()}
+        mine = {"global": rng.capture(), "own": self.generator.get_state(), "logged": means.capture(trainer, pl_module)}
         batches = trainer.fit_loop.epoch_loop.batch_progress
         checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
             "format": FORMAT,
@@ -253,9 +255,17 @@ class ResumableCallback(Callback):
         self._loads_state = trainer.state.fn == "fit"  # Lightning restores callbacks for validate and test as well
         if not self._loads_state:
             return
-        if "loops" in checkpoint:  # else Lightning refuses it
-            self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"])
         states = checkpoint["callbacks"]
+        if "loops" in checkpoint:  # else Lightning refuses it
+            known = "logged" in states.get(self.state_key, {}).get("rng", [{}])[0]
+            self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"], metrics_known=known)
+        if 0 <= trainer.max_steps <= checkpoint["global_step"]:
+            warnings.warn(
+                f"The checkpoint is from step {checkpoint['global_step']}, and max_steps={trainer.max_steps} leaves "
+                f"nothing to train: Lightning skips the fit, and with it what came after that step in the run that "
+                f"wrote the checkpoint (a validation, the ends of the epoch and of the fit). Raise max_steps to go on.",
+                stacklevel=2,
+            )
         mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
         others = [key for key in states if key.startswith(type(self).__qualname__ + "{") and key not in mine]
         if self.state_key not in states and others:

@@ -136,9 +136,13 @@ class Recorded(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
-        if self.scheduler == "plateau":
+        if self.scheduler.startswith("plateau"):
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=10.0)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "quality"}}
+            settings = {"scheduler": plateau, "monitor": "quality"}
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": settings | ({"interval": "step", "frequency": 4} if "step" in self.scheduler else {}),
+            }
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)}
 
 
@@ -275,11 +279,43 @@ def test_a_checkpoint_behind_an_epoch_that_lightning_did_not_count_is_repaired(t
     assert_same_end(whole, fit("positioned", tmp_path / "resumed", tmp_path / "batch10"), "batch10")
 
 
-def test_a_plateau_that_lightning_does_not_step_is_said(tmp_path: Path) -> None:
-    fit("positioned", tmp_path, None, scheduler="plateau", saves=SavesAtEnds)
-    for moment in ("batch6", "validation6", "batch9", "end6"):
-        with pytest.warns(UserWarning, match="ReduceLROnPlateau, which Lightning does not step"):
-            fit("positioned", tmp_path / "resumed", tmp_path / moment, scheduler="plateau")
+@pytest.mark.parametrize("scheduler", ["plateau", "plateau-step"])
+def test_a_plateau_is_stepped_at_the_end_of_a_resumed_epoch(scheduler: str, tmp_path: Path) -> None:
+    """Lightning alone leaves that step out."""
+    whole = fit("positioned", tmp_path, None, scheduler=scheduler, saves=SavesAtEnds, val_check_interval=3)
+    whole[1].saved["end6"] += 1  # the module's own hook comes after the callback that saved
+    rates = {event[4] for event in whole[0].events if event[0] == "batch"}
+    assert len(rates) > 2
+    for moment in ("batch4", "batch6", "validation6", "batch9", "end6", "validation9"):
+        resumed = fit("positioned", tmp_path / "resumed", tmp_path / moment, scheduler=scheduler, val_check_interval=3)
+        assert_same_end(whole, resumed, moment)
+
+
+def test_a_checkpoint_without_logged_metrics_goes_on_as_in_lightning_alone(tmp_path: Path) -> None:
+    """It is from another version, or from a run without a technique."""
+    fit("positioned", tmp_path, None, scheduler="plateau")
+    for batch, remove in ((4, False), (6, False), (6, True)):
+        checkpoint = torch.load(tmp_path / f"batch{batch}", weights_only=True)
+        states = checkpoint["callbacks"]
+        (key,) = [key for key in states if key.startswith("IterativePruningCallback")]
+        del states[key]["rng"][0]["logged"]
+        if remove:
+            del states[key]
+        torch.save(checkpoint, tmp_path / "without")
+        said = r"holds no logged metrics" if batch == 6 else "without the metrics of the checkpoint's epoch"
+        with pytest.warns(UserWarning, match=said):
+            module, _, trainer = fit("positioned", tmp_path / "resumed", tmp_path / "without", scheduler="plateau")
+        assert trainer.global_step == 3 * BATCHES
+        assert [event[1] for event in module.events if event[0] == "end"] == ([1, 2] if batch == 6 else [0, 1, 2])
+
+
+def test_a_fit_that_max_steps_skips_is_said(tmp_path: Path) -> None:
+    fit("positioned", tmp_path, None, **SETTINGS["steps"])
+    with pytest.warns(UserWarning, match="max_steps=15 leaves nothing to train"):
+        fit("positioned", tmp_path / "resumed", tmp_path / "batch15", **SETTINGS["steps"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The checkpoint is from step")
+        fit("positioned", tmp_path / "resumed", tmp_path / "batch12", **SETTINGS["steps"])
 
 
 @pytest.mark.parametrize("loader", LOADERS)
