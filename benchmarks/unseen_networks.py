@@ -25,7 +25,7 @@ from lightning_compress.core.channels import ChannelGroups, channel_groups
 from lightning_compress.core.surgery import cut
 
 NETWORKS = (  # with the smallest resolution, in pixels, that each is tried at
-    *(("bat_resnext26ts", 64), ("beit_base_patch16_224", 224), ("botnet26t_256", 256), ("caformer_s18", 64)),
+    *(("bat_resnext26ts", 256), ("beit_base_patch16_224", 224), ("botnet26t_256", 256), ("caformer_s18", 64)),
     *(("cait_xxs24_224", 224), ("coat_tiny", 224), ("coatnet_nano_rw_224", 224), ("convformer_s18", 64)),
     *(("convit_tiny", 224), ("convmixer_768_32", 64), ("convnext_atto", 64), ("convnextv2_atto", 64)),
     *(("crossvit_9_240", 240), ("cs3darknet_s", 64), ("cspresnet50", 64), ("davit_tiny", 224)),
