@@ -23,7 +23,7 @@ from lightning_compress.core.attention import SliceableMultiheadAttention
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.record_check import KINDS, check_record, check_structure
 from lightning_compress.core.reshapes import Pattern, is_reshape
-from lightning_compress.core.slicing import positions_left, saved_tensors
+from lightning_compress.core.slicing import positions_left, saved_tensors, sizes
 
 RECORD = "lightning_compress"  # the key in the metadata of a module that was cut
 
@@ -92,10 +92,16 @@ class Shapes:
             "dense_numbers": self.dense_numbers,
         }
 
-    def untold(self) -> list[str]:
-        """What follows a cut and is told by no shape in a state dict."""
+    def untold(self, model: nn.Module) -> list[str]:
+        """Return what a cut changes that the shapes of a state dict alone do not reveal."""
         members = [member.tensor for group in self.groups or () for member in group.members]
-        numbers = [f"{path}.{name}" for path, values in self.dense_numbers.items() for name in values]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        numbers = [
+            f"{path}.{name}"
+            for path, values in self.dense_numbers.items()
+            for name in values
+            if name not in sizes(modules[path])
+        ]
         return [*numbers, *dict.fromkeys(name for name in members if name not in self.dense_shapes)]
 
     def examine(self, model: nn.Module, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ class _OnLoad:
         elif all(shape == self.shapes.dense_shapes.get(name, shape) for name, shape in incoming.items()):
             if not fails and not already(module, incoming):
                 _adopt(module, incoming, self.shapes.dense_numbers, {})
-        elif already(module, incoming) and self.shapes.groups is not None and (untold := self.shapes.untold()):
+        elif already(module, incoming) and self.shapes.groups is not None and (untold := self.shapes.untold(module)):
             raise ValueError(lost(untold))
         # Other shapes without a record are no cut of ours: the load tells what does not fit.
 

@@ -453,6 +453,17 @@ def test_a_thin_state_dict_without_its_record_is_refused_for_its_buffers() -> No
             load(bare)
 
 
+def test_best_weights_that_are_kept_by_hand_go_back_into_a_thin_network_whose_shapes_tell_everything() -> None:
+    """Without metadata, as `{name: value.clone()}` of a loop by hand has it, a norm's shape is that of its weight."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2))
+    cut(net, POINTS, keep={"0": [0, 3, 5]}, allow_inexact=True)
+    best, expected = {name: value.clone() for name, value in net.state_dict().items()}, net(POINTS)
+    with torch.no_grad():
+        net[0].weight.zero_()
+    net.load_state_dict(best)
+    assert torch.equal(net(POINTS), expected)
+
+
 def test_a_file_of_another_network_is_refused_by_its_dense_shapes() -> None:
     state = cut(Scaled(9), POINTS, keep={"first": [0, 3, 5]}).state_dict()
     other = Scaled()
