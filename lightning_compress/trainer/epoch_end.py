@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
@@ -23,22 +24,24 @@ class EpochEnd:
 
     Args:
         loops: The checkpoint's state of the fit's loops, which this changes so that Lightning ends the epoch.
-        metrics_known: The checkpoint holds what was logged. Without it, as in one that Lightning alone has written, an
-            epoch that is over does not end: what monitors its metrics would raise for want of them.
+        lacks: What the epoch's end may need and the checkpoint does not hold: logged metrics, as in one that Lightning
+            alone has written, or lists that the module fills. An epoch that is over does not end without them, because
+            what uses them may raise.
     """
 
-    def __init__(self, loops: dict[str, Any], *, metrics_known: bool) -> None:
+    def __init__(self, loops: dict[str, Any], *, lacks: Sequence[str] = ()) -> None:
         self._loader_states = loops["state_dict"].get("combined_loader", [])
         batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
         total = batches["total"]
         after_batch = total["ready"] == total["processed"] == total["completed"] + 1
         self._last_batch = after_batch and batches["is_last_batch"]
-        self._leaves_out_end = self._last_batch and not metrics_known
+        self._leaves_out_end = self._last_batch and bool(lacks)
         if self._leaves_out_end:
             self._last_batch = False
             warnings.warn(
-                "The checkpoint is from an epoch's last batch and holds no logged metrics, so that neither the epoch's "
-                "validation nor its end takes place, as in Lightning alone.",
+                f"The checkpoint is from an epoch's last batch and does not hold {', '.join(lacks)}: neither the "
+                f"epoch's validation nor its end takes place, as in Lightning alone. What a module gathers itself over "
+                f"an epoch it can save in on_save_checkpoint and put back in on_load_checkpoint.",
                 stacklevel=2,
             )
         if self._last_batch:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_compress.trainer.distributed import rank, world_size
+from lightning_compress.trainer.inside import innermost
 
 _ARGUMENTS = ("prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute")
 
@@ -29,6 +30,7 @@ class _Arguments(_Metadata):
 def capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return what this process has logged: what monitors see, and the sums of the epoch that has not ended."""
     state: dict[str, Any] = {"seen": _copy(trainer._logger_connector._callback_metrics), "sums": [], "lost": []}
+    state["gathered"] = gathered(pl_module)
     epochs = trainer.fit_loop.epoch_progress.total
     if epochs.started == epochs.processed:  # type: ignore[attr-defined]
         return state
@@ -58,6 +60,17 @@ def capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
             }
         )
     return state
+
+
+def gathered(pl_module: LightningModule) -> list[str]:
+    """Names of the lists of tensors that the module itself fills in its steps, as for the end of an epoch."""
+    lists = {name: value for name, value in vars(innermost(pl_module)).items() if isinstance(value, list) and value}
+    return [name for name, value in lists.items() if all(_holds_tensor(one) for one in value)]
+
+
+def _holds_tensor(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, Tensor) or any(_holds_tensor(one) for one in inner)
 
 
 def restore(

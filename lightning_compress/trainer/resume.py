@@ -257,8 +257,10 @@ class ResumableCallback(Callback):
             return
         states = checkpoint["callbacks"]
         if "loops" in checkpoint:  # else Lightning refuses it
-            known = "logged" in states.get(self.state_key, {}).get("rng", [{}])[0]
-            self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"], metrics_known=known)
+            logged = states.get(self.state_key, {}).get("rng", [{}])[0].get("logged")
+            lacks = ["logged metrics"] if logged is None else logged["gathered"]
+            lacks = [name for name in lacks if name not in means.gathered(pl_module)]
+            self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"], lacks=lacks)
         if 0 <= trainer.max_steps <= checkpoint["global_step"]:
             warnings.warn(
                 f"The checkpoint is from step {checkpoint['global_step']}, and max_steps={trainer.max_steps} leaves "

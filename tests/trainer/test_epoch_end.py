@@ -302,7 +302,7 @@ def test_a_checkpoint_without_logged_metrics_goes_on_as_in_lightning_alone(tmp_p
         if remove:
             del states[key]
         torch.save(checkpoint, tmp_path / "without")
-        said = r"holds no logged metrics" if batch == 6 else "without the metrics of the checkpoint's epoch"
+        said = r"does not hold logged metrics" if batch == 6 else "without the metrics of the checkpoint's epoch"
         with pytest.warns(UserWarning, match=said):
             module, _, trainer = fit("positioned", tmp_path / "resumed", tmp_path / "without", scheduler="plateau")
         assert trainer.global_step == 3 * BATCHES

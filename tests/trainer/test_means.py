@@ -138,6 +138,40 @@ def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
         fit(tmp_path / "resumed", tmp_path / "step=8.ckpt", module=Outside())
 
 
+class Gathers(Logs):
+    """As Lightning's guide says: what steps return is gathered for the epoch's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Any] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append({"loss": loss.detach()})
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("gathered", torch.stack([one["loss"] for one in self.outputs]).mean())
+        self.outputs.clear()
+
+
+class Keeps(Gathers):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["outputs"] = self.outputs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.outputs = checkpoint["outputs"]
+
+
+def test_an_epoch_does_not_end_without_what_its_module_has_gathered(tmp_path: Path) -> None:
+    _, ends = fit(tmp_path, None, module=Keeps())
+    path = tmp_path / f"step={BATCHES}.ckpt"
+    assert fit(tmp_path / "kept", path, module=Keeps())[1].seen == ends.seen
+    with pytest.warns(UserWarning, match="does not hold outputs"):
+        _, resumed = fit(tmp_path / "lost", path, module=Gathers())
+    assert resumed.seen.keys() == {1, 2, -1}
+
+
 def on_ranks(folder: str, resume: str | None) -> dict[int, dict[str, float]]:
     monitor = EarlyStopping("loss", patience=9, check_on_train_epoch_end=True)
     path = None if resume is None else Path(resume)
