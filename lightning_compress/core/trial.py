@@ -215,8 +215,8 @@ def _of_first(error_of: ErrorOf, groups: Sequence[ChannelGroup]) -> str | None:
 def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tensor]]]:
     """What the trials take: every group in two sizes, so that a number in the network's code does not fit both.
 
-    One unit of every group comes first, because little hides behind channels that are gone. It leaves in rows without
-    columns, and in columns without rows: together they may leave a number of channels that fits by chance.
+    One unit of every group comes first, because little hides behind channels that are gone. Rows leave without columns,
+    too, and columns without rows: together they may leave a number of channels that fits by chance.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -230,12 +230,12 @@ def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tens
             sides.append([group])
         else:
             side.append(group)
-    few = [[some(group, 1) for group in side] for side in sides]
+    few = [some(group, 1) for group in groups]
     many = [
         some(group, group.size - 1 if number % 2 else group.size - group.size // 2)
         for number, group in enumerate(groups)
     ]
-    return [*few, many]
+    return [few, many, *([some(group, group.size - group.size // 2) for group in side] for side in sides[1:] and sides)]
 
 
 def _overlap(a: ChannelGroup, b: ChannelGroup) -> bool:

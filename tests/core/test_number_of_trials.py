@@ -74,6 +74,6 @@ def calls(monkeypatch: pytest.MonkeyPatch, blocks: int) -> Counter[str]:
 
 def test_a_network_of_twice_as_many_blocks_takes_no_more_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = calls(monkeypatch, 3), calls(monkeypatch, 6)
-    assert many["Transformer"] == few["Transformer"] <= 16
+    assert many["Transformer"] == few["Transformer"] <= 18
     assert many["Block"] <= 2 * few["Block"]
     assert many["Attention"] <= 2 * few["Attention"]
