@@ -225,7 +225,7 @@ def _check_folder(cfg: DictConfig) -> None:
     if folder.resolve() != Path(cfg.output_dir).resolve():
         raise ValueError(
             f"ckpt_path={cfg.ckpt_path!r} goes on in its own folder, {folder}, but this run was given "
-            f"{cfg.output_dir}: leave out hydra.run.dir and -m."
+            f"{cfg.output_dir}: leave out hydra.run.dir, output_dir and -m."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -17,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_compress.report.tables import flatten
@@ -30,8 +30,6 @@ CONFIG = "config.yaml"  # in a run's folder: what was composed, resolved
 READING = ("inspect", "test", "compare")  # tasks that make no folder
 CHANGEABLE = ("trainer", "logger", "measure", "file", "verify")  # on the way of a run: not what network comes of it
 OF_THE_COMMAND = ("task", "ckpt_path", "output_dir", "json", "path", "hydra")
-
-log = logging.getLogger(__name__)
 
 
 def started() -> str:
@@ -155,17 +153,19 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
     cwd = {"cwd": content.get("cwd", "."), "output_dir": "${hydra:runtime.output_dir}"}
     recorded: DictConfig = OmegaConf.create(_replanted(content, content["output_dir"]) | cwd)
     before, wanted = _flat(recorded), _flat(composed)
-    refused = []
+    refused: list[str] = []
+    changes: dict[str, str] = {}
+    kept: set[str] = set()
     for section, single in _sections(overrides, composed).items():
         keys = [key for key in before.keys() | wanted.keys() if key == section or key.startswith(f"{section}.")]
         # An option says nothing of what it leaves open, where the run may have a setting of its own.
         said = [key for key in keys if single or wanted.get(key) is not None]
         changed = sorted(key for key in said if before.get(key) != wanted.get(key))
+        kept |= {".".join(key.split(".")[:2]) for key in keys if key not in said and before.get(key) is not None}
         if section.split(".")[0] in CHANGEABLE:
-            for key in changed:
-                log.info("%s is %s from now on; it was %s.", key, wanted.get(key), before.get(key))
-            if changed:
-                OmegaConf.update(recorded, section, OmegaConf.select(composed, section), merge=False, force_add=True)
+            changes |= {key: f"{key} is {wanted.get(key)} from now on; it was {before.get(key)}." for key in changed}
+            for key in [section] * bool(changed) if single else changed:
+                OmegaConf.update(recorded, key, OmegaConf.select(composed, key), merge=False, force_add=True)
         else:
             refused += [f"  {key}={wanted.get(key)}, where the run has {before.get(key)}" for key in changed]
     if refused:
@@ -174,6 +174,10 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
             + "\n".join(refused)
             + f"\nLeave that out, or start a new run. What may change are {', '.join(CHANGEABLE)}."
         )
+    for line in changes.values():
+        rank_zero_info(line)
+    if kept:
+        rank_zero_info(f"The run keeps {', '.join(sorted(kept))}, which the command line does not name.")
     return recorded
 
 
@@ -191,7 +195,7 @@ def _replanted(value: Any, folder: str) -> Any:
 
 
 def _sections(overrides: Sequence[str], composed: DictConfig) -> dict[str, bool]:
-    """Return the dotted names of what a command line sets; False for what a chosen option brings along."""
+    """Return the dotted names of what a command line sets; False for what an option brings along."""
     sections: dict[str, bool] = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         name = override.key_or_group
@@ -202,6 +206,7 @@ def _sections(overrides: Sequence[str], composed: DictConfig) -> dict[str, bool]
         else:
             names = [override.package or name]
         single = not isinstance(OmegaConf.select(composed, name), DictConfig) and name not in ("experiment", "compress")
+        single = single or name == "logger"  # loggers that are chosen take the place of those that the run had
         sections |= {one: single for one in names if one.split(".")[0] not in OF_THE_COMMAND}
     return sections
 

@@ -212,6 +212,19 @@ def test_a_run_goes_on_with_its_own_config_and_refuses_another(
     assert not Path("run").exists()
 
 
+def test_a_resume_changes_what_it_names_and_keeps_the_rest(command: Callable[..., None]) -> None:
+    started = [*SMALL, "logger=csv", "+trainer.limit_train_batches=2", "hydra.run.dir=run"]
+    with pytest.raises(SystemExit):
+        command(*started, "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}")
+    command("ckpt_path=run/checkpoints/last.ckpt", "trainer=cpu", *SMALL[2:], "logger=none")
+    said = Path("run/lightning-compress.log").read_text()
+    recorded = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert recorded["trainer"]["limit_train_batches"] == 2
+    assert "The run keeps trainer.limit_train_batches, which the command line does not name." in said
+    assert recorded["logger"] == {}
+    assert "logger.csv.name is None from now on; it was csv." in said
+
+
 def test_a_misspelt_key_is_answered_with_the_nearest(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -91,6 +92,6 @@ class Metric:
         if not word:
             return difference
         difference += " points" if self.share else ""
-        if self.mode is None or before == after:
+        if self.mode is None or before == after or math.isnan(after - before):
             return difference
         return f"{difference} ({'better' if (after > before) == (self.mode == 'max') else 'worse'})"

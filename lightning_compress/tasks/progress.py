@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -26,9 +27,11 @@ class RunProgress(TQDMProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what the bar shows: names without their folder, and not the logger's version number."""
+        """Return what the bar shows: names without a folder that tells none apart, and not the logger's version."""
         metrics = super().get_metrics(trainer, pl_module)
-        return {name.rpartition("/")[2]: value for name, value in metrics.items() if name != "v_num"}
+        short = {name: name.rpartition("/")[2] for name in metrics if name != "v_num"}
+        often = Counter(short.values())
+        return {name if often[end] > 1 else end: metrics[name] for name, end in short.items()}
 
     def on_train_start(self, *args: Any) -> None:
         super().on_train_start(*args)

@@ -102,10 +102,13 @@ class Run:
         Raises:
             FileNotFoundError: `weights`, or the folder's dense.ckpt of a run to go on with, does not exist.
             ValueError: A module has no test_step, or does not log the metric; the weights don't fit, or are more or
-                less than `modules`; no such coder.
+                less than `modules`; no such coder; `repeats` or `batch_size` below 1.
         """
         make_writer(self.coder)  # an unknown one shows now, not hours later
         Metric.of(self.metric or "", [], mode=self.metric_mode)
+        for name, number in (("repeats", self.repeats), ("batch_size", self.batch_size)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name}={number!r} of the measurement must be a whole number, 1 or more.")
         if weights and len(weights) != len(modules):
             raise ValueError(f"{len(modules)} dense networks want as many weights, [a.ckpt, ...]; got {len(weights)}.")
         if self.metric is not None:
@@ -172,7 +175,8 @@ class Run:
             seed_everything(self.seed + number, workers=True, verbose=False)
             rank_zero_info(f"Dense training{f', {number + 1} of {len(modules)}' if len(modules) > 1 else ''}.")
             epochs = int(options.get("max_epochs") or 0)
-            bar = self._bar(number * epochs, len(modules) * epochs)
+            shown = options.get("enable_progress_bar", True)
+            bar = self._bar(number * epochs, len(modules) * epochs) if shown else []
             trainer = trainer_of(
                 self.make_trainer,
                 **options,
@@ -183,7 +187,7 @@ class Run:
             trainer.fit(module, datamodule=self.datamodule)
 
     def _bar(self, before: int, of_the_dense: int, others: Sequence[Callback] = ()) -> list[Callback]:
-        if self.epochs is None or any(isinstance(one, ProgressBar) for one in others):
+        if self.epochs is None or self.epochs < 0 or any(isinstance(one, ProgressBar) for one in others):
             return []
         return [RunProgress(before, of_the_dense + self.epochs)]
 

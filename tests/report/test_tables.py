@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from lightning_compress.report import Layer, Measurement, Report, comparison_table, report_markdown
+from lightning_compress.report.metric import Metric
 from lightning_compress.report.tables import comparison_rows, factor, flatten, markdown_table, notes, percent
 
 DENSE = Measurement(0.98611, 38722, 38722, 846_000, 155_688, 0.4, 1_234_567)
@@ -123,3 +125,9 @@ def test_a_pipe_in_a_cell_does_not_end_it() -> None:
 def test_small_helpers() -> None:
     assert percent(1.0) == "100.00 %"
     assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": [1]}) == {"a.b": 1, "a.c.d": None, "e": [1]}
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.2, math.nan), (math.nan, 0.2), (math.inf, math.inf)])
+@pytest.mark.parametrize("name", ["test_loss", "test_acc"])
+def test_what_is_no_number_is_neither_better_nor_worse(name: str, before: float, after: float) -> None:
+    assert "er)" not in Metric.of(name, [before, after]).change(before, after)

@@ -25,6 +25,8 @@ def test_the_bar_has_short_names_and_counts_the_epochs_of_the_whole_run(
     class Module(SmallModule):
         def training_step(self, *args: object) -> object:
             self.log("compress/sparsity", 0.5, prog_bar=True)
+            self.log("train/size", 1.0, prog_bar=True)
+            self.log("val/size", 2.0, prog_bar=True)
             return super().training_step(*args)
 
     bar = RunProgress(before=3, total=5)
@@ -36,3 +38,4 @@ def test_the_bar_has_short_names_and_counts_the_epochs_of_the_whole_run(
     shown = bar.get_metrics(trainer, trainer.lightning_module)
     assert "sparsity" in shown
     assert "v_num" not in shown
+    assert (shown["train/size"], shown["val/size"]) == (1.0, 2.0), "both, for without their folders they are one"

@@ -39,3 +39,11 @@ def what_a_wrapper_finds(folder: str) -> list[str]:
 def test_the_wrappers_of_every_rank_find_all_dense_networks(rank_pair: RankPair, tmp_path: Path) -> None:
     found = rank_pair.run("tasks.test_run:what_a_wrapper_finds", tmp_path, folder=str(tmp_path / "run"))
     assert found == [["dense-1.ckpt", "dense.ckpt"]] * 2
+
+
+@pytest.mark.parametrize("wrong", [{"repeats": 0}, {"repeats": None}, {"batch_size": -1}])
+def test_a_measurement_that_cannot_be_made_is_refused_before_the_training(tmp_path: Path, wrong: Any) -> None:
+    job = Run(datamodule=Digits(), make_trainer=quiet_trainer, folder=tmp_path / "run", **wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        job.compress([Classifier(DigitsConvNet(width=2))], callbacks=[], dense={})
+    assert not (tmp_path / "run").exists()
