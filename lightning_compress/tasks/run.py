@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -156,10 +158,12 @@ class Run:
         costs, busy = self._costs(module, compressed, trainer.strategy.root_device)
         size = save_compressed(compressed, self.folder / SMALL, coder=self.coder, half=self.half)
         report = Report(
-            dense=replace(costs["dense"], test_metric=dense_accuracy),
-            compressed=replace(costs["compressed"], test_metric=compressed_accuracy, file_bytes=size.bytes),
-            before_recovery=before_recovery,
-            history=tuple(recorder.history),
+            dense=replace(costs["dense"], test_metric=_number(self.metric, dense_accuracy)),
+            compressed=replace(
+                costs["compressed"], test_metric=_number(self.metric, compressed_accuracy), file_bytes=size.bytes
+            ),
+            before_recovery=_number(self.metric, before_recovery),
+            history=tuple(replace(e, val_metric=_number(self.val_metric, e.val_metric)) for e in recorder.history),
             layers=compare_layers(dict(module.named_parameters()), dict(compressed.named_parameters())),
             settings=dict(self.settings),
             metric=self.metric,
@@ -216,6 +220,13 @@ class Run:
             for name, network in networks.items()
         }
         return measured, latency["dense"].busy
+
+
+def _number(metric: str | None, value: float | None) -> float | None:
+    if value is None or math.isfinite(value):
+        return value
+    warnings.warn(f"{metric} is {value}, which is no number: the report leaves it out.", stacklevel=2)
+    return None
 
 
 def can_draw() -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from support.ranks import RankPair
 from support.small import quiet_trainer
 
 from lightning_compress.baselines import Classifier, Digits, DigitsConvNet
+from lightning_compress.report import Report
 from lightning_compress.tasks.run import Run
 
 
@@ -47,3 +49,20 @@ def test_a_measurement_that_cannot_be_made_is_refused_before_the_training(tmp_pa
     with pytest.raises(ValueError, match=next(iter(wrong))):
         job.compress([Classifier(DigitsConvNet(width=2))], callbacks=[], dense={})
     assert not (tmp_path / "run").exists()
+
+
+class Diverged(Classifier):
+    def test_step(self, *args: Any) -> None:
+        self.log("test_loss", math.nan)
+
+
+def test_a_metric_that_is_no_number_is_said_and_the_report_is_written(tmp_path: Path) -> None:
+    make_trainer = partial(quiet_trainer, max_epochs=1, limit_train_batches=1)
+    job = Run(
+        datamodule=Digits(), make_trainer=make_trainer, folder=tmp_path, metric="test_loss", repeats=1, batch_size=2
+    )
+    with pytest.warns(UserWarning, match="test_loss is nan"):
+        job.compress([Diverged(DigitsConvNet(width=2))], callbacks=[], dense={})
+    report = Report.load(tmp_path / "report.json")
+    assert report.dense.test_metric is report.compressed.test_metric is None
+    assert report.history[0].val_metric is not None
