@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from lightning_compress.report.figure import BLUE, GREY, LIGHT, ORANGE, new_figure, tidy
+from lightning_compress.report.figure import BLUE, GREY, LIGHT, ORANGE, empty, new_figure, tidy
 from lightning_compress.report.metric import Metric
 from lightning_compress.report.summary import Measurement, Report
 from lightning_compress.report.tables import flatten, markdown_table
@@ -179,6 +179,10 @@ def runs_figure(comparison: Comparison) -> Figure:
     first = comparison.runs[0].report.metric
     runs = {number: run for number, run in enumerate(comparison.runs, start=1) if run.report.metric == first}
     metric = common_metric(list(runs.values())) or comparison.runs[0].report.tested
+    if all(run.report.compressed.test_metric is None and run.report.dense.test_metric is None for run in runs.values()):
+        for axes in (left, right):
+            empty(axes, "no run was tested")
+        return figure
     _scatter(left, runs, metric, "file_bytes", "file")
     left.set_xscale("log")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

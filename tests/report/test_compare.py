@@ -115,6 +115,14 @@ def test_the_figure_has_each_run_at_its_bytes_and_latency(sweep: Path) -> None:
     assert [text.get_text() for text in left.texts] == ["1", "2"]
 
 
+def test_runs_that_were_not_tested_have_a_figure_that_says_so(tmp_path: Path) -> None:
+    untested = report(0.5, test_metric=None)  # type: ignore[arg-type]
+    runs = (Run("a", replace(untested, dense=replace(DENSE, test_metric=None), metric=None)),)
+    paths = write_comparison(Comparison(runs), tmp_path)
+    assert [path.name for path in paths] == ["comparison.md", "comparison.csv", "comparison.png"]
+    assert [text.get_text() for text in runs_figure(Comparison(runs)).axes[0].texts] == ["no run was tested"]
+
+
 def test_a_run_without_test_metric_is_in_the_table_and_not_in_the_figure() -> None:
     runs = (Run("a", report(0.5, test_metric=0.97)), Run("b", report(0.9, test_metric=None)))  # type: ignore[arg-type]
     assert comparison_cells(runs)[1][1][3:6] == ["-", "-", "100"]
