@@ -41,6 +41,7 @@ class UniformWeights(LatentWeights):
         ValueError: An argument is out of range, or a weight is NaN or infinite.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(3, 1, bias=False)
         >>> net.weight.data = torch.tensor([[1.0, -0.3, 0.0]])
         >>> uniform = UniformWeights(net, {"weight": 2})
