@@ -86,7 +86,10 @@ class _Part:
         return [torch.empty_like(one, device=leaves[0].device) for one in self._outputs[_shapes(leaves)][0]]
 
 
-@torch.library.custom_op("lightning_compress::closed_part", mutates_args=())
+# torch below 2.7 does not infer a schema from list[Tensor].
+@torch.library.custom_op(
+    "lightning_compress::closed_part", mutates_args=(), schema="(Tensor[] inputs, int number) -> Tensor[]"
+)
 def _closed_part(inputs: list[Tensor], number: int) -> list[Tensor]:
     return _CLOSED[number].closed(inputs)
 
