@@ -87,13 +87,15 @@ def export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
     try:
         with warnings.catch_warnings(), caches_off(model):
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, strict=False)
+            program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"{type(model).__name__} cannot be exported, so its channel groups cannot be found: {first_line} "
             f"{_advice(str(error))}"
         ) from error
+    program.graph.eliminate_dead_code()  # such as attention weights averaged over heads, where nobody reads them
+    return program
 
 
 def _advice(error: str) -> str:

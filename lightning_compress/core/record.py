@@ -23,7 +23,7 @@ from lightning_compress.core.attention import SliceableMultiheadAttention
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.record_check import KINDS, check_record, check_structure
 from lightning_compress.core.reshapes import Pattern, is_reshape
-from lightning_compress.core.slicing import positions_left, saved_tensors, sizes
+from lightning_compress.core.slicing import named_tensors, positions_left, saved_tensors, sizes
 
 RECORD = "lightning_compress"  # the key in the metadata of a module that was cut
 
@@ -35,6 +35,7 @@ class Shapes:
         self.groups: list[ChannelGroup] | None = None  # of the dense network
         self.dense_shapes = _shapes(model)
         self.dense_numbers: dict[str, dict[str, Any]] = {}
+        self._names: dict[str, list[str]] = {}  # all names of a tensor, by each of them
         self._told: dict[str, tuple[int, ...]] = {}  # dense shapes that a record, or a part that was cut, told of
         for path, module in model.named_modules():
             if module is not model and (inner := shapes_of(module)) is not None:  # a part that was cut by itself
@@ -57,6 +58,10 @@ class Shapes:
         self.dense_shapes = _shapes(model) | self._told  # layers may have come, or changed, since the beginning
         if self.is_dense(model):  # the groups of a network that was cut before lack what has left
             self.groups = free
+            names: dict[int, list[str]] = {}
+            for name, tensor in named_tensors(model).items():
+                names.setdefault(id(tensor), []).append(name)
+                self._names[name] = names[id(tensor)]
 
     def is_dense(self, model: nn.Module) -> bool:
         """Whether nothing has been cut out of the network."""
@@ -159,7 +164,8 @@ class Shapes:
         claims: dict[tuple[str, int], list[tuple[ChannelGroup, int]]] = {}
         for group in self.groups:
             for member in group.members:
-                claims.setdefault((member.tensor, member.dim), []).append((group, member.index.shape[1]))
+                for name in self._names.get(member.tensor, ()):
+                    claims.setdefault((name, member.dim), []).append((group, member.index.shape[1]))
         left: dict[str, tuple[int, str]] = {}
         for name, shape in incoming.items():
             dense = self.dense_shapes.get(name, shape)

@@ -704,6 +704,35 @@ def test_a_cut_attention_is_a_leaf_for_fx_as_that_of_torch_is() -> None:
     assert torch.equal(traced(x), net(x))
 
 
+class Weighing(nn.Module):
+    """Attention as most write it: the weights are asked for, and nobody reads them unless `returns` says so."""
+
+    def __init__(self, *, returns: bool) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(E, 4, batch_first=True), nn.Linear(E, 2)
+        self.returns = returns
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        out, weights = self.attention(x, x, x)
+        return (self.head(out), weights) if self.returns else self.head(out)
+
+
+def test_heads_whose_averaged_weights_nobody_reads_are_cut_exactly() -> None:
+    net, x = Weighing(returns=False), torch.randn(N, L, E)
+    expected = copy.deepcopy(net)
+    with torch.no_grad():
+        for part in expected.attention.in_proj_weight.view(3, 4, -1):  # biases are zero from the start
+            part[[0, 2]] = 0
+    surgery.cut(net, x, remove={"attention.in_proj_weight": [0, 2]})
+    assert net.attention.in_proj_weight.shape == (3 * E // 2, E)
+    torch.testing.assert_close(net(x), expected(x))
+
+
+def test_heads_whose_averaged_weights_are_returned_are_no_exact_cut() -> None:
+    with pytest.raises(ValueError, match="averages over channels"):
+        surgery.cut(Weighing(returns=True), torch.randn(N, L, E), remove={"attention.in_proj_weight": [0, 2]})
+
+
 class Attending(nn.Module):
     """What TorchScript is made of: all arguments by name, as users write them."""
 

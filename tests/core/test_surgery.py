@@ -537,6 +537,38 @@ def test_the_owner_takes_the_shapes_of_what_is_loaded_into_it() -> None:
     assert owner["net"].scale.shape == (6,)
 
 
+class Tied(nn.Module):
+    """A layer that is called twice and has two names, and two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body = nn.Linear(3, 6), nn.Linear(6, 6)
+        self.again, self.out, self.tied, self.head = self.body, nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.tied.weight = self.out.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.again(torch.relu(self.body(torch.relu(self.first(x))))))
+        return self.head(torch.relu(self.tied(torch.relu(self.out(x)))))
+
+
+@pytest.mark.parametrize("path", ["", "net"])
+def test_weights_with_several_names_follow_checkpoints(path: str) -> None:
+    net = Tied()
+    owner: nn.Module = net
+    if path:
+        owner = nn.Module()
+        owner.early, owner.net = net.tied, net  # the first name of all is none of the network's own
+    x = torch.randn(4, 3)
+    wide, dense = copy.deepcopy(owner.state_dict()), net(x)
+    cut(net, x, keep={"first": [0, 3, 4]}, owner=owner)
+    narrow, expected = copy.deepcopy(owner.state_dict()), net(x)
+    owner.load_state_dict(wide)
+    assert torch.equal(net(x), dense)
+    owner.load_state_dict(narrow)
+    assert torch.equal(net(x), expected)
+    assert net.tied.weight is net.out.weight
+
+
 @pytest.mark.parametrize(
     "within",
     [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)],
