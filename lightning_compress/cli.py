@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -19,6 +20,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, seed_everyth
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch import distributed
 
@@ -46,7 +48,7 @@ from lightning_compress.report.write import write_text
 from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.inspect import inspection_tables
 from lightning_compress.tasks.run import COMPRESSED, SMALL, Run, can_draw, dense_files
-from lightning_compress.tasks.testing import accuracy, check_tested
+from lightning_compress.tasks.testing import accuracy, check_tested, finite
 from lightning_compress.tasks.verify import escaped, verify
 from lightning_compress.tasks.weights import load_weights
 from lightning_compress.trainer.callback import CompressionCallback
@@ -67,6 +69,10 @@ def main() -> None:
     except SystemExit as error:
         if error.code and (hint := suggestions(sys.argv[1:])):
             sys.stderr.write(f"{hint}\n")
+        raise
+    except OmegaConfBaseException as error:  # Hydra lets some pass
+        if hint := suggestions(sys.argv[1:]):
+            raise SystemExit(hint) from error
         raise
 
 
@@ -107,7 +113,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         val_metric=cfg.val_metric,
         metric_mode=cfg.metric_mode,
         epochs=cfg.trainer.get("max_epochs") if cfg.trainer.get("enable_progress_bar", True) else None,
-        settings=_plain(cfg, resolve=False),  # as written, for a folder's name would differ in every run
+        settings=_for_json(_plain(cfg, resolve=False)),  # as written: a folder's name would differ in every run
         **cfg.measure,
         **cfg.file,
     )
@@ -179,7 +185,8 @@ def evaluate(cfg: DictConfig) -> None:
     if cfg.json is not None:
         answer = Path(cfg.json)
         answer.parent.mkdir(parents=True, exist_ok=True)
-        write_text(answer, json.dumps(found))
+        numbers = {name: finite(name, value, otherwise=f"{answer} has null") for name, value in found.items()}
+        write_text(answer, json.dumps(numbers, allow_nan=False))
 
 
 def compare(cfg: DictConfig) -> None:
@@ -320,6 +327,15 @@ def _plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def _for_json(value: Any) -> Any:
+    """Return nested settings with NaN and infinity, which JSON has not, as text."""
+    if isinstance(value, dict):
+        return {key: _for_json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_for_json(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

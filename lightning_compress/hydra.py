@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_compress.report.tables import flatten
 from lightning_compress.tasks.run import dense_files
 from lightning_compress.tasks.verify import escaped
+from lightning_compress.trainer.callback import CompressionCallback
 
 T = TypeVar("T")
 
@@ -77,9 +78,25 @@ def log_handlers(task: str) -> list[str]:
     return ["console"] if task in READING else ["console", "file"]
 
 
+def log_file(task: str, *, _root_: DictConfig) -> str:
+    """Return where the log of a task goes that writes into a folder.
+
+    Raises:
+        ValueError: Hydra would take the folder's name for an interpolation, and write into another folder or none.
+    """
+    runtime: Any = OmegaConf.to_container(_root_.hydra.runtime, resolve=False)
+    folder = str(runtime["output_dir"])
+    if "${" in folder and task not in READING:
+        raise ValueError(
+            f"The folder {folder} can't be written into: Hydra takes the ${{ in its name for an interpolation. Rename "
+            f"it, or choose another one with hydra.run.dir=."
+        )
+    return str(Path(folder) / f"{_root_.hydra.job.name}.log")
+
+
 def register_resolvers() -> None:
     """Make `${lightning_compress.run_folder:...}` and the like known to OmegaConf."""
-    for resolver in (run_folder, hydra_folder, log_handlers, started, dense_files):
+    for resolver in (run_folder, hydra_folder, log_handlers, log_file, started, dense_files):
         OmegaConf.register_new_resolver(f"lightning_compress.{resolver.__name__}", resolver, replace=True)
 
 
@@ -153,7 +170,7 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
     cwd = {"cwd": content.get("cwd", "."), "output_dir": "${hydra:runtime.output_dir}"}
     recorded: DictConfig = OmegaConf.create(_replanted(content, content["output_dir"]) | cwd)
     before, wanted = _flat(recorded), _flat(composed)
-    refused: list[str] = []
+    refused = _dropped(overrides, recorded, composed)
     changes: dict[str, str] = {}
     kept: set[str] = set()
     for section, single in _sections(overrides, composed).items():
@@ -179,6 +196,27 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
     if kept:
         rank_zero_info(f"The run keeps {', '.join(sorted(kept))}, which the command line does not name.")
     return recorded
+
+
+def _dropped(overrides: Sequence[str], recorded: DictConfig, composed: DictConfig) -> list[str]:
+    """Return a line where a command line chooses techniques, and the run has others besides."""
+    others = [one for one in _techniques(recorded) if one not in _techniques(composed)]
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    lines = [one.input_line for one in parsed if one.key_or_group in ("compress", "experiment")]
+    return [f"  {' '.join(lines)}, where the run has {', '.join(others)}"] if lines and others else []
+
+
+def _techniques(cfg: DictConfig) -> list[str]:
+    """Return the keys of the callbacks that compress, and of all wrappers."""
+    callbacks = {f"callbacks.{name}": node for name, node in (cfg.get("callbacks") or {}).items()}
+    wrappers = {f"wrappers.{name}": node for name, node in (cfg.get("wrappers") or {}).items()}
+    found = []
+    for key, node in (callbacks | wrappers).items():
+        target = None if node is None else get_object(node._target_)
+        compresses = isinstance(target, type) and issubclass(target, CompressionCallback)
+        if target is not None and (compresses or key in wrappers):
+            found.append(key)
+    return found
 
 
 def _replanted(value: Any, folder: str) -> Any:
@@ -218,8 +256,15 @@ def _flat(cfg: DictConfig) -> dict[str, Any]:
 
 
 def suggestions(command_line: Sequence[str]) -> str:
-    """Return which keys the misspelt ones of a command line are nearest to; nothing where none is misspelt."""
+    """Return what may be wrong with a command line that failed, or nothing.
+
+    These are keys that are misspelt, with the nearest ones, and files in folders whose names are interpolations.
+    """
     words = [word for word in command_line if "=" in word and not word.startswith("-")]
+    for word in words:
+        key, _, path = word.partition("=")
+        if "${" in path and Path(path.strip("'\"")).exists():
+            return f"Hydra takes the ${{ in {key}={path} for an interpolation: rename the folder."
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except HydraException:

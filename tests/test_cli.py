@@ -195,8 +195,12 @@ def test_a_run_goes_on_with_its_own_config_and_refuses_another(
     checkpoint = "ckpt_path=run/checkpoints/last.ckpt"
     error = failure(command, capsys, checkpoint, "compress=iterative_pruning", "seed=3")
     assert "callbacks.pruning.amount=0.9, where the run has None" in error
-    assert "clustering" not in error
+    assert "compress=iterative_pruning, where the run has callbacks.clustering" in error
+    assert "callbacks.clustering." not in error
     assert "seed=3, where the run has 0" in error
+    error = failure(command, capsys, checkpoint, "compress=none")
+    assert "compress=none, where the run has callbacks.clustering" in error
+    assert "callbacks.checkpoint" not in error
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert after == before, "what is refused leaves the folder as it was"
 
@@ -463,6 +467,22 @@ def test_a_file_of_a_run_is_tested_as_the_run_did_and_nothing_is_written(
     assert [path.name for path in Path().rglob("*")] == ["found", "number.json"]
 
 
+def test_what_is_no_number_is_null_in_json_and_said(finished: Path, command: Callable[..., None]) -> None:
+    state = torch.load(finished / "dense.ckpt", weights_only=True)["state_dict"]
+    state["network.conv1.weight"].fill_(torch.nan)
+    torch.save({"state_dict": state}, "broken.ckpt")
+    with pytest.warns(UserWarning, match=r"test_loss is nan, which is no number: number\.json has null"):
+        command("task=test", "path=broken.ckpt", "json=number.json", "metric=test_loss", "data=digits", *SMALL)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(Path("number.json").read_text(), parse_constant=refuse) == {"test_loss": None}
+    settings = {"stop": [float("inf"), 1.5, None], "one": {"two": float("nan"), "three": "x"}}
+    expected = '{"stop": ["inf", 1.5, null], "one": {"two": "nan", "three": "x"}}'
+    assert json.dumps(cli._for_json(settings), allow_nan=False) == expected
+
+
 def test_a_file_is_tested_and_exported_from_anywhere(
     command: Callable[..., None],
     tmp_path: Path,
@@ -576,6 +596,21 @@ def test_a_checkpoint_goes_on_in_no_other_folder(
 ) -> None:
     checkpoint = finished / "checkpoints" / "last.ckpt"
     assert "goes on in its own folder" in failure(command, capsys, f"ckpt_path={checkpoint}", "hydra.run.dir=other")
+
+
+@pytest.mark.parametrize("name", ["${x}", "${seed}"])
+def test_a_folder_whose_name_is_an_interpolation_is_refused_in_one_line(
+    name: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / name / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    expected = f"The folder {tmp_path / name} can't be written into: Hydra takes the ${{ in its name"
+    assert expected in failure(command, capsys, f"ckpt_path='\\{name}/checkpoints/last.ckpt'")
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+    with pytest.raises(SystemExit) as exit_:
+        command(f"ckpt_path='{name}/checkpoints/last.ckpt'")
+    assert f"Hydra takes the ${{ in ckpt_path='{name}" in f"{exit_.value}{capsys.readouterr().err}"
 
 
 def test_a_module_that_tests_nothing_is_refused_before_any_training(

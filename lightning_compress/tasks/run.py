@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -30,7 +28,7 @@ from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.recorder import Recorder
-from lightning_compress.tasks.testing import accuracy, check_tested, quietly, trainer_of
+from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
 from lightning_compress.tasks.weights import load_weights
 from lightning_compress.trainer.distributed import barrier
 
@@ -223,10 +221,7 @@ class Run:
 
 
 def _number(metric: str | None, value: float | None) -> float | None:
-    if value is None or math.isfinite(value):
-        return value
-    warnings.warn(f"{metric} is {value}, which is no number: the report leaves it out.", stacklevel=2)
-    return None
+    return finite(metric, value, otherwise="the report leaves it out")
 
 
 def can_draw() -> bool:

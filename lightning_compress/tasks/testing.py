@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +66,24 @@ def accuracy(
             f"{', '.join(logged) or 'nothing'}."
         )
     return logged[metric]
+
+
+def finite(metric: str | None, value: float | None, *, otherwise: str) -> float | None:
+    """Return a value that JSON can hold: None for NaN and infinity, which a warning says.
+
+    Args:
+        metric: The value's name.
+        value: What was found.
+        otherwise: What happens to a value that is no number, for the warning.
+
+    Example:
+        >>> finite("test_acc", 0.5, otherwise="the report leaves it out")
+        0.5
+    """
+    if value is None or math.isfinite(value):
+        return value
+    warnings.warn(f"{metric} is {value}, which is no number: {otherwise}.", stacklevel=3)
+    return None
 
 
 def trainer_of(make_trainer: Callable[..., Trainer], **options: Any) -> Trainer:
