@@ -202,7 +202,7 @@ def _dropped(overrides: Sequence[str], recorded: DictConfig, composed: DictConfi
     """Return a line where a command line chooses techniques, and the run has others besides."""
     others = [one for one in _techniques(recorded) if one not in _techniques(composed)]
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    lines = [one.input_line for one in parsed if one.key_or_group in ("compress", "experiment")]
+    lines = [str(one.input_line) for one in parsed if one.key_or_group in ("compress", "experiment")]
     return [f"  {' '.join(lines)}, where the run has {', '.join(others)}"] if lines and others else []
 
 
