@@ -1,16 +1,21 @@
-"""What a run has logged in an epoch that has not ended: Lightning's checkpoints lack it, and monitors need it."""
+"""What a run has logged or counted in an epoch that has not ended: Lightning's checkpoints lack it.
+
+Monitors need what was logged. Metrics that the module updates itself, and numbers that it counts, are what the end of
+its epoch works with.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import MetricTracker
 
 from lightning_compress.trainer.distributed import rank, world_size
 from lightning_compress.trainer.inside import innermost
@@ -27,14 +32,31 @@ class _Arguments(_Metadata):
         return False
 
 
-def capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """Return what this process has logged: what monitors see, and the sums of the epoch that has not ended."""
+def numbers(pl_module: LightningModule) -> dict[str, dict[str, Any]]:
+    """Return by name the numbers that a module, and each of its metrics, notes as attributes."""
+    holders = {"": innermost(pl_module)} | _metrics(pl_module)
+    return {
+        path: {name: _copied(value) for name, value in vars(holder).items() if _is_number(value)}
+        for path, holder in holders.items()
+    }
+
+
+def capture(trainer: Trainer, pl_module: LightningModule, before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what this process has logged and counted: what monitors see, and sums of the epoch that has not ended.
+
+    `before`: the module's `numbers` when the fit began.
+    """
     state: dict[str, Any] = {"seen": _copy(trainer._logger_connector._callback_metrics), "sums": [], "lost": []}
     state["gathered"] = gathered(pl_module)
+    state["numbers"] = {
+        path: {name: value for name, value in now.items() if before.get(path, {}).get(name) != value}
+        for path, now in numbers(pl_module).items()
+    }
+    state["metrics"] = _states(_unlogged(trainer, pl_module))
     epochs = trainer.fit_loop.epoch_progress.total
     if epochs.started == epochs.processed:  # type: ignore[attr-defined]
         return state
-    names = {id(module): name for name, module in pl_module.named_modules() if isinstance(module, Metric)}
+    names = {id(module): name for name, module in _metrics(pl_module).items()}
     for result in trainer.fit_loop.epoch_loop._results.result_metrics:
         meta = result.meta
         if result.has_reset or not meta.on_epoch:
@@ -52,11 +74,7 @@ def capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
                 "arguments": {name: getattr(meta, name) for name in _ARGUMENTS},
                 "here": not result.is_tensor or result.value.device == pl_module.device,
                 "metric": None if result.is_tensor else names[id(result.value)],
-                "states": {
-                    name: {"count": metric.update_count, "values": _copy(metric.metric_state)}
-                    for name, metric in (result if result.is_tensor else result.value).named_modules()
-                    if isinstance(metric, Metric)
-                },
+                "states": _states(_metrics(result if result.is_tensor else result.value)),
             }
         )
     return state
@@ -64,13 +82,52 @@ def capture(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 def gathered(pl_module: LightningModule) -> list[str]:
     """Names of the lists of tensors that the module itself fills in its steps, as for the end of an epoch."""
-    lists = {name: value for name, value in vars(innermost(pl_module)).items() if isinstance(value, list) and value}
-    return [name for name, value in lists.items() if all(_holds_tensor(one) for one in value)]
+    module = innermost(pl_module)
+    lists = {name: value for name, value in vars(module).items() if isinstance(value, list) and value}
+    found = [name for name, value in lists.items() if all(_holds_tensor(one) for one in value)]
+    return found + [name for name, one in module.named_modules() if isinstance(one, MetricTracker) and one.n_steps]
 
 
 def _holds_tensor(value: Any) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return isinstance(value, Tensor) or any(_holds_tensor(one) for one in inner)
+    return isinstance(value, Tensor | Metric) or any(_holds_tensor(one) for one in inner)
+
+
+def _metrics(module: nn.Module) -> dict[str, Metric]:
+    return {name: one for name, one in module.named_modules() if isinstance(one, Metric)}
+
+
+def _unlogged(trainer: Trainer, pl_module: LightningModule) -> dict[str, Metric]:
+    """The metrics that have been updated, and whose sums Lightning does not see to."""
+    for module in pl_module.modules():
+        if isinstance(module, MetricCollection):
+            module.values(copy_state=False)  # has those that share their sums take them
+    loop = trainer.fit_loop.epoch_loop
+    results = [*loop._results.result_metrics, *loop.val_loop._results.result_metrics]
+    logged = {id(one) for result in results if not result.has_reset for one in _modules(result.value)}
+    return {name: one for name, one in _metrics(pl_module).items() if one.update_count and id(one) not in logged}
+
+
+def _modules(value: Any) -> Iterable[nn.Module]:
+    return value.modules() if isinstance(value, nn.Module) else ()
+
+
+def _states(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: {"count": one.update_count, "values": _copy(one.metric_state)} for name, one in metrics.items()}
+
+
+def _put(metric: Metric, kept: Mapping[str, Any], device: torch.device) -> None:
+    for name, content in _moved(kept["values"], device).items():
+        setattr(metric, name, content)
+    metric._update_count, metric._computed = kept["count"], None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) or (type(value) is Tensor and value.dim() == 0)
+
+
+def _copied(value: Any) -> Any:
+    return _each(value, lambda one: one.detach().cpu().clone())
 
 
 def restore(
@@ -89,6 +146,15 @@ def restore(
         )
     connector, results = trainer._logger_connector, trainer.fit_loop.epoch_loop._results
     connector._callback_metrics = _moved(state["seen"], pl_module.device) | connector._callback_metrics
+    metrics = _metrics(pl_module)
+    for path, kept in state.get("metrics", {}).items():
+        if path in metrics:
+            _put(metrics[path], kept, pl_module.device)
+    for path, values in state.get("numbers", {}).items():
+        holder = metrics.get(path) if path else innermost(pl_module)
+        for name, value in values.items():
+            if holder is not None and _is_number(vars(holder).get(name, value)):
+                setattr(holder, name, _each(value, lambda one: one.to(pl_module.device)))
     if not inside:
         return True
     connector._first_loop_iter = True  # else the next batch counts as the epoch's first, which begins sums anew
@@ -115,9 +181,7 @@ def restore(
         device = pl_module.device if one["here"] else torch.device("cpu")
         for path, kept in one["states"].items():
             metric = results[key] if one["metric"] is None else modules[one["metric"]].get_submodule(path)
-            for attribute, content in _moved(kept["values"], device).items():
-                setattr(metric, attribute, content)
-            metric._update_count, metric._computed = kept["count"], None
+            _put(metric, kept, device)
     if lost:
         warnings.warn(
             f"The sums of the logged training metrics {', '.join(sorted(set(lost)))} are not in the checkpoint (they "
@@ -129,7 +193,7 @@ def restore(
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _each(value, lambda one: one.detach().cpu().clone()) for key, value in values.items()}
+    return {key: _copied(value) for key, value in values.items()}
 
 
 def _moved(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

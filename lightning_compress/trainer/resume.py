@@ -58,6 +58,7 @@ class ResumableCallback(Callback):
         self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
         self._loads_state = True
         self._epoch_end: EpochEnd | None = None  # of the checkpoint, until the fit starts
+        self._numbers: dict[str, dict[str, Any]] = {}  # that the module counts, when the fit began
 
     # ------------------------------------------------------------------ what a technique supplies
 
@@ -121,6 +122,7 @@ class ResumableCallback(Callback):
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._numbers = means.numbers(pl_module)
         trained = {id(one) for it in trainer.optimizers for group in it.param_groups for one in group["params"]}
         for name, parameter in pl_module.named_parameters():
             if parameter.dtype == torch.float16 and id(parameter) in trained:
@@ -229,7 +231,8 @@ class ResumableCallback(Callback):
         together = trainer.state.status != TrainerStatus.INTERRUPTED
         if together:
             self.synchronize()
-        mine = {"global": rng.capture(), "own": self.generator.get_state(), "logged": means.capture(trainer, pl_module)}
+        logged = means.capture(trainer, pl_module, self._numbers)
+        mine = {"global": rng.capture(), "own": self.generator.get_state(), "logged": logged}
         batches = trainer.fit_loop.epoch_loop.batch_progress
         checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
             "format": FORMAT,

@@ -14,8 +14,10 @@ from support.ranks import RankPair
 from support.small import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.aggregation import MaxMetric
+from torchmetrics.classification import BinaryAUROC, BinaryPrecision, BinaryRecall
+from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 from trainer.test_epoch_end import BATCHES, Positioned, Recorded, X
 
 from lightning_compress import IterativePruningCallback
@@ -169,6 +171,102 @@ def test_an_epoch_does_not_end_without_what_its_module_has_gathered(tmp_path: Pa
     assert fit(tmp_path / "kept", path, module=Keeps())[1].seen == ends.seen
     with pytest.warns(UserWarning, match="does not hold outputs"):
         _, resumed = fit(tmp_path / "lost", path, module=Gathers())
+    assert resumed.seen.keys() == {1, 2, -1}
+
+
+class Counts(Logs):
+    """Sums by hand: in metrics that it updates and does not log, and in numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = MetricCollection(
+            {"precision": BinaryPrecision(), "recall": BinaryRecall(), "auroc": BinaryAUROC()}
+        )
+        self.kept, self.extremes, self.last = CatMetric(), MinMaxMetric(MeanMetric()), Running(MeanMetric(), 3)
+        self.late, self.never_reset = MeanMetric(), MeanMetric()
+        self.total, self.count = 0.0, 0
+        self.sum = torch.zeros(())
+
+    def on_train_epoch_start(self) -> None:
+        self.batches = 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        value = loss.detach()
+        self.rates.update(torch.sigmoid(batch[:, 1] + value), (batch[:, 0] > 0).long())
+        if batch_idx > 0:
+            self.log("late", self.late, on_epoch=True, on_step=False)
+        for metric in (self.kept, self.extremes, self.last, self.never_reset, self.late):
+            metric.update(value)
+        self.total, self.count, self.batches = self.total + value.item(), self.count + 1, self.batches + 1
+        self.sum = self.sum + value
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.rates.compute() | self.extremes.compute())
+        self.log("kept", self.kept.compute().sum())
+        self.log("last", self.last.compute())
+        self.log("never_reset", self.never_reset.compute())
+        self.log("mean", self.total / self.count)
+        self.log("sum_by_batches", self.sum / self.batches)
+        self.rates.reset()
+        self.kept.reset()
+        self.total, self.count, self.sum = 0.0, 0, torch.zeros(())
+
+
+def test_what_a_module_counts_itself_goes_on(tmp_path: Path) -> None:
+    _, ends = fit(tmp_path, None, module=Counts())
+    for step in (2, BATCHES, BATCHES + 1, BATCHES + 3, 2 * BATCHES):
+        resumed = fit(tmp_path / str(step), tmp_path / f"step={step}.ckpt", module=Counts())[1]
+        assert resumed.seen == {key: ends.seen[key] for key in resumed.seen}
+        assert len(resumed.seen) == 4 - (step - 1) // BATCHES
+
+
+class Evaluates(Logs):
+    """One metric for the validation alone, logged, and one that is reset by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged, self.by_hand = MeanMetric(), MeanMetric()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.logged.update(batch.mean())
+        self.by_hand.update(batch.mean())
+        self.log("logged", self.logged)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("by_hand", self.by_hand.compute())
+        self.by_hand.reset()
+
+
+def test_metrics_of_validations_count_no_batch_twice(tmp_path: Path) -> None:
+    _, ends = fit(tmp_path, None, module=Evaluates())
+    for step in (2, BATCHES, BATCHES + 1, 2 * BATCHES):
+        resumed = fit(tmp_path / str(step), tmp_path / f"step={step}.ckpt", module=Evaluates())[1]
+        assert resumed.seen == {key: ends.seen[key] for key in resumed.seen}
+
+
+class Tracks(Logs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracker = MetricTracker(MeanMetric(), maximize=True)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 0:
+            self.tracker.increment()
+        self.tracker.update(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("tracked", self.tracker.compute())
+
+
+def test_an_epoch_does_not_end_without_what_its_tracker_has_seen(tmp_path: Path) -> None:
+    fit(tmp_path, None, module=Tracks())
+    with pytest.warns(UserWarning, match="does not hold tracker"):
+        _, resumed = fit(tmp_path / "resumed", tmp_path / f"step={BATCHES}.ckpt", module=Tracks())
     assert resumed.seen.keys() == {1, 2, -1}
 
 
