@@ -214,10 +214,10 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
 
 def leaf_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy | None:
     """What torch.fx gets for the call of a module whose forward it should not look into; None where nothing traces."""
-    proxy = next((one for one in (*args, *kwargs.values()) if isinstance(one, fx.Proxy)), None)
-    if proxy is None or not isinstance(proxy.tracer, fx.Tracer):
-        return None
-    return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), args, kwargs)
+    for proxy in (*args, *kwargs.values()):  # a plain loop: torch.compile below 2.7 knows no `next` with a default
+        if isinstance(proxy, fx.Proxy) and isinstance(proxy.tracer, fx.Tracer):
+            return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), args, kwargs)
+    return None
 
 
 def make_sliceable(module: nn.MultiheadAttention) -> Callable[[], None]:

@@ -26,8 +26,8 @@ _FREE_BY_KIND = {
         _aminmax all amax amin aminmax any argmax argmin count_nonzero linalg_vector_norm logsumexp max mean median min
         nansum norm prod std std_mean sum var var_mean""",
     "pointwise": """
-        _prelu_kernel _thnn_fused_gru_cell _thnn_fused_lstm_cell complex gelu glu hardswish log_sigmoid_forward
-        masked_fill mish polar rrelu_with_noise rsub silu""",
+        _prelu_kernel _thnn_fused_gru_cell _thnn_fused_lstm_cell complex elu gelu glu hardswish hardtanh leaky_relu
+        log_sigmoid_forward masked_fill mish polar rrelu_with_noise rsub silu""",
     "copy": """
         _local_scalar_dense _reshape_copy _to_copy _unsafe_index _unsafe_index_put _unsafe_view
         _upsample_nearest_exact cat channel_shuffle clone constant_pad_nd copy diag_embed embedding fill flip gather

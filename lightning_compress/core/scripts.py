@@ -45,7 +45,7 @@ class _Part:
 
     def entrance(self, number: int) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_exporting():
+            if not torch.compiler.is_compiling():
                 return self._run(args, kwargs)
             if not self._single:
                 try:

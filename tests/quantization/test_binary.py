@@ -435,8 +435,8 @@ def test_a_second_fit_goes_on_from_the_real_weights() -> None:
     record = Record()
     quiet_trainer(callbacks=[binary, record], max_epochs=1).fit(module, plain(0))
     assert is_signs(record.trained[0])
-    moved = max(float((binary.latent[name] - before[name]).abs().max()) for name in LAYERS)
-    assert 0 < moved < 1  # signs taken for real weights would move by 1
+    moved = torch.cat([(binary.latent[name] - before[name]).abs().flatten() for name in LAYERS]).median()
+    assert 0 < moved < 0.5  # signs taken for real weights, which are small, would move most by nearly 1
     assert not is_signs(binary.latent)
     module.load_state_dict(SmallModule().state_dict())
     with pytest.raises(ValueError, match="no longer holds the binary weights of an earlier fit"):

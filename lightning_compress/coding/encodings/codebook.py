@@ -82,7 +82,8 @@ class _Finder:
         self._slots[slots] = np.arange(len(table))
 
     def __call__(self, words: Words) -> Array:
-        found: Array = self._slots.take(words * self._factor >> self._shift, mode="clip")
+        slots = (words * self._factor >> self._shift).astype(np.intp)  # numpy below 2 takes no uint64 as an index
+        found: Array = self._slots.take(slots, mode="clip")
         return found
 
 

@@ -33,7 +33,7 @@ def write_plain(writer: Writer, words: Words, dtype: torch.dtype, *, half: bool)
     ways: list[Callable[[Writer], int]] = [lambda one: _write_raw(one, words)]
     if dtype in _HALVED and _is_half(words[:256], dtype) and _is_half(words, dtype):
         ways.append(lambda one: _write_half(one, words, dtype))
-    if not dtype.is_floating_point or not np.bitwise_or.reduce(words[:256]) & 1:  # else all bits are needed
+    if not dtype.is_floating_point or not int(np.bitwise_or.reduce(words[:256])) & 1:  # else all bits are needed
         ways.append(lambda one: _write_short(one, words, dtype))
     return writer.cheapest(ways)
 
