@@ -21,7 +21,7 @@ from lightning_compress.pruning.masks import Scope
 from lightning_compress.pruning.scoring import Shrink, make_statistic
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.watching import WatchingCallback
-from lightning_compress.trainer.distributed import gather
+from lightning_compress.trainer.distributed import gather, on_all_ranks
 from lightning_compress.trainer.inputs import resolve_network, traced_network
 from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.surgery import (
@@ -107,15 +107,7 @@ class RemovingCallback(WatchingCallback):
 
     def _find_channels(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
         refuse_average_in_forward(pl_module, self.network)
-        _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
-        channels = PrunableChannels(
-            innermost(pl_module),
-            self.network,
-            inputs,
-            self._targets,
-            exclude=self._excluded(pl_module),
-            keep=self._kept,
-        )
+        channels = on_all_ranks(partial(self._trace, trainer, pl_module))  # each rank looks at a batch of its own
         _check_ranks_agree(channels)
         if self.shrink == "during_fit":
             check_cuts_in_fit(trainer, self, map(innermost(pl_module).get_parameter, channels.cut_parameters))
@@ -130,6 +122,17 @@ class RemovingCallback(WatchingCallback):
         elif channels.reasons:
             rank_zero_info(f"Channels that are not pruned: {'; '.join(channels.reasons)}.")
         return channels
+
+    def _trace(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
+        _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
+        return PrunableChannels(
+            innermost(pl_module),
+            self.network,
+            inputs,
+            self._targets,
+            exclude=self._excluded(pl_module),
+            keep=self._kept,
+        )
 
     def _excluded(self, pl_module: LightningModule) -> list[str]:
         return list(select_parameters(pl_module, self.exclude, warn=False)) if self.exclude else []

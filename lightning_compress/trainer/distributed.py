@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -55,3 +56,26 @@ def gather(value: T) -> list[T]:
     values: list[T] = [value] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Return what every rank's action returns; where one raises, all of them do, and none waits for it.
+
+    Raises:
+        ValueError: The action raised on another rank, whose error it quotes.
+    """
+    if world_size() == 1:
+        return action()
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    said = gather(None if failure is None else str(failure))
+    first = next((number for number, one in enumerate(said) if one is not None), None)
+    if first is None:
+        return result  # type: ignore[return-value]
+    if failure is not None and said[rank()] == said[first]:
+        raise failure
+    raise ValueError(f"Rank {first}: {said[first]}") from failure

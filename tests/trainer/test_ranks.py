@@ -204,3 +204,39 @@ def test_ranks_that_find_different_channels_are_told_so(rank_pair: RankPair, tmp
     for said in rank_pair.run("trainer.test_ranks:fit_as_the_rank_likes", tmp_path):
         assert "Ranks 0 and 1 found different channels" in said
         assert "Pass example_inputs" in said
+
+
+class BreaksOnARank(SmallModule):
+    """On one rank no layer has channels that may be pruned, or the forward does not run."""
+
+    def __init__(self, how: str, where: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 6), nn.Linear(6, 3)
+        self.how, self.where = how, where
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if rank() == self.where and self.how == "nothing":
+            return torch.cat([hidden, hidden], 1).softmax(1)[:, :3]
+        if rank() == self.where and self.how == "crash":
+            raise RuntimeError("no such index")
+        return self.last(F.relu(hidden))
+
+
+def fit_where_one_rank_fails(how: str, where: int) -> str:
+    pruning = IterativePruningCallback(0.5, granularity="neuron", shrink="never", target=["first"])
+    try:
+        quiet_trainer(callbacks=[pruning], strategy="ddp", devices=2).fit(BreaksOnARank(how, where), plain())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize(("how", "error"), [("nothing", "No targeted layer has channels"), ("crash", "no such index")])
+def test_where_one_rank_fails_to_find_channels_all_of_them_say_so(
+    how: str, error: str, where: int, rank_pair: RankPair, tmp_path: Path
+) -> None:
+    said = rank_pair.run("trainer.test_ranks:fit_where_one_rank_fails", tmp_path, how=how, where=where)
+    assert all(error in one for one in said)
+    assert said[1 - where] == f"Rank {where}: {said[where]}"
