@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from lightning_compress.core.graphs import export
 from lightning_compress.core.groups import ChannelGroup
 from lightning_compress.core.plan import Plan, identity
 from lightning_compress.core.reference import dense_without
-from lightning_compress.core.reshapes import Solving, attributes_needed
+from lightning_compress.core.reshapes import Solving, attributes_needed, is_reshape
 from lightning_compress.core.slicing import Slices
 
 ErrorOf = Callable[[Sequence[ChannelGroup]], str | None]
@@ -62,17 +64,39 @@ class Trial:
         """
         stuck: set[tuple[object, ...]] = set()
         for trial in (self._first_tried, partial(self._tried, error_of=self._crash)):
-            tried = [group for kind in _kinds(free) for group in trial(kind)]
-            frozen = [group for group in tried if group.frozen is not None]
-            chosen = _compatible([group for group in tried if group.frozen is None])
+            chosen, frozen = self._told_apart([group for kind in _kinds(free) for group in trial(kind)])
             if self._error(chosen) is None:
                 return chosen, frozen
             stuck = {identity(group) for group in frozen}
         left = [group for group in free if identity(group) not in stuck]
-        tried = [group for kind in _kinds(left) for group in self._tried(kind, self._error)]
-        frozen += [group for group in tried if group.frozen is not None]
-        chosen, more = self._together([], _compatible([group for group in tried if group.frozen is None]))
+        tried, more = self._told_apart([group for kind in _kinds(left) for group in self._tried(kind, self._error)])
+        frozen += more
+        chosen, more = self._together([], tried)
         return chosen, frozen + more
+
+    def _told_apart(self, tried: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
+        """Of groups that were tried, those that can be cut in any combination, and the frozen ones.
+
+        Where a module reshapes keys and values alike, and only the keys' width leaves without them, half of the heads
+        leaves as many values as half of the width would: a reshape can't tell which of the two has left.
+        """
+        chosen = _compatible([group for group in tried if group.frozen is None])
+        frozen = [group for group in tried if group.frozen is not None]
+        noting: dict[str, list[ChannelGroup]] = {}
+        for group in chosen:
+            for module in dict.fromkeys(one.module for one in group.attributes if is_reshape(one.name)):
+                noting.setdefault(module, []).append(group)
+        errors: dict[tuple[object, ...], str | None] = {}  # by kinds: the first pair speaks for those like it
+        stuck: dict[int, str] = {}
+        for pair in (pair for groups in noting.values() for pair in combinations(groups, 2)):
+            share, kinds = math.gcd(*(group.size for group in pair)), tuple(map(_kind, pair))
+            if share > 1 and kinds not in errors:
+                errors[kinds] = self._parts.crash([(group, torch.arange(group.size // share)) for group in pair])
+            if errors.get(kinds) is not None:
+                fewer = min(pair, key=lambda group: len(group.members))
+                stuck[id(fewer)] = f"a reshape in the network's code can't tell it from other groups: {errors[kinds]}"
+        frozen += [replace(group, frozen=stuck[id(group)]) for group in chosen if id(group) in stuck]
+        return [group for group in chosen if id(group) not in stuck], frozen
 
     def _first_tried(self, kind: list[ChannelGroup]) -> list[ChannelGroup]:
         """Free or freeze groups as the first of them does around its own modules, by what comes out of these if it can.
@@ -314,8 +338,10 @@ def _kinds(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
     """Groups that look alike: the same tensors of the same shapes, at other places in the network."""
     kinds: dict[tuple[object, ...], list[ChannelGroup]] = {}
     for group in groups:
-        key = tuple(
-            ("".join(x for x in one.tensor if not x.isdigit()), one.dim, one.index.shape) for one in group.members
-        )
-        kinds.setdefault((group.size, key), []).append(group)
+        kinds.setdefault(_kind(group), []).append(group)
     return list(kinds.values())
+
+
+def _kind(group: ChannelGroup) -> tuple[object, ...]:
+    slices = (("".join(x for x in one.tensor if not x.isdigit()), one.dim, one.index.shape) for one in group.members)
+    return group.size, *slices

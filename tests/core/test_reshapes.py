@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -110,6 +111,37 @@ def test_state_dict_tells_a_dense_network_what_its_reshapes_find() -> None:
     assert torch.equal(run(thinner, inputs), run(thin, inputs))
     thinner.load_state_dict(net.state_dict())
     assert torch.equal(run(thinner, inputs), run(net, inputs))
+
+
+class OneQuery(nn.Module):
+    """As CrossViT and CaiT have it: values are reshaped as keys are, but only the keys' width leaves without them."""
+
+    def __init__(self, *, heads: int, width: int, queries: int) -> None:
+        super().__init__()
+        self.num_heads, self.queries = heads, queries
+        self.q, self.k, self.v, self.proj = (nn.Linear(heads * width, heads * width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, places, width = x.shape
+        q = self.q(x[:, : self.queries]).reshape(batch, -1, self.num_heads, width // self.num_heads).transpose(1, 2)
+        k = self.k(x).reshape(batch, places, self.num_heads, width // self.num_heads).transpose(1, 2)
+        v = self.v(x).reshape(batch, places, self.num_heads, width // self.num_heads).transpose(1, 2)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(batch, self.queries, width))
+
+
+@pytest.mark.parametrize(("heads", "width", "queries"), [(4, 6, 1), (4, 6, 5), (3, 6, 1), (2, 5, 1)])
+def test_what_is_free_in_a_network_can_be_cut_in_all_sizes_together(heads: int, width: int, queries: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(OneQuery(heads=heads, width=width, queries=queries), nn.Linear(heads * width, 3))
+    net, x = net.double().eval(), torch.randn(2, 5, heads * width, dtype=torch.float64)
+    groups = channel_groups(net, x)
+    free = groups.free()
+    assert any(one.size == heads for one in free)
+    for sizes in itertools.product(*(range(1, one.size + 1) for one in free)):
+        keep = {one.name: torch.arange(size) for one, size in zip(free, sizes, strict=True) if size < one.size}
+        thin = cut(copy.deepcopy(net), x, keep=keep, groups=groups)
+        assert relative_difference(run(thin, x), zeroed(net, groups, keep, x)) < 1e-10
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
