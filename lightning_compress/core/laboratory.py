@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,7 @@ def laboratory(model: nn.Module) -> Iterator[None]:
     others |= {id(one): _double(name, one, generator) for name, one in model.named_buffers()}
     tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
     with ExitStack() as back:
+        back.enter_context(_old_objects_left_alone())
         back.enter_context(torch.compiler.set_stance("force_eager"))
         # torch below 2.7 refuses to trace compiled modules, although they are called as they were before.
         back.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
@@ -60,6 +62,20 @@ def laboratory(model: nn.Module) -> Iterator[None]:
         set_mode(model, True)
         set_mode(model, False)  # in two steps, so that what modules keep for evaluation is made anew of these weights
         yield
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Let Python look for garbage among new objects only, as it does again and again: torch alone has a million."""
+    if gc.get_freeze_count():  # someone else's
+        yield
+        return
+    gc.collect(1)  # what is young and garbage would stay until later
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _fill(table: Any, values: dict[str, Any]) -> None:

@@ -133,8 +133,8 @@ class OneQuery(nn.Module):
 @pytest.mark.parametrize(("heads", "width", "queries"), [(4, 6, 1), (4, 6, 5), (3, 6, 1), (2, 5, 1)])
 def test_what_is_free_in_a_network_can_be_cut_in_all_sizes_together(heads: int, width: int, queries: int) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(OneQuery(heads=heads, width=width, queries=queries), nn.Linear(heads * width, 3))
-    net, x = net.double().eval(), torch.randn(2, 5, heads * width, dtype=torch.float64)
+    net = nn.Sequential(OneQuery(heads=heads, width=width, queries=queries)).double().eval()
+    x = torch.randn(2, 5, heads * width, dtype=torch.float64)
     groups = channel_groups(net, x)
     free = groups.free()
     assert any(one.size == heads for one in free)
