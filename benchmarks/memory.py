@@ -63,11 +63,10 @@ TECHNIQUES: dict[str, Callable[[], Callback] | None] = {
     "neurons, shrink on_fit_end": neurons(),
     "neurons, shrink during_fit": neurons(shrink="during_fit"),
     "neurons, regrow": neurons(regrow=True),
-    "neurons, taylor": neurons(criterion="taylor"),
-    "neurons, obd": neurons(criterion="obd"),
-    "neurons, fisher": neurons(criterion="fisher"),
-    "neurons, mas": neurons(criterion="mas"),
-    "neurons, apoz": neurons(criterion="apoz"),
+    **{
+        f"neurons, {criterion}": neurons(criterion=criterion)
+        for criterion in ("l2", "random", "taylor", "obd", "fisher", "ewc", "mas", "si", "apoz", "mean_activation")
+    },
     "group lasso": lambda: GroupLassoCallback(1e-3),
     "group lasso, proximal": lambda: GroupLassoCallback(1e-3, proximal=True),
     "group lasso, cut": lambda: GroupLassoCallback(0.5, granularity="group", proximal=True, shrink="on_fit_end"),
@@ -81,13 +80,21 @@ TECHNIQUES: dict[str, Callable[[], Callback] | None] = {
 
 def linear(width: int, depth: int) -> nn.Module:
     layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *layers, nn.Linear(width, 10))
+    return uneven(nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), *layers, nn.Linear(width, 10)))
 
 
 def conv(width: int, depth: int) -> nn.Module:
     layers = [layer for _ in range(depth) for layer in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
     first = nn.Conv2d(1, width, 3, padding=1)
-    return nn.Sequential(first, nn.ReLU(), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+    return uneven(nn.Sequential(first, nn.ReLU(), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)))
+
+
+@torch.no_grad()
+def uneven(net: nn.Sequential) -> nn.Module:
+    """Make every other hidden channel so small that a group lasso of a few steps takes it to zero."""
+    for parameter in net[:-1].parameters():
+        parameter[::2] *= 1e-3
+    return net
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {

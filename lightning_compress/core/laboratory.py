@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ def laboratory(model: nn.Module) -> Iterator[None]:
     tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
     with ExitStack() as back:
         back.enter_context(_old_objects_left_alone())
+        back.callback(_let_go, others.values())
         back.enter_context(torch.compiler.set_stance("force_eager"))
         # torch below 2.7 refuses to trace compiled modules, although they are called as they were before.
         back.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
@@ -78,6 +79,12 @@ def _old_objects_left_alone() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _let_go(tensors: Iterable[Tensor]) -> None:
+    """Free the tensors' memory now: torch.export keeps them in circles, which are collected at some later time."""
+    for tensor in tensors:
+        tensor.data = tensor.data.new_empty(0)
+
+
 def _fill(table: Any, values: dict[str, Any]) -> None:
     """Write into a module's table of parameters or buffers; a scripted module's takes no others than it has."""
     for name, value in values.items():
@@ -90,23 +97,23 @@ def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> 
 
     `known` has, by the id of a parameter or buffer, what stands for it already.
     """
-
-    def double(value: Any) -> Any:
-        if isinstance(value, nn.Parameter):  # recurrent layers keep a list of theirs
-            return known.get(id(value), value)
-        if isinstance(value, Tensor):
-            return known.get(id(value), _wide(value.detach()))
-        if type(value) is list:
-            value[:] = [double(one) for one in value]
-        elif type(value) is tuple:
-            return tuple(double(one) for one in value)
-        elif type(value) is dict:
-            value.update({key: double(one) for key, one in value.items()})
-        return value
-
     for name, value in list(entries.items()):
         if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, Tensor | list | tuple | dict):
-            entries[name] = double(value)
+            entries[name] = _doubled(value, known)
+
+
+def _doubled(value: Any, known: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, nn.Parameter):  # recurrent layers keep a list of theirs
+        return known.get(id(value), value)
+    if isinstance(value, Tensor):
+        return known.get(id(value), _wide(value.detach()))
+    if type(value) is list:
+        value[:] = [_doubled(one, known) for one in value]
+    elif type(value) is tuple:
+        return tuple(_doubled(one, known) for one in value)
+    elif type(value) is dict:
+        value.update({key: _doubled(one, known) for key, one in value.items()})
+    return value
 
 
 class _Doubles(TorchFunctionMode):

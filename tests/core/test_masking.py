@@ -11,7 +11,11 @@ from lightning_compress.core.masking import bit_mask, keep_
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 )
 @pytest.mark.parametrize("laid_out", ["contiguous", "transposed", "sliced", "scalar"])
-def test_entries_are_selected_and_not_multiplied(dtype: torch.dtype, laid_out: str) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_entries_are_selected_and_not_multiplied(
+    dtype: torch.dtype, laid_out: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_compress.core.masking._LARGE", 0 if large else 2**20)
     torch.manual_seed(0)
     whole = torch.randn(6, 8).to(dtype)
     mask = torch.rand(6, 8) > 0.5
