@@ -172,13 +172,12 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
 
-        heads = heads.transpose(1, 2)
-        if query.dim() == 2:
-            heads = heads.squeeze(0)
-        elif not self.batch_first:
-            heads = heads.transpose(0, 1)
         # the weight and not the layer, as in torch: a hook on out_proj does not run there either
-        out = F.linear(heads.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        out = F.linear(heads.permute(2, 0, 1, 3).flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        if query.dim() == 2:
+            out = out.squeeze(1)
+        elif self.batch_first:
+            out = out.transpose(0, 1)  # it lies in memory as torch's does, so that a dropout after it draws the same
         if len(lengths) > 0:
             if averaged is not None and key_padding_mask is not None:  # as the fast path has it
                 missing = key_padding_mask.unsqueeze(-1)

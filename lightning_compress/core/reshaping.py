@@ -175,15 +175,19 @@ def adopt_shapes(
     """
     refit_buffers(model, positions)
     modules = dict(model.named_modules(remove_duplicate=False))
+    changed: set[str] = set()
     for name, tensor in named_tensors(model).items():
         if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
             tensor.grad = None
             tensor.data = tensor.data.new_empty(shapes[name])
             if tensor.requires_grad:
                 forget_graphs(tensor)
+            changed.add(name.rpartition(".")[0])
+    for name, module in modules.items():  # attention that was not cut stays what it is, as in the process that cut
+        other = any(vars(module).get(attribute) != value for attribute, value in numbers.get(name, {}).items())
+        if type(module) is nn.MultiheadAttention and (other or name in changed):
+            make_sliceable(module)
     for name, values in numbers.items():
-        if type(modules[name]) is nn.MultiheadAttention:
-            make_sliceable(modules[name])
         if any(map(is_reshape, values)):
             adapt(modules[name])
         for attribute, value in values.items():

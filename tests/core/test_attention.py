@@ -670,7 +670,8 @@ def test_export_is_plain_aten(cross: bool, cut: str) -> None:
     program = torch.export.export(block, example, dynamic_shapes=({0: batch}, {0: batch} if cross else None))
     found = [name for name in operators(program) if "getitem" not in name]
     attend = ["unflatten.int", "transpose.int"] * 3 + [
-        *("scaled_dot_product_attention.default", "transpose.int", "flatten.using_ints", "linear.default")
+        *("scaled_dot_product_attention.default", "permute.default", "flatten.using_ints", "linear.default"),
+        "transpose.int",
     ]
     project = ["chunk.default", "split_with_sizes.default"] + ["linear.default"] * 3
     assert found == (project if cross else ["linear.default", "chunk.default"]) + attend
@@ -702,6 +703,15 @@ def test_a_cut_attention_is_a_leaf_for_fx_as_that_of_torch_is() -> None:
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attention"]
     x = torch.randn(2, 5, 8)
     assert torch.equal(traced(x), net(x))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_dropout_behind_draws_what_it_draws_behind_the_original(name: str, batched: bool) -> None:
+    attention = build(name)
+    given = inputs(attention, batched=batched)
+    expected, got = (one(*given)[0] for one in (attention, sliceable(attention)))
+    assert got.stride() == expected.stride()
 
 
 class Weighing(nn.Module):

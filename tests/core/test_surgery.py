@@ -537,6 +537,24 @@ def test_the_owner_takes_the_shapes_of_what_is_loaded_into_it() -> None:
     assert owner["net"].scale.shape == (6,)
 
 
+def test_a_loaded_network_draws_the_same_random_numbers() -> None:
+    def layer() -> nn.TransformerEncoderLayer:
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(8, 2, 6, batch_first=True)
+
+    def trained(net: nn.Module) -> Tensor:
+        torch.manual_seed(3)
+        out: Tensor = net.train()(torch.ones(3, 4, 8))
+        return out
+
+    for name in ("linear1", "self_attn.in_proj_weight"):  # the attention is left alone, and cut
+        net, other = layer(), layer()
+        cut(net, torch.randn(3, 4, 8), keep={name: [1]})
+        adopt_state(other, net.state_dict())
+        assert [type(one) for one in other.modules()] == [type(one) for one in net.modules()]
+        assert torch.equal(trained(other), trained(net))
+
+
 class Tied(nn.Module):
     """A layer that is called twice and has two names, and two layers with one weight."""
 
