@@ -3,6 +3,7 @@
 All weights are synthetic, all rows of one run; speeds are those of the best of the repeats, the methods taking turns.
 
     python benchmarks/coding.py --symbols 1e7 --weights 1e8 --repeats 3
+    python benchmarks/coding.py --only many_tensors --repeats 5
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ LENET300 = {"fc1": (300, 784), "fc2": (100, 300), "fc3": (10, 100)}
 LENET5 = {"conv1": (20, 1, 5, 5), "conv2": (50, 20, 5, 5), "fc1": (500, 800), "fc2": (10, 500)}
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
+def seconds(work: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     found = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         work()
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return min(found)
 
 
@@ -104,6 +105,58 @@ def large(count: int, repeats: int) -> Table:
     return table
 
 
+def resnet152() -> dict[str, Tensor]:
+    """Tensors named and shaped as those of torchvision's ResNet-152, 932 of them, as random as trained ones."""
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+
+    def conv(name: str, norm: str, *shape: int) -> None:
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator)
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            state[f"{norm}.{kind}"] = torch.randn(shape[0], generator=generator)
+        state[f"{norm}.num_batches_tracked"] = torch.tensor(12_345)
+
+    conv("conv1", "bn1", 64, 3, 7, 7)
+    channels = 64
+    for stage, blocks in enumerate((3, 8, 36, 3)):
+        width = 64 << stage
+        for block in range(blocks):
+            name = f"layer{stage + 1}.{block}"
+            conv(f"{name}.conv1", f"{name}.bn1", width, channels, 1, 1)
+            conv(f"{name}.conv2", f"{name}.bn2", width, width, 3, 3)
+            conv(f"{name}.conv3", f"{name}.bn3", 4 * width, width, 1, 1)
+            if block == 0:
+                conv(f"{name}.downsample.0", f"{name}.downsample.1", 4 * width, channels, 1, 1)
+            channels = 4 * width
+    state["fc.weight"] = torch.randn(1000, channels, generator=generator)
+    state["fc.bias"] = torch.randn(1000, generator=generator)
+    return state
+
+
+def many_tensors(repeats: int) -> Table:
+    state = resnet152()
+    size = sum(tensor.nbytes for tensor in state.values())
+    table = Table(title=f"ResNet-152, {len(state)} tensors of random floats, {size / 1e6:.0f} MB: seconds of processor")
+    for column in ("", "save", "load", "both", "times torch"):
+        table.add_column(column, justify="right" if column else "left")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "torch": (lambda: torch.save(state, path), lambda: torch.load(path)),
+            "ours": (lambda: save_compressed(state, path), lambda: load_compressed(path)),
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, (save, load) in ways.items():
+                found[name].append((seconds(save, 1, time.process_time), seconds(load, 1, time.process_time)))
+    best = {name: [min(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+    for name, (save_time, load_time) in best.items():
+        both = save_time + load_time
+        times = f"{both / sum(best['torch']):.1f}"
+        table.add_row(name, f"{save_time:.2f} s", f"{load_time:.2f} s", f"{both:.2f} s", times)
+    return table
+
+
 def bytes_of_encodings() -> Table:
     table = Table(title="Bytes of one file, LeNet shapes, synthetic normal weights, no biases")
     for column in ("network", "weights", "float32", "none", "huffman", "ans"):
@@ -132,14 +185,20 @@ def main() -> None:
     parser.add_argument("--symbols", type=float, default=1e7)
     parser.add_argument("--weights", type=float, default=1e8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", choices=["entropy_coding", "bytes_of_encodings", "many_tensors", "large"])
     arguments = parser.parse_args()
+    tables: dict[str, Callable[[], Table]] = {
+        "entropy_coding": lambda: entropy_coding(round(arguments.symbols), arguments.repeats),
+        "bytes_of_encodings": bytes_of_encodings,
+        "many_tensors": lambda: many_tensors(arguments.repeats),
+        "large": lambda: large(round(arguments.weights), arguments.repeats),
+    }
     console = Console()
     console.print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, load before: {os.getloadavg()[0]:.1f}"
     )
-    console.print(entropy_coding(round(arguments.symbols), arguments.repeats))
-    console.print(bytes_of_encodings())
-    console.print(large(round(arguments.weights), arguments.repeats))
+    for name in tables if arguments.only is None else arguments.only:
+        console.print(tables[name]())
     console.print(f"load after: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 

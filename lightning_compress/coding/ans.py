@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ Categorical, Uniform = constriction_stream.model.Categorical, constriction_strea
 _GROUPED = 4096  # symbols of a large tensor are taken in groups, of which there are at most so many
 _GROUP_FROM = 1 << 18  # symbols; below, building the table takes longer
 _PACK_FROM = 1 << 12  # symbols; below, a byte that is not full costs more
+_FEW = 8  # values: their steps are made once, for headers repeat them
 _PACKED, _UNIFORM = len(tables.RESOLUTIONS), len(tables.RESOLUTIONS) + 1  # kinds of tables beside the resolutions
 _KINDS = len(tables.RESOLUTIONS) + 2
 
@@ -37,6 +39,11 @@ class _Step:
     chances: Array | None = None  # of each symbol its own
     group: int = 1
     size: int = 1
+
+
+@lru_cache(maxsize=1 << 12)
+def _few(values: tuple[int, ...], size: int) -> _Step:
+    return _Step(np.array(values, np.int32), Uniform(size))
 
 
 class AnsWriter(Writer):
@@ -54,7 +61,8 @@ class AnsWriter(Writer):
 
     def uniform(self, values: Array | list[int], size: int) -> None:
         if size > 1 and len(values):
-            self._steps.append(_Step(np.asarray(values), Uniform(size)))
+            few = isinstance(values, list) and len(values) <= _FEW
+            self._steps.append(_few(tuple(values), size) if few else _Step(np.asarray(values), Uniform(size)))
             self.bits += len(values) * math.log2(size)
 
     def coded(self, symbols: Array, size: int) -> None:
@@ -191,7 +199,7 @@ def _pairs(chances: Array) -> Array:
 def _joined(symbols: Array, group: int, size: int) -> Array:
     """Groups of symbols as one each, the first the most significant, as constriction takes them."""
     if group == 1:
-        return symbols.astype(np.int32)
+        return symbols.astype(np.int32, copy=False)
     joined = symbols[::group].astype(np.uint16)  # groups are below `_GROUPED`
     for place in range(1, group):
         joined *= np.uint16(size)

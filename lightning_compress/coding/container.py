@@ -89,12 +89,10 @@ def _pieces(writer: Writer, prefix: bytes) -> Iterator[bytes]:
     yield writer.finish()
 
 
-def explained(error: BaseException, data: bytes) -> str:
+def explained(error: BaseException, data: memoryview) -> str:
     """Say what is wrong with a file; one of the first version may be whole, and of a commit that wrote it otherwise."""
     problem = str(error) or "its tensors do not fit into memory"
-    whole = len(data) >= _LEAST and zlib.crc32(memoryview(data)[:-_CHECKSUM]) == int.from_bytes(
-        data[-_CHECKSUM:], "little"
-    )
+    whole = len(data) >= _LEAST and zlib.crc32(data[:-_CHECKSUM]) == int.from_bytes(data[-_CHECKSUM:], "little")
     if not whole or data[len(MAGIC)] != _UNSURE or "max_bytes" in problem:
         return problem
     return (
@@ -104,7 +102,7 @@ def explained(error: BaseException, data: bytes) -> str:
     )
 
 
-def open_reader(data: bytes) -> tuple[Reader, str]:
+def open_reader(data: memoryview) -> tuple[Reader, str]:
     """Return what reads a file's content, and the name of its coder.
 
     Raises:
@@ -113,13 +111,13 @@ def open_reader(data: bytes) -> tuple[Reader, str]:
     if len(data) < _LEAST:
         raise CorruptFileError(f"it has {len(data)} bytes, less than the {_LEAST} of an empty one")
     if data[: len(MAGIC)] != MAGIC:
-        raise CorruptFileError(f"it starts with {data[: len(MAGIC)]!r}, not {MAGIC!r}")
+        raise CorruptFileError(f"it starts with {bytes(data[: len(MAGIC)])!r}, not {MAGIC!r}")
     if data[len(MAGIC)] not in (_UNSURE, _VERSION):
         raise CorruptFileError(
             f"it has version {data[len(MAGIC)]} of the format, and only {_UNSURE} and {_VERSION} can be read: load it "
             f"with the version of lightning_compress that wrote it"
         )
-    content = memoryview(data)[:-_CHECKSUM]
+    content = data[:-_CHECKSUM]
     if zlib.crc32(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
         raise CorruptFileError("it is truncated or damaged: its checksum does not fit its content")
     try:

@@ -40,8 +40,11 @@ def unpack(data: bytes | memoryview, count: int, width: int) -> Array:
         >>> unpack(bytes.fromhex("1234"), 4, 4).tolist()
         [1, 2, 3, 4]
     """
-    found = np.zeros(count, _kind(width))
+    kind = np.dtype(_kind(width))
     raw = np.frombuffer(data, np.uint8)
+    if 8 * kind.itemsize == width:
+        return raw.view(kind.newbyteorder(">")).astype(kind)
+    found = np.zeros(count, kind)
     for i in range(0, count if width else 0, _AT_ONCE):
         piece = raw[i * width // 8 : packed_bytes(min(i + _AT_ONCE, count), width)]
         found[i : i + _AT_ONCE] = _unpack(piece, min(_AT_ONCE, count - i), width)
@@ -72,15 +75,13 @@ def _pack(values: Array, width: int) -> Array:
 
 
 def _unpack(raw: Array, count: int, width: int) -> Array:
-    kind = np.dtype(_kind(width))
-    if 8 * kind.itemsize == width:
-        return raw.view(kind.newbyteorder(">"))
     if width in (2, 4):
         each = 8 // width
         apart = np.empty((len(raw), each), np.uint8)
         for place in range(each):
             apart[:, place] = (raw >> (8 - width * (place + 1))) & ((1 << width) - 1)
         return apart.reshape(-1)[:count]
+    kind = np.dtype(_kind(width))
     bits = np.zeros((count, 8 * kind.itemsize), np.uint8)
     bits[:, -width:] = np.unpackbits(raw, count=count * width).reshape(count, width)
     return np.packbits(bits, axis=1).reshape(-1).view(kind.newbyteorder(">"))

@@ -6,6 +6,7 @@ entry i is table[index_i]; the table is written as plain values, the indices are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,13 +31,17 @@ def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
         >>> table.tolist(), index.tolist()
         ([3, 7], [1, 0, 1, 1])
     """
+    if len(words) <= _GLANCE:
+        table, places = np.unique(words, return_inverse=True)
+        return None if len(table) > MAX_SYMBOLS else _with_one_zero(table, places.astype(_index_kind(table)), dtype)
     sample = words[:: max(1, len(words) // _SAMPLE)][:_SAMPLE]
-    if len(np.unique(sample[:_GLANCE])) > MAX_SYMBOLS:
+    glance = np.sort(sample[:_GLANCE])
+    if np.count_nonzero(glance[1:] != glance[:-1]) >= MAX_SYMBOLS:
         return None
     table = np.unique(sample)
     while len(table) <= MAX_SYMBOLS:
-        find, kind = _finder(table, len(words)), np.uint8 if len(table) <= 256 else np.uint16
-        index = np.empty(len(words), kind)
+        find = _finder(table, len(words))
+        index = np.empty(len(words), _index_kind(table))
         for start in range(0, len(words), _STEP):
             piece = words[start : start + _STEP]
             index[start : start + _STEP] = places = find(piece)
@@ -45,9 +50,21 @@ def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
                 table = np.union1d(table, piece[unknown])
                 break
         else:
-            merged, places = np.unique(one_zero(table, dtype), return_inverse=True)
-            return (table, index) if np.array_equal(merged, table) else (merged, entries(places.astype(kind), index))
+            return _with_one_zero(table, index, dtype)
     return None
+
+
+def _index_kind(table: Words) -> type[np.unsignedinteger[Any]]:
+    return np.uint8 if len(table) <= 256 else np.uint16
+
+
+def _with_one_zero(table: Words, index: Array, dtype: torch.dtype) -> tuple[Words, Array]:
+    """The same entries with 0.0 in place of -0.0."""
+    one = one_zero(table, dtype)
+    if one is table:
+        return table, index
+    merged, places = np.unique(one, return_inverse=True)
+    return merged, entries(places.astype(index.dtype), index)
 
 
 def entries(table: Array, index: Array) -> Array:

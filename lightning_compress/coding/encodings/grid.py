@@ -62,10 +62,11 @@ def find_grid(words: Words, dtype: torch.dtype, starts: Array) -> Grid | None:
         last = first + 4 if first == 0 else int(np.searchsorted(ends, starts[first] + _AT_ONCE, side="right"))
         last = min(max(first + 1, last), len(starts))
         block = words[starts[first] : ends[last - 1]]
-        found = _solve(block, dtype, starts[first:last] - starts[first])
+        lengths = (ends - starts)[first:last]
+        found = _solve(block, dtype, starts[first:last] - starts[first], lengths)
         if found is None:
             return None
-        owner = torch.from_numpy(np.repeat(np.arange(last - first), (ends - starts)[first:last]))
+        owner = torch.from_numpy(np.repeat(np.arange(last - first), lengths))
         integers.append(_integers(_values(block, dtype), found[owner]).to(torch.int32).numpy())
         scales.append(found.view(torch.uint8).numpy().view(words.dtype))
         first = last
@@ -115,18 +116,17 @@ def _levels(integers: Array) -> tuple[int, int, int]:
     return least, step, (most - least) // step + 1
 
 
-def _solve(words: Words, dtype: torch.dtype, starts: Array) -> Tensor | None:
+def _solve(words: Words, dtype: torch.dtype, starts: Array, lengths: Array) -> Tensor | None:
     """The scale of each channel."""
-    values = _values(words, dtype)
-    magnitudes = values.abs().double().numpy()
-    if not np.isfinite(magnitudes).all():
+    magnitudes = _magnitudes(words, dtype)
+    tops = np.maximum.reduceat(magnitudes, starts)
+    if not np.isfinite(tops).all():  # a NaN is the maximum, too
         return None
-    lengths = np.diff(starts, append=len(words))
+    bottoms = np.minimum.reduceat(np.where(magnitudes > 0, magnitudes, np.inf), starts)
+    if len(starts) <= _PROBED and not _promising(magnitudes, starts, lengths, bottoms, tops, dtype):
+        return None
+    values, least, largest = _values(words, dtype), torch.from_numpy(bottoms), torch.from_numpy(tops)
     owner = torch.from_numpy(np.repeat(np.arange(len(starts)), lengths))
-    largest = torch.from_numpy(np.maximum.reduceat(magnitudes, starts))
-    least = torch.from_numpy(np.minimum.reduceat(np.where(magnitudes > 0, magnitudes, np.inf), starts))
-    if len(starts) <= _PROBED and not _promising(magnitudes, starts, lengths, least.numpy(), largest.numpy(), dtype):
-        return None
     scales = torch.zeros(len(starts), dtype=dtype)
     unsolved = largest > 0
     for integers, probed in _ROUNDS:
@@ -143,6 +143,14 @@ def _solve(words: Words, dtype: torch.dtype, starts: Array) -> Tensor | None:
         if not unsolved.any():
             return scales
     return None
+
+
+def _magnitudes(words: Words, dtype: torch.dtype) -> Array:
+    if dtype == torch.bfloat16:  # numpy has none
+        return _values(words, dtype).abs().double().numpy()
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        found: Array = np.abs(words.view(f"f{dtype.itemsize}")).astype(np.float64)
+    return found
 
 
 def _promising(

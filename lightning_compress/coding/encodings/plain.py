@@ -13,7 +13,7 @@ from lightning_compress.coding.streams import PIECE, Reader, Writer
 RAW, HALF, SHORT = range(3)
 NAMES = ("raw", "float16", "packed")
 _WITHOUT_SIGN = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-_HALVED = (torch.float32, torch.float64)
+_HALVED = {torch.float32: (1 << 13) - 1, torch.float64: (1 << 42) - 1}  # the bits that a float16 does not have
 
 
 def write_plain(writer: Writer, words: Words, dtype: torch.dtype, *, half: bool) -> int:
@@ -31,9 +31,10 @@ def write_plain(writer: Writer, words: Words, dtype: torch.dtype, *, half: bool)
     if half and dtype in _HALVED:
         words = _rounded(words, dtype)
     ways: list[Callable[[Writer], int]] = [lambda one: _write_raw(one, words)]
-    if dtype in _HALVED and _is_half(words[:256], dtype) and _is_half(words, dtype):
+    used = int(np.bitwise_or.reduce(words[:256])) if len(words) else 0
+    if dtype in _HALVED and not used & _HALVED[dtype] and _is_half(words[:256], dtype) and _is_half(words, dtype):
         ways.append(lambda one: _write_half(one, words, dtype))
-    if not dtype.is_floating_point or not int(np.bitwise_or.reduce(words[:256])) & 1:  # else all bits are needed
+    if not dtype.is_floating_point or not used & 1:  # else all bits are needed
         ways.append(lambda one: _write_short(one, words, dtype))
     return writer.cheapest(ways)
 

@@ -194,7 +194,8 @@ def _write_values(
             codebook.write_codebook(one, table, index, dtype, half=half)
             return _by_codebook(len(table))
 
-        ways.append(by_table)
+        if len(table) < len(words):  # else the table alone takes as much
+            ways.append(by_table)
         if dtype in grid.SCALED and (one_scale := grid.find_grid(table, dtype, np.zeros(1, np.int64))) is not None:
             ways.append(_on_grid(one_scale.scales, codebook.entries(one_scale.integers, index), dtype, 0))
     if dtype in grid.SCALED:
@@ -221,7 +222,7 @@ def _channel_grid(values: _Content, dtype: torch.dtype, shape: tuple[int, ...], 
         each = _channel(where, shape, axis)
         order = np.argsort(each, kind="stable")
         starts = np.searchsorted(each[order], np.arange(channels))
-    used = np.diff(starts, append=len(values.words)) > 0
+    used = np.append(starts[1:], len(values.words)) > starts
     found = grid.find_grid(values.words[order], dtype, starts[used])
     if found is None:
         return None
