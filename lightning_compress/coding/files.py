@@ -145,7 +145,7 @@ def read_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path} (looked for in {Path(path).absolute().parent}).")
-    data = memoryview(np.fromfile(path, np.uint8))  # into memory that costs less than what read_bytes() takes
+    data = np.fromfile(path, np.uint8).data  # into memory that costs less than what read_bytes() takes
     try:
         return _read(data, default_limit(len(data)) if max_bytes is None else max_bytes)
     except (CorruptFileError, MemoryError) as error:

@@ -43,7 +43,8 @@ def unpack(data: bytes | memoryview, count: int, width: int) -> Array:
     kind = np.dtype(_kind(width))
     raw = np.frombuffer(data, np.uint8)
     if 8 * kind.itemsize == width:
-        return raw.view(kind.newbyteorder(">")).astype(kind)
+        whole: Array = raw.view(kind.newbyteorder(">")).astype(kind)
+        return whole
     found = np.zeros(count, kind)
     for i in range(0, count if width else 0, _AT_ONCE):
         piece = raw[i * width // 8 : packed_bytes(min(i + _AT_ONCE, count), width)]
