@@ -154,6 +154,7 @@ def test_the_longest_inputs_may_be_the_example() -> None:
         torch.testing.assert_close(program.module()(ids), model(ids))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch.export knows no vmap, which the model's masks are made by")
 def test_a_language_model_is_captured_without_its_cache() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -297,7 +298,7 @@ def test_other_layers_compute_what_the_model_does(tmp_path: Path, caplog: pytest
     grids = input_grids(model) | {"unused": InputGrid(scale=1.0, zero_point=0, bits=8)}
     with caplog.at_level(logging.WARNING):
         save_onnx(capture(model, x), tmp_path / "model.onnx", grids=grids)
-    assert [record.message for record in caplog.records] == [
+    assert [record.message for record in caplog.records if record.name.startswith("lightning_compress")] == [
         "Not plain linear layers or convolutions in the program, so not in integers: unused.",
         "Inputs are quantized but weights stay float: grouped.weight (ConvTranspose).",
     ]

@@ -73,9 +73,16 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def _entry(layer: fx.Node) -> fx.Node | None:
     """What the hook before the layer got; None where the layer computes more between it and its product."""
-    node = layer.args[0]
+    node = _converted(layer.args[0])
     for operator in reversed(_HOOK):
         if not isinstance(node, fx.Node) or operator_of(node) != operator:
             return None
-        node = node.args[0]
+        node = _converted(node.args[0])
     return node if isinstance(node, fx.Node) else None
+
+
+def _converted(node: Any) -> Any:
+    """What was converted to the dtype that it had: torch below 2.8 keeps such conversions in a program."""
+    while operator_of(node) in ("to", "_to_copy") and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
+        node = node.args[0]
+    return node

@@ -65,7 +65,7 @@ def _export(model: nn.Module, inputs: ExampleInputs, axes: Axes, dims: Mapping[s
         if named:
             shapes[leaf] = {dim: dims[name] for dim, name in named.items()}
     with spelled_out(model, args, kwargs):
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def save_program(program: ExportedProgram, path: str | Path) -> None:
