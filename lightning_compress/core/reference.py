@@ -79,7 +79,11 @@ class Reference(fx.Interpreter):
             return n.target(**arguments)
         assert full is not None
         for dim, kept in thin.items():
-            arguments = {name: _narrow(value, dim, kept, full, name) for name, value in arguments.items()}
+            per_channel = n.target._schema.name.endswith(("batch_norm", "instance_norm"))  # scale and shift go along 1
+            arguments = {
+                name: value if per_channel and name != "input" else _narrow(value, dim, kept, full, name)
+                for name, value in arguments.items()
+            }
         result = n.target(**arguments)
         return _widen(result, thin, full) if n.target._schema.name.endswith(("norm", "softmax")) else result
 

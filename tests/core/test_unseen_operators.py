@@ -303,3 +303,38 @@ def test_a_network_for_one_sample_is_tried_with_one(make: type[nn.Module], shape
     torch.manual_seed(0)
     inputs = tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
     check(make(), inputs if len(inputs) > 1 else inputs[0], "a", [("a.weight", 0), ("a.bias", 0)], [0, 5])
+
+
+class StandardisedConv(nn.Conv2d):
+    """As networks without norms have it: every output channel's weights have mean 0 and variance `gain` / fan-in."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2)
+        self.gain, self.scale = nn.Parameter(torch.rand(outputs, 1, 1, 1) + 0.5), (inputs * kernel**2) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, gains = self.weight.reshape(1, self.out_channels, -1), (self.gain * self.scale).view(-1)
+        weight = F.batch_norm(rows, None, None, weight=gains, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
+
+
+def test_standardised_weights_are_cut_as_if_the_thin_network_had_been_built_so() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(StandardisedConv(3, 6, 3), nn.ReLU(), StandardisedConv(6, 8, 3), nn.ReLU(), StandardisedConv(8, 2, 1))
+    )
+    net, x = net.double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    found = channel_groups(net, x)
+    groups = {one.name: one for one in found}
+    assert groups["0"].frozen is None
+    assert not groups["0"].exact
+    assert "needs more than one value" in (groups["2"].frozen or "")
+    keep = torch.tensor([0, 3, 4])
+    thin = cut(copy.deepcopy(net), x, keep={"0": keep}, groups=found, allow_inexact=True)
+    built = copy.deepcopy(net)
+    built[0], built[2] = StandardisedConv(3, 3, 3).double(), StandardisedConv(3, 8, 3).double()
+    for name in ("weight", "bias", "gain"):
+        getattr(built[0], name).data = getattr(net[0], name).data[keep]
+        getattr(built[2], name).data = getattr(net[2], name).data
+    built[2].weight.data, built[2].scale = net[2].weight.data[:, keep], net[2].scale
+    assert torch.allclose(thin(x), built(x), rtol=1e-10, atol=1e-12)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,20 @@ def batch_norm(call: Call) -> Any:
         call.units.consumed += [layer.nodes for layer in value.layers]
     vectors = [broadcast_at(value, 1, len(x.shape)) for value in affine + state]
     # By the statistics of the input itself a silent channel stays silent; by running ones it does not.
-    own_mean = call["use_input_stats"] is True
-    result = combine(call, [x, *vectors], lambda states: len(affine) == 2 or (own_mean and not affine and states[0]))
+    own_mean = not state and True in (call["use_input_stats"], call["training"])
+    averaged = [layer for layer in x.layers if own_mean and 1 not in layer.dims]  # as where weights are standardised
+    for layer in averaged:
+        if len(layer.nodes.unique()) * x.shape[1] == math.prod(x.shape):
+            call.freeze([layer], f"{call.where} needs more than one value per channel, and one would be left")
+        for dim in layer.dims:
+            call.inexact("input", dim, [layer], f"{call.where} averages over channels")
+
+    def silent(states: Sequence[bool]) -> bool:
+        return len(affine) == 2 or (own_mean and call["bias"] is None and states[0])
+
+    x = replace(x, layers=tuple(layer for layer in x.layers if layer not in averaged))
+    result = combine(call, [x, *vectors], silent)
+    result = replace(result, layers=(*result.layers, *(Layer(layer.nodes, True) for layer in averaged)))
     if not affine:
         _note_attribute(call, "num_features", x.along(1))
     if isinstance(call.shape, list):
