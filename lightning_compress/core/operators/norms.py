@@ -26,7 +26,7 @@ def batch_norm(call: Call) -> Any:
     own_mean = not state and True in (call["use_input_stats"], call["training"])
     averaged = [layer for layer in x.layers if own_mean and 1 not in layer.dims]  # as where weights are standardised
     for layer in averaged:
-        if len(layer.nodes.unique()) * x.shape[1] == math.prod(x.shape):
+        if torch.unique(layer.nodes).numel() * x.shape[1] == math.prod(x.shape):
             call.freeze([layer], f"{call.where} needs more than one value per channel, and one would be left")
         for dim in layer.dims:
             call.inexact("input", dim, [layer], f"{call.where} averages over channels")
