@@ -2,7 +2,8 @@
 
 Every fit runs in a process of its own, after a fit of a small network with the same callbacks, which loads whatever
 code is needed. The bare fit holds weights, gradients, the optimizer's state, and one batch's activations. The C library
-gives freed memory back at once here (MALLOC_MMAP_THRESHOLD_), so that what is counted is in use.
+gives freed memory back at once here (MALLOC_MMAP_THRESHOLD_), so that what is counted is in use. Signs without a scale
+overflow in twenty layers: take --network wide for them.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --network conv --optimizer sgd --only bare magnitude "magnitude, regrow"
@@ -177,8 +178,11 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", technique]
         command += ["--network", arguments.network, "--optimizer", arguments.optimizer]
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-        peaks[technique], count = json.loads(answer.splitlines()[-1])
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if answer.returncode:
+            table.add_row(technique, answer.stderr.strip().rpartition("\n")[2], "", "")
+            continue
+        peaks[technique], count = json.loads(answer.stdout.splitlines()[-1])
         mine = peaks[technique]
         table.add_row(technique, f"{mine / 1e6:.0f}", f"{mine / count:.1f}", f"{mine / peaks['bare']:.2f}")
         Console(stderr=True).print(technique, f"{mine / 1e6:.0f}", f"{mine / count:.1f}", f"{mine / peaks['bare']:.2f}")
