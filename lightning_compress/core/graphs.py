@@ -103,7 +103,7 @@ def _advice(error: str) -> str:
         return "Register the class that the forward returns with torch.export.register_dataclass."
     if "data-dependent" in error.lower() or "guard" in error.lower():
         return "Take data-dependent control flow out of the forward, or pass a submodule that has none."
-    newer = f", or use a newer torch, which exports more than {torch.__version__}" if torch.__version__ < "2.8" else ""
+    newer = f", or use torch 2.13, which exports more than {torch.__version__}" if torch.__version__ < "2.13" else ""
     return f"Mend what torch.export says, or pass a submodule that can be exported{newer}."
 
 

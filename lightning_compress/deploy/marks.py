@@ -82,7 +82,7 @@ def _entry(layer: fx.Node) -> fx.Node | None:
 
 
 def _converted(node: Any) -> Any:
-    """What was converted to the dtype that it had: torch below 2.8 keeps such conversions in a program."""
+    """What was converted to the dtype that it had: older versions of torch keep such conversions in a program."""
     while operator_of(node) in ("to", "_to_copy") and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
         node = node.args[0]
     return node
