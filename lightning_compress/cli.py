@@ -41,7 +41,6 @@ from lightning_compress.hydra import (
     resumed_config,
     suggestions,
 )
-from lightning_compress.pruning.neighbours import check_disjoint
 from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
 from lightning_compress.report.write import write_text
@@ -52,6 +51,7 @@ from lightning_compress.tasks.testing import accuracy, check_tested, finite
 from lightning_compress.tasks.verify import escaped, verify
 from lightning_compress.tasks.weights import load_weights
 from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.compatibility import check_together
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
     modules = [_seeded(cfg, "model", cfg.seed + number) for number in range(cfg.teachers)]
     student = None if cfg.student is None else _seeded(cfg, "student", cfg.seed)
     callbacks = build_named(cfg.callbacks)
-    check_disjoint(modules[0] if student is None else student, callbacks.values())
+    check_together(modules[0] if student is None else student, list(callbacks.values()))
     job = Run(
         datamodule=build_datamodule(cfg),
         make_trainer=build_trainer_factory(cfg),
@@ -149,7 +149,7 @@ def inspect(cfg: DictConfig) -> None:
         Console().print(read_compressed(cfg.path).size)
         return
     module, callbacks = _seeded(cfg, _compressed(cfg), cfg.seed), build_named(cfg.callbacks)
-    check_disjoint(module, callbacks.values())
+    check_together(module, list(callbacks.values()))
     if cfg.weights is not None and cfg.student is None:  # dense weights; a student begins with its own
         load_weights(module, _listed(cfg.weights)[0])
     console = Console()

@@ -27,7 +27,7 @@ from lightning_compress.hydra import (
     register_resolvers,
     run_folder,
 )
-from lightning_compress.pruning.neighbours import check_disjoint
+from lightning_compress.trainer.compatibility import check_together
 
 CONF = next(path for place in lightning_compress.__path__ if (path := Path(place) / "conf").is_dir())
 GROUPS = ["model", "data", "trainer", "logger", "compress", "experiment", "hydra"]
@@ -188,8 +188,8 @@ def test_compress_takes_none_one_or_a_list() -> None:
 
 def test_pruning_the_same_weights_twice_is_refused_with_the_reason() -> None:
     cfg = composed("compress=[iterative_pruning,neuron_pruning]")
-    with pytest.raises(ValueError, match=r"Two IterativePruningCallbacks prune network\.conv1\.weight"):
-        check_disjoint(build_module(cfg), build_named(cfg.callbacks).values())
+    with pytest.raises(ValueError, match=r"both prune network\.conv1\.weight"):
+        check_together(build_module(cfg), list(build_named(cfg.callbacks).values()))
 
 
 def test_pruning_twice_with_nothing_in_common_is_fine() -> None:
@@ -198,7 +198,7 @@ def test_pruning_twice_with_nothing_in_common_is_fine() -> None:
         "callbacks.pruning.target=network.fc",
         "callbacks.neuron_pruning.target=network.conv*",
     )
-    check_disjoint(build_module(cfg), build_named(cfg.callbacks).values())
+    check_together(build_module(cfg), list(build_named(cfg.callbacks).values()))
 
 
 def test_wrappers_nest_in_their_order_the_first_innermost() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,8 @@ from lightning_compress.distillation.hints import left_out
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured, select_output
-from lightning_compress.trainer.inputs import given_or_peeked, is_compiled, resolve_network
+from lightning_compress.trainer.effects import Effects
+from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.inside import LOGGED, innermost
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.wrapper import Objective
@@ -112,13 +114,16 @@ class Distillation(Objective):
                     raise ValueError(f"{hint}: the layer of the {who} does not run in the forward pass of its network.")
                 self.beside[key] = hint.make_regressor(mine[key], theirs[key]).to(device)
 
+    def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
+        return replace(
+            super().effects(trainer, module),
+            looks_at=frozenset({"layers"}) if self.hints else frozenset(),
+            options={"looks_at": "hints=...", "modules": "hints=..., with a regressor"},
+        )
+
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self.teachers.to(module.device, module)
         self.cache, self._cached = OutputCache(), None  # the teachers or the data may be others in a second fit
-        if self.hints and is_compiled(module):
-            raise ValueError(
-                "Hints need the outputs of layers, which torch.compile hides: compile after the fit, or leave them out."
-            )
         for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
             number.plan(trainer, None if state is None else state[name])
         if state is not None:

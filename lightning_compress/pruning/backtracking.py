@@ -8,10 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_compress.pruning.neighbours import check_way_back
 from lightning_compress.pruning.removing import RemovingCallback
 from lightning_compress.pruning.stopping import StopWatch
-from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.monitors import count_anew, validate_before_training
 
@@ -23,20 +21,6 @@ class BacktrackingCallback(RemovingCallback):
     _stopped: bool
     current_amount: float
     start_epoch: float
-
-    def _check_stop(self, trainer: Trainer) -> None:
-        if self._stop is None:
-            return
-        if next(averaged_modules(trainer), None) is not None:
-            raise ValueError(
-                "stop= judges the metric of the averaged weights but would go back to the others: use one of stop= and "
-                "a WeightAveraging callback."
-            )
-        if not trainer.enable_validation:
-            raise ValueError(
-                f"stop= monitors {self._stop.rule.monitor!r}, but this fit has no validation: pass val_dataloaders."
-            )
-        check_way_back(self, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
 
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stop is not None and self._stop.kept is None and not self._stopped:

@@ -17,7 +17,6 @@ from lightning_compress.pruning.backtracking import BacktrackingCallback
 from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
-from lightning_compress.pruning.neighbours import check_disjoint
 from lightning_compress.pruning.scoring import (
     Criterion,
     Granularity,
@@ -29,8 +28,9 @@ from lightning_compress.pruning.scoring import (
 )
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.stopping import StopRule, StopWatch
-from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.callback import latent_values, take_writes, techniques
 from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
+from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.ramp import Ramp
@@ -185,18 +185,39 @@ class IterativePruningCallback(BacktrackingCallback):
         """Whether the mask is final, so that what follows is recovery."""
         return self._stopped or (self._ramp is not None and self._ramp.finished)
 
-    @property
-    def last_event(self) -> int | None:
-        return None if self._ramp is None else self._ramp.end
+    def progress(self) -> Progress:
+        fraction = 1.0 if self.amount == 0 else self.current_amount / self.amount
+        return Progress(fraction=fraction, finished=self.finished, numbers={"sparsity": lambda: self.sparsity})
+
+    def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        if self.amount == 0:
+            return Effects()
+        names = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
+        ramp = None if trainer is None else self._planned(trainer, self.loaded_state)
+        state = self.loaded_state or {"stopped": self._stopped}
+        finished = state["stopped"] or (ramp is not None and ramp.finished)
+        return Effects(
+            values=dict.fromkeys(names, "zeros"),
+            revives=self.regrow,
+            rewinds=self._stop is not None,
+            shapes=self.shrink if self.removes else "never",
+            looks_at=frozenset() if finished else self._sights(),
+            begins=None if ramp is None else ramp.start,
+            final=0 if finished else None if ramp is None or self._stop is not None else ramp.end,
+            options={
+                "revives": "regrow=True",
+                "rewinds": "stop=",
+                "looks_at": f"criterion={self.criterion!r}",
+                "shapes": f"shrink={self.shrink!r}",
+            },
+        )
 
     # ------------------------------------------------------------------ the fit
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        self._check_stop(trainer)
         self._targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude))
         if self.granularity == "weight":
             refuse_complex(pl_module, self._targets, f"{self.name}(granularity='weight')")
-        check_disjoint(pl_module, trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         # What is masked for good must not count where clipping, or an optimizer, takes entries together, as in a norm.
         self._masks_gradients = not self.regrow
         resolve_network(pl_module, self.network)  # or say that there is none
@@ -209,22 +230,13 @@ class IterativePruningCallback(BacktrackingCallback):
         elif not self._entries:
             self._entries = {name: pl_module.get_parameter(name).numel() for name in self._targets}
         if state is not None:
-            self._ramp = None if state["ramp"] is None else Ramp(**state["ramp"])
             self.current_amount, self._stopped = state["amount"], state["stopped"]
             if self._stop is not None:
                 self._stop.load_state_dict(state["stop"])
-        if self._ramp is None:
-            at_once = self.schedule == "one_shot"
-            self._ramp = Ramp.plan(
-                trainer,
-                start_epoch=self.start_epoch,
-                end_epoch=self.start_epoch if at_once else self.end_epoch,
-                every_n_steps=self.every_n_steps,
-            )
+        self._ramp = self._planned(trainer, state)
         self._unmask_dense(pl_module)
         self._statistic = None
         if self.amount > 0 and not self.finished:
-            self._check_watching(trainer, pl_module)
             self._statistic = self._watch(pl_module)
         if state is not None and state["statistic"] is not None and self._statistic is not None:
             self._statistic.load_state_dict(state["statistic"])
@@ -236,6 +248,20 @@ class IterativePruningCallback(BacktrackingCallback):
         elif earlier is not None:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
+
+    def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> Ramp:
+        """The ramp of a resumed fit, of an earlier fit, or of this one."""
+        if state is not None and state["ramp"] is not None:
+            return Ramp(**state["ramp"])
+        if state is None and self._ramp is not None:
+            return self._ramp
+        at_once = self.schedule == "one_shot"
+        return Ramp.plan(
+            trainer,
+            start_epoch=self.start_epoch,
+            end_epoch=self.start_epoch if at_once else self.end_epoch,
+            every_n_steps=self.every_n_steps,
+        )
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
         assert self._ramp is not None
@@ -258,10 +284,6 @@ class IterativePruningCallback(BacktrackingCallback):
             self._statistic = None
             if self._stop is None:
                 count_anew(trainer, f"the final sparsity of {self.sparsity:.4g} is reached")
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        pl_module.log(self.logged_name(trainer, "sparsity"), self.sparsity, prog_bar=True, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -286,13 +308,13 @@ class IterativePruningCallback(BacktrackingCallback):
             if self._stop is not None:
                 self._stop.pruned()
             if self._neurons != []:  # else one channel is left of every group
-                keep = self._decide(pl_module, amount)
+                keep = self._decide(trainer, pl_module, amount)
                 if self.granularity == "neuron" and self.shrink == "during_fit":
                     self._cut(trainer, pl_module, keep)
                 else:
                     self._mask(keep)
-                    for other in _others(pl_module):
-                        other.leave_out(self.masks)
+                    for other in techniques(trainer):
+                        other.zero_latent(self.masks)
             self.current_amount = amount
             counted = self._neurons is None and self.scope == "global"
             least = least_left(self._entries, amount, self.min_left) if counted else {}
@@ -301,15 +323,13 @@ class IterativePruningCallback(BacktrackingCallback):
             self._statistic.reset()
 
     @torch.no_grad()
-    def _decide(self, pl_module: LightningModule, amount: float) -> dict[str, Tensor]:
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> dict[str, Tensor]:
         assert self._masked is not None
         alive = None if self.regrow else self._keep
-        for other in _others(pl_module):
-            if other.projection is not None:
-                other.projection.take_writes()
+        take_writes(trainer)
         weights = {name: self._masked.value(name) for name in self._targets}
-        for other in _others(pl_module):  # values of few bits rank nothing: the real ones behind them do
-            weights |= {name: other.latent[name] for name in weights.keys() & other.latent.keys()}
+        latent = latent_values(techniques(trainer))  # values of few bits rank nothing: the real ones behind them do
+        weights |= {name: latent[name] for name in weights.keys() & latent.keys()}
         statistic, absolute = self._statistic, False
         if statistic is not None:
             statistic.reduce(all_reduce_sum)
@@ -378,9 +398,3 @@ class IterativePruningCallback(BacktrackingCallback):
 
     def leads_to_an_event(self) -> bool:
         return self._ramp is not None and self._steps >= self._ramp.start - self._ramp.interval
-
-
-def _others(pl_module: LightningModule) -> list[CompressionCallback]:
-    """The techniques of this fit that may hold real values behind the module's."""
-    callbacks = pl_module.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    return [one for one in callbacks if isinstance(one, CompressionCallback)]

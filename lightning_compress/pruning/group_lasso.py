@@ -15,12 +15,12 @@ from torch import nn
 
 from lightning_compress.core.channels import channel_groups
 from lightning_compress.core.groups import ChannelGroups, positions_kept
-from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients
+from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients, select_parameters
 from lightning_compress.core.slicing import Kept, named_tensors
 from lightning_compress.core.surgery import cut, masked_channels, parts_of
 from lightning_compress.pruning.lasso import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
-from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import traced_network
 from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
 from lightning_compress.trainer.targets import refuse_average_in_forward
@@ -125,42 +125,24 @@ class GroupLassoCallback(CompressionCallback):
         self._groups: list[WeightGroups] = []
         self._left_out: dict[str, str] = {}
 
-    # ------------------------------------------------------------------ refusals
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.shrink != "never":
-            follow_loads(trainer, pl_module, self)
-        if stage != "fit":
-            return
-        if self.shrink != "never" and next(averaged_modules(trainer), None) is not None:
-            raise ValueError(
-                f"shrink={self.shrink!r} cuts channels out that are exactly zero, which an average over steps is not: "
-                f"use shrink='never', or leave the WeightAveraging callback out."
-            )
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        for other in callbacks[callbacks.index(self) + 1 :]:
-            if isinstance(other, CompressionCallback) and not isinstance(other, GroupLassoCallback):
-                raise ValueError(
-                    f"{type(other).__name__} must stand before GroupLassoCallback in Trainer(callbacks=[...]): it "
-                    f"watches the loss's gradients, and the penalty is for the weights that it leaves."
-                )
-        for other in callbacks:
-            if self.proximal and isinstance(other, CompressionCallback) and getattr(other, "regrow", False):
-                raise ValueError(
-                    f"{type(other).__name__}(regrow=True) trains hidden weights, which proximal=True would not shrink: "
-                    f"use regrow=False or proximal=False."
-                )
+            follow_loads(trainer, pl_module)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        for optimizer in trainer.optimizers:
-            # The gradients that the hook sees are then still multiplied with the loss scale.
-            if trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
-                raise ValueError(
-                    f"With precision='16-mixed', a fused {type(optimizer).__name__} unscales the gradients inside its "
-                    f"step, where GroupLassoCallback cannot add to them: use fused=False, or precision='bf16-mixed'."
-                )
+    def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        if self.strength == 0:
+            return Effects()
+        names = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
+        return Effects(
+            values=dict.fromkeys(names, "penalty"),
+            proximal=self.proximal,
+            shapes=self.shrink,
+            options={"proximal": "proximal=True", "shapes": f"shrink={self.shrink!r}"},
+        )
+
+    def progress(self) -> Progress:
+        return Progress(numbers={"group_sparsity": lambda: self.group_sparsity})
 
     # ------------------------------------------------------------------ the groups
 
@@ -285,12 +267,10 @@ class GroupLassoCallback(CompressionCallback):
             shrink_groups(self._groups, self.strength, optimizer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
         self._refresh(trainer, pl_module)
         zero = [one.norms() <= _ZERO for one in self._groups]
         self.group_sparsity = sum(int(one.sum()) for one in zero) / max(1, sum(one.numel() for one in zero))
-        name = self.logged_name(trainer, "group_sparsity")
-        pl_module.log(name, self.group_sparsity, prog_bar=True, sync_dist=True)
+        super().on_train_epoch_end(trainer, pl_module)
 
 
 def _listed(reasons: dict[str, str]) -> str:

@@ -96,7 +96,7 @@ class RemovingCallback(WatchingCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.removes:
-            follow_loads(trainer, pl_module, self)
+            follow_loads(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
@@ -110,7 +110,7 @@ class RemovingCallback(WatchingCallback):
         channels = on_all_ranks(partial(self._trace, trainer, pl_module))  # each rank looks at a batch of its own
         _check_ranks_agree(channels)
         if self.shrink == "during_fit":
-            check_cuts_in_fit(trainer, self, map(innermost(pl_module).get_parameter, channels.cut_parameters))
+            check_cuts_in_fit(trainer, map(innermost(pl_module).get_parameter, channels.cut_parameters))
         if self.scope == "global" and self._costs is None:
             self._costs = channels.costs(self.cost)
         if not channels.neurons:

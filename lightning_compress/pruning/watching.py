@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_compress.pruning.scoring import DIFFERENTIATING, STATIC, Criterion, Granularity
 from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.distributed import all_reduce_sum, rank
-from lightning_compress.trainer.inputs import is_compiled
+from lightning_compress.trainer.effects import Sight
 
 
 class WatchingCallback(CompressionCallback):
@@ -34,29 +33,18 @@ class WatchingCallback(CompressionCallback):
         """Whether this step lies in an interval that ends in an event."""
         raise NotImplementedError
 
-    def _check_watching(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what a data-driven criterion could not watch."""
+    def _sights(self) -> frozenset[Sight]:
+        """What the criterion decides by."""
         if self.criterion in STATIC:
-            return
-        if trainer.precision == "16-mixed":
-            raise ValueError(
-                f"criterion={self.criterion!r} watches gradients, which are infinite whenever precision='16-mixed' "
-                f"skips a step: use precision='bf16-mixed' or '32-true', or criterion='magnitude'."
-            )
-        strategy = trainer.strategy
-        static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
-        if static and self.criterion in DIFFERENTIATING:
-            raise ValueError(
-                f"criterion={self.criterion!r} goes back from the loss once more in every step, which "
-                f"DDPStrategy(static_graph=True) takes for the first step of the training, so that it never averages "
-                f"the gradients: leave static_graph out, or use another criterion, such as 'taylor'."
-            )
-        gradients_only = self.criterion == "si" or (self.criterion == "taylor" and self.granularity == "weight")
-        if not gradients_only and is_compiled(pl_module):
-            raise ValueError(
-                f"criterion={self.criterion!r} looks inside the forward pass, which torch.compile hides: fit the "
-                f"module itself and compile it afterwards, or use 'magnitude', or 'taylor' or 'si' for weights."
-            )
+            return frozenset() if self.criterion == "random" else frozenset({"magnitudes"})
+        found: set[Sight] = {"gradients"}
+        if self.criterion == "si":
+            found.add("magnitudes")
+        elif not (self.criterion == "taylor" and self.granularity == "weight"):
+            found.add("layers")
+        if self.criterion in DIFFERENTIATING:
+            found.add("second_backward")
+        return frozenset(found)
 
     def synchronize(self) -> None:
         if self._statistic is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightning_compress.quantization.input_hooks import InputHooks
 from lightning_compress.quantization.latent_callback import LatentCallback
 from lightning_compress.quantization.signs import Mode, Scaling, check_binary, holds_signs, transposed_groups
 from lightning_compress.trainer.distributed import broadcast
+from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.targets import unused_layers
 
 
@@ -66,9 +67,7 @@ class BinaryWeightsCallback(LatentCallback):
     """
 
     verb, done = "binarize", "binary"
-    hidden = "of which binary weights keep their own"
-    shrunk = "shrinks weights whose signs stay"
-    blind_criteria = ("magnitude", "l2", "si")
+    kind = "signs"
 
     def __init__(
         self,
@@ -111,7 +110,6 @@ class BinaryWeightsCallback(LatentCallback):
         if self.scaling == "mean":
             refuse_sparse_gradients(pl_module, self._wanted, f"{self.name}(scaling='mean')")
             check_scalable(pl_module, self.inputs_of(pl_module))
-        self._check_lasso(trainer, pl_module)
         if state is not None:
             self.generator.set_state(state["generator"].cpu())
 
@@ -144,25 +142,17 @@ class BinaryWeightsCallback(LatentCallback):
         wanted = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
         return layers_with_signs(pl_module, self.activations, wanted, unused_layers(pl_module))
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if isinstance(self._weights, BinaryWeights):
-            saturated = self._weights.saturated()
-            pl_module.log(self.logged_name(trainer, "saturated"), saturated, prog_bar=True, sync_dist=True)
+    def shared_effects(self) -> Effects:
+        return Effects(options={"inputs": f"activations={self.activations!r}"})
+
+    def numbers(self) -> dict[str, Callable[[], float]]:
+        return {"saturated": self._weights.saturated} if isinstance(self._weights, BinaryWeights) else {}
 
     def technique_state(self) -> dict[str, Any]:
         return super().technique_state() | {"generator": self.generator.get_state()}
 
     def shows_what_trains(self) -> bool:
         return self.mode == "deterministic"
-
-    def _check_lasso(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for other, names in self.beside(trainer, pl_module):
-            if getattr(other, "strength", 0.0) > 0:
-                raise ValueError(
-                    f"{type(other).__name__} pulls groups of {names[0]} to zero, where BinaryWeightsCallback has none "
-                    f"but -1 and +1: give them targets that share nothing, or prune in an earlier fit."
-                )
 
     # ------------------------------------------------------------------ binary inputs outside of a fit
 

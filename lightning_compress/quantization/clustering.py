@@ -16,7 +16,9 @@ from lightning_compress.quantization.by_name import numbers_by_name
 from lightning_compress.quantization.kmeans import Init, check_init, kmeans
 from lightning_compress.quantization.quantizing import QuantizingCallback
 from lightning_compress.quantization.sharing import GradientRule, SharedWeights, check_rule
+from lightning_compress.trainer.callback import CompressionCallback, latent_values, techniques
 from lightning_compress.trainer.distributed import broadcast
+from lightning_compress.trainer.effects import Effects
 
 _ALL = "*"  # the key of the one codebook of scope="global"
 
@@ -76,8 +78,7 @@ class WeightClusteringCallback(QuantizingCallback):
     """
 
     verb, done = "cluster", "clustered"
-    hidden = "which belong to no cluster"
-    shrunk = "shrinks the weights of a cluster apart after every step"
+    kind = "codebook"
     compares_values = False  # that takes as long as sharing them
 
     def __init__(
@@ -113,7 +114,7 @@ class WeightClusteringCallback(QuantizingCallback):
 
         self._wanted: dict[str, int]  # clusters by parameter
         self._shared: dict[str, SharedWeights] = {}  # by parameter, or by _ALL
-        self._others: list[QuantizingCallback] = []
+        self._beside: list[CompressionCallback] = []  # the other techniques of the fit
 
     # ------------------------------------------------------------------ what has been reached
 
@@ -148,12 +149,13 @@ class WeightClusteringCallback(QuantizingCallback):
             leaving="0",
         )
 
+    def shared_effects(self) -> Effects:
+        return Effects(span="network" if self.scope == "global" else "tensor", options={"span": "scope='global'"})
+
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         super().prepare(trainer, pl_module, state)
         refuse_sparse_gradients(pl_module, self._wanted, self.name)
-        self._others = [one for one in trainer.callbacks if isinstance(one, QuantizingCallback) and one is not self]  # type: ignore[attr-defined]
-        if self.scope == "global":
-            self._check_one_optimizer(trainer, pl_module)
+        self._beside = [one for one in techniques(trainer) if one is not self]
         if state is not None:
             self._shared = {}
             self._share(pl_module, state["codebooks"], state["indices"])
@@ -220,23 +222,15 @@ class WeightClusteringCallback(QuantizingCallback):
                     f"network from the beginning, make a new callback."
                 )
 
-    def _check_one_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parameters = dict(pl_module.named_parameters())
-        stepped = [{id(p) for group in one.param_groups for p in group["params"]} for one in trainer.optimizers]
-        first = next((ids for ids in stepped if any(id(parameters[name]) in ids for name in self._wanted)), set())
-        for name in self._wanted:
-            if id(parameters[name]) not in first or not parameters[name].requires_grad:
-                raise ValueError(
-                    f"scope='global' moves all weights of a cluster together, but {name} is frozen, or in another "
-                    f"optimizer or in none: exclude it, or use scope='layer'."
-                )
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
         self._take_zeros()
-        values = float(sum(shared.n_values for shared in self._shared.values()))
-        pl_module.log(self.logged_name(trainer, "bits_per_weight"), self.bits_per_weight, prog_bar=True, sync_dist=True)
-        pl_module.log(self.logged_name(trainer, "clusters"), values, sync_dist=True)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def numbers(self) -> dict[str, Callable[[], float]]:
+        return {
+            "bits_per_weight": lambda: self.bits_per_weight,
+            "clusters": lambda: float(sum(shared.n_values for shared in self._shared.values())),
+        }
 
     def project_copy(self, module: nn.Module) -> None:
         copies = dict(module.named_parameters())
@@ -274,7 +268,7 @@ class WeightClusteringCallback(QuantizingCallback):
 
     def _behind(self) -> dict[str, Tensor]:
         """The shared values themselves, where another callback has put them on a grid."""
-        return {name: value for other in self._others for name, value in other.latent.items()}
+        return latent_values(self._beside)
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[SharedWeights]:
         share = {} if self.projection is None else self.projection.share(optimizer)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_compress.core.select import select_parameters
 from lightning_compress.core.slicing import Kept
 from lightning_compress.quantization.input_hooks import InputHooks
 from lightning_compress.quantization.inputs import follow_inputs
 from lightning_compress.quantization.latent import LatentWeights
 from lightning_compress.quantization.quantizing import QuantizingCallback
 from lightning_compress.trainer.averages import averaged_modules
-from lightning_compress.trainer.callback import CompressionCallback, put_values
-from lightning_compress.trainer.inputs import is_compiled
+from lightning_compress.trainer.callback import put_values
 from lightning_compress.trainer.surgery import keep_metadata
 
 
@@ -29,13 +27,10 @@ class LatentCallback(QuantizingCallback):
     Averages are made of the weights of few values and stay real; when they are validated or saved, they are projected.
     """
 
-    blind_criteria: ClassVar[tuple[str, ...]] = ()  # of pruning, to which weights of few values are all the same
-
     follows_averages = False
 
     _weights: LatentWeights | None = None
     _inputs: InputHooks | None = None
-    _is_checked = False
     _averages: Mapping[str, Tensor] = {}  # while a validation has their projected values
 
     def make_weights(self, pl_module: LightningModule) -> LatentWeights:
@@ -74,7 +69,7 @@ class LatentCallback(QuantizingCallback):
         with mine.real():
             yield
 
-    def leave_out(self, masks: Mapping[str, Tensor]) -> None:
+    def zero_latent(self, masks: Mapping[str, Tensor]) -> None:
         if self._weights is not None:
             both = masks.keys() & self._weights.latent.keys()
             for name in both:
@@ -89,11 +84,6 @@ class LatentCallback(QuantizingCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         super().prepare(trainer, pl_module, state)
-        if self.inputs_of(pl_module) and is_compiled(pl_module):
-            raise ValueError(
-                "activations work by hooks, which a module compiled before the fit does not see: fit the module itself "
-                "and compile it afterwards."
-            )
         before = None if self._weights is None else self._weights.state_dict()
         if state is not None:
             before = state["weights"]
@@ -112,7 +102,6 @@ class LatentCallback(QuantizingCallback):
             _put(average, {} if state is None else state.get("averages", {}))
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        self._check_pruning(trainer, pl_module)
         self._replace(pl_module)
         return f"weights are {self.done}"
 
@@ -207,42 +196,10 @@ class LatentCallback(QuantizingCallback):
         weights = None if self._weights is None else self._weights.state_dict()
         return super().technique_state() | {"weights": weights}
 
-    # ------------------------------------------------------------------ refusals
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._weights is not None and self._weights.is_shown:  # since a validation
             self._weights.project()
-        if self.projection is None and not self._is_checked:  # every callback knows its steps by now
-            self._is_checked = True
-            self._check_pruning(trainer, pl_module, ahead=True)
-
-    def _check_pruning(self, trainer: Trainer, pl_module: LightningModule, *, ahead: bool = False) -> None:
-        """Refuse pruning that goes on when weights get few values; with `ahead`, where that is certain already."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        for other, names in self.beside(trainer, pl_module):
-            criterion, prunes = getattr(other, "criterion", ""), getattr(other, "amount", 0.0) > 0
-            stops = getattr(other, "_stop", None) is not None
-            if ahead:
-                begins = (self._start, callbacks.index(self))
-                prunes &= not stops and (other.last_event or 0, callbacks.index(other)) > begins
-            if prunes and not getattr(other, "finished", True) and (stops or criterion in self.blind_criteria):
-                what = "stop=" if stops else f"criterion={criterion!r}"
-                why = "may want pruned ones back" if stops else "sees all of them at the same magnitude"
-                raise ValueError(
-                    f"{type(other).__name__}({what}) still prunes {names[0]} when its weights become {self.done} at "
-                    f"step {self._start}, and {why}: end the pruning sooner (end_epoch), start later (start_epoch), or "
-                    f"use another criterion, such as 'taylor', without stop=."
-                )
-
-    def beside(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[CompressionCallback, list[str]]]:
-        """Yield the other callbacks that change the same parameters, with these."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-            if isinstance(other, CompressionCallback) and not isinstance(other, QuantizingCallback):
-                # it says itself what matches nothing
-                theirs = select_parameters(pl_module, other.patterns(pl_module), exclude=other.exclude, warn=False)
-                if both := [name for name in self._wanted if name in theirs]:
-                    yield other, both
 
 
 @torch.no_grad()

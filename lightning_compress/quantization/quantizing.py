@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.effects import Effects, Kind, Progress
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.timeline import steps_at
 
@@ -29,8 +31,7 @@ class QuantizingCallback(CompressionCallback):
 
     verb: ClassVar[str]  # what it does with weights, in messages,
     done: ClassVar[str]  # and what they are afterwards
-    hidden: ClassVar[str]  # of weights that train behind a mask: what is wrong with them
-    shrunk: ClassVar[str]  # what a proximal step does to them
+    kind: ClassVar[Kind]  # of the values
 
     def __init__(
         self,
@@ -69,38 +70,35 @@ class QuantizingCallback(CompressionCallback):
         """Return the names of the layers whose inputs are changed."""
         return ()
 
-    def goes_on_from(self, other: QuantizingCallback, trainer: Trainer, names: Sequence[str]) -> bool:
-        """Whether this technique takes the values that another gives the same parameters as its real ones.
+    def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        values, inputs = dict.fromkeys(self.wants(pl_module), self.kind), frozenset(self.inputs_of(pl_module))
+        begins = None if trainer is None else self._planned(trainer, self.loaded_state)
+        return replace(self.shared_effects(), values=values, inputs=inputs, begins=begins, final=begins)
 
-        Raises:
-            ValueError: It could, with other settings.
-        """
-        return False
+    def shared_effects(self) -> Effects:
+        """Return what its settings alone say of its effects."""
+        return Effects()
+
+    def progress(self) -> Progress:
+        begun = self._idle or self.projection is not None
+        return Progress(fraction=float(begun), finished=begun, numbers=self.numbers())
+
+    def numbers(self) -> dict[str, Callable[[], float]]:
+        """Return what is logged at an epoch's end: as `Progress.numbers`."""
+        return {}
 
     # ------------------------------------------------------------------ the fit
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        for other in trainer.callbacks if stage == "fit" else ():  # type: ignore[attr-defined]  # set by a connector
-            for option, why in (
-                ("regrow", f"trains hidden weights behind the mask, {self.hidden}"),
-                ("proximal", self.shrunk),
-            ):
-                if isinstance(other, CompressionCallback) and getattr(other, option, False):
-                    raise ValueError(
-                        f"{type(other).__name__}({option}=True) {why}: use {option}=False, or {self.verb} in a later "
-                        f"fit."
-                    )
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._wanted = self.wants(pl_module)
         refuse_complex(pl_module, self._wanted, self.name)
         self._idle = not self._wanted and not self.inputs_of(pl_module)
-        self._check_disjoint(trainer, pl_module)
-        if state is not None:
-            self._start = state["start"]
-        if self._start is None:
-            self._start = steps_at(trainer, self.start_epoch)
+        self._start = self._planned(trainer, state)
+
+    def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> int:
+        """The optimizer step at which a resumed fit, an earlier one, or this one begins."""
+        start: int | None = self._start if state is None else state["start"]
+        return steps_at(trainer, self.start_epoch) if start is None else start
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
         assert self._start is not None
@@ -125,21 +123,3 @@ class QuantizingCallback(CompressionCallback):
 
     def technique_state(self) -> dict[str, Any]:
         return {"start": self._start}
-
-    def _check_disjoint(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(other, QuantizingCallback) or other is self:
-                continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # each says itself what its patterns leave out
-                both = sorted({*self.wants(pl_module)} & {*other.wants(pl_module)})
-                inputs = sorted({*self.inputs_of(pl_module)} & {*other.inputs_of(pl_module)})
-            if both and not (self.goes_on_from(other, trainer, both) or other.goes_on_from(self, trainer, both)):
-                self._refuse(other, self.verb, "values", both)
-            if inputs:
-                self._refuse(other, "change the inputs of", "inputs", inputs)
-
-    def _refuse(self, other: QuantizingCallback, verb: str, what: str, names: list[str]) -> None:
-        mine, theirs = type(self).__name__, type(other).__name__
-        who = f"Two {mine}s {verb}" if mine == theirs else f"{mine} and {theirs} both set the {what} of"
-        raise ValueError(f"{who} {', '.join(names)}: give them targets that share nothing.")

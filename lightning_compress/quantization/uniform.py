@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_compress.core.select import is_weight_layer, select_parameters
-from lightning_compress.quantization.clustering import WeightClusteringCallback
 from lightning_compress.quantization.grids import Granularity, check_bits, check_granularity
 from lightning_compress.quantization.input_grids import InputGrid
 from lightning_compress.quantization.latent_callback import LatentCallback
 from lightning_compress.quantization.observers import ObservedInputs
-from lightning_compress.quantization.quantizing import QuantizingCallback
 from lightning_compress.quantization.uniform_weights import UniformWeights, bits_by_name
 from lightning_compress.trainer.distributed import all_reduce_max
+from lightning_compress.trainer.effects import Effects
 
 
 class QuantizationAwareTrainingCallback(LatentCallback):
@@ -65,8 +64,7 @@ class QuantizationAwareTrainingCallback(LatentCallback):
     """
 
     verb, done = "quantize", "quantized"
-    hidden = "of which quantized weights keep their own"
-    shrunk = "shrinks weights on a grid, which rounding undoes"
+    kind = "grid"
 
     def __init__(
         self,
@@ -146,26 +144,17 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         layers = {name: layer for name, layer in pl_module.named_modules() if is_weight_layer(layer)}
         return [name for name, layer in layers.items() if id(layer.weight) in wanted]
 
-    def goes_on_from(self, other: QuantizingCallback, trainer: Trainer, names: Sequence[str]) -> bool:
-        if not isinstance(other, WeightClusteringCallback):
-            return False
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        which = (
-            f"WeightClusteringCallback clusters {', '.join(names)}, which QuantizationAwareTrainingCallback quantizes"
+    def shared_effects(self) -> Effects:
+        return Effects(
+            span=self.granularity,
+            options={"span": f"granularity={self.granularity!r}", "inputs": f"activation_bits={self.activation_bits}"},
         )
-        if self.granularity == "channel":
-            raise ValueError(
-                f"{which} with another scale in each channel, so that the values of a cluster would no longer be "
-                f"equal: use granularity='tensor', or give them targets that share nothing."
-            )
-        if other.scope == "global":
-            raise ValueError(f"{which} with another scale in each layer: cluster with scope='layer'.")
-        if callbacks.index(other) > callbacks.index(self) or other.start_epoch > self.start_epoch:
-            raise ValueError(
-                f"{which}: clusters are of real values, so put WeightClusteringCallback before it in "
-                f"Trainer(callbacks=[...]), with a start_epoch that is no later."
-            )
-        return True
+
+    def numbers(self) -> dict[str, Callable[[], float]]:
+        if not isinstance(self._weights, UniformWeights) or not self._weights.latent:
+            return {}
+        mine = self._weights
+        return {"weight_bits": lambda: mine.mean_bits, "clipped": mine.clipped, "zeros": mine.zeros}
 
     # ------------------------------------------------------------------ the fit
 
@@ -202,12 +191,6 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         if self._inputs is not None:
             self._inputs.check_finite()  # before the weights, which follow
         super().on_train_epoch_end(trainer, pl_module)
-        if isinstance(self._weights, UniformWeights) and self._weights.latent:
-            pl_module.log(
-                self.logged_name(trainer, "weight_bits"), self._weights.mean_bits, prog_bar=True, sync_dist=True
-            )
-            pl_module.log(self.logged_name(trainer, "clipped"), self._weights.clipped(), sync_dist=True)
-            pl_module.log(self.logged_name(trainer, "zeros"), self._weights.zeros(), sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_compress.report import Epoch
-from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.callback import techniques
+from lightning_compress.trainer.effects import Progress
 
-
-class Ramped(Protocol):
-    """A technique that takes several steps to its final amount."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the final amount is reached."""
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the targeted units that is zero."""
+SPARSITY = "sparsity"  # the number of a technique that prunes
 
 
 class Recorder(Callback):
@@ -56,26 +47,26 @@ class Recorder(Callback):
         self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ramped = _ramped(trainer)
-        if self.snapshot is None and ramped and all(technique.finished for technique in ramped):
+        pruning = _pruning(trainer)
+        if self.snapshot is None and pruning and all(one.finished for one in pruning):
             self.snapshot = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
-            self._sparsity = [technique.sparsity for technique in ramped]
+            self._sparsity = [one.numbers[SPARSITY]() for one in pruning]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ramped, metrics = _ramped(trainer), trainer.callback_metrics
-        phase = "recovery" if all(technique.finished for technique in ramped) else "pruning"
+        pruning, metrics = _pruning(trainer), trainer.callback_metrics
+        phase = "recovery" if all(one.finished for one in pruning) else "pruning"
         self.history.append(
             Epoch(
                 epoch=trainer.current_epoch,
                 val_metric=float(metrics[self.val_metric]) if self.val_metric in metrics else None,
-                sparsity=max((technique.sparsity for technique in ramped), default=0.0),
-                phase=phase if ramped else self.phase,
+                sparsity=max((one.numbers[SPARSITY]() for one in pruning), default=0.0),
+                phase=phase if pruning else self.phase,
             )
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Pruning until a metric drops may have gone back to an earlier amount: that network was never snapped.
-        if self.snapshot is not None and self._sparsity != [technique.sparsity for technique in _ramped(trainer)]:
+        if self.snapshot is not None and self._sparsity != [one.numbers[SPARSITY]() for one in _pruning(trainer)]:
             self.snapshot = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,6 +88,7 @@ class Recorder(Callback):
         self.history = history
 
 
-def _ramped(trainer: Trainer) -> list[Ramped]:
-    techniques: list[Any] = [one for one in trainer.callbacks if isinstance(one, CompressionCallback)]  # type: ignore[attr-defined]
-    return [one for one in techniques if hasattr(one, "finished")]
+def _pruning(trainer: Trainer) -> list[Progress]:
+    """How far the techniques have come that take several events to a final sparsity."""
+    found = [one.progress() for one in techniques(trainer)]
+    return [one for one in found if SPARSITY in one.numbers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 from weakref import WeakSet
 
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.core.slicing import Kept
 from lightning_compress.core.swap import Projection
-from lightning_compress.trainer.averages import averaged_modules, check_averages, copies_inside
+from lightning_compress.trainer.averages import averaged_modules, copies_inside
 from lightning_compress.trainer.inside import LOGGED, innermost, raw_optimizer
 from lightning_compress.trainer.targeting import TargetingCallback
 
@@ -74,50 +74,15 @@ class CompressionCallback(TargetingCallback):
         """The real values that train behind parameters which hold others, by name; empty where there are none."""
         return {}
 
-    @property
-    def last_event(self) -> int | None:
-        """The optimizer step after which it sets no more weights to zero; None where it sets none, or does not know."""
-        return None
-
     def logged_name(self, trainer: Trainer, name: str) -> str:
         """Return under which name this callback logs a number: the second one of its class adds "_2"."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        others = [one for one in callbacks[: callbacks.index(self)] if isinstance(one, CompressionCallback)]
-        number = 1 + sum(isinstance(one, type(self)) or isinstance(self, type(one)) for one in others)
+        others = techniques(trainer)
+        before = others[: others.index(self)]
+        number = 1 + sum(isinstance(one, type(self)) or isinstance(self, type(one)) for one in before)
         return f"{LOGGED}{name}_{number}" if number > 1 else f"{LOGGED}{name}"
 
-    def leave_out(self, masks: Mapping[str, Tensor]) -> None:
-        """Keep at zero, behind the module too, what another callback has just pruned: False in the masks, by name."""
-
-    # ------------------------------------------------------------------ refusals
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            check_averages(trainer, self)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        for optimizer in trainer.optimizers:
-            self._check_optimizer(optimizer)
-
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        name, kind = type(self).__name__, type(optimizer).__name__
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                f"{name} does not support LBFGS, which evaluates the loss several times within one step. Use SGD, Adam "
-                f"or another first-order optimizer."
-            )
-        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-            raise ValueError(
-                f"{name} does not support {kind}: its train() and eval() exchange the weights where the projection "
-                f"does not see it, as schedule-free optimizers do. Use SGD, Adam or another first-order optimizer."
-            )
-        if not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            raise ValueError(
-                f"{name} needs to act after every step of {kind}, which has no step hooks: its class does not call "
-                f"torch.optim.Optimizer.__init__."
-            )
+    def zero_latent(self, masks: Mapping[str, Tensor]) -> None:
+        """Zero the latent values of weights that another callback has just pruned: False in the masks, by name."""
 
     # ------------------------------------------------------------------ the projection, around every optimizer step
 
@@ -259,6 +224,8 @@ class CompressionCallback(TargetingCallback):
         self._say_what_trains_now(trainer, pl_module)
         self._project_averages(trainer)
         self._say_writes()
+        for place, (name, number) in enumerate(self.progress().numbers.items()):
+            pl_module.log(self.logged_name(trainer, name), number(), prog_bar=place == 0, sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.projection is not None:
@@ -319,6 +286,24 @@ class CompressionCallback(TargetingCallback):
     def _project_averages(self, trainer: Trainer) -> None:
         for module in (*averaged_modules(trainer), *self._copies):
             self.project_copy(module)
+
+
+def techniques(trainer: Trainer) -> list[CompressionCallback]:
+    """Return the techniques of a fit that change weights."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return [one for one in callbacks if isinstance(one, CompressionCallback)]
+
+
+def latent_values(found: Iterable[CompressionCallback]) -> dict[str, Tensor]:
+    """Return the real values that techniques train behind parameters which hold others, by name."""
+    return {name: value for one in found for name, value in one.latent.items()}
+
+
+def take_writes(trainer: Trainer) -> None:
+    """Let every technique of a fit take what other code has written into the module for the values that train."""
+    for one in techniques(trainer):
+        if one.projection is not None:
+            one.projection.take_writes()
 
 
 def put_values(checkpoint: dict[str, Any], pl_module: LightningModule, values: Mapping[str, Tensor]) -> None:

@@ -10,33 +10,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_compress.trainer import means, rng
+from lightning_compress.trainer import compatibility, means, rng
 from lightning_compress.trainer.distributed import gather, rank
+from lightning_compress.trainer.effects import DeclaresEffects
 from lightning_compress.trainer.epoch_end import EpochEnd
 from lightning_compress.trainer.inputs import forget_batch
 from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.surroundings import check_namespace, check_strategy
 from lightning_compress.trainer.timeline import Pace, epochs_done, steps_done, steps_per_epoch
-
-# Of DistributedDataParallel: those that leave every rank with the same gradients and parameters after every step.
-_DDP_OPTIONS = {
-    "broadcast_buffers",
-    "bucket_cap_mb",
-    "find_unused_parameters",
-    "gradient_as_bucket_view",
-    "init_sync",
-    "static_graph",
-}
-
 
 _REMEDY = "Resume with the version that wrote it, or start a new fit from its weights alone."
 FORMAT = 2  # of the state in a checkpoint: raise it when what a technique saves is another thing than before
 
 
-class ResumableCallback(Callback):
+class ResumableCallback(DeclaresEffects, Callback):
     """A technique that goes on after an interruption as if there had been none.
 
     A subclass passes its constructor arguments on as settings and supplies `prepare`, `at_step` and `technique_state`.
@@ -48,7 +38,8 @@ class ResumableCallback(Callback):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.name = type(self).__name__  # in messages
+        self.name = type(self).__name__
+        self.settings = settings
         self._state_key = self._generate_state_key(**settings)  # read by the Trainer's profiler at every hook
         self.generator = torch.Generator()  # own, so that the network's random draws stay what they were without us
         self._steps = 0
@@ -87,54 +78,31 @@ class ResumableCallback(Callback):
     # ------------------------------------------------------------------ refusals
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        name = self.name
-        if not isinstance(trainer, Trainer):
-            raise TypeError(
-                f"{name} is a callback of `lightning.pytorch`, but the Trainer comes from {type(trainer).__module__}: "
-                f"import Trainer and LightningModule from `lightning.pytorch`."
-            )
+        check_namespace(trainer, self.name)
         if stage != "fit":
             return
-        self._check_strategy(trainer)
+        check_strategy(trainer, self.name)
         forget_batch(trainer)  # of an earlier fit
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(other is not self and other.state_key == self.state_key for other in callbacks):
-            raise ValueError(f"The Trainer has two {name} with the same settings: {self.state_key}. Leave one out.")
-
-    def _check_strategy(self, trainer: Trainer) -> None:
-        name, strategy = self.name, trainer.strategy
-        if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
             raise ValueError(
-                f"{name} does not support {type(strategy).__name__}: it is tested with a single device and with "
-                f"strategy='ddp' or 'ddp_find_unused_parameters_true'."
+                f"The Trainer has two {self.name} with the same settings: {self.state_key}. Leave one out."
             )
-        if isinstance(strategy, DDPStrategy):
-            local = "LocalSGD" in type(strategy._ddp_comm_state).__name__
-            if local or strategy._model_averaging_period is not None:
-                raise ValueError(
-                    f"{name} needs equal weights on all ranks after every step: model_averaging_period and local SGD "
-                    f"let them train apart. Leave these options of DDPStrategy out."
-                )
-            if others := [option for option in strategy._ddp_kwargs if option not in _DDP_OPTIONS]:
-                raise ValueError(
-                    f"{name} is not tested with DDPStrategy({others[0]}=...), only with "
-                    f"{', '.join(sorted(_DDP_OPTIONS))}: leave it out."
-                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._numbers = means.numbers(pl_module)
-        trained = {id(one) for it in trainer.optimizers for group in it.param_groups for one in group["params"]}
-        for name, parameter in pl_module.named_parameters():
-            if parameter.dtype == torch.float16 and id(parameter) in trained:
-                raise ValueError(
-                    f"{self.name} does not train float16 weights, such as {name}: Adam's eps and the squares of small "
-                    f"gradients are 0 in float16, and large sums infinite, so that networks end as NaN. Use "
-                    f"precision='bf16-true', or '16-mixed' or 'bf16-mixed', which keep float32 weights."
-                )
 
     # ------------------------------------------------------------------ the fit's beginning, and its steps
 
+    @property
+    def loaded_state(self) -> dict[str, Any] | None:
+        """What `technique_state` returned for the checkpoint that is resumed, until the fit starts."""
+        return None if self._loaded is None else self._loaded["technique"]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if self is next(one for one in callbacks if isinstance(one, ResumableCallback)):
+            compatibility.check(trainer, pl_module)  # once, and before any technique prepares
         loaded, self._loaded = self._loaded, None
         epoch_end, self._epoch_end = self._epoch_end, None
         if epoch_end is not None:

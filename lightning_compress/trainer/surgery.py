@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -18,7 +18,7 @@ from lightning_compress.core.optimizer_state import check_state, forget_unslicea
 from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
 from lightning_compress.core.slicing import Kept
 from lightning_compress.trainer.averages import averaged_modules, copies_inside
-from lightning_compress.trainer.callback import TO_SHRINK, CompressionCallback
+from lightning_compress.trainer.callback import TO_SHRINK, CompressionCallback, techniques
 from lightning_compress.trainer.inside import innermost
 
 
@@ -43,8 +43,8 @@ def cut_in_fit(trainer: Trainer, callback: CompressionCallback, cut: Cut, *, at_
     with rewrapped(trainer):
         copies = [*averaged_modules(trainer), *copies_inside(innermost(trainer.lightning_module))]
         kept = cut(optimizers=trainer.optimizers, copies=copies)
-    for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-        if kept and isinstance(other, CompressionCallback) and other is not callback:
+    for other in techniques(trainer) if kept else ():
+        if other is not callback:
             other.follow_cut(trainer, trainer.lightning_module, kept)
     if at_end:
         callback.n_parameters_left = _count(trainer.lightning_module)
@@ -60,13 +60,8 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def follow_loads(trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
-    """Let the module, and averages of it, take the shapes of checkpoints, which may hold a thinner or wider network.
-
-    Raises:
-        ValueError: As `refuse_forks`.
-    """
-    refuse_forks(trainer, callback)
+def follow_loads(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Let the module, and averages of it, take the shapes of checkpoints, which may hold a thinner or wider network."""
     follow_checkpoints(pl_module)
     for average in averaged_modules(trainer):
         follow_leader(average, pl_module)
@@ -77,34 +72,8 @@ def keep_metadata(checkpoint: dict[str, Any], pl_module: LightningModule) -> Non
     checkpoint["state_dict"] = with_record(checkpoint["state_dict"], pl_module)
 
 
-def refuse_forks(trainer: Trainer, callback: Callback) -> None:
-    """Raise a ValueError for a strategy whose parent process gets the weights back by a load into the old shapes."""
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
-        raise ValueError(
-            f"{type(callback).__name__} changes the network's shapes, which strategy='ddp_{strategy._start_method}' "
-            f"can't bring back to the main process: use strategy='ddp', or shrink='never'."
-        )
-
-
-def check_cuts_in_fit(trainer: Trainer, callback: Callback, parameters: Iterable[nn.Parameter]) -> None:
-    """Raise a ValueError if the fit could not go on after parameters have been cut, before it begins."""
-    strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
-        hook = getattr(strategy._ddp_comm_hook, "__name__", "")
-        for option, found, why in (
-            (
-                "static_graph",
-                strategy._ddp_kwargs.get("static_graph"),
-                "it averages by what the first step was",
-            ),
-            ("ddp_comm_hook", "powerSGD" in hook, "PowerSGD's errors of earlier steps have the old shapes"),
-        ):
-            if found:
-                raise ValueError(
-                    f"{type(callback).__name__} changes the network's shapes during the fit, which DDPStrategy("
-                    f"{option}=...) does not survive ({why}): leave {option} out, or use shrink='on_fit_end'."
-                )
+def check_cuts_in_fit(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> None:
+    """Raise a ValueError if an optimizer's state of parameters that are to be cut could not be sliced."""
     parameters = list(parameters)
     for optimizer in trainer.optimizers:
         check_state(optimizer, parameters)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inside import SLOT, innermost
 from lightning_compress.trainer.resume import ResumableCallback
 
@@ -57,6 +57,10 @@ class Objective:
     def state(self) -> dict[str, Any]:
         """Return tensors, numbers, strings, lists and dicts that a resume needs."""
         return {}
+
+    def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
+        """Return what the technique does in the fit that starts: as `DeclaresEffects.effects`."""
+        return Effects(modules=frozenset(name for name, _ in self.beside.named_parameters()))
 
 
 class CompressionModule(LightningModule):
@@ -267,17 +271,14 @@ class ObjectiveCallback(ResumableCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.objective.fitting = False
 
+    def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        return self.objective.effects(trainer, pl_module)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         beside = dict(self.objective.beside.named_parameters())
         if not beside:
             return
-        strategy = trainer.strategy
-        if isinstance(strategy, DDPStrategy) and strategy._start_method != "popen":
-            raise ValueError(
-                f"{self.name} trains parameters beside the network ({', '.join(beside)}), which "
-                f"strategy='ddp_{strategy._start_method}' can't bring back to the main process: use strategy='ddp'."
-            )
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = {id(one) for group in groups for one in group["params"]}
         left = [name for name, parameter in beside.items() if id(parameter) not in trained]

@@ -443,7 +443,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_pattern_that_matches_nothing() -> None:
-    with pytest.warns(UserWarning, match="matches no parameter"), pytest.raises(ValueError, match="selects no"):
+    with pytest.raises(ValueError, match=r"target='decoder\.\*'.* selects no"):
         run(IterativePruningCallback(0.5, target="decoder.*"))
 
 
@@ -488,7 +488,9 @@ def test_two_callbacks_with_different_settings_live_in_one_trainer() -> None:
 
 
 def test_two_callbacks_that_share_a_parameter_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Two IterativePruningCallbacks prune net\.hidden\.weight"):
+    with pytest.raises(
+        ValueError, match=r"\(amount=0\.5, .*\) and .*\(amount=0\.25, .*\) both prune net\.hidden\.weight"
+    ):
         run(IterativePruningCallback(0.5), IterativePruningCallback(0.25, target="net.hidden"))
 
 
@@ -753,7 +755,7 @@ def test_a_compiled_module(granularity: Any) -> None:
 
 def test_a_criterion_that_compilation_hides_is_refused() -> None:
     callback = IterativePruningCallback(0.5, granularity="neuron", criterion="apoz", end_epoch=1.0)
-    with pytest.raises(ValueError, match="'apoz' looks inside the forward pass"):
+    with pytest.raises(ValueError, match=r"\(criterion='apoz'\) works by hooks on layers inside the forward pass"):
         quiet_trainer(callbacks=[callback]).fit(torch.compile(SmallModule(), backend="eager"), shuffled(), plain())
 
 

@@ -1,0 +1,100 @@
+"""What a technique does to a network and to its fit, and how far it has come, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+Kind = Literal["zeros", "codebook", "grid", "signs", "penalty"]
+Sight = Literal["magnitudes", "gradients", "layers", "second_backward"]
+FEW_VALUES: tuple[Kind, ...] = ("codebook", "grid", "signs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effects:
+    """What one technique does in one fit. A technique that changes nothing, as at amount 0, has none.
+
+    Attributes:
+        values: What it sets parameters to, by name: "zeros" (a mask), "codebook" (shared values), "grid" (a few bits),
+            "signs", or "penalty" (it pulls groups of them to zero).
+        span: Which entries of a codebook or grid have one table or scale: those of a "channel", of a "tensor", or of
+            the whole "network".
+        inputs: Layers whose inputs it quantizes, by name.
+        modules: Parameters that it trains beside the network, by name.
+        proximal: Whether it changes values once more after the optimizer's step, and not by their gradient.
+        revives: Whether zeros may come back, because their real values train on behind the mask.
+        rewinds: Whether it may go back to the network of an earlier step.
+        shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
+        looks_at: What it decides by: the "magnitudes" of weights, their "gradients", the inputs or outputs of "layers"
+            inside the forward pass, or a "second_backward" pass from the loss.
+        begins: The optimizer step after which it acts for the first time; None where that is not known.
+        final: The optimizer step after which it decides nothing more; None where that is not known.
+        options: Which constructor argument has an effect, by the effect's name, for messages:
+            `{"revives": "regrow=True"}`.
+    """
+
+    values: Mapping[str, Kind] = field(default_factory=dict)
+    span: Literal["channel", "tensor", "network"] = "tensor"
+    inputs: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+    proximal: bool = False
+    revives: bool = False
+    rewinds: bool = False
+    shapes: Literal["never", "on_fit_end", "during_fit"] = "never"
+    looks_at: frozenset[Sight] = frozenset()
+    begins: int | None = 0
+    final: int | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, *kinds: Kind) -> set[str]:
+        """Return the parameters that it sets to values of these kinds."""
+        return {name for name, kind in self.values.items() if kind in kinds}
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether it does anything to weights or to the inputs of layers."""
+        return bool(self.values or self.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a technique has come.
+
+    Attributes:
+        fraction: Share of its way, 0 to 1.
+        finished: Whether it decides nothing more, so that what follows is recovery.
+        numbers: What it logs at every epoch's end, by name, computed when it is called for; the first one stands in the
+            progress bar.
+    """
+
+    fraction: float = 1.0
+    finished: bool = True
+    numbers: Mapping[str, Callable[[], float]] = field(default_factory=dict)
+
+
+class DeclaresEffects:
+    """A callback that says what its technique does.
+
+    Attributes:
+        name: Of its class, or of the wrapper that it belongs to.
+        settings: The constructor arguments.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+
+    def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        """Return what the technique does in the fit that starts.
+
+        Args:
+            trainer: Its optimizers and loaders exist. None before any fit: then moments are not known.
+            pl_module: The LightningModule.
+        """
+        raise NotImplementedError
+
+    def progress(self) -> Progress:
+        """Return how far the technique has come."""
+        return Progress()
