@@ -13,7 +13,7 @@ PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 HYDRA_FILES = {"hydra.py", "cli.py", "__main__.py"}
 GLUE = {
-    *("callback.py", "module.py", "group_lasso.py", "watching.py", "removing.py", "backtracking.py", "neighbours.py"),
+    *("callback.py", "module.py", "group_lasso.py", "watching.py", "removing.py", "backtracking.py"),
     *(
         "objective.py",
         "finding.py",
@@ -88,6 +88,19 @@ def test_imports_point_down(path: Path) -> None:
             assert layer(target) in MAY_IMPORT[mine], f"{path} ({mine}) imports {name} ({layer(target)})"
             if layer(target) == "glue" and mine == "glue":
                 assert target.parts[0] == path.parts[0], f"{path} imports another room's callback, {name}"
+
+
+TECHNIQUES = ("pruning", "quantization", "distillation")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] in TECHNIQUES], ids=str)
+def test_no_technique_looks_at_another(path: Path) -> None:
+    """They meet in `trainer` alone: no room imports another one, or looks through the callbacks of a Trainer."""
+    for name in imported(path):
+        room = name.split(".")[1] if name.startswith("lightning_compress.") else path.parts[0]
+        assert room == path.parts[0] or room not in TECHNIQUES, f"{path} imports {name}"
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
+        assert not (isinstance(node, ast.Attribute) and node.attr == "callbacks"), f"{path}:{node.lineno}"
 
 
 def test_the_arrows_are_really_read() -> None:

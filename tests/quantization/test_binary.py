@@ -295,9 +295,7 @@ def test_a_relu_before_a_binary_layer_is_refused_by_name() -> None:
 def test_inputs_of_a_compiled_module_are_refused() -> None:
     module = SmallModule(activation=F.hardtanh)
     module.net.head = torch.compile(module.net.head, backend="eager")  # type: ignore[assignment]
-    with pytest.raises(
-        ValueError, match=r"\(activations=True\) works by hooks.* which torch\.compile hides.* compile it afterwards"
-    ):
+    with pytest.raises(ValueError, match=r"\(activations=True\) works by hooks.* torch\.compile hides"):
         run(BinaryWeightsCallback(activations=True), module=module)
 
 
@@ -557,7 +555,5 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_binarizing_the_same_weights_twice_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"BinaryWeights.* and BinaryWeights.* both set the values of net\.head\.weight: give"
-    ):
+    with pytest.raises(ValueError, match=r"Binary.* and Binary.* both set the values of net\.head\.weight: give"):
         run(BinaryWeightsCallback(target="net.head"), BinaryWeightsCallback())

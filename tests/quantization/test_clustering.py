@@ -229,7 +229,7 @@ def test_what_trains_behind_a_mask_or_shrinks_apart_is_refused() -> None:
         run(IterativePruningCallback(0.5, regrow=True), WeightClusteringCallback(4))
     with pytest.raises(
         ValueError,
-        match=r"GroupLassoCallback\(proximal=True\) shrinks .* off the values that WeightClusteringCallback gives",
+        match=r"\(proximal=True\) shrinks .* off the values that WeightClustering",
     ):
         run(WeightClusteringCallback(4), GroupLassoCallback(0.1, proximal=True))
     module = run(WeightClusteringCallback(4), GroupLassoCallback(0.01))
@@ -441,9 +441,7 @@ def test_weights_that_are_no_numbers_name_their_layer() -> None:
 
 
 def test_clustering_the_same_weights_twice_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"WeightClus.* and WeightClus.* both set the values of net\.head\.weight: give"
-    ):
+    with pytest.raises(ValueError, match=r"Weight.* and Weight.* both set the values of net\.head\.weight: give"):
         run(WeightClusteringCallback(4), WeightClusteringCallback({"net.head": 2, "net.conv": 0}))
 
 

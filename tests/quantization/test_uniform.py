@@ -274,9 +274,7 @@ def test_what_does_not_go_together_is_refused_and_the_rest_works() -> None:
         run(qat(None, 8), BinaryWeightsCallback(activations=True))
     with pytest.raises(ValueError, match=r"\(weight_bits=8\) and .*\(weight_bits=4\) both set the values of net"):
         run(qat(8), qat(4))
-    with pytest.raises(
-        ValueError, match=r"\(activation_bits=8\) and .*\(activation_bits=4\) both set the inputs of net"
-    ):
+    with pytest.raises(ValueError, match=r"\(activation_bits=8\) and .*_bits=4\) both set the inputs of net"):
         run(qat(None, 8), qat(None, 4))
     with pytest.raises(ValueError, match=r"regrow=True\) trains hidden weights"):
         run(IterativePruningCallback(0.5, regrow=True), qat())
@@ -373,9 +371,7 @@ def test_numbers_that_are_none_stop_the_fit() -> None:
 def test_inputs_of_a_compiled_module_are_refused() -> None:
     module = SmallModule()
     module.net.head = torch.compile(module.net.head, backend="eager")  # type: ignore[assignment]
-    with pytest.raises(
-        ValueError, match=r"\(activation_bits=\d\) works by hooks.* which torch\.compile hides.* compile it afterwards"
-    ):
+    with pytest.raises(ValueError, match=r"\(activation_bits=\d\) works by hooks.* torch\.compile hides"):
         run(QuantizationAwareTrainingCallback(), module=module)
     run(QuantizationAwareTrainingCallback(8, None, target="net.hidden"), module=module, max_epochs=1)
 
