@@ -159,9 +159,6 @@ class GroupLassoCallback(CompressionCallback):
                 f"target."
             )
 
-    def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        pass  # it acts within the steps
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._refresh(trainer, pl_module)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-Kind = Literal["zeros", "codebook", "grid", "signs", "penalty"]
+Kind = Literal["zeros", "codebook", "grid", "signs", "bounds", "penalty"]
 Sight = Literal["magnitudes", "gradients", "layers", "second_backward"]
 FEW_VALUES: tuple[Kind, ...] = ("codebook", "grid", "signs")
 
@@ -19,7 +19,7 @@ class Effects:
 
     Attributes:
         values: What it sets parameters to, by name: "zeros" (a mask), "codebook" (shared values), "grid" (a few bits),
-            "signs", or "penalty" (it pulls groups of them to zero).
+            "signs", "bounds" (an interval), or "penalty" (it pulls groups of them to zero).
         span: Which entries of a codebook or grid have one table or scale: those of a "channel", of a "tensor", or of
             the whole "network".
         inputs: Layers whose inputs it quantizes, by name.

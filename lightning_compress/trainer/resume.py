@@ -63,7 +63,6 @@ class ResumableCallback(DeclaresEffects, Callback):
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Act after optimizer step number `step`; 0 is the moment before the first one."""
-        raise NotImplementedError
 
     def technique_state(self) -> dict[str, Any]:
         """Return tensors, numbers, strings, lists and dicts that a resume needs."""

@@ -36,7 +36,7 @@ _HINT = {"student": "net.conv", "teacher": "net.conv", "regressor": True, "chann
 
 
 def _pruning(**options: Any) -> Entry:
-    return pruning(**({"end_epoch": 0.75, "every_n_steps": 3} | options))
+    return pruning(**({"end_epoch": 0.75, "every_n_steps": 1} | options))
 
 
 def _neurons(**options: Any) -> Entry:
@@ -120,8 +120,11 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
+_SHORT = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1}
+
+
 def fitted(entry: Entry, module: LightningModule, *, before: Any = (), behind: Any = (), **options: Any) -> str:
-    """Fit a network for an epoch: "works", or the name of the rule by which it is refused."""
+    """Fit a network for four steps: "works", or the name of the rule by which it is refused."""
     torch.manual_seed(0)
     callbacks = [*before, *entry.callbacks(), *behind]
     if options.pop("static_graph", False):
@@ -131,7 +134,7 @@ def fitted(entry: Entry, module: LightningModule, *, before: Any = (), behind: A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            trainer = quiet_trainer(callbacks=callbacks, **({"max_epochs": 1} | options))
+            trainer = quiet_trainer(callbacks=callbacks, **(_SHORT | options))
             trainer.fit(entry.wrap(module), shuffled(), plain())
         except IncompatibleError as error:
             return error.rule

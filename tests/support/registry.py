@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 
+from examples.own_technique import ClippedWeightsCallback
 from lightning_compress import (
     BinaryWeightsCallback,
     DistillationModule,
@@ -98,6 +99,10 @@ def small_teacher() -> SmallModule:
         return SmallModule()
 
 
+def clipped(**options: Any) -> Entry:
+    return technique(ClippedWeightsCallback, idle={"limit": 1e9}, **({"limit": 0.1} | options))
+
+
 REGISTRY: dict[str, Entry] = {
     "pruning": pruning(),
     "pruning-layer-random": pruning(criterion="random", scope="layer", schedule="linear"),
@@ -148,4 +153,5 @@ REGISTRY: dict[str, Entry] = {
     "pruning-clustering-qat": pruning(amount=0.6).with_(
         clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
     ),
+    "own-technique": clipped(),
 }
