@@ -16,12 +16,6 @@ FLOOR = {
     "own_technique": 0.9,
     "transformers_model": 0.95,
 }
-    "distillation": 0.9,
-    "existing_module": 0.93,
-    "hand_written_loop": 0.95,
-    "own_technique": 0.9,
-    "transformers_model": 0.95,
-}
 
 
 def test_every_script_is_run_here_or_by_test_own_app() -> None:

@@ -228,7 +228,7 @@ TRAINER_RULES = (
     TrainerRule(
         name="float16 weights",
         meets=lambda one, fit: fit.float16_weight,
-        reason="{one} does not train float16 weights, such as {what}: Adam's eps and the squares of small gradients "
+        reason="{one} does not train float16 weights, such as {what}, because Adam's eps and the squares of small gradients "
         "are 0 in float16, and large sums infinite, so that networks end as NaN",
         remedy="use precision='bf16-true', or '16-mixed' or 'bf16-mixed', which keep float32 weights",
     ),
@@ -254,7 +254,7 @@ TRAINER_RULES = (
     TrainerRule(
         name="schedule-free optimizers",
         meets=lambda one, fit: one.effects.changes_weights and fit.schedule_free,
-        reason="{one} does not support {what}: its train() and eval() exchange the weights where the projection does "
+        reason="{one} does not support {what}, because its train() and eval() exchange the weights where the projection does "
         "not see it, as schedule-free optimizers do",
         remedy="use SGD, Adam or another first-order optimizer",
     ),
@@ -297,7 +297,7 @@ TRAINER_RULES = (
         meets=lambda one, fit: bool(fit.ddp.get("static_graph")) and one.effects.shapes == "during_fit",
         shows=("shapes",),
         reason="{one} changes the network's shapes during the fit, which DDPStrategy(static_graph=...) does not "
-        "survive: it averages by what the first step was",
+        "survive, because it averages by what the first step was",
         remedy="leave static_graph out, or use shrink='on_fit_end'",
     ),
     TrainerRule(
@@ -305,7 +305,7 @@ TRAINER_RULES = (
         meets=lambda one, fit: "powerSGD" in fit.comm_hook and one.effects.shapes == "during_fit",
         shows=("shapes",),
         reason="{one} changes the network's shapes during the fit, which DDPStrategy(ddp_comm_hook=...) does not "
-        "survive: PowerSGD's errors of earlier steps have the old shapes",
+        "survive, because PowerSGD's errors of earlier steps have the old shapes",
         remedy="leave ddp_comm_hook out, or use shrink='on_fit_end'",
     ),
     TrainerRule(
@@ -382,7 +382,7 @@ def techniques(trainer: Trainer | None, pl_module: LightningModule, callbacks: S
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each technique says itself, when it prepares, what its patterns leave out
         return [
-            Technique(name=one.name, settings=one.settings, place=place, effects=one.effects(trainer, pl_module))
+            Technique(name=one.name, settings=one.settings, place=place, effects=one.declared(trainer, pl_module))
             for place, one in enumerate(callbacks)
             if isinstance(one, DeclaresEffects)
         ]

@@ -95,6 +95,10 @@ class DeclaresEffects:
         """
         raise NotImplementedError
 
+    def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        """Return its effects, as `compatibility` asks for them."""
+        return self.effects(trainer, pl_module)
+
     def progress(self) -> Progress:
         """Return how far the technique has come."""
         return Progress()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.trainer import compatibility, means, rng
 from lightning_compress.trainer.distributed import gather, rank
-from lightning_compress.trainer.effects import DeclaresEffects
+from lightning_compress.trainer.effects import DeclaresEffects, Effects
 from lightning_compress.trainer.epoch_end import EpochEnd
 from lightning_compress.trainer.inputs import forget_batch
 from lightning_compress.trainer.inside import innermost
@@ -110,15 +111,8 @@ class ResumableCallback(DeclaresEffects, Callback):
             epoch_end.before_training(trainer, metrics_known=known)
         self._begin_counting(trainer, pl_module, loaded)
         self.generator.manual_seed(torch.initial_seed() + rank())
-        try:
+        with self._reading(loaded):
             self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
-        except KeyError as error:
-            if loaded is None:
-                raise
-            raise ValueError(
-                f"The checkpoint's state of {self.name} has no {error}: it was written by another version of "
-                f"lightning_compress, or for another network. {_REMEDY}"
-            ) from error
         self._keep_pace(trainer, self._pace if loaded is None else loaded.get("pace"), resumed=loaded is not None)
         random_state = None if loaded is None else self._random_state(loaded["rng"])
         if random_state is not None:
@@ -135,6 +129,23 @@ class ResumableCallback(DeclaresEffects, Callback):
             rng.restore(random_state["global"])
         if epoch_end is not None:
             self._match_batches(trainer)
+
+    def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        with self._reading(self._loaded):
+            return super().declared(trainer, pl_module)
+
+    @contextmanager
+    def _reading(self, loaded: dict[str, Any] | None) -> Iterator[None]:
+        """Say in words what a state lacks that another version has written."""
+        try:
+            yield
+        except KeyError as error:
+            if loaded is None:
+                raise
+            raise ValueError(
+                f"The checkpoint's state of {self.name} has no {error}: it was written by another version of "
+                f"lightning_compress, or for another network. {_REMEDY}"
+            ) from error
 
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Act before the first step; everything is prepared."""
