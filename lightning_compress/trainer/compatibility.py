@@ -228,8 +228,8 @@ TRAINER_RULES = (
     TrainerRule(
         name="float16 weights",
         meets=lambda one, fit: fit.float16_weight,
-        reason="{one} does not train float16 weights, such as {what}, because Adam's eps and the squares of small gradients "
-        "are 0 in float16, and large sums infinite, so that networks end as NaN",
+        reason="{one} does not train float16 weights, such as {what}, because Adam's eps and the squares of small "
+        "gradients are 0 in float16, and large sums infinite, so that networks end as NaN",
         remedy="use precision='bf16-true', or '16-mixed' or 'bf16-mixed', which keep float32 weights",
     ),
     TrainerRule(
@@ -254,8 +254,8 @@ TRAINER_RULES = (
     TrainerRule(
         name="schedule-free optimizers",
         meets=lambda one, fit: one.effects.changes_weights and fit.schedule_free,
-        reason="{one} does not support {what}, because its train() and eval() exchange the weights where the projection does "
-        "not see it, as schedule-free optimizers do",
+        reason="{one} does not support {what}, because its train() and eval() exchange the weights where the "
+        "projection does not see it, as schedule-free optimizers do",
         remedy="use SGD, Adam or another first-order optimizer",
     ),
     TrainerRule(
