@@ -572,7 +572,7 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
         (["callbacks.pruning.criterion=size"], "got 'size'"),
         (["callbacks.pruning.target=conv9"], "target='conv9'"),
         (["compress=[iterative_pruning,iterative_pruning]"], "chooses a technique twice"),
-        (["compress=[iterative_pruning,neuron_pruning]"], "Two IterativePruningCallbacks prune network.conv1.weight"),
+        (["compress=[iterative_pruning,neuron_pruning]"], "both prune network.conv1.weight"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
