@@ -43,11 +43,11 @@ from transformers import (
 )
 
 from lightning_compress.baselines import ResNet20
-from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.footprint import compare_latency
-from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.core.macs import count_macs
-from lightning_compress.core.surgery import cut
+from lightning_compress.channels.cut import cut
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.measure.footprint import compare_latency
+from lightning_compress.measure.macs import count_macs
 
 
 def resnet18(width: int = 64) -> nn.Module:

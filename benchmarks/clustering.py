@@ -22,7 +22,7 @@ from rich.table import Table
 
 from lightning_compress import IterativePruningCallback, WeightClusteringCallback
 from lightning_compress.baselines import MNIST, Classifier, LeNet300
-from lightning_compress.quantization.kmeans import Init
+from lightning_compress.clustering.kmeans import Init
 
 CLUSTERS = (2, 3, 4, 8, 16, 32, 256)
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.hydra import build_module
-from lightning_compress.pruning.scoring import CRITERIA
+from lightning_compress.pruning.criteria.choose import CRITERIA
 
 TASKS = {
     "digits": (["data.val_size=180"], 12),

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_compress.core.threshold import keep_largest
+from lightning_compress.core.keep_largest import keep_largest
 
 AMOUNT = 0.9
 PROC = Path("/proc/self")

@@ -23,7 +23,7 @@ from rich.table import Table
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from lightning_compress.quantization.kmeans import Init, assign, kmeans
+from lightning_compress.clustering.kmeans import Init, assign, kmeans
 
 
 def weights(n: int, kind: str = "normal") -> Tensor:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.hydra import build_datamodule, build_module, build_trainer_factory
-from lightning_compress.tasks.recorder import Recorder
+from lightning_compress.tasks.history import Recorder
 
 LEFT = {"12x": 22_183, "56x": 4_753}
 WEIGHTS, EPOCHS = 266_200, 12

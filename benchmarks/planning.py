@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_compress.core.channels import ChannelGroups, channel_groups
+from lightning_compress.channels.find import ChannelGroups, channel_groups
 
 NETWORKS = ("resnet50", "swin_t", "vit_b_16", "tnt_s_patch16_224", "dm_nfnet_f0")
 PIXELS = {"dm_nfnet_f0": 192}  # the resolution that it is trained at

@@ -30,7 +30,7 @@ from torch import nn
 from lightning_compress import QuantizationAwareTrainingCallback, save_compressed
 from lightning_compress.baselines import MNIST, Classifier, LeNet5, TensorLoader
 from lightning_compress.quantization.observers import ObservedInputs
-from lightning_compress.quantization.uniform_weights import quantize_weights
+from lightning_compress.quantization.weights import quantize_weights
 
 SETTINGS: dict[str, tuple[int, int | None]] = {
     "W8A8": (8, 8),

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.baselines import Classifier, DigitsConvNet, TensorLoader
-from lightning_compress.core.macs import count_macs
-from lightning_compress.pruning.scoring import Shrink
+from lightning_compress.measure.macs import count_macs
+from lightning_compress.pruning.criteria.choose import Shrink
 
 ALLOWED = 0.15  # beyond the ratio of the MACs
 

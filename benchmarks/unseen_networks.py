@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_compress.core.channels import ChannelGroups, channel_groups
-from lightning_compress.core.surgery import cut
+from lightning_compress.channels.cut import cut
+from lightning_compress.channels.find import ChannelGroups, channel_groups
 
 NETWORKS = (  # with the smallest resolution, in pixels, that each is tried at
     *(("bat_resnext26ts", 256), ("beit_base_patch16_224", 224), ("botnet26t_256", 256), ("caformer_s18", 64)),

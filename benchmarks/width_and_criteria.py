@@ -29,11 +29,11 @@ from torch import nn
 
 from lightning_compress import GroupLassoCallback, IterativePruningCallback
 from lightning_compress.baselines import MNIST, Classifier, ResNet20
-from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.footprint import compare_latency
-from lightning_compress.core.macs import count_macs
-from lightning_compress.core.surgery import shrink
-from lightning_compress.pruning.lasso import unit_groups
+from lightning_compress.channels.cut import shrink
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.group_lasso.penalty import unit_groups
+from lightning_compress.measure.footprint import compare_latency
+from lightning_compress.measure.macs import count_macs
 from lightning_compress.report.figure import new_figure, tidy
 
 IMAGES, BATCH, SHAPE = 10_000, 64, (1, 28, 28)

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.footprint import compare_latency
-from lightning_compress.core.surgery import shrink
+from lightning_compress.channels.cut import shrink
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.measure.footprint import compare_latency
 
 
 class CSRLinear(nn.Module):

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.surgery import cut
+from lightning_compress.channels.cut import cut
+from lightning_compress.channels.find import channel_groups
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -6,9 +6,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_compress import save_compressed
+from lightning_compress.core.projection import Projection
 from lightning_compress.core.schedule import amount_at
 from lightning_compress.core.select import select_parameters
-from lightning_compress.core.swap import Projection
 from lightning_compress.pruning.masks import prune_weights
 
 STEPS, RAMP, EVERY, BATCH = 900, 600, 50, 32

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_compress.core.projection import Projection
 from lightning_compress.core.select import select_parameters
-from lightning_compress.core.swap import Projection
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.effects import Effects
 

@@ -2,17 +2,17 @@
 
 from pathlib import Path as _Path
 
+from lightning_compress.binary.callback import BinaryWeightsCallback
+from lightning_compress.channels.cut import cut, shrink
+from lightning_compress.channels.find import ChannelGroup, ChannelGroups, channel_groups
+from lightning_compress.clustering.callback import WeightClusteringCallback
 from lightning_compress.coding import CompressedSize, CorruptFileError, load_compressed, save_compressed
 from lightning_compress.coding.footprint import footprint
-from lightning_compress.core.channels import ChannelGroup, ChannelGroups, channel_groups
-from lightning_compress.core.footprint import Footprint
-from lightning_compress.core.surgery import cut, shrink
 from lightning_compress.distillation.module import DistillationModule
+from lightning_compress.group_lasso.callback import GroupLassoCallback
+from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
-from lightning_compress.pruning.group_lasso import GroupLassoCallback
-from lightning_compress.quantization.binary import BinaryWeightsCallback
-from lightning_compress.quantization.clustering import WeightClusteringCallback
-from lightning_compress.quantization.uniform import QuantizationAwareTrainingCallback
+from lightning_compress.quantization.callback import QuantizationAwareTrainingCallback
 
 __all__ = [
     "BinaryWeightsCallback",

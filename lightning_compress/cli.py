@@ -26,6 +26,7 @@ from torch import distributed
 
 from lightning_compress.coding import load_compressed
 from lightning_compress.coding.files import read_compressed
+from lightning_compress.coding.weights import load_weights
 from lightning_compress.core.files import replacing
 from lightning_compress.deploy import capture, fold_quantized, save_onnx, save_program
 from lightning_compress.hydra import (
@@ -44,12 +45,11 @@ from lightning_compress.hydra import (
 from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
 from lightning_compress.report.write import write_text
+from lightning_compress.tasks.dry_run import inspection_tables
 from lightning_compress.tasks.inputs import example_inputs, samples
-from lightning_compress.tasks.inspect import inspection_tables
 from lightning_compress.tasks.run import COMPRESSED, SMALL, Run, can_draw, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested, finite
 from lightning_compress.tasks.verify import escaped, verify
-from lightning_compress.tasks.weights import load_weights
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.compatibility import check_together
 

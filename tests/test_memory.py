@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_compress import GroupLassoCallback, IterativePruningCallback
 from lightning_compress.baselines import Classifier, TensorLoader
-from lightning_compress.core.channels import channel_groups
+from lightning_compress.channels.find import channel_groups
 from lightning_compress.pruning.masked import MaskedParameters
 
 WIDTH, DEPTH = 128, 12

@@ -21,7 +21,7 @@ from support.registry import REGISTRY
 from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
 from torch import Tensor
 
-from lightning_compress.core.reshaping import adopt_state
+from lightning_compress.channels.load import adopt_state
 
 ENTRIES = list(REGISTRY)
 MASKING = [entry for entry in ENTRIES if entry.startswith("pruning")]  # the others promise no masks

@@ -22,7 +22,7 @@ from typing import Literal
 from lightning_compress.coding.ans import AnsReader, AnsWriter
 from lightning_compress.coding.bits import BitReader, BitWriter, HuffmanReader, HuffmanWriter
 from lightning_compress.coding.errors import CorruptFileError
-from lightning_compress.coding.records import read_varint, varint
+from lightning_compress.coding.plain_values import read_varint, varint
 from lightning_compress.coding.streams import Reader, Writer
 from lightning_compress.core.files import replacing
 

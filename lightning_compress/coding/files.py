@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lightning_compress.coding.checkpoints import adopt, read_state
 from lightning_compress.coding.container import Coder, explained, is_compressed, make_writer, open_reader, write_file
 from lightning_compress.coding.encodings.tensor import read_tensor, write_tensor
 from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.header import Header, memory_limit, read_header, write_header
 from lightning_compress.coding.size import CompressedSize, TensorSize
 from lightning_compress.coding.state import describe
-from lightning_compress.core.checkpoints import adopt, read_state
-from lightning_compress.core.record_check import RecordError
-from lightning_compress.quantization.inputs import check_inputs, following_inputs
+from lightning_compress.core.input_records import check_inputs, following_inputs
+from lightning_compress.core.record_error import RecordError
 
 
 def save_compressed(
@@ -102,7 +102,7 @@ def load_compressed(
 
     Example:
         >>> import tempfile, torch
-        >>> from lightning_compress.core.surgery import cut
+        >>> from lightning_compress.channels.cut import cut
         >>> def make():
         ...     return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> path = Path(tempfile.mkdtemp()) / "thin.lcz"

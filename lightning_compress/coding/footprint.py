@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_compress.coding.files import load_compressed, save_compressed
-from lightning_compress.core.footprint import Footprint, measure
-from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.measure.footprint import Footprint, measure
 
 
 def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 30) -> Footprint:

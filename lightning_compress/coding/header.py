@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from lightning_compress.coding import records
+from lightning_compress.channels.load import is_extra
+from lightning_compress.coding import plain_values
 from lightning_compress.coding.names import memory_of_names, read_text, write_text
 from lightning_compress.coding.patterns import DTYPES
 from lightning_compress.coding.streams import Reader, Writer
-from lightning_compress.core.reshaping import is_extra
 
 _DIMENSIONS = 64
 _SIZE = 1 << 48  # of a dimension; torch takes larger ones where another is zero
@@ -59,7 +59,7 @@ def memory_limit(file_bytes: int) -> int:
 
 
 def write_header(writer: Writer, header: Header) -> int:
-    """Write a header, and return how much memory a reader will need for names and records.
+    """Write a header, and return how much memory a reader will need for names and plain_values.
 
     Raises:
         ValueError: The metadata, or an extra state, holds something other than plain values, or a tensor has a shape
@@ -97,8 +97,8 @@ def write_header(writer: Writer, header: Header) -> int:
     unusual = _unusual(header)
     writer.uniform([int(unusual is not None)], 2)
     if unusual is not None:
-        write_text(writer, records.to_bytes(unusual, "The state dict's metadata") if unusual else b"")
-    return memory_of_names(header.names) + (records.memory(unusual) if unusual else 0)
+        write_text(writer, plain_values.to_bytes(unusual, "The state dict's metadata") if unusual else b"")
+    return memory_of_names(header.names) + (plain_values.memory(unusual) if unusual else 0)
 
 
 def _unusual(header: Header) -> dict[str, Any] | None:
@@ -114,7 +114,7 @@ def _unusual(header: Header) -> dict[str, Any] | None:
         if not isinstance(entry.get("version"), int | None):
             raise ValueError(f"The metadata of {path!r} have the version {entry['version']!r}; expected an integer.")
     for name, value in header.extras.items():
-        records.to_bytes(value, f"{name!r}, an extra state,")
+        plain_values.to_bytes(value, f"{name!r}, an extra state,")
     if header.extras:
         metadata[""] = metadata.get("", {}) | {_EXTRAS: header.extras}
     return {path: entry for path, entry in metadata.items() if entry != usual.get(path, {"version": 1})}
@@ -175,7 +175,7 @@ def _read_metadata(reader: Reader, names: list[str], limit: int) -> tuple[Mappin
     if not data:
         return metadata, {}
     try:
-        unusual = records.from_bytes(data, limit)
+        unusual = plain_values.from_bytes(data, limit)
     except ValueError as error:
         reader.fail(f"its metadata can't be read ({error})")
     if not isinstance(unusual, dict) or not all(

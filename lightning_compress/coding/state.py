@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lightning_compress.channels.load import is_extra
 from lightning_compress.coding.header import Entry, Header
 from lightning_compress.coding.patterns import DTYPES
-from lightning_compress.core.reshaping import is_extra
 
 
 def describe(state: Mapping[str, Any]) -> tuple[Header, list[Tensor]]:

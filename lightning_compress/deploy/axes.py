@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_compress.core.inputs import ExampleInputs, batch_size, call
+from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
 
 BATCH = "batch"
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lightning_compress.coding.encodings.grid import find_grid
-from lightning_compress.core.folding import fold_batch_norm
-from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.select import WEIGHT_LAYERS
+from lightning_compress.deploy.folding import fold_batch_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from lightning_compress.core.example_inputs import ExampleInputs, tensors
 from lightning_compress.core.files import replacing
-from lightning_compress.core.inputs import ExampleInputs, tensors
 from lightning_compress.deploy.axes import Axes, arguments
-from lightning_compress.deploy.marks import mark_inputs, translations
+from lightning_compress.deploy.fake_quant_nodes import mark_inputs, translations
 from lightning_compress.deploy.program import compare
 from lightning_compress.quantization.input_grids import InputGrid
 

@@ -12,9 +12,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.evaluation import caches_off, evaluating
+from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.files import replacing
-from lightning_compress.core.inputs import ExampleInputs, call
-from lightning_compress.core.slicing import named_tensors
+from lightning_compress.core.tensors import named_tensors
 from lightning_compress.deploy.axes import BATCH, Axes, arguments, spelled_out
 
 

@@ -1,1 +1,17 @@
-"""Distillation: a network learns from what another one makes of the same inputs."""
+"""A network learns from what another one makes of the same inputs, from plain functions to a wrapper."""
+
+from __future__ import annotations
+
+from lightning_compress.distillation.cache import Indexed
+from lightning_compress.distillation.hint_losses import attention_transfer_loss, fitnet_loss
+from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss, soften
+
+__all__ = [
+    "Indexed",
+    "attention_transfer_loss",
+    "cosine_loss",
+    "fitnet_loss",
+    "logit_regression_loss",
+    "soft_target_loss",
+    "soften",
+]

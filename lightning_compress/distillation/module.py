@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.export import ExportedProgram
 
-from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.distillation.finding import find_teachers, network_of
+from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.distillation.objective import Distillation, Loss
+from lightning_compress.distillation.teacher_sources import find_teachers, network_of
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 

@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.evaluation import evaluating
-from lightning_compress.core.inputs import ExampleInputs, call, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
 from lightning_compress.distillation.aligned import named_mask
 from lightning_compress.distillation.cache import OutputCache, checksums, without_index
-from lightning_compress.distillation.hinting import Hint, features, watching
-from lightning_compress.distillation.hints import left_out
+from lightning_compress.distillation.hint_hooks import Hint, features, watching
+from lightning_compress.distillation.hint_losses import left_out
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured, select_output
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
-from lightning_compress.trainer.inside import LOGGED, innermost
 from lightning_compress.trainer.scheduled import Scheduled
+from lightning_compress.trainer.unwrap import LOGGED, innermost
 from lightning_compress.trainer.wrapper import Objective
 
 Loss = Literal["soft_target", "logit_regression", "cosine"]

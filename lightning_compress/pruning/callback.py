@@ -10,14 +10,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_compress.core.costs import Cost
+from lightning_compress.channels.costs import Cost
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.pruning.backtracking import BacktrackingCallback
-from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
-from lightning_compress.pruning.masked import MaskedParameters
-from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
-from lightning_compress.pruning.scoring import (
+from lightning_compress.pruning.criteria.choose import (
     Criterion,
     Granularity,
     Shrink,
@@ -26,15 +23,18 @@ from lightning_compress.pruning.scoring import (
     check_widths,
     static_scores,
 )
-from lightning_compress.pruning.statistics import Statistic
+from lightning_compress.pruning.criteria.statistic import Statistic
+from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
+from lightning_compress.pruning.masked import MaskedParameters
+from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
 from lightning_compress.pruning.stopping import StopRule, StopWatch
 from lightning_compress.trainer.callback import latent_values, take_writes, techniques
 from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
-from lightning_compress.trainer.ramp import Ramp
-from lightning_compress.trainer.timeline import planned_steps, steps_at
+from lightning_compress.trainer.step_window import Ramp
+from lightning_compress.trainer.steps import planned_steps, steps_at
 
 
 class IterativePruningCallback(BacktrackingCallback):

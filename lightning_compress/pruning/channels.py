@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.costs import Cost, channel_costs
-from lightning_compress.core.groups import ChannelGroups, positions_kept, thinned
-from lightning_compress.core.inputs import ExampleInputs
-from lightning_compress.core.slicing import Kept, named_tensors
-from lightning_compress.core.surgery import cut, parts_of
+from lightning_compress.channels.costs import Cost, channel_costs
+from lightning_compress.channels.cut import cut, parts_of
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.channels.groups import ChannelGroups, positions_kept, thinned
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.tensors import Kept, named_tensors
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_compress.core.groups import Member
+from lightning_compress.channels.groups import Member
 
 
 @dataclass(frozen=True, eq=False)

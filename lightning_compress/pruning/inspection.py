@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.select import select_parameters
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.masking import bit_mask, keep_
-from lightning_compress.core.swap import Projection
+from lightning_compress.core.projection import Projection
 from lightning_compress.pruning.groups import Neurons, channel_sums
 from lightning_compress.pruning.masks import expand
 

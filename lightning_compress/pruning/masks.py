@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_compress.core.threshold import keep_largest
+from lightning_compress.core.keep_largest import keep_largest
 from lightning_compress.pruning.groups import Neurons
 
 Scope = Literal["global", "layer"]

@@ -8,11 +8,11 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.core.channels import channel_groups
-from lightning_compress.core.groups import ChannelGroups, Member
-from lightning_compress.core.inputs import ExampleInputs
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.channels.groups import ChannelGroups, Member
+from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.select import is_transposed_linear, is_weight_layer
-from lightning_compress.core.slicing import saved_tensors
+from lightning_compress.core.tensors import saved_tensors
 from lightning_compress.pruning.groups import Neurons
 
 

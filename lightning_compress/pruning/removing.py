@@ -11,19 +11,18 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_compress.core.costs import Cost
+from lightning_compress.channels.costs import Cost
 from lightning_compress.core.select import select_parameters
-from lightning_compress.core.slicing import Kept, select, sliced
+from lightning_compress.core.tensors import Kept, select, sliced
 from lightning_compress.pruning.channels import PrunableChannels
+from lightning_compress.pruning.criteria.choose import Shrink, make_statistic
+from lightning_compress.pruning.criteria.statistic import Statistic
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope
-from lightning_compress.pruning.scoring import Shrink, make_statistic
-from lightning_compress.pruning.statistics import Statistic
 from lightning_compress.pruning.watching import WatchingCallback
 from lightning_compress.trainer.distributed import gather, on_all_ranks
 from lightning_compress.trainer.inputs import resolve_network, traced_network
-from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.surgery import (
     check_cuts_in_fit,
     cut_in_fit,
@@ -31,6 +30,7 @@ from lightning_compress.trainer.surgery import (
     keep_metadata,
 )
 from lightning_compress.trainer.targets import refuse_average_in_forward
+from lightning_compress.trainer.unwrap import innermost
 
 
 class RemovingCallback(WatchingCallback):

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_compress.pruning.scoring import DIFFERENTIATING, STATIC, Criterion, Granularity
-from lightning_compress.pruning.statistics import Statistic
+from lightning_compress.pruning.criteria.choose import DIFFERENTIATING, STATIC, Criterion, Granularity
+from lightning_compress.pruning.criteria.statistic import Statistic
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.distributed import all_reduce_sum, rank
 from lightning_compress.trainer.effects import Sight

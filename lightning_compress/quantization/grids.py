@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_compress.core.by_channel import by_channel
 from lightning_compress.core.precision import widened
-from lightning_compress.quantization.signs import by_channel
 
 Granularity = Literal["channel", "tensor"]
 

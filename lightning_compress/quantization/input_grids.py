@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.input_hooks import InputHook, InputHooks, input_hook
 from lightning_compress.quantization.grids import check_bits
-from lightning_compress.quantization.input_hooks import InputHook, InputHooks, input_hook
 
 
 @dataclass(frozen=True)

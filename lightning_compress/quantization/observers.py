@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.input_hooks import InputHooks
 from lightning_compress.quantization.input_grids import InputQuantizer, affine
-from lightning_compress.quantization.input_hooks import InputHooks
 
 
 class ObservingQuantizer(InputQuantizer):

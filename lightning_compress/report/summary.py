@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_compress.core.footprint import Footprint, Latency
+from lightning_compress.measure.footprint import Footprint, Latency
 from lightning_compress.report.metric import Metric, Mode
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Measurement:
         """Return the footprint beside what the test found.
 
         Args:
-            footprint: What `lightning_compress.core.footprint.measure` measured.
+            footprint: What `lightning_compress.measure.footprint.measure` measured.
             test_metric: What the test logged as the report's metric.
             latency: Where networks were timed in turns (`time_in_turns`); None: the footprint's own.
             file_bytes: Size of another file than the footprint's; None: the footprint's own.

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_compress.core.inputs import ExampleInputs, to_device
-from lightning_compress.core.inputs import batch_size as batched
+from lightning_compress.core.example_inputs import ExampleInputs, to_device
+from lightning_compress.core.example_inputs import batch_size as batched
 from lightning_compress.trainer.inputs import inputs_of
 
 

@@ -20,16 +20,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning_compress.coding import load_compressed, save_compressed
 from lightning_compress.coding.container import Coder, make_writer
 from lightning_compress.coding.footprint import footprint
+from lightning_compress.coding.weights import load_weights
+from lightning_compress.core.example_inputs import to_device
 from lightning_compress.core.files import replacing
-from lightning_compress.core.footprint import time_in_turns
-from lightning_compress.core.inputs import to_device
+from lightning_compress.measure.footprint import time_in_turns
 from lightning_compress.report import Measurement, Report, compare_layers, write_report
 from lightning_compress.report.metric import Metric, Mode
+from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.progress import RunProgress
-from lightning_compress.tasks.recorder import Recorder
 from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
-from lightning_compress.tasks.weights import load_weights
 from lightning_compress.trainer.distributed import barrier
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class Run:
         before_recovery = None
         if recorder.snapshot is not None:
             snapshot = copy.deepcopy(compressed)
-            with quietly("lightning_compress.core.reshaping", logging.ERROR):  # it is wider, of course
+            with quietly("lightning_compress.channels.load", logging.ERROR):  # it is wider, of course
                 snapshot.load_state_dict(recorder.snapshot)
             before_recovery = self._accuracy(snapshot)
         if self.half:

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.core.slicing import Kept
-from lightning_compress.core.swap import Projection
+from lightning_compress.core.projection import Projection
+from lightning_compress.core.tensors import Kept
 from lightning_compress.trainer.averages import averaged_modules, copies_inside
-from lightning_compress.trainer.inside import LOGGED, innermost, raw_optimizer
 from lightning_compress.trainer.targeting import TargetingCallback
+from lightning_compress.trainer.unwrap import LOGGED, innermost, raw_optimizer
 
 TO_SHRINK = (
     "Once it is loaded, lightning_compress.shrink(network, example_inputs) takes them out; trainer.test(module) "

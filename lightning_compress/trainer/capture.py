@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.trainer.inputs import resolve_network
-from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.unwrap import innermost
 
 
 @contextmanager

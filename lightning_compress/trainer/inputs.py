@@ -15,9 +15,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import entries_restored, evaluating
-from lightning_compress.core.inputs import ExampleInputs, call
-from lightning_compress.trainer.inside import innermost
+from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.trainer.peek import first_batch
+from lightning_compress.trainer.unwrap import innermost
 
 
 def resolve_network(pl_module: LightningModule, network: str) -> nn.Module:

@@ -19,9 +19,9 @@ from lightning_compress.trainer.distributed import gather, rank
 from lightning_compress.trainer.effects import DeclaresEffects, Effects
 from lightning_compress.trainer.epoch_end import EpochEnd
 from lightning_compress.trainer.inputs import forget_batch
-from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.steps import Pace, epochs_done, steps_done, steps_per_epoch
 from lightning_compress.trainer.surroundings import check_namespace, check_strategy
-from lightning_compress.trainer.timeline import Pace, epochs_done, steps_done, steps_per_epoch
+from lightning_compress.trainer.unwrap import innermost
 
 _REMEDY = "Resume with the version that wrote it, or start a new fit from its weights alone."
 FORMAT = 2  # of the state in a checkpoint: raise it when what a technique saves is another thing than before

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from lightning.pytorch import Trainer
 
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
-from lightning_compress.trainer.ramp import Ramp
+from lightning_compress.trainer.step_window import Ramp
 
 
 @dataclass(kw_only=True)

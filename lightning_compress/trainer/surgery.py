@@ -14,12 +14,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_compress.core.optimizer_state import check_state, forget_unsliceable
-from lightning_compress.core.reshaping import follow_checkpoints, follow_leader, with_record
-from lightning_compress.core.slicing import Kept
+from lightning_compress.channels.load import follow_checkpoints, follow_leader, with_record
+from lightning_compress.channels.optimizer_state import check_state, forget_unsliceable
+from lightning_compress.core.tensors import Kept
 from lightning_compress.trainer.averages import averaged_modules, copies_inside
 from lightning_compress.trainer.callback import TO_SHRINK, CompressionCallback, techniques
-from lightning_compress.trainer.inside import innermost
+from lightning_compress.trainer.unwrap import innermost
 
 
 class Cut(Protocol):

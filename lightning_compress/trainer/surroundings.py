@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from lightning_compress.trainer.inputs import is_compiled
-from lightning_compress.trainer.inside import raw_optimizer
+from lightning_compress.trainer.unwrap import raw_optimizer
 
 # Of DistributedDataParallel: those that leave every rank with the same gradients and parameters after every step.
 _DDP_OPTIONS = {

@@ -12,8 +12,8 @@ from torch import nn
 
 from lightning_compress.core.select import has_entries, is_weight_layer, layer_weights
 from lightning_compress.trainer.averages import averages_inside
-from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.reached import is_within, reached_by_forward
+from lightning_compress.trainer.unwrap import innermost
 
 _NAMED = 4  # paths in a message
 

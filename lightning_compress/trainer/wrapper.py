@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.trainer.effects import Effects
-from lightning_compress.trainer.inside import SLOT, innermost
 from lightning_compress.trainer.resume import ResumableCallback
+from lightning_compress.trainer.unwrap import SLOT, innermost
 
 
 class Objective:

@@ -1,6 +1,6 @@
 """Files made by hand with a valid checksum, field by field: one error, the model as it was, little memory and time.
 
-The records of cuts are attacked in tests/core/test_record.py.
+The records of cuts are attacked in tests/channels/test_cut_record.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_compress.coding.ans import AnsWriter
 from lightning_compress.coding.bits import BitWriter, HuffmanWriter
 from lightning_compress.coding.names import write_text
 from lightning_compress.coding.patterns import DTYPES
-from lightning_compress.coding.records import to_bytes, varint
+from lightning_compress.coding.plain_values import to_bytes, varint
 from lightning_compress.coding.streams import Writer
 
 CODERS: dict[str, type[Writer]] = {"ans": AnsWriter, "huffman": HuffmanWriter, "none": BitWriter}

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
+from lightning_compress.channels.cut import cut
 from lightning_compress.coding import CorruptFileError, load_compressed, save_compressed
 from lightning_compress.coding.files import read_compressed
 from lightning_compress.coding.footprint import file_bytes, footprint
-from lightning_compress.core.surgery import cut
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32),

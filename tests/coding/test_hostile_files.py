@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_compress.coding import CorruptFileError, load_compressed, save_compressed
 from lightning_compress.coding.files import _read
-from lightning_compress.coding.records import read_varint, varint
+from lightning_compress.coding.plain_values import read_varint, varint
 
 LIMIT = 1 << 22  # bytes of tensors: a mutation may announce any size
 CODERS: list[Any] = ["ans", "huffman", "none"]

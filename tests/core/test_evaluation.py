@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.channels import channel_groups
+from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.evaluation import caches_off, evaluating
 
 

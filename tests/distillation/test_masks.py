@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import DistillationModule
-from lightning_compress.distillation.hinting import Hint
-from lightning_compress.distillation.hints import attention_transfer_loss, fitnet_loss, left_out
+from lightning_compress.distillation.hint_hooks import Hint
+from lightning_compress.distillation.hint_losses import attention_transfer_loss, fitnet_loss, left_out
 
 TAGS, WORDS, WIDTH = 5, 9, 8
 

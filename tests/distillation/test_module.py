@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_compress import DistillationModule, IterativePruningCallback, load_compressed, save_compressed
 from lightning_compress.distillation.cache import Indexed
-from lightning_compress.distillation.hinting import Hint
-from lightning_compress.trainer.ramp import Ramp
+from lightning_compress.distillation.hint_hooks import Hint
 from lightning_compress.trainer.scheduled import Scheduled
+from lightning_compress.trainer.step_window import Ramp
 
 HINT = {"student": "net.conv", "teacher": "net.conv", "regressor": True, "channel_dim": 1}
 

@@ -650,7 +650,7 @@ def test_the_default_ramp_of_two_optimizers_ends_within_max_steps() -> None:
 
 
 def test_taylor_counts_each_step_for_the_parameters_of_its_optimizer_alone() -> None:
-    from lightning_compress.pruning.criteria import Taylor
+    from lightning_compress.pruning.criteria.weights import Taylor
 
     counts: list[dict[str, int]] = []
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_compress.core.groups import Member
+from lightning_compress.channels.groups import Member
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.masks import expand, prune_neurons
 

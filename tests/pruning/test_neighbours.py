@@ -18,7 +18,7 @@ from support.small import SmallModule, plain, quiet_trainer, shuffled
 from torch import Tensor, nn
 
 from lightning_compress import IterativePruningCallback
-from lightning_compress.core.surgery import shrink
+from lightning_compress.channels.cut import shrink
 from lightning_compress.pruning.masks import prune_weights
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).double()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_compress.core.channels import channel_groups
+from lightning_compress.channels.find import channel_groups
 from lightning_compress.pruning import neurons as module_under_test
 from lightning_compress.pruning.groups import Neurons
 from lightning_compress.pruning.neurons import find_neurons

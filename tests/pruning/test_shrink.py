@@ -16,8 +16,8 @@ from support.small import SmallModule, SmallNet, plain, quiet_trainer, shuffled
 from torch import Tensor, nn
 
 from lightning_compress import IterativePruningCallback
-from lightning_compress.core.reshaping import adopt_state
-from lightning_compress.core.surgery import cut, shrink
+from lightning_compress.channels.cut import cut, shrink
+from lightning_compress.channels.load import adopt_state
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import load_compressed, save_compressed
-from lightning_compress.quantization.binary_inputs import binarize_inputs
+from lightning_compress.binary.inputs import binarize_inputs
 from lightning_compress.quantization.grids import on_symmetric_grid, weight_scales
 from lightning_compress.quantization.input_grids import InputGrid, input_grids, on_grid, quantize_inputs
 from lightning_compress.quantization.observers import ObservedInputs
-from lightning_compress.quantization.uniform_weights import UniformWeights, quantize_weights
+from lightning_compress.quantization.weights import UniformWeights, quantize_weights
 
 BITS = (2, 3, 4, 6, 8)
 

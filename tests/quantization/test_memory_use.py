@@ -9,9 +9,9 @@ import torch
 from support.memory import LiveBytes
 from torch import nn
 
-from lightning_compress.quantization.binary_weights import binarize_weights
-from lightning_compress.quantization.latent import LatentWeights
-from lightning_compress.quantization.uniform_weights import quantize_weights
+from lightning_compress.binary.weights import binarize_weights
+from lightning_compress.core.latent import LatentWeights
+from lightning_compress.quantization.weights import quantize_weights
 
 WEIGHTS: dict[str, Callable[[nn.Module], LatentWeights]] = {
     "signs": binarize_weights,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import load_compressed, save_compressed
-from lightning_compress.quantization.binary_weights import binarize_weights
+from lightning_compress.binary.signs import channel_scales, real_gradient
+from lightning_compress.binary.weights import binarize_weights
+from lightning_compress.clustering.shared_weights import SharedWeights
 from lightning_compress.quantization.grids import Granularity, weight_scales
-from lightning_compress.quantization.sharing import SharedWeights
-from lightning_compress.quantization.signs import channel_scales, real_gradient
-from lightning_compress.quantization.uniform_weights import quantize_weights
+from lightning_compress.quantization.weights import quantize_weights
 
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SIZES = {  # of the largest weights of a channel, in units of a type's smallest normal number or largest number

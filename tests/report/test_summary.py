@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress.core.footprint import Footprint, Latency
+from lightning_compress.measure.footprint import Footprint, Latency
 from lightning_compress.report import Epoch, Layer, Measurement, Report, compare_layers
 
 DENSE = Measurement(0.98, 1000, 990, 5000, 4100, 1.5, 64000, ())

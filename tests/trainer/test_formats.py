@@ -19,7 +19,7 @@ from lightning_compress import (
     QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
 )
-from lightning_compress.tasks.recorder import Recorder
+from lightning_compress.tasks.history import Recorder
 from lightning_compress.trainer.resume import FORMAT
 from tests.support.small import SmallModule, plain, quiet_trainer, shuffled
 

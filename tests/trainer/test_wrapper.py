@@ -23,8 +23,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.core.select import select_parameters
-from lightning_compress.trainer.inside import innermost
 from lightning_compress.trainer.resume import ResumableCallback
+from lightning_compress.trainer.unwrap import innermost
 from lightning_compress.trainer.wrapper import CompressionModule, Objective
 
 

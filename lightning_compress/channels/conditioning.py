@@ -1,0 +1,101 @@
+"""Trial weights under which a network is well conditioned, so that a difference is either rounding or an error.
+
+Random weights can make a deep network chaotic: a product of two branches grows from block to block, and a sine of
+thirty times its input takes every rounding error thirty times further. Then weights are scaled, layer by layer, until
+every layer's output has one size, the largest at which a tiny change of the weights stays tiny at the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.outputs import run
+
+_TINY = 1e-13  # relative change of the weights; rounding is a thousandth of it
+_SENSITIVE = 1e3  # how much larger the output's relative change may be: ordinary networks have 1 to 5
+_SIZES = tuple(2.0**-step for step in range(10))  # of every layer's output: the smaller, the less of a softmax shows
+
+
+def conditioned(model: nn.Module, example_inputs: ExampleInputs, outputs: Sequence[Tensor]) -> dict[str, float]:
+    """Scale the model's parameters until it is well conditioned, and return the factors by name; empty if it is.
+
+    Where no size helps, the one that helps most is taken, and the comparisons that follow freeze what they can't tell.
+
+    Args:
+        model: The network, in the laboratory.
+        example_inputs: What it runs with.
+        outputs: What it makes of these as it is.
+    """
+    if _sensitivity(model, example_inputs, outputs) <= _SENSITIVE:
+        return {}
+    found: list[tuple[float, dict[str, float]]] = []
+    for size in _SIZES:
+        factors = _factors(model, example_inputs, size)
+        with_factors(model, factors)
+        found.append((_sensitivity(model, example_inputs, run(model, example_inputs)), factors))
+        if found[-1][0] <= _SENSITIVE:
+            return factors
+        with_factors(model, {name: 1 / factor for name, factor in factors.items()})
+    _, factors = min(found, key=lambda one: one[0])
+    with_factors(model, factors)
+    return factors
+
+
+def with_factors(model: nn.Module, factors: Mapping[str, float]) -> None:
+    """Scale parameters by name."""
+    for name, factor in factors.items():
+        model.get_parameter(name).data *= factor
+
+
+def _sensitivity(model: nn.Module, example_inputs: ExampleInputs, before: Sequence[Tensor]) -> float:
+    """How much larger the relative change of the output is than that of the weights."""
+    generator = torch.Generator().manual_seed(1)
+    with ExitStack() as back:
+        for data in (one.data for one in model.parameters() if one.is_floating_point()):
+            each = torch.randn([*data.shape[:1], *[1] * (data.dim() - 1)], generator=generator, dtype=torch.float64)
+            factors = (1 + _TINY * each).to(data.device)
+            data.mul_(factors)
+            back.callback(data.div_, factors)  # up to rounding: copies would be as large as the network
+        after = run(model, example_inputs)
+    ratios = []
+    for one, other in zip(before, after, strict=True):
+        if not one.is_floating_point() or one.shape != other.shape:
+            continue
+        numbers = one.isfinite() & other.isfinite()
+        if bool((numbers & (one != 0)).any()):
+            ratios.append(float((one - other)[numbers].abs().max() / one[numbers].abs().max()) / _TINY)
+    return max(ratios, default=0.0)
+
+
+def _factors(model: nn.Module, example_inputs: ExampleInputs, size: float) -> dict[str, float]:
+    """By name of a parameter, what makes the output of its layer as large as `size`, given that the others are."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    factors: dict[str, float] = {}
+
+    def scale(module: nn.Module, _args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        length = float(output.square().mean().sqrt())
+        if length == 0 or not math.isfinite(length):
+            return None
+        mine = [names[id(one)] for one in module._parameters.values() if one is not None and one.is_floating_point()]
+        if any(name in factors for name in mine):  # called before, or tied
+            return None
+        factors.update(dict.fromkeys(mine, size / length))
+        return output * (size / length)
+
+    layers = [module for module in model.modules() if module._parameters and not any(True for _ in module.children())]
+    handles = [layer.register_forward_hook(scale) for layer in layers]
+    try:
+        run(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return factors

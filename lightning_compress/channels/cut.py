@@ -1,0 +1,291 @@
+"""Cut channels out of a network for good, in place: the same Parameters, thinner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.conditioning import with_factors
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.channels.groups import ChannelGroup, ChannelGroups
+from lightning_compress.channels.load import follow_checkpoints
+from lightning_compress.channels.reference import dense_without
+from lightning_compress.channels.removal import Drop, drop_of, take
+from lightning_compress.channels.sandbox import laboratory
+from lightning_compress.channels.slicing import Slices, forget_graphs
+from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.outputs import TOLERANCE, compare, run
+from lightning_compress.core.tensors import named_tensors
+
+Indices = Tensor | Sequence[int] | Set[int]
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest
+
+
+@torch.inference_mode(False)  # in it new memory could not be trained any more
+def cut(
+    model: nn.Module,
+    *inputs: ExampleInputs,
+    keep: Mapping[str, Indices] | None = None,
+    remove: Mapping[str, Indices] | None = None,
+    example_inputs: ExampleInputs | None = None,
+    allow_inexact: bool = False,
+    groups: ChannelGroups | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+    owner: nn.Module | None = None,
+) -> nn.Module:
+    """Cut channels out of some groups: `cut(model, x, keep={...})`, or `cut(model, x, remove={...})`.
+
+    Parameters stay the same objects, with their `requires_grad`, gradients and hooks; buffers, the sizes that modules
+    note, and the optimizers' state follow. The thin network is compared with the dense one without those channels on
+    the example inputs; if they differ, everything is put back.
+
+    Args:
+        model: The network, changed in place.
+        inputs: The example inputs, where they are not given as `example_inputs=`.
+        keep: By group name the indices that stay, in ascending order or not; groups that are not named stay whole.
+        remove: By group name the indices that leave, instead of `keep`.
+        example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; batch first.
+        allow_inexact: Whether groups may be cut whose channels are counted by a norm or a softmax. The network
+            then computes what it would if these averaged over the channels that stay.
+        groups: What `channel_groups` returned for this model, to save the time of asking again.
+        optimizers: Optimizers of the model's parameters.
+        copies: Modules with the same parameters that are cut alike, such as a moving average.
+        owner: The module that is saved and loaded, where the model is a part of it, such as a LightningModule. It takes
+            the shapes of what is loaded into it from now on, thinner or wider; by default the model and its copies do.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: Not exactly one of `keep` and `remove` is given, or the example inputs are missing or given twice.
+        ValueError: A group is unknown or frozen, inexact without `allow_inexact`, or left with nothing; indices are out
+            of range; or the thin network does not compute what it should. The model is as it was then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> cut(net, torch.zeros(2, 3), keep={"0": [0, 3, 5]})
+        Sequential(
+          (0): Linear(in_features=3, out_features=3, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=3, out_features=2, bias=True)
+        )
+    """
+    chosen, side, example_inputs = _asked(inputs, keep, remove, example_inputs)
+    groups = channel_groups(model, example_inputs) if groups is None else groups
+    named = {group.name: group for group in groups}
+    checked = {name: _checked(named, name, indices, side, allow_inexact) for name, indices in chosen.items()}
+    drop = drop_of(named, checked)
+    if not drop:
+        return model
+    exact = all(group.exact for group, _ in drop)
+    assert exact or groups.plan is not None, "only exact groups are cut twice"
+    if groups.plan is not None:  # the example inputs may be zeros, which hide errors
+        _try(model, groups, drop)
+    slices, optimizers, copies = Slices(), list(optimizers), list(copies)
+    with _undisturbed(model):
+        expected = dense_without(model, example_inputs, drop) if exact else None
+    try:
+        for module, its in _loaded(model, copies, owner, groups):
+            for handle in follow_checkpoints(module, its):
+                slices.on_undo(handle.remove)
+        for module in (model, *copies):
+            take(slices, module, drop, optimizers=optimizers if module is model else ())
+        with _undisturbed(model):
+            got = run(model, example_inputs)
+    except Exception as error:
+        slices.undo()
+        raise ValueError(f"{_describe(drop)} could not be cut, and nothing was: {error}") from error
+    except BaseException:
+        slices.undo()
+        raise
+    if expected is not None:
+        dtype = next((one.dtype for one in expected if one.is_floating_point()), torch.float32)
+        _check(slices, drop, compare(got, expected, _TOLERANCES.get(dtype, 1e-3)))
+    sliced = {member.tensor for group, _ in drop for member in group.members}
+    for tensors in map(named_tensors, (model, *copies)):
+        for tensor in (tensors[name] for name in sliced if name in tensors and tensors[name].requires_grad):
+            forget_graphs(tensor)
+    for module in (model, *copies):
+        renew_caches(module)
+    torch.clear_autocast_cache()  # it holds weights as they were
+    return model
+
+
+def parts_of(copies: Iterable[nn.Module], path: str) -> list[nn.Module]:
+    """Return the submodule at `path` of every copy that has one; a copy may have a part of the module alone."""
+    return [modules[path] for modules in (dict(one.named_modules()) for one in copies) if path in modules]
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forward passes that leave nothing behind, and that neither torch.compile nor torch.autocast sees."""
+    with ExitStack() as stack:
+        for device in {tensor.device.type for tensor in named_tensors(model).values()} & {"cpu", "cuda", "mps", "xpu"}:
+            stack.enter_context(torch.autocast(device, enabled=False))  # it would go on with the weights of before
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(entries_restored(model))
+        stack.enter_context(evaluating(model))
+        take_rounding_away(model)
+        yield
+
+
+def _loaded(
+    model: nn.Module, copies: Iterable[nn.Module], owner: nn.Module | None, groups: ChannelGroups
+) -> list[tuple[nn.Module, ChannelGroups]]:
+    """The modules whose loads follow the cut, with the groups by the names that they have there."""
+    if owner is None:
+        return [(module, groups) for module in (model, *copies)]
+    path = next(path for path, module in owner.named_modules() if module is model)
+    found = groups.prefixed(path)
+    for copy in copies:  # one that the owner holds is loaded with it
+        found = found.copied(_renamed(copy, owner), groups)
+    return [(owner, found)]
+
+
+def _renamed(copy: nn.Module, owner: nn.Module) -> dict[str, str]:
+    """The names of a copy's tensors, and of its modules, in the module that holds it; empty where that does not."""
+    names = {id(one): name for name, one in (*named_tensors(owner).items(), *owner.named_modules())}
+    own = (*named_tensors(copy).items(), *copy.named_modules())
+    return {name: names[id(one)] for name, one in own if id(one) in names}
+
+
+def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
+    """Compare in double precision, with random parameters, and put everything back."""
+    assert groups.plan is not None, "channel_groups made them"
+    slices = Slices(sparing=True)
+    inputs = groups.plan.inputs
+    with laboratory(model):
+        with_factors(model, groups.plan.factors)
+        try:
+            expected = dense_without(model, inputs, drop, groups.plan)
+            take(slices, model, drop)
+            got = run(model, inputs)
+        except Exception as error:
+            raise ValueError(f"{_describe(drop)} could not be cut, and nothing was: {error}") from error
+        finally:
+            slices.undo()
+    _check(slices, drop, compare(got, expected, TOLERANCE))
+
+
+def _check(slices: Slices, drop: Drop, wrong: str | None) -> None:
+    if wrong is not None:
+        slices.undo()
+        raise ValueError(
+            f"Without {_describe(drop)} the network does not compute what the dense one computes with zeros in their "
+            f"place, so nothing was cut: {wrong}."
+        )
+
+
+def _asked(
+    inputs: tuple[ExampleInputs, ...],
+    keep: Mapping[str, Indices] | None,
+    remove: Mapping[str, Indices] | None,
+    example_inputs: ExampleInputs | None,
+) -> tuple[Mapping[str, Indices], str, ExampleInputs]:
+    """The indices by group, whether they are to "keep" or to "remove", and the example inputs."""
+    given = [*inputs, *([] if example_inputs is None else [example_inputs])]
+    if (keep is None) == (remove is None) or len(given) != 1:
+        raise TypeError(
+            "Say by name whether channels stay or leave: cut(model, example_inputs, keep={'conv1': [0, 2, 5]}) or "
+            "cut(model, example_inputs, remove={'conv1': [1, 3, 4]}), one of the two. Got "
+            f"keep={keep}, remove={remove} and {len(given)} arguments that could be the example inputs."
+        )
+    side, chosen = ("keep", keep) if keep is not None else ("remove", remove)
+    if not isinstance(chosen, Mapping):
+        raise TypeError(f"{side} must be a dict of indices by group name, such as {{'conv1': [0, 2]}}: got {chosen}.")
+    return chosen, side, given[0]
+
+
+def _checked(named: Mapping[str, ChannelGroup], name: str, indices: Indices, side: str, allow_inexact: bool) -> Tensor:
+    """The indices that stay, in order; `side` says whether `indices` are those, or the ones to remove."""
+    if name not in named:
+        raise ValueError(f"There is no channel group {name!r}; there are {', '.join(map(repr, named))}.")
+    group = named[name]
+    units = torch.as_tensor(sorted(indices) if isinstance(indices, Set) else indices, device="cpu").reshape(-1)
+    units = units.long() if units.numel() == 0 else units
+    if units.dtype == torch.bool or units.is_floating_point():
+        raise ValueError(f"{side} for {name!r} must be indices, that is integers; got {units.dtype}.")
+    if units.numel() and (int(units.min()) < 0 or int(units.max()) >= group.size):
+        raise ValueError(
+            f"{side} for {name!r} must lie in 0 to {group.size - 1}; got {int(units.min())} to {int(units.max())}."
+        )
+    chosen = torch.isin(torch.arange(group.size), units)
+    units = (chosen if side == "keep" else ~chosen).nonzero().squeeze(1)
+    if units.numel() == 0:
+        raise ValueError(f"Nothing would be left of {name!r}: at least one of its {group.size} channels must stay.")
+    if len(units) < group.size and group.frozen is not None:
+        raise ValueError(f"{name!r} cannot be cut: {group.frozen}.")
+    if len(units) < group.size and not group.exact and not allow_inexact:
+        raise ValueError(
+            f"Cutting {name!r} changes the function, because {group.note}: pass allow_inexact=True to do so."
+        )
+    return units
+
+
+def _describe(drop: Drop) -> str:
+    parts = [f"{len(units)} of {group.size} channels of {group.name!r}" for group, units in drop[:3]]
+    return ", ".join(parts) + (f" and {len(drop) - 3} more groups" if len(drop) > 3 else "")
+
+
+def masked_channels(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """By group name, which channels are not masked: those with something other than zero in what produces them."""
+    tensors = named_tensors(model)
+    alive = {}
+    for group in groups:
+        speaks = torch.zeros(group.size, dtype=torch.bool)
+        for member in (one for one in group.members if one.produces):
+            tensor = tensors[member.tensor].detach()
+            positions = (tensor != 0).movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1).any(1)
+            speaks |= positions.cpu()[member.index].any(1)
+        alive[group.name] = speaks
+    return alive
+
+
+def shrink(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    groups: ChannelGroups | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+    owner: nn.Module | None = None,
+) -> nn.Module:
+    """Cut out every channel that is masked: zero in everything that produces it.
+
+    Only exact groups are cut. A network without masked channels stays as it is, so that shrinking twice does no harm.
+
+    Args:
+        model: The network, changed in place.
+        example_inputs: As for `cut`.
+        groups: As for `cut`.
+        optimizers: As for `cut`.
+        copies: As for `cut`.
+        owner: As for `cut`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: All channels of a group are masked, or the cut fails; the model is as it was then.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> net[0].weight.data[2:] = 0; net[0].bias.data[2:] = 0
+        >>> shrink(net, torch.zeros(2, 3))[0]
+        Linear(in_features=3, out_features=2, bias=True)
+    """
+    groups = channel_groups(model, example_inputs) if groups is None else groups
+    keep = {}
+    for name, speaks in masked_channels(model, groups.free()).items():
+        if not bool(speaks.any()):
+            raise ValueError(
+                f"All channels of {name!r} are masked: nothing would pass through it. At least one must stay."
+            )
+        if not bool(speaks.all()):
+            keep[name] = speaks.nonzero().squeeze(1)
+    return cut(model, example_inputs, keep=keep, groups=groups, optimizers=optimizers, copies=copies, owner=owner)

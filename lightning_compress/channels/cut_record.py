@@ -1,0 +1,244 @@
+"""The record of a cut: what a state dict must say beside its tensors, so that another process can rebuild the network.
+
+Shapes say how wide every tensor is, but not how many heads or convolution groups there are, which positions of a
+non-persistent buffer stayed, and how wide all of it was before. The record of this travels in the state dict's
+metadata, which survives checkpoints of weights alone and a strict load into the plain class. Dense networks have none.
+
+    numbers         by module, what its code reads: {"layer.attention": {"num_heads": 2}}
+    buffers         by non-persistent buffer and dimension, the positions that stayed: {"scale": {0: [0, 3]}}
+    dense_shapes    of the tensors that were cut: {"fc.weight": (10, 3)}
+    dense_numbers   of all modules that have some
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_compress.channels.attention import SliceableMultiheadAttention
+from lightning_compress.channels.groups import ChannelGroup
+from lightning_compress.channels.record_check import KINDS, check_record, check_structure
+from lightning_compress.channels.reshapes import Pattern, is_reshape
+from lightning_compress.channels.slicing import positions_left, sizes
+from lightning_compress.core.tensors import named_tensors, saved_tensors
+
+RECORD = "lightning_compress"  # the key in the metadata of a module that was cut
+
+
+class Shapes:
+    """What is known of a network whose shapes may change: its groups, and its shapes and numbers before any cut."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.groups: list[ChannelGroup] | None = None  # of the dense network
+        self.dense_shapes = _shapes(model)
+        self.dense_numbers: dict[str, dict[str, Any]] = {}
+        self._names: dict[str, list[str]] = {}  # all names of a tensor, by each of them
+        self._told: dict[str, tuple[int, ...]] = {}  # dense shapes that a record, or a part that was cut, told of
+        for path, module in model.named_modules():
+            if module is not model and (inner := shapes_of(module)) is not None:  # a part that was cut by itself
+                self._told |= {f"{path}.{name}": shape for name, shape in inner.dense_shapes.items()}
+                self._add_numbers({f"{path}.{name}".rstrip("."): one for name, one in inner.dense_numbers.items()})
+        self.dense_shapes |= self._told
+
+    def learn(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
+        """Take the groups, once."""
+        if self.groups is not None:
+            return
+        free = [group for group in groups if group.frozen is None]
+        noted: dict[str, dict[str, Any]] = {}
+        for one in (attribute for group in free for attribute in group.attributes):
+            module = model.get_submodule(one.module)
+            dense = Pattern.of(one.name).dense if is_reshape(one.name) else None
+            if dense is not None or hasattr(module, one.name):
+                noted.setdefault(one.module, {})[one.name] = getattr(module, one.name, dense)
+        self._add_numbers(noted)
+        self.dense_shapes = _shapes(model) | self._told  # layers may have come, or changed, since the beginning
+        if self.is_dense(model):  # the groups of a network that was cut before lack what has left
+            self.groups = free
+            names: dict[int, list[str]] = {}
+            for name, tensor in named_tensors(model).items():
+                names.setdefault(id(tensor), []).append(name)
+                self._names[name] = names[id(tensor)]
+
+    def is_dense(self, model: nn.Module) -> bool:
+        """Whether nothing has been cut out of the network."""
+        now = _shapes(model)
+        return all(now.get(name, shape) == shape for name, shape in self.dense_shapes.items())
+
+    def _add_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note the numbers of the dense network; what is known already stays."""
+        for path, values in numbers.items():
+            self.dense_numbers[path] = dict(values) | self.dense_numbers.get(path, {})
+
+    def numbers(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """The attributes that follow a cut, by module; ordinary ones are told by shapes."""
+        found: dict[str, dict[str, Any]] = {}
+        for path, names in self.dense_numbers.items():
+            module = model.get_submodule(path)
+            found[path] = {name: getattr(module, name) for name in names if hasattr(module, name)}
+        for path, module in model.named_modules():
+            if isinstance(module, SliceableMultiheadAttention):
+                found.setdefault(path, {})["head_dim"] = module.head_dim
+        return found
+
+    def record(self, model: nn.Module) -> dict[str, Any] | None:
+        """What a state dict needs to say beside its tensors; None for the dense network."""
+        if self.is_dense(model):
+            return None
+        now = _shapes(model)
+        cut = {name: shape for name, shape in self.dense_shapes.items() if now.get(name, shape) != shape}
+        return {
+            "numbers": self.numbers(model),
+            "buffers": positions_left(model),
+            "dense_shapes": cut,
+            "dense_numbers": self.dense_numbers,
+        }
+
+    def untold(self, model: nn.Module) -> list[str]:
+        """Return what a cut changes that the shapes of a state dict alone do not reveal."""
+        members = [member.tensor for group in self.groups or () for member in group.members]
+        modules = dict(model.named_modules(remove_duplicate=False))
+        numbers = [
+            f"{path}.{name}"
+            for path, values in self.dense_numbers.items()
+            for name in values
+            if name not in sizes(modules[path])
+        ]
+        return [*numbers, *dict.fromkeys(name for name in members if name not in self.dense_shapes)]
+
+    def examine(self, model: nn.Module, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:
+        """Check all of a record that comes with these shapes; nothing changes.
+
+        Raises:
+            RecordError: No cut leaves such a record.
+            ValueError: The dense network was not this one, or no cut of it has these shapes.
+        """
+        origin, differ = self._origin(incoming, record)
+        made_thin = bool(differ) and already(model, incoming)  # by its constructor
+        check_record(
+            record, model, incoming, _shapes(model), None if made_thin else self._numbers_before(model, record)
+        )
+        if differ and not made_thin:
+            raise ValueError(
+                f"The state dict is of a network that was cut: its {differ[0]} had shape {origin[differ[0]]} before, "
+                f"and that of this network has {self.dense_shapes[differ[0]]}. Load it into the class, with the "
+                f"arguments, that it was saved from."
+            )
+        if not made_thin:
+            self.check(incoming)
+
+    def follow(self, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:
+        """Learn what the dense network was from a record that was examined and adopted."""
+        origin, differ = self._origin(incoming, record)
+        if differ:
+            self.groups = None
+        self._told |= origin
+        self.dense_shapes |= origin
+        self._add_numbers(record["dense_numbers"])
+
+    def _origin(
+        self, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]
+    ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """The dense shapes that a record tells of, and the names of those that are not the dense ones of this model."""
+        origin = dict(incoming) | {name: tuple(shape) for name, shape in record["dense_shapes"].items()}
+        return origin, [name for name, shape in origin.items() if self.dense_shapes.get(name, shape) != shape]
+
+    def _numbers_before(self, model: nn.Module, record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The numbers of the dense network that a record names, as far as they are known here."""
+        known = {path: dict(values) for path, values in self.dense_numbers.items()}
+        if self.is_dense(model):
+            modules = dict(model.named_modules(remove_duplicate=False))
+            for kind in ("numbers", "dense_numbers"):
+                for path, values in record[kind].items():
+                    have = vars(modules[path]) if path in modules else {}
+                    known[path] = {name: have[name] for name in values if name in have} | known.get(path, {})
+        return known
+
+    def check(self, incoming: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ValueError if no cut of the dense network, where its groups are known, has these shapes."""
+        if self.groups is None:
+            return
+        claims: dict[tuple[str, int], list[tuple[ChannelGroup, int]]] = {}
+        for group in self.groups:
+            for member in group.members:
+                for name in self._names.get(member.tensor, ()):
+                    claims.setdefault((name, member.dim), []).append((group, member.index.shape[1]))
+        left: dict[str, tuple[int, str]] = {}
+        for name, shape in incoming.items():
+            dense = self.dense_shapes.get(name, shape)
+            differ = [dim for dim, (a, b) in enumerate(zip(shape, dense, strict=False)) if a != b]
+            if len(shape) != len(dense) or any((name, dim) not in claims for dim in differ):
+                raise ValueError(
+                    f"{name} has shape {shape} in the state dict and {dense} in the dense network: no cut of its "
+                    f"channels leads from one to the other."
+                )
+            for dim in range(len(dense)):
+                holders = claims.get((name, dim), [])
+                if len(holders) != 1:
+                    continue
+                ((group, each),) = holders
+                dropped, rest = divmod(dense[dim] - shape[dim], each)
+                known, where = left.setdefault(group.name, (dropped, name))
+                if rest or not 0 <= dropped < group.size or dropped != known:
+                    raise ValueError(
+                        f"{name} has {shape[dim]} of {dense[dim]} positions in the state dict, which is no cut of "
+                        f"{group.name!r}, whose channels hold {each} each: {where} says that {known} of its "
+                        f"{group.size} channels are gone."
+                    )
+
+
+def shapes_of(model: nn.Module) -> Shapes | None:
+    """What a module that follows checkpoints knows of itself; None for others."""
+    known = (getattr(hook, "shapes", None) for hook in model._state_dict_hooks.values())
+    return next((one for one in known if isinstance(one, Shapes)), None)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in saved_tensors(model).items() if not is_lazy(tensor)}
+
+
+def already(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether what is loaded has the shapes that the module has."""
+    now = _shapes(model)
+    return all(now[name] == shape for name, shape in incoming.items())
+
+
+def merged(metadata: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Any] | None:
+    """The records of a module and of all that it holds as one; None if there is none.
+
+    What was cut as a part of two modules, one within the other, is in both records, and its dense sizes are the larger.
+    """
+    found: dict[str, Any] | None = None
+    for path, entry in metadata.items():
+        if not isinstance(entry, Mapping) or RECORD not in entry or not f"{path}.".startswith(prefix):
+            continue
+        check_structure(entry[RECORD])
+        start = f"{path}."[len(prefix) :].lstrip(".")
+        found = found or {kind: {} for kind in KINDS}
+        for kind, values in entry[RECORD].items():
+            for name, value in values.items():
+                full = f"{start}{name}".rstrip(".")
+                known = found[kind].get(full, value)
+                found[kind][full] = max(known, value, key=math.prod) if kind == "dense_shapes" else known
+    return found
+
+
+def lost(untold: Sequence[str]) -> str:
+    some = ", ".join(untold[:5]) + (f" and {len(untold) - 5} more" if len(untold) > 5 else "")
+    return (
+        f"The state dict has thinner tensors, but no record of what goes with them ({some}): its metadata was lost, "
+        f"or it is of another network. Load the checkpoint as it was saved."
+    )
+
+
+def differing(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Say in words which tensors come with other shapes than the model's."""
+    return [
+        f"{name} has shape {incoming[name]}, here {shape}"
+        for name, shape in _shapes(model).items()
+        if incoming.get(name, shape) != shape
+    ]

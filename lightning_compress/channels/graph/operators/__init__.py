@@ -1,0 +1,13 @@
+"""What each ATen operator does to labels."""
+
+from lightning_compress.channels.graph.operators import (  # noqa: F401  # each registers its rules
+    contractions,
+    convolutions,
+    elementwise,
+    norms,
+    reductions,
+    structure,
+)
+from lightning_compress.channels.graph.operators.call import Average, Call, run_rule, unknown, values_in
+
+__all__ = ["Average", "Call", "run_rule", "unknown", "values_in"]

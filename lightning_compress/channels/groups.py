@@ -1,0 +1,246 @@
+"""What a channel group is: slices of tensors that must leave a network together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_compress.channels.candidates import Plan
+
+SINGLE = "it has a single channel"
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The slices of one tensor that belong to the channels of a group.
+
+    Attributes:
+        tensor: Qualified name of a parameter or buffer, such as `"conv.weight"`.
+        dim: The dimension that is cut.
+        index: Shape (size, k): row i holds the k positions along `dim` that belong to channel i.
+        produces: Whether the slice makes the channel's value (a weight's output side, a bias, a norm's scale and
+            shift), so that with zeros in all of them the channel is zero; the others read the channel or count it.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    produces: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """A number that a module's code reads and that counts channels: positions `index` (size, k) of what it counts.
+
+    `place` is the position in a tuple, or None for a plain number.
+    """
+
+    module: str
+    name: str
+    place: int | None
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels of which any non-empty subset may stay.
+
+    Attributes:
+        name: Unique; the module, or bare parameter, that makes the channels.
+        size: Number of channels, or of whole units such as attention heads.
+        members: The slices of all tensors that belong to them.
+        attributes: Numbers in the modules that follow.
+        exact: Whether cutting channels equals zeroing what produces them.
+        frozen: None, or why nothing may be cut, in words.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    attributes: tuple[Attribute, ...] = ()
+    exact: bool = True
+    frozen: str | None = None
+    note: str | None = None  # why it is not exact
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules whose tensors are cut."""
+        return list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in self.members))
+
+
+class ChannelGroups(list[ChannelGroup]):
+    """Channel groups that print as a table. `plan` is what a cut needs to check itself."""
+
+    plan: Plan | None = None
+
+    def prefixed(self, prefix: str) -> ChannelGroups:
+        """The same groups seen from a module that has the network as its child `prefix`; an empty one: the network."""
+        start = f"{prefix}." if prefix else ""
+        return ChannelGroups(
+            replace(
+                group,
+                name=start + group.name,
+                members=tuple(replace(one, tensor=start + one.tensor) for one in group.members),
+                attributes=tuple(replace(one, module=(start + one.module).rstrip(".")) for one in group.attributes),
+            )
+            for group in self
+        )
+
+    def copied(self, names: Mapping[str, str], originals: ChannelGroups) -> ChannelGroups:
+        """The same groups with the slices of a copy that lies in the same module.
+
+        Args:
+            names: Of a copy's tensors and modules there, by their names in the network.
+            originals: The groups with the names that the network has.
+        """
+        return ChannelGroups(
+            replace(
+                group,
+                members=group.members
+                + tuple(
+                    replace(one, tensor=names[one.tensor], produces=False)
+                    for one in original.members
+                    if one.tensor in names
+                ),
+                attributes=group.attributes
+                + tuple(replace(one, module=names[one.module]) for one in original.attributes if one.module in names),
+            )
+            for group, original in zip(self, originals, strict=True)
+        )
+
+    def free(self, *, inexact: bool = False) -> list[ChannelGroup]:
+        """The groups that may be cut, exactly or, if asked for, inexactly as well."""
+        return [group for group in self if group.frozen is None and (group.exact or inexact)]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("group", "channels", "tensors", "may be cut")
+        for group in self:
+            cut = group.frozen or ("yes" if group.exact else f"only inexactly: {group.note}")
+            table.add_row(group.name, str(group.size), str(len(group.members)), cut)
+        yield table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def to_json(self) -> str:
+        """All there is to know, as JSON."""
+        return json.dumps(
+            [
+                {
+                    "name": group.name,
+                    "size": group.size,
+                    "exact": group.exact,
+                    "note": group.note,
+                    "frozen": group.frozen,
+                    "modules": group.modules,
+                    "members": [
+                        {"tensor": one.tensor, "dim": one.dim, "produces": one.produces, "index": one.index.tolist()}
+                        for one in group.members
+                    ],
+                    "attributes": [
+                        {"module": one.module, "name": one.name, "place": one.place, "index": one.index.tolist()}
+                        for one in group.attributes
+                    ],
+                }
+                for group in self
+            ],
+            indent=1,
+        )
+
+
+def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
+    """The groups of a network after a cut: fewer units, at the places where their slices are then.
+
+    Args:
+        groups: The groups before the cut.
+        keep: By group name a mask of the units that stay; groups that are not named stay whole.
+
+    Example:
+        >>> def group(name, *rows):
+        ...     return ChannelGroup(name, len(rows), (Member("w", 0, torch.tensor(rows)),))
+        >>> both = ChannelGroups([group("a", [0], [1]), group("b", [2], [3])])
+        >>> [one.members[0].index.tolist() for one in thinned(both, {"a": torch.tensor([False, True])})]
+        [[[0]], [[1], [2]]]
+        >>> thinned(both, {"a": torch.tensor([False, True])})[0].frozen
+        'it has a single channel'
+    """
+    leaves = _leaving(groups, keep)  # then by axis the new position of every old one, -1 for what has left
+    after = {axis: ((~gone).cumsum(0) - 1).masked_fill(gone, -1) for axis, gone in leaves.items()}
+    found = ChannelGroups()
+    for group in groups:
+        kept = keep.get(group.name, torch.ones(group.size, dtype=torch.bool))
+        moved = [_without_gone(after[axis][index[kept]]) for axis, index in _axes(group)]
+        indices = [index for index in moved if index is not None]
+        if len(indices) < len(moved):
+            continue  # a frozen group whose slices are cut by another one, unevenly
+        n = len(group.members)
+        members = tuple(replace(one, index=index) for one, index in zip(group.members, indices[:n], strict=True))
+        attributes = tuple(replace(one, index=index) for one, index in zip(group.attributes, indices[n:], strict=True))
+        size = int(kept.sum())
+        frozen = group.frozen or (SINGLE if size == 1 else None)
+        found.append(replace(group, size=size, members=members, attributes=attributes, frozen=frozen))
+    return found
+
+
+def positions_kept(
+    groups: ChannelGroups, keep: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[int, Tensor]]:
+    """What a cut will leave of every tensor that it slices: by name and dimension the positions that stay.
+
+    Args:
+        groups: The groups before the cut.
+        keep: As for `thinned`.
+        tensors: The network's tensors before the cut, by name.
+
+    Example:
+        >>> group = ChannelGroup("a", 2, (Member("w", 0, torch.tensor([[0, 1], [2, 3]])),))
+        >>> positions_kept(ChannelGroups([group]), {"a": torch.tensor([True, False])}, {"w": torch.zeros(5, 3)})
+        {'w': {0: tensor([0, 1, 4])}}
+    """
+    kept: dict[str, dict[int, Tensor]] = {}
+    leaves = _leaving(groups, keep)
+    for name, dim in dict.fromkeys((one.tensor, one.dim) for group in groups for one in group.members):
+        gone = leaves[name, dim]
+        if bool(gone.any()):
+            stay = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+            stay[: len(gone)] = ~gone
+            kept.setdefault(name, {})[dim] = stay.nonzero().squeeze(1)
+    return kept
+
+
+def _leaving(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> dict[tuple[object, ...], Tensor]:
+    """By axis a mask of the positions that leave, as far as groups know the axis."""
+    leaves: dict[tuple[object, ...], Tensor] = {}
+    for group in groups:
+        for axis, index in _axes(group):
+            gone = leaves.setdefault(axis, torch.zeros(0, dtype=torch.bool))
+            missing = int(index.max()) + 1 - len(gone)
+            leaves[axis] = gone = torch.cat([gone, torch.zeros(max(0, missing), dtype=torch.bool)])
+            if group.name in keep:
+                gone[index[~keep[group.name]].reshape(-1)] = True
+    return leaves
+
+
+def _without_gone(positions: Tensor) -> Tensor | None:
+    """Rows of positions without those that are -1; None if they are not equally long then, or empty."""
+    counts = (positions >= 0).sum(1)
+    if len(counts) == 0 or int(counts.min()) == 0 or int(counts.min()) != int(counts.max()):
+        return None
+    return positions[positions >= 0].reshape(len(positions), -1)
+
+
+def _axes(group: ChannelGroup) -> list[tuple[tuple[object, ...], Tensor]]:
+    """What is counted, tensors' dimensions and modules' numbers, with the units' positions there."""
+    members = [((one.tensor, one.dim), one.index) for one in group.members]
+    return [*members, *(((one.module, one.name, one.place), one.index) for one in group.attributes)]

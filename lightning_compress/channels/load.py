@@ -1,0 +1,270 @@
+"""A module takes the shapes of the state dict that is loaded into it, thinner or wider."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_compress.channels.attention import SliceableMultiheadAttention, make_sliceable
+from lightning_compress.channels.cut_record import RECORD, Shapes, already, differing, lost, merged, shapes_of
+from lightning_compress.channels.groups import ChannelGroup
+from lightning_compress.channels.reshapes import adapt, is_reshape
+from lightning_compress.channels.slicing import forget_graphs, positions_left, refit_buffers, sizes
+from lightning_compress.core.tensors import named_tensors, saved_tensors
+
+_EXTRA = "_extra_state"  # torch's name for it
+log = logging.getLogger(__name__)
+
+
+class _OnSave:
+    """Writes the record."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+
+    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+        record = self.shapes.record(module)
+        if record is not None:
+            written = {name: name for name in state_dict}  # pickle writes the same string, not an equal one, only once
+            record["dense_shapes"] = {written.get(name, name): one for name, one in record["dense_shapes"].items()}
+            local_metadata[RECORD] = record
+
+
+class _OnLoad:
+    """Takes the shapes, if they are those of some cut of this network."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+
+    def __call__(
+        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        incoming = _incoming(module, state_dict, prefix)
+        record = merged(getattr(state_dict, "_metadata", {prefix.rstrip("."): local_metadata}), prefix)
+        fails = bool(rest and rest[0]) and _other_names(module, state_dict, prefix)  # a strict load will, by itself
+        if record is not None:
+            self.shapes.examine(module, incoming, record)
+            if not fails:
+                _adopt(module, incoming, record["numbers"], record["buffers"])
+                self.shapes.follow(incoming, record)
+        elif all(shape == self.shapes.dense_shapes.get(name, shape) for name, shape in incoming.items()):
+            if not fails and not already(module, incoming):
+                _adopt(module, incoming, self.shapes.dense_numbers, {})
+        elif already(module, incoming) and self.shapes.groups is not None and (untold := self.shapes.untold(module)):
+            raise ValueError(lost(untold))
+        # Other shapes without a record are no cut of ours: the load tells what does not fit.
+
+
+def _adopt(module: nn.Module, incoming: Mapping[str, tuple[int, ...]], numbers: Any, positions: Any) -> None:
+    _say_wider(module, incoming)
+    with as_before_on_error(module):
+        adopt_shapes(module, incoming, numbers, positions)
+
+
+def _other_names(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a state dict has other names than the module; a counter that torch fills in does not count."""
+    mine = {name for name in saved_tensors(module) if not name.endswith("num_batches_tracked")}
+    theirs = {name[len(prefix) :] for name in state_dict if name.startswith(prefix) and not is_extra(name)}
+    return not mine <= theirs or not theirs <= set(saved_tensors(module))
+
+
+def is_extra(name: str) -> bool:
+    """Whether an entry of a state dict is what a module's `get_extra_state` returned: any value, of any shape."""
+    return str(name).rpartition(".")[2] == _EXTRA
+
+
+def _say_wider(module: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> None:
+    tensors = saved_tensors(module)
+    before, after = (
+        sum(map(math.prod, shapes)) for shapes in ((tensors[name].shape for name in incoming), incoming.values())
+    )
+    if after > before:
+        log.warning(
+            "%s takes the shapes of a checkpoint from before its channels left: %s numbers where it had %s.",
+            *(type(module).__name__, f"{after:,}", f"{before:,}"),
+        )
+
+
+class _OnLoadAsLeader:
+    """Takes the shapes that are loaded into a copy, with the numbers of the module that it is a copy of."""
+
+    def __init__(self, leader: nn.Module) -> None:
+        self.leader = leader
+
+    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        shapes, incoming = shapes_of(self.leader), _incoming(module, state_dict, prefix)
+        assert shapes is not None, "it follows checkpoints"
+        if already(self.leader, incoming):  # else it is of another network, and the load tells what does not fit
+            adopt_shapes(module, incoming, shapes.numbers(self.leader), positions_left(self.leader))
+
+    def __deepcopy__(self, memo: Any) -> _OnLoadAsLeader:
+        return _OnLoadAsLeader(self.leader)
+
+
+def follow_leader(copy: nn.Module, leader: nn.Module) -> None:
+    """Make a copy, such as a moving average, take the shapes of what is loaded into it after its leader was loaded."""
+    if not any(
+        isinstance(getattr(hook, "hook", hook), _OnLoadAsLeader) for hook in copy._load_state_dict_pre_hooks.values()
+    ):
+        copy.register_load_state_dict_pre_hook(_OnLoadAsLeader(leader))  # type: ignore[no-untyped-call]
+
+
+def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """A state dict with the model's metadata, if it has none of its own."""
+    if hasattr(state_dict, "_metadata"):
+        return state_dict
+    found: OrderedDict[str, Tensor] = OrderedDict(state_dict)
+    found._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return found
+
+
+def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None = None) -> list[Any]:
+    """Make a model take the shapes of what is loaded into it, thinner or wider, and note its numbers when it is saved.
+
+    Args:
+        model: The model; its shapes are those of the dense network when the groups become known.
+        groups: Its channel groups: what is loaded must be a cut of them then. Without, shapes are taken if a record
+            comes with them, which only networks that may be cut leave.
+
+    Returns:
+        Handles that undo it; none if it had been done before.
+    """
+    known = shapes_of(model)
+    shapes = Shapes(model) if known is None else known
+    if groups is not None:
+        shapes.learn(model, groups)
+    if known is not None:
+        return []
+    return [
+        model.register_state_dict_post_hook(_OnSave(shapes)),  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_OnLoad(shapes)),  # type: ignore[no-untyped-call]
+    ]
+
+
+@torch.inference_mode(False)  # in it new memory could not be trained any more
+def adopt_shapes(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    numbers: Mapping[str, Mapping[str, Any]],
+    positions: Mapping[str, Mapping[int, Sequence[int]]],
+) -> None:
+    """Give tensors new shapes, with undefined values, and modules the numbers that go with them.
+
+    Args:
+        model: The module, changed in place.
+        shapes: By name the new shapes.
+        numbers: By module the attributes to set.
+        positions: By name of a non-persistent buffer what stays of the dense one, as `positions_left` tells it.
+
+    Raises:
+        ValueError: A buffer has no such positions; the module is as it was then.
+    """
+    refit_buffers(model, positions)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    changed: set[str] = set()
+    for name, tensor in named_tensors(model).items():
+        if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):
+            tensor.grad = None
+            tensor.data = tensor.data.new_empty(shapes[name])
+            if tensor.requires_grad:
+                forget_graphs(tensor)
+            changed.add(name.rpartition(".")[0])
+    for name, module in modules.items():  # attention that was not cut stays what it is, as in the process that cut
+        other = any(vars(module).get(attribute) != value for attribute, value in numbers.get(name, {}).items())
+        if type(module) is nn.MultiheadAttention and (other or name in changed):
+            make_sliceable(module)
+    for name, values in numbers.items():
+        if any(map(is_reshape, values)):
+            adapt(modules[name])
+        for attribute, value in values.items():
+            setattr(modules[name], attribute, tuple(value) if isinstance(value, list) else value)
+    for module in modules.values():
+        for attribute, value in sizes(module).items():
+            if getattr(module, attribute) != value:
+                setattr(module, attribute, value)
+        if isinstance(module, SliceableMultiheadAttention):
+            module.refresh(head_dim=module.head_dim)
+
+
+def _incoming(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
+    found = {name: state_dict.get(prefix + name) for name, one in saved_tensors(module).items() if not is_lazy(one)}
+    return {name: tuple(value.shape) for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def has_record(state_dict: Mapping[str, Any]) -> bool:
+    """Whether a state dict says that its network was cut.
+
+    Raises:
+        RecordError: It says so in a way that no cut does.
+    """
+    return merged(getattr(state_dict, "_metadata", {}), "") is not None
+
+
+def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load a state dict, of a thin network perhaps, into a dense model: shapes, numbers and values.
+
+    Raises:
+        RuntimeError: Keys are missing or unexpected, as `load_state_dict` says.
+        ValueError: Shapes do not tell everything, and the record that does was lost.
+    """
+    incoming = _incoming(model, state_dict, "")
+    handles = follow_checkpoints(model)
+    try:
+        if not has_record(state_dict) and (unexplained := differing(model, incoming)):
+            raise ValueError(lost(unexplained))
+        with torch.no_grad(), as_before_on_error(model, values=True):
+            model.load_state_dict(state_dict)
+    except BaseException:
+        _remove(handles)
+        raise
+    shapes = shapes_of(model)
+    assert shapes is not None, "it follows checkpoints"
+    if shapes.is_dense(model):
+        _remove(handles)
+
+
+@contextmanager
+def as_before_on_error(model: nn.Module, *, values: bool = False) -> Iterator[None]:
+    """Put a model's tensors and attributes back if the block raises an error.
+
+    Args:
+        model: The model.
+        values: Whether the block may write into the tensors, and not only replace them; they are copied then.
+    """
+    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    inner = [(one, dict(one)) for _, _, held in modules for one in held.values() if isinstance(one, dict)]
+    owned = {id(one): one for one in named_tensors(model).values() if not is_lazy(one)}.values()
+    tensors = [(one, one.data, one.data.clone() if values else None, one.grad) for one in owned]
+    try:
+        yield
+    except BaseException:
+        for module, kind, held in modules:
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(held)
+        for one, entries in inner:
+            one.clear()
+            one.update(entries)
+        for tensor, data, copied, gradient in tensors:
+            tensor.grad = None
+            reshaped, tensor.data = tensor.shape != data.shape, data
+            if reshaped and tensor.requires_grad:
+                forget_graphs(tensor)
+            tensor.grad = gradient
+            if copied is not None:
+                data.copy_(copied)
+        raise
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,94 @@
+"""Parts of a network called alone, with what they got when the whole network ran: what crashes there is cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.removal import Drop, silenced, take
+from lightning_compress.channels.slicing import Slices
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.outputs import TOLERANCE, alike, compare, run
+
+
+class Calls:
+    """The first call of every module in one forward pass.
+
+    Args:
+        model: The network, which runs once.
+        example_inputs: What it runs with.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
+        self._model = model
+        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        handles = [
+            module.register_forward_hook(self._recorder(name), with_kwargs=True)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+        ]
+        try:
+            run(model, example_inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def crash(self, drop: Drop) -> str | None:
+        """Cut, and call the smallest module around all that is cut: None, or what its code says to it."""
+        thin = without(
+            self._model, drop, self._around([member.tensor for group, _ in drop for member in group.members])
+        )
+        return thin if isinstance(thin, str) else None
+
+    def difference(self, drop: Drop) -> str | None:
+        """The same, or where the module's output is not that of zeros in what produces the channels, if that counts."""
+        part = self._around([member.tensor for group, _ in drop for member in group.members])
+        thin = without(self._model, drop, part)
+        if isinstance(thin, str) or not all(group.exact for group, _ in drop):
+            return thin if isinstance(thin, str) else None
+        with silenced(self._model, drop, in_place=True):
+            try:
+                expected = part()
+            except Exception as error:  # whatever the network's code raises
+                return f"there is nothing to compare with ({error})"[:200]
+        return compare(thin, expected, TOLERANCE)
+
+    def _recorder(self, name: str) -> Any:
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+            self._calls.setdefault(name, (args, kwargs))
+
+        return record
+
+    def _around(self, names: Sequence[str]) -> Callable[[], list[Tensor]]:
+        """Calls the smallest module around some tensors as it was called."""
+        paths = [name.split(".")[:-1] for name in names]
+        common = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        if common and not any(True for _ in self._model.get_submodule(".".join(common)).children()):
+            common.pop()  # a layer alone gives its channels away
+        while ".".join(common) not in self._calls:  # containers are not called; the network itself was
+            common.pop()
+        module, (args, kwargs) = self._model.get_submodule(".".join(common)), self._calls[".".join(common)]
+
+        return lambda: alike(module, lambda: module(*args, **kwargs))
+
+
+def without(model: nn.Module, drop: Drop, forward: Callable[[], list[Tensor]]) -> list[Tensor] | str:
+    """What `forward` returns while some channels are cut out of the model, or what the network's code says to it.
+
+    The model is in the laboratory.
+    """
+    slices = Slices(sparing=True)
+    try:
+        take(slices, model, drop)
+        return forward()
+    except Exception as error:  # whatever the network's code raises
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    finally:
+        slices.undo()

@@ -1,0 +1,102 @@
+"""Cut channels out of a model, or zero what makes them; and tell whether two outputs agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.attention import make_sliceable
+from lightning_compress.channels.groups import Attribute, ChannelGroup
+from lightning_compress.channels.reshapes import prepare
+from lightning_compress.channels.slicing import Slices
+from lightning_compress.core.tensors import named_tensors
+
+Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
+
+
+@contextmanager
+def silenced(model: nn.Module, drop: Drop, *, in_place: bool = False) -> Iterator[None]:
+    """Zeros in everything that produces some channels, for the length of a `with` block.
+
+    Args:
+        model: The network.
+        drop: The channels.
+        in_place: Whether the tensors themselves are written, as those of the laboratory may be: only the slices that
+            become zero are kept then. Without it, copies take their place, since the network's memory may be shared.
+    """
+    tensors = named_tensors(model)
+    copied: set[str] = set()
+    with ExitStack() as back:
+        for group, units in drop:
+            for member in (one for one in group.members if one.produces):
+                tensor = tensors[member.tensor]
+                if not in_place and member.tensor not in copied:
+                    copied.add(member.tensor)
+                    back.callback(setattr, tensor, "data", tensor.data)
+                    tensor.data = tensor.data.clone()
+                positions = member.index[units].reshape(-1).to(tensor.device)
+                if in_place:
+                    dense = tensor.data.index_select(member.dim, positions)
+                    back.callback(tensor.data.index_copy_, member.dim, positions, dense)
+                tensor.data.index_fill_(member.dim, positions, 0)
+        yield
+
+
+def take(
+    slices: Slices,
+    model: nn.Module,
+    drop: Drop,
+    *,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+) -> None:
+    """Cut units of groups out of a model, or out of a copy that has some of its parts."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in {member.tensor.rpartition(".")[0] for group, _ in drop for member in group.members}:
+        attention = modules.get(path)
+        if type(attention) is nn.MultiheadAttention:
+            slices.on_undo(make_sliceable(attention))
+    for undo in prepare(model, [one for group, _ in drop for one in group.attributes]):
+        slices.on_undo(undo)
+    tensors = named_tensors(model)
+    stay: dict[str, dict[int, Tensor]] = {}
+    counts: dict[tuple[str, str, int | None], int] = {}
+    for group, units in drop:
+        for member in (one for one in group.members if one.tensor in tensors):
+            size = tensors[member.tensor].shape[member.dim]
+            here = stay.setdefault(member.tensor, {}).setdefault(member.dim, torch.ones(size, dtype=torch.bool))
+            here[member.index[units].reshape(-1)] = False
+        for one in (one for one in group.attributes if one.module in modules):
+            key = (one.module, one.name, one.place)
+            before = _get(model, one)
+            count = counts.get(key, before)
+            whole = one.index.numel() == before  # then groups that cross each take their share
+            counts[key] = count * (group.size - len(units)) // group.size if whole else count - one.index[units].numel()
+    for (module, name, place), count in counts.items():
+        owner = model.get_submodule(module)
+        if hasattr(owner, name):
+            value: Any = count
+            if place is not None:
+                value = tuple(count if at == place else size for at, size in enumerate(getattr(owner, name)))
+            slices.set(owner, name, value)
+    kept = {name: {dim: mask.nonzero().squeeze(1) for dim, mask in dims.items()} for name, dims in stay.items()}
+    slices.take(model, kept, optimizers=optimizers)
+
+
+def _get(model: nn.Module, attribute: Attribute) -> int:
+    value: Any = getattr(model.get_submodule(attribute.module), attribute.name, 0)  # a functional call notes nothing
+    return int(value[attribute.place] if isinstance(value, tuple) and attribute.place is not None else value)
+
+
+def drop_of(groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]) -> list[tuple[ChannelGroup, Tensor]]:
+    """Turn what stays of every group into what leaves."""
+    drop = []
+    for name, units in keep.items():
+        gone = torch.ones(groups[name].size, dtype=torch.bool)
+        gone[units] = False
+        if bool(gone.any()):
+            drop.append((groups[name], gone.nonzero().squeeze(1)))
+    return drop

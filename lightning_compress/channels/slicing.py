@@ -1,0 +1,214 @@
+"""Take slices out of a model's tensors, in place: the same Parameter objects, thinner, and everything can be undone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.attention import SliceableMultiheadAttention
+from lightning_compress.channels.optimizer_state import slice_state
+from lightning_compress.core.record_error import RecordError
+from lightning_compress.core.tensors import Kept, select
+
+Undo = Callable[[], None]
+
+_Cut = tuple[Tensor, dict[int, Tensor]]  # a dense buffer, and by dimension the positions that stayed
+_DENSE = "_dense_buffers"  # on a module whose non-persistent buffers were cut: a _Cut by name
+
+
+class Slices:
+    """Slices that have been taken; `undo` puts everything back.
+
+    Args:
+        sparing: Whether `undo` makes the dense tensors anew from what stayed and what left, so that no more memory is
+            needed than theirs. It is for tensors without gradients in memory that nothing else sees, such as the
+            laboratory's.
+    """
+
+    def __init__(self, *, sparing: bool = False) -> None:
+        self._sparing = sparing
+        self._undo: list[Undo] = []
+
+    def undo(self) -> None:
+        """Put everything back, the last first, and all of it whatever fails."""
+        with ExitStack() as back:
+            for undo in self._undo:
+                back.callback(undo)
+            self._undo.clear()
+
+    def take(self, model: nn.Module, kept: Kept, *, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Slice parameters with their gradients, buffers, optimizer state, and the sizes that modules note of them.
+
+        Raises:
+            ValueError: An optimizer keeps state that cannot be sliced like its parameter.
+        """
+        try:
+            modules = dict(model.named_modules(remove_duplicate=False))
+            for name, dims in kept.items():
+                module, _, attribute = name.rpartition(".")
+                tensor = getattr(modules[module], attribute)
+                if isinstance(tensor, nn.Parameter):
+                    for optimizer in optimizers:
+                        self._undo.append(slice_state(optimizer, tensor, dims, select))
+                elif attribute in modules[module]._non_persistent_buffers_set:
+                    self._remember(modules[module], attribute, dims)
+                self._slice(tensor, dims)
+            for module in dict.fromkeys(name.rpartition(".")[0] for name in kept):
+                self._refresh(modules[module])
+            for one in modules.values():
+                if isinstance(one, SliceableMultiheadAttention):
+                    before = dict(vars(one))
+                    self._undo.append(partial(vars(one).update, before))
+                    one.refresh(head_dim=one.head_dim)
+        except BaseException:
+            self.undo()
+            raise
+
+    def on_undo(self, undo: Undo) -> None:
+        """Have something else undone as well."""
+        self._undo.append(undo)
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute."""
+        old = getattr(owner, name)
+        self._undo.append(lambda: setattr(owner, name, old))
+        setattr(owner, name, value)
+
+    def _slice(self, tensor: Tensor, dims: Mapping[int, Tensor]) -> None:
+        if self._sparing:
+            for dim, keep in dims.items():
+                self._take_apart(tensor, dim, keep.to(tensor.device))
+            return
+        data, gradient = tensor.data, tensor.grad
+
+        def undo() -> None:
+            tensor.grad = None
+            tensor.data = data
+            tensor.grad = gradient
+
+        self._undo.append(undo)
+        tensor.grad = None
+        tensor.data = select(data, dims)
+        if gradient is not None:
+            tensor.grad = select(gradient, dims)
+
+    def _take_apart(self, tensor: Tensor, dim: int, keep: Tensor) -> None:
+        shape = tensor.shape
+        leaves = torch.ones(shape[dim], dtype=torch.bool, device=tensor.device).index_fill_(0, keep, False)
+        gone = leaves.nonzero().squeeze(1)
+        left = tensor.data.index_select(dim, gone)
+
+        def undo() -> None:
+            dense = tensor.data.new_empty(shape).index_copy_(dim, gone, left)
+            tensor.data = dense.index_copy_(dim, keep, tensor.data)
+
+        self._undo.append(undo)
+        tensor.data = select(tensor.data, {dim: keep})
+
+    def _remember(self, module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
+        """Keep what no state dict holds: the dense buffer, and which of its positions stay."""
+        known: dict[str, _Cut] = vars(module).get(_DENSE, {})
+        dense, before = known.get(name, (module.get_buffer(name).data, {}))
+        here = {dim: before[dim][keep.cpu()] if dim in before else keep.cpu() for dim, keep in dims.items()}
+        self._undo.append(partial(_set_dense, module, known))
+        _set_dense(module, known | {name: (dense, before | here)})
+
+    def _refresh(self, module: nn.Module) -> None:
+        """Set the sizes that a module of torch notes of its tensors."""
+        for name, value in sizes(module).items():
+            if getattr(module, name) != value:
+                self.set(module, name, value)
+
+
+def forget_graphs(parameter: Tensor) -> None:
+    """Make autograd forget a parameter's old shape, which it would use again while an earlier graph is alive.
+
+    Another dtype in between does that. DistributedDataParallel's hooks go as well: it must be made anew.
+    """
+    data, gradient = parameter.data, parameter.grad
+    parameter.grad = None
+    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
+    parameter.data = data
+    parameter.grad = gradient
+
+
+def _set_dense(module: nn.Module, known: dict[str, _Cut]) -> None:
+    if known:
+        vars(module)[_DENSE] = known
+    else:
+        vars(module).pop(_DENSE, None)
+
+
+def positions_left(model: nn.Module) -> dict[str, dict[int, list[int]]]:
+    """By name of a non-persistent buffer that was cut, and by dimension, the positions of the dense one that stayed."""
+    return {
+        f"{path}.{name}".lstrip("."): {dim: keep.tolist() for dim, keep in dims.items()}
+        for path, module in model.named_modules()
+        for name, (_, dims) in vars(module).get(_DENSE, {}).items()
+    }
+
+
+def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+    """Give non-persistent buffers the positions that `positions_left` told of another network, and the others all.
+
+    Raises:
+        RecordError: A buffer has not that many; all are as they were then.
+    """
+    changes: list[tuple[nn.Module, str, Tensor, dict[int, Tensor]]] = []
+    for path, module in model.named_modules():
+        known: dict[str, _Cut] = vars(module).get(_DENSE, {})
+        for name in module._non_persistent_buffers_set:
+            where = positions.get(f"{path}.{name}".lstrip("."), {})
+            buffer = module._buffers[name]
+            if buffer is None or (not where and name not in known):
+                continue
+            dense = known[name][0] if name in known else buffer.data
+            fits = all(dim < dense.dim() for dim in where)
+            if name not in known and fits and all(dense.shape[dim] == len(keep) for dim, keep in where.items()):
+                continue  # the class makes it thin itself
+            for dim, keep in where.items():
+                if dim >= dense.dim() or max(keep) >= dense.shape[dim]:
+                    raise RecordError(
+                        f"The non-persistent buffer {name!r} of {path or type(model).__name__!r} has shape "
+                        f"{tuple(dense.shape)}, and the network that was saved kept position {max(keep)} of its "
+                        f"dimension {dim}: it was cut from another network."
+                    )
+            changes.append((module, name, dense, {dim: torch.tensor(keep) for dim, keep in where.items()}))
+    for module, name, dense, dims in changes:
+        buffer = module.get_buffer(name)
+        buffer.data = select(dense.to(buffer), dims)
+        rest = {other: cut for other, cut in vars(module).get(_DENSE, {}).items() if other != name}
+        _set_dense(module, rest | ({name: (dense, dims)} if dims else {}))
+
+
+def sizes(module: nn.Module) -> dict[str, Any]:
+    """What a module's size attributes should be, by the shapes of its tensors."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return {}
+    if isinstance(module, nn.Linear):
+        return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        first, second = weight.shape[0], weight.shape[1] * module.groups
+        names = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        return dict(zip(names, (first, second), strict=True))
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"num_features": weight.shape[0]}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": tuple(weight.shape)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": weight.shape[0]}
+    if isinstance(module, nn.Embedding):
+        return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": weight.shape[0]}
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and isinstance(module, conv1d):
+        return {"nx": weight.shape[0], "nf": weight.shape[1]}
+    return {}

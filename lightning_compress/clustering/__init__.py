@@ -1,0 +1,8 @@
+"""Weights that share a few values, from plain functions to a callback."""
+
+from __future__ import annotations
+
+from lightning_compress.clustering.kmeans import assign, kmeans
+from lightning_compress.clustering.shared_weights import Clustered, SharedWeights, cluster_weights, compression_rate
+
+__all__ = ["Clustered", "SharedWeights", "assign", "cluster_weights", "compression_rate", "kmeans"]

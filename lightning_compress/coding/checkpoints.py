@@ -1,0 +1,97 @@
+"""Weights in files: read them, and rebuild a thin network in the user's dense class."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_compress.channels.load import adopt_state, has_record, is_extra
+from lightning_compress.core.tensors import named_tensors
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read the state dict of a Lightning checkpoint, or a plain one, to the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no file of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There are no weights at {path} (looked for in {path.absolute().parent}).")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds objects beside tensors and plain values: save the state_dict alone."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(one, Tensor) or is_extra(name) for name, one in state.items()):
+        raise ValueError(
+            f"{path} is neither a Lightning checkpoint nor a state dict; it holds a {type(state).__name__}."
+        )
+    return state
+
+
+def adopt(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike[str]) -> nn.Module:
+    """Give a dense network the shapes and the weights of a state dict, of a thin network of its class perhaps.
+
+    Args:
+        model: The network; it is returned.
+        state: The state dict, with its metadata where it is of a network that was cut.
+        source: Where it comes from, for the message.
+
+    Raises:
+        ValueError: The state dict is of another network; the model is as it was.
+
+    Example:
+        >>> adopt(nn.Linear(3, 2), nn.Linear(3, 1).state_dict(), "other.pt")
+        Traceback (most recent call last):
+        ValueError: other.pt does not fit Linear: weight is (1, 3) in it and (2, 3) in the module; ...
+    """
+    if empty := [name for name, tensor in named_tensors(model).items() if tensor.is_meta]:
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where {_some(set(empty))} can take no values: give it "
+            f"memory first, model.to_empty(device='cpu')."
+        )
+    cut = has_record(state)
+    if problems := misfits(state, model, thinner=cut):
+        if not cut and not misfits(state, model, thinner=True):
+            problems += ". It is thinner, but no record of a cut came with it: it is of another network, or was saved "
+            problems += "without the metadata of its state dict"
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {problems}.")
+    adopt_state(model, state)
+    return model
+
+
+def misfits(state: dict[str, Tensor], model: nn.Module, *, thinner: bool) -> str:
+    """Say in words what of a state dict does not fit a module; empty where all does."""
+    mine = model.state_dict()
+    both = {name for name in mine.keys() & state.keys() if not is_extra(name) and not is_lazy(mine[name])}
+    problems = [
+        f"it has no {_some(mine.keys() - state.keys())}" if mine.keys() - state.keys() else "",
+        f"it has {_some(state.keys() - mine.keys())}, which the module has not" if state.keys() - mine.keys() else "",
+        *(
+            f"{name} is {tuple(state[name].shape)} in it and {tuple(mine[name].shape)} in the module"
+            for name in mine
+            if name in both and not _fits(tuple(state[name].shape), tuple(mine[name].shape), thinner=thinner)
+        ),
+    ]
+    return "; ".join(filter(None, problems))
+
+
+def _fits(shape: tuple[int, ...], mine: tuple[int, ...], *, thinner: bool) -> bool:
+    if shape == mine:
+        return True
+    return thinner and len(shape) == len(mine) and all(0 < a <= b for a, b in zip(shape, mine, strict=True))
+
+
+def _some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,296 @@
+"""What a network costs: entries, multiply-accumulates, bytes of a file, seconds and bytes of memory."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call, tensors
+from lightning_compress.measure.macs import count_macs
+
+_CALM = 0.15  # spread up to which the median is trusted
+_SAME = 1.1  # ratio of two halves of the passes from which on the machine counts as busy
+_WARM_UP = 3  # forward passes before the clock counts: allocators, kernel choice, compilation
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network costs on given example inputs; see `measure`.
+
+    Attributes:
+        parameters: Entries of all parameters; a shared parameter counts once.
+        nonzero: Those of them that are not zero.
+        macs: Multiply-accumulates of a forward pass, per sample; zeros cost as much as other values.
+        bytes: Size of a file that was written, read back and compared.
+        latency: Seconds of a forward pass of the whole batch; see `time_in_turns`.
+        peak_memory: Bytes of parameters and buffers, and of the tensors alive at the worst moment of a forward pass.
+        uncounted: Operators that ran and are missing from `macs`, because torch's counter has no formula for them.
+    """
+
+    parameters: int
+    nonzero: int
+    macs: int
+    bytes: int
+    latency: float
+    peak_memory: int
+    uncounted: tuple[str, ...]
+
+
+def measure(
+    model: nn.Module, example_inputs: ExampleInputs, *, repeats: int, file_bytes: Callable[[nn.Module], int]
+) -> Footprint:
+    """Measure what the network costs, in evaluation mode, and leave it as it was.
+
+    MACs are those of `count_macs`, latency is that of `compare_latency`, which is the one to use when two networks are
+    to be compared. The peak of memory is p + max_t a(t), with p the bytes of parameters and buffers and a(t) those of
+    the tensors that a forward pass made and that are alive at moment t; the inputs are not in it. On CUDA a(t) is the
+    allocator's (its peak statistics are reset), elsewhere that of the tensors which operators return, without what
+    a kernel needs inside. MACs and memory of a compiled network are those of the network before compilation.
+
+    Args:
+        model: Any module; parameters, gradients, buffers, modes, hooks and torch's random state stay as they are.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first, on the
+            model's device.
+        repeats: How many forward passes are timed.
+        file_bytes: Writes the network into a file, and returns its size.
+
+    Raises:
+        ValueError: `model` is no module or not built yet, the inputs hold no sample or are on another device, or
+            `repeats` is below 1.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = net[0].weight.data[:4].zero_()
+        >>> cost = measure(net, torch.randn(16, 4), repeats=5, file_bytes=lambda model: 232)
+        >>> cost.parameters, cost.nonzero, cost.macs, cost.uncounted
+        (58, 42, 48, ())
+    """
+    _check(model, example_inputs)
+    parameters = list(model.parameters())
+    latency = compare_latency({"model": (model, example_inputs)}, repeats=repeats)["model"]
+    with evaluating(model):
+        macs, uncounted = count_macs(model, example_inputs)
+        peak_memory = _resident_bytes(model) + _forward_bytes(model, example_inputs)
+    return Footprint(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        nonzero=sum(int(torch.count_nonzero(parameter != 0)) for parameter in parameters),
+        macs=macs,
+        bytes=file_bytes(model),
+        latency=latency,
+        peak_memory=peak_memory,
+        uncounted=uncounted,
+    )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a forward pass of one of several networks takes, which were timed in turns.
+
+    Attributes:
+        seconds: Of a forward pass of the whole batch.
+        spread: Width of the middle half of the timed passes, over their median.
+        busy: Whether the machine was too busy for these seconds to be compared with those of the other networks.
+    """
+
+    seconds: float
+    spread: float
+    busy: bool
+
+
+def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, repeats: int = 30) -> dict[str, Latency]:
+    """Time the forward passes of several networks in turns, in evaluation mode without gradients.
+
+    In every turn each network runs once, in an order drawn anew, so that all meet the same state of the machine. Each
+    forward pass is timed to the end of the device's work, after three untimed ones. `seconds` is the median where the
+    passes of every network agree (a spread of at most 15 %). Elsewhere other work interrupts some of them, and
+    `seconds` is the lowest decile of each network: what a pass takes that was not interrupted. Where even this differs
+    by more than 10 % between the passes with even and those with odd numbers, or between the first and the second half,
+    in relation to the first network's, `busy` is True.
+
+    Args:
+        networks: Model and example inputs by name.
+        repeats: Timed forward passes of each network.
+
+    Raises:
+        ValueError: As for `measure`.
+
+    Example:
+        >>> net, x = nn.Linear(64, 64), torch.randn(8, 64)
+        >>> list(time_in_turns({"dense": (net, x), "compressed": (net, x)}, repeats=4))
+        ['dense', 'compressed']
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, for a median needs a value; got {repeats!r}.")
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    accelerators: set[torch.device] = set()
+    with ExitStack() as stack:
+        for model, example_inputs in networks.values():
+            _check(model, example_inputs)
+            accelerators |= _accelerators(model, example_inputs)
+            stack.enter_context(evaluating(model))
+        shuffled = random.Random(0)  # in one order, another process could interrupt always the same network
+        for turn in range(-_WARM_UP, repeats):
+            for name, (model, example_inputs) in shuffled.sample(list(networks.items()), len(networks)):
+                elapsed = _forward_seconds(model, example_inputs, accelerators)
+                if turn >= 0:
+                    seconds[name].append(elapsed)
+    return summarize_latency(seconds)
+
+
+def summarize_latency(seconds: Mapping[str, Sequence[float]]) -> dict[str, Latency]:
+    """Return what the seconds of passes that were timed in turns come to, as `time_in_turns` says.
+
+    Args:
+        seconds: Of each pass, in order, by network; equally many of each.
+
+    Example:
+        >>> quiet = summarize_latency({"dense": [2.0, 2.1, 2.0, 2.0], "compressed": [1.0, 1.0, 1.1, 1.0]})
+        >>> quiet["dense"].seconds, quiet["dense"].busy
+        (2.0, False)
+        >>> summarize_latency({"dense": [2.0, 2.0, 9.0, 9.0], "compressed": [9.0, 9.0, 2.0, 2.0]})["dense"].busy
+        True
+    """
+    spreads = {name: _spread(values) for name, values in seconds.items()}
+    calm = all(spread <= _CALM for spread in spreads.values())
+    estimate = statistics.median if calm else _low
+    busy = _busy(seconds, estimate)
+    return {name: Latency(estimate(values), spreads[name], busy) for name, values in seconds.items()}
+
+
+def compare_latency(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, repeats: int = 30) -> dict[str, float]:
+    """Return the seconds of a forward pass of each network, timed in turns; see `time_in_turns`.
+
+    Args:
+        networks: Model and example inputs by name.
+        repeats: Timed forward passes of each network.
+
+    Raises:
+        ValueError: As for `measure`.
+
+    Example:
+        >>> dense, compressed, x = nn.Linear(1024, 1024), nn.Linear(1024, 256), torch.randn(64, 1024)
+        >>> seconds = compare_latency({"dense": (dense, x), "compressed": (compressed, x)})
+        >>> speed_up = seconds["dense"] / seconds["compressed"]
+    """
+    return {name: latency.seconds for name, latency in time_in_turns(networks, repeats=repeats).items()}
+
+
+def _spread(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return (ordered[-1 - quarter] - ordered[quarter]) / max(statistics.median(ordered), 1e-12)
+
+
+def _low(values: Sequence[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 10]
+
+
+def _busy(seconds: Mapping[str, Sequence[float]], estimate: Callable[[Sequence[float]], float]) -> bool:
+    length = min(map(len, seconds.values()))
+    if length < 4:
+        return False  # too few to tell
+    half = length // 2
+    for one, other in [(slice(0, None, 2), slice(1, None, 2)), (slice(0, half), slice(half, None))]:
+        ratios = []
+        for part in (one, other):
+            found = [estimate(values[part]) for values in seconds.values()]
+            ratios.append([value / found[0] for value in found] if len(found) > 1 else found)
+        if any(max(a, b) > _SAME * min(a, b) for a, b in zip(*ratios, strict=True)):
+            return True
+    return False
+
+
+def _check(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ValueError(f"{name} has no values yet (lazy, or on the meta device): run or load the model first.")
+    batch_size(example_inputs)
+    homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    places = {tensor.device for tensor in tensors(example_inputs)}
+    if homes and homes.isdisjoint(places):  # some inputs, such as lengths, belong on the CPU
+        raise ValueError(
+            f"example_inputs are on {_names(places)}, but the model is on {_names(homes)}: move them, for instance "
+            "with core.inputs.to_device."
+        )
+
+
+def _names(devices: set[torch.device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
+
+
+def _accelerators(model: nn.Module, example_inputs: ExampleInputs) -> set[torch.device]:
+    used = chain(model.parameters(), model.buffers(), tensors(example_inputs))
+    return {tensor.device for tensor in used if tensor.device.type != "cpu"}
+
+
+def _forward_seconds(model: nn.Module, example_inputs: ExampleInputs, accelerators: set[torch.device]) -> float:
+    for device in accelerators:
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    call(model, example_inputs)
+    for device in accelerators:
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _resident_bytes(model: nn.Module) -> int:
+    return sum(int(storage.nbytes()) for storage in _storages([*model.parameters(), *model.buffers()]).values())
+
+
+def _forward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:
+    devices = [device for device in _accelerators(model, example_inputs) if device.type == "cuda"]
+    if not devices:
+        live = _LiveBytes()
+        with live:
+            call(model, example_inputs)
+        return live.peak
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = [torch.cuda.memory_allocated(device) for device in devices]
+    call(model, example_inputs)
+    peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
+    return sum(peaks) - sum(before)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operators make, from their birth to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._live = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = _storages((args, kwargs))  # views and in-place results live in a storage that was there
+        out = func(*args, **kwargs)
+        for address, storage in _storages(out).items():
+            if address not in known:
+                self._live += storage.nbytes()
+                weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self._live)
+        return out
+
+    def _release(self, count: int) -> None:
+        self._live -= count
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    return {storage._cdata: storage for storage in (leaf.untyped_storage() for leaf in leaves)}

@@ -1,0 +1,1 @@
+"""What makes a weight or a channel important: one score for each criterion."""

@@ -1,0 +1,236 @@
+"""Criteria that look at a neuron's activation: its output after the non-linearity.
+
+Shape suffixes: B samples, C channels; positions are pixels, frames or tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_compress.channels.groups import Member
+from lightning_compress.pruning.criteria.activation_trace import Activation, ActivationTrace
+from lightning_compress.pruning.criteria.statistic import Statistic
+from lightning_compress.pruning.groups import Neurons, channel_sums
+
+
+class ActivationStatistic(Statistic):
+    """Watches the activations of layers; a subclass says in ``observe`` what it takes from each.
+
+    Args:
+        model: the module that the layers' names are relative to.
+        neurons: the layers' channels; frozen ones are left out.
+    """
+
+    needs: ClassVar[str] = "activations"
+
+    def __init__(self, model: nn.Module, neurons: Sequence[Neurons]) -> None:
+        super().__init__()
+        self._neurons = [layer for layer in neurons if layer.frozen is None]
+        sizes = {
+            _layer(model, layer, member): int(model.get_parameter(member.tensor).shape[member.dim])
+            for layer in self._neurons
+            for member in layer.weights
+        }
+        self._trace = ActivationTrace(model, list(sizes), on_activation=self.observe)
+        self._batch: list[tuple[str, Tensor, int]] = []  # what this batch adds, if it turns out to be finite
+        self._limits: list[Tensor] = []
+        for name, size in sizes.items():
+            self.track(name, model.get_parameter(f"{name}.weight").new_zeros(size))
+
+    def of_units(self, of_channels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum over all layers' channels that a unit consists of: what a unit costs is a sum over them as well."""
+        return {
+            layer.name: torch.stack(
+                [channel_sums(of_channels[one.tensor.removesuffix(".weight")], one) for one in layer.weights]
+            ).sum(0)
+            for layer in self._neurons
+        }
+
+    def observe(self, activation: Activation) -> None:
+        """Take what is needed of an activation, in the midst of the forward pass."""
+        raise NotImplementedError
+
+    def note(self, layer: str, total: Tensor, count: int, *, of: Tensor) -> None:
+        """Note what this batch adds to a layer's sum, and that of which it was made."""
+        self._batch.append((layer, total, count))
+        if of.numel() > 0:
+            self._limits.append(torch.stack(torch.aminmax(of)))
+
+    def begin(self) -> None:
+        self.end()
+        self._trace.begin()
+
+    def before_backward(self, loss: Tensor) -> None:
+        self._trace.end()
+        self._limits.append(loss.detach())
+
+    def end(self) -> None:
+        self._trace.discard()
+        super().end()
+        batch, limits, self._batch, self._limits = self._batch, self._limits, [], []
+        for layer, total, count in batch if batch and self.finite(limits) else ():
+            self.add(layer, total, count)
+
+
+class Apoz(ActivationStatistic):
+    """Share of a neuron's activations that are not zero, one minus the average percentage of zeros (APoZ).
+
+        score_c = 1 - #{(n, p) : a_cnp = 0} / (B P)
+
+    with a_cnp the activation of channel c for sample n at position p, after the non-linearity. It tells neurons apart
+    only behind a non-linearity that makes zeros, such as relu; a warning names the layers where none was seen.
+
+    Args:
+        model: the module that the layers' names are relative to.
+        neurons: the layers' channels; frozen ones are left out.
+
+    References:
+        Hu et al. 2016, "Network Trimming", section 3.1.
+
+    >>> from lightning_compress.pruning.neurons import find_neurons
+    >>> from lightning_compress.pruning.criteria.statistic import estimate
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+    >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
+    >>> x = torch.tensor([[1.0], [2.0], [3.0], [-4.0]])
+    >>> estimate(Apoz(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
+    {'0': tensor([0.7500, 0.2500])}
+    """
+
+    criterion: ClassVar[str] = "apoz"
+
+    def __init__(self, model: nn.Module, neurons: Sequence[Neurons]) -> None:
+        super().__init__(model, neurons)
+        self._warned = False
+
+    @torch.no_grad()
+    def observe(self, activation: Activation) -> None:
+        a, others = _batched(activation)
+        self.note(activation.layer, a.count_nonzero(others), a.numel() // a.shape[activation.dim], of=a)
+
+    def scores(self) -> dict[str, Tensor]:
+        scores = self.means()
+        dense = [name for name, score in scores.items() if bool((score == 1).all())]
+        if dense and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"criterion 'apoz' counts zeros, but no activation of {', '.join(dense)} was ever zero, so that all "
+                "their neurons look equally important: use a criterion such as 'mean_activation' or 'taylor' behind "
+                "non-linearities that make no zeros",
+                stacklevel=2,
+            )
+        return self.of_units(scores)
+
+
+class MeanActivation(ActivationStatistic):
+    """Mean absolute activation of a neuron.
+
+        score_c = sum_np |a_cnp| / (B P)
+
+    with a_cnp the activation of channel c for sample n at position p, after the non-linearity.
+
+    Args:
+        model: the module that the layers' names are relative to.
+        neurons: the layers' channels; frozen ones are left out.
+
+    References:
+        Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.
+
+    >>> from lightning_compress.pruning.neurons import find_neurons
+    >>> from lightning_compress.pruning.criteria.statistic import estimate
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
+    >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
+    >>> x = torch.tensor([[1.0], [2.0], [3.0], [-4.0]])
+    >>> estimate(MeanActivation(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
+    {'0': tensor([1.5000, 1.0000])}
+    """
+
+    criterion: ClassVar[str] = "mean_activation"
+
+    @torch.no_grad()
+    def observe(self, activation: Activation) -> None:
+        a, others = _batched(activation)
+        total = torch.linalg.vector_norm(a, 1, others, dtype=_wide(a))
+        self.note(activation.layer, total, a.numel() // a.shape[activation.dim], of=total)
+
+    def scores(self) -> dict[str, Tensor]:
+        return self.of_units(self.means())
+
+
+class TaylorNeuron(ActivationStatistic):
+    """First-order estimate of how much the loss changes when a neuron is silenced.
+
+        theta_c = 1/B sum_n | 1/P sum_p a_cnp dL/da_cnp |        score_c = theta_c / ||theta||_2, layer by layer
+
+    with a_cnp the activation of channel c for sample n at position p, after the non-linearity, and L the loss as it is
+    back-propagated: nothing is undone of its mean over the batch, so batches of different sizes count alike.
+
+    Args:
+        model: the module that the layers' names are relative to.
+        neurons: the layers' channels; frozen ones are left out.
+
+    Raises:
+        ValueError: in the backward pass, if an activation was modified in place after the non-linearity.
+
+    References:
+        Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.
+
+    >>> from lightning_compress.pruning.neurons import find_neurons
+    >>> from lightning_compress.pruning.criteria.statistic import estimate
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    >>> net[0].weight.data, net[2].weight.data = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 2.0]])
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> estimate(TaylorNeuron(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
+    {'0': tensor([0.6000, 0.8000])}
+    """
+
+    criterion: ClassVar[str] = "taylor"
+    needs: ClassVar[str] = "gradients of activations"
+
+    def observe(self, activation: Activation) -> None:
+        if activation.tensor.requires_grad:
+            hook = partial(self._add_products, activation)
+            self.handles.append(activation.tensor.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _add_products(self, activation: Activation, gradient: Tensor) -> None:
+        activation.check_unmodified()
+        a, others = _batched(activation)
+        products = a.to(_wide(a)) * gradient
+        theta_BC = products.mean(others[1:]) if others[1:] else products
+        total = theta_BC.abs().sum(0)
+        self.note(activation.layer, total, len(theta_BC), of=total)
+
+    def scores(self) -> dict[str, Tensor]:
+        tiny = torch.finfo(torch.float32).tiny
+        return self.of_units({name: theta / theta.norm().clamp_min(tiny) for name, theta in self.means().items()})
+
+
+def _layer(model: nn.Module, neurons: Neurons, member: Member) -> str:
+    """The name of the layer whose activation shows the channels."""
+    name = member.tensor.removesuffix(".weight")
+    layer = model.get_submodule(name) if name != member.tensor else None
+    plain = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not (layer.transposed and layer.groups > 1))
+    if not plain:
+        raise ValueError(
+            f"The channels of {neurons.name!r} are made by {member.tensor}, and no activation shows them one by one: "
+            f"that is known for linear layers, and for convolutions that are not both transposed and grouped. Choose "
+            f"magnitude, l2 or random, or exclude it."
+        )
+    return name
+
+
+def _batched(activation: Activation) -> tuple[Tensor, tuple[int, ...]]:
+    """The activation with at least one dimension besides the channels', and those dimensions."""
+    a = activation.tensor if activation.tensor.dim() > 1 else activation.tensor.unsqueeze(0)
+    return a, tuple(dim for dim in range(a.dim()) if dim != activation.dim % a.dim())
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

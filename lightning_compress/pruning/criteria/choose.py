@@ -1,0 +1,116 @@
+"""From a criterion's name to what computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.channels.costs import Cost
+from lightning_compress.pruning.criteria.activations import Apoz, MeanActivation, TaylorNeuron
+from lightning_compress.pruning.criteria.samples import Ewc, Fisher, Mas
+from lightning_compress.pruning.criteria.statistic import Statistic
+from lightning_compress.pruning.criteria.weights import Obd, Si, Taylor, l2, magnitude, neuron_norm, random
+from lightning_compress.pruning.groups import Neurons
+
+Criterion = Literal[
+    "magnitude", "l2", "random", "apoz", "mean_activation", "taylor", "obd", "fisher", "ewc", "si", "mas"
+]
+Shrink = Literal["never", "on_fit_end", "during_fit"]
+Granularity = Literal["weight", "neuron"]
+
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+STATIC: tuple[Criterion, ...] = ("magnitude", "l2", "random")
+DIFFERENTIATING: tuple[Criterion, ...] = ("obd", "fisher")  # the loss, which the training does a second time
+_NEURONS_ONLY = ("apoz", "mean_activation")
+# A masked channel is silent, so what these measure of it stays zero and it would never come back.
+_BLIND_TO_MASKED_NEURONS = ("apoz", "mean_activation", "taylor", "fisher")
+
+
+def check_criterion(criterion: str, granularity: str, *, regrow: bool) -> None:
+    """Raise a ValueError unless the criterion exists, scores this granularity and can see what `regrow` needs."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}.")
+    if granularity not in get_args(Granularity):
+        raise ValueError(f"granularity must be 'weight' or 'neuron'; got {granularity!r}.")
+    if granularity == "weight" and criterion in _NEURONS_ONLY:
+        raise ValueError(f"criterion={criterion!r} scores channels: it needs granularity='neuron', got 'weight'.")
+    if regrow and granularity == "neuron" and criterion in _BLIND_TO_MASKED_NEURONS:
+        raise ValueError(
+            f"criterion={criterion!r} sees nothing of a masked channel, so regrow=True could bring none back: use "
+            f"'magnitude', 'l2', 'obd', 'ewc' or 'mas', or regrow=False."
+        )
+
+
+def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion, *, regrow: bool, stop: bool) -> None:
+    """Raise a ValueError unless channels may leave at that moment."""
+    if shrink not in get_args(Shrink):
+        raise ValueError(f"shrink must be one of {', '.join(get_args(Shrink))}; got {shrink!r}.")
+    if shrink != "during_fit":
+        return
+    if granularity == "weight":
+        raise ValueError("shrink='during_fit' removes channels: it needs granularity='neuron', got 'weight'.")
+    if regrow or stop:
+        wants = "regrow=True" if regrow else "stop="
+        raise ValueError(
+            f"shrink='during_fit' removes channels for good, but {wants} wants them back: use shrink='on_fit_end'."
+        )
+    if criterion == "si":
+        raise ValueError("criterion='si' looks at the whole training of a weight: use it with shrink='on_fit_end'.")
+
+
+def check_widths(cost: Cost, min_left: float, min_channels: int, round_to: int) -> None:
+    """Raise a ValueError unless the limits make sense."""
+    if not 0 <= min_left < 1:
+        raise ValueError(f"min_left must be a fraction, 0 or more and below 1; got {min_left!r}.")
+    if cost not in get_args(Cost):
+        raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}; got {cost!r}.")
+    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+
+
+def make_statistic(
+    criterion: Criterion,
+    model: nn.Module,
+    targets: Sequence[str] | Sequence[Neurons],
+    *,
+    granularity: Granularity,
+    network: nn.Module,
+    generator: torch.Generator,
+) -> Statistic | None:
+    """Return what accumulates the criterion during training, or None for one that looks at the weights alone."""
+    options: dict[str, Any] = {}
+    if criterion in ("ewc", "mas"):
+        options["network"] = network
+    if criterion in ("ewc", "obd"):
+        options["generator"] = generator
+    kinds: dict[str, Callable[..., Statistic]] = {
+        "apoz": Apoz,
+        "mean_activation": MeanActivation,
+        "taylor": TaylorNeuron if granularity == "neuron" else Taylor,
+        "obd": Obd,
+        "fisher": Fisher,
+        "ewc": Ewc,
+        "si": Si,
+        "mas": Mas,
+    }
+    return None if criterion in STATIC else kinds[criterion](model, targets, **options)
+
+
+def static_scores(
+    criterion: Criterion, weights: Mapping[str, Tensor], neurons: Sequence[Neurons] | None, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Score weights, or whole neurons where they are given, by a criterion that needs no data."""
+    assert criterion in STATIC, f"{criterion} needs a statistic"
+    if neurons is not None:
+        if criterion == "random":
+            return {unit.name: torch.rand(unit.size, generator=generator) for unit in neurons}
+        order = 1 if criterion == "magnitude" else 2
+        return {unit.name: neuron_norm(weights, unit, order) for unit in neurons}
+    if criterion == "random":
+        return {name: random(weight, generator) for name, weight in weights.items()}
+    score = magnitude if criterion == "magnitude" else l2
+    return {name: score(weight) for name, weight in weights.items()}

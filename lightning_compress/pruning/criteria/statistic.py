@@ -1,0 +1,286 @@
+"""What a data-driven criterion has seen: the one interface between a criterion and a training loop.
+
+A training step with two accumulated micro-batches calls, in this order:
+
+    begin  forward  before_backward(loss)  backward  end        micro-batch 1
+    begin  forward  before_backward(loss)  backward  end        micro-batch 2
+    before_step  [clip]  optimizer.step  after_step
+
+and an event, where something is pruned, calls
+
+    reduce (several ranks)  scores  reset
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.pruning.groups import Neurons, channel_sums
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+BatchT = TypeVar("BatchT")
+
+
+class Statistic:
+    """Sums over samples or steps since the last reset, and how many of them there were.
+
+    A subclass calls `track` for every target in its constructor, so that all ranks hold the same tensors in the same
+    order, and `add` for what it sees; it overrides those of the moments below that it needs, and `scores`. Hooks go
+    into `handles`, where `end` finds them.
+
+    Attributes:
+        criterion: The name that messages give.
+        needs: What it needs to see, in words, for the message of a criterion that has seen nothing.
+        rank_local: True if every rank sees its own data, so that sums are added over ranks; False if what it sees is
+            already equal on all ranks (`p.grad` after DistributedDataParallel).
+        needs_training: True if it must see the weights move, so that `estimate` cannot serve it.
+        sums: One tensor per target.
+        counts: Of how many samples, positions or steps each sum consists.
+    """
+
+    criterion: ClassVar[str]
+    needs: ClassVar[str] = "gradients"
+    rank_local: ClassVar[bool] = True
+    needs_training: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.handles: list[RemovableHandle] = []
+        self.n_left_out = 0  # batches or steps
+
+    def track(self, name: str, like: Tensor) -> None:
+        """Start a sum of zeros with the shape and device of `like`, in float32 or wider."""
+        self.sums[name] = torch.zeros_like(
+            like, dtype=torch.promote_types(like.dtype, torch.float32), memory_format=torch.contiguous_format
+        )
+        self.counts[name] = 0
+
+    def add(self, name: str, total: Tensor, count: int) -> None:
+        """Add `total`, itself a sum of `count` terms, to the sum of `name`."""
+        # The model may have moved to its device after the constructor, or a checkpoint may have been loaded on the CPU.
+        self.sums[name] = self.sums[name].to(total.device).add_(total.detach())
+        self.counts[name] += count
+
+    def finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether all entries are finite; else the batch or step is left out of the sums, and a warning says so once.
+
+        One of them would make every later score NaN, while the training may just skip it.
+        """
+        if all_finite(tensors):
+            return True
+        if self.n_left_out == 0:
+            warnings.warn(
+                f"criterion={self.criterion!r} leaves out what it sees of a batch or step with a loss, gradient or "
+                f"activation that is not finite, and of all others of that kind.",
+                stacklevel=2,
+            )
+        self.n_left_out += 1
+        return False
+
+    def means(self) -> dict[str, Tensor]:
+        """Divide the sums by their counts, into new tensors; `ValueError` if a target has seen nothing."""
+        self.check_seen()
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+    def check_seen(self) -> None:
+        """Raise a `ValueError` if a target has seen nothing."""
+        unseen = [name for name, count in self.counts.items() if count == 0]
+        if unseen:
+            others = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+            raise ValueError(
+                f"criterion={self.criterion!r} needs {self.needs}, and has seen none of {unseen[0]!r}{others} since "
+                "the last pruning: start_epoch must be > 0, so that training steps come first, and the target must "
+                "take part in them. magnitude, l2 and random need no data."
+                + (f" {self.n_left_out} batches were left out, which were not finite." if self.n_left_out else "")
+            )
+
+    def begin(self) -> None:
+        """Before the forward pass of a micro-batch: put hooks in place."""
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Between forward and backward; `loss` is the live training loss, and the ordinary backward follows."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Before an optimizer steps: `p.grad` is averaged over accumulation and ranks, and not yet clipped.
+
+        `optimizer` is named where there are several: the gradients of the others' parameters are left over.
+        """
+
+    def after_step(self) -> None:
+        """After the optimizer has stepped, before anything is masked."""
+
+    def end(self) -> None:
+        """After the backward pass, or after an exception: remove the hooks and let the graph go. Idempotent."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def scores(self) -> dict[str, Tensor]:
+        """Score every target, the least important the lowest; `ValueError` if a target has seen nothing."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget, at the start of a new interval."""
+        for name, total in self.sums.items():
+            self.sums[name] = torch.zeros_like(total)
+            self.counts[name] = 0
+
+    def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Sum over ranks what is local to a rank, before `scores`.
+
+        Every rank then holds the whole, so that all of them, or all but one, must be `reset` before they go on.
+        """
+        if not self.rank_local or not self.sums:
+            return
+        for name, total in self.sums.items():
+            self.sums[name] = all_reduce_sum(total)
+        device = next(iter(self.sums.values())).device
+        counts = all_reduce_sum(torch.tensor(list(self.counts.values()), device=device))
+        self.counts = dict(zip(self.counts, counts.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything seen since the last reset, as tensors, numbers, strings, lists and dicts."""
+        return {"criterion": self.criterion, "sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; `ValueError` if it is another criterion's or has other targets."""
+        if state["criterion"] != self.criterion:
+            raise ValueError(f"the state is of criterion {state['criterion']!r}, but this is {self.criterion!r}.")
+        for name, total in self.sums.items():
+            saved = state["sums"].get(name)
+            if saved is None or saved.shape != total.shape:
+                found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+                raise ValueError(
+                    f"criterion={self.criterion!r}: for {name!r} of shape {tuple(total.shape)} the checkpoint holds "
+                    f"{found}; resume with the same model, target and granularity."
+                )
+            self.sums[name] = saved.to(total, copy=True)
+        self.counts = {name: int(state["counts"][name]) for name in self.counts}
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries of all tensors are finite, found without a copy of any.
+
+    Example:
+        >>> all_finite([torch.ones(3), torch.zeros(0)]), all_finite([torch.ones(3), torch.tensor([1.0, -torch.inf])])
+        (True, False)
+    """
+    verdicts = []
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        values = torch.view_as_real(values) if values.is_complex() else values
+        if values.numel() > 0:
+            verdicts.append(torch.stack(torch.aminmax(values)).isfinite().all())  # a NaN is both
+    return bool(torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all()) if verdicts else True
+
+
+class WeightStatistic(Statistic):
+    """A statistic with one entry per weight, and what all of those have in common.
+
+    Args:
+        model: The network, in training.
+        targets: Qualified parameter names, to score weights, or `Neurons`, to score output channels.
+
+    Raises:
+        ValueError: A targeted parameter does not exist or is frozen.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Neurons]) -> None:
+        super().__init__()
+        self.neurons = [target for target in targets if isinstance(target, Neurons)]
+        names = [target for target in targets if not isinstance(target, Neurons)]
+        names += [member.tensor for layer in self.neurons for member in layer.weights]
+        self.parameters = {name: self._parameter(model, name) for name in names}
+        for name, like in self.summed().items():
+            self.track(name, like)
+
+    def _parameter(self, model: nn.Module, name: str) -> nn.Parameter:
+        try:
+            parameter = model.get_parameter(name)
+        except AttributeError as error:
+            raise ValueError(f"criterion={self.criterion!r}: {name!r} is no parameter of the model.") from error
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"criterion={self.criterion!r} needs the gradient of {name!r}, which is frozen (requires_grad=False): "
+                "exclude it, unfreeze it, or choose magnitude, l2 or random."
+            )
+        return parameter
+
+    def summed(self) -> Mapping[str, Tensor]:
+        """What there is one sum for, and its shape."""
+        return self.parameters
+
+    def collect(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn scores of weights into scores of the targets: themselves, or their sums over channels."""
+        if not self.neurons:
+            return dict(scores)
+        return {
+            layer.name: torch.stack([channel_sums(scores[one.tensor], one) for one in layer.weights]).sum(0)
+            for layer in self.neurons
+        }
+
+    def times_square(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Multiply by w^2, with w the weights of now; in place, where values are on the weights' device."""
+        weights = {name: self.parameters[name].detach() for name in curvature}
+        return {
+            name: value.to(weights[name].device).mul_(weights[name]).mul_(weights[name])
+            for name, value in curvature.items()
+        }
+
+
+def estimate(
+    statistic: Statistic,
+    model: ModelT,
+    loss_fn: Callable[[ModelT, BatchT], Tensor],
+    batches: Iterable[BatchT],
+) -> dict[str, Tensor]:
+    """Score `model` on `batches` without training it: a criterion in one call.
+
+    Every batch counts as one step. Weights and `.grad` stay as they are; the mode is the caller's, so call
+    `model.eval()` first where batch-norm buffers must not move. What the statistic has seen before still counts.
+
+    Args:
+        statistic: Any data-driven criterion, made for `model`.
+        model: A plain network.
+        loss_fn: The mean loss of a batch, `loss_fn(model, batch)`.
+        batches: What `loss_fn` takes.
+
+    Raises:
+        ValueError: The criterion must see the weights move (si), or there is no batch.
+
+    Example:
+        >>> from lightning_compress.pruning.criteria.weights import Taylor
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> net.weight.data = torch.tensor([[2.0, 3.0]])
+        >>> estimate(Taylor(net, ["weight"]), net, lambda net, x: net(x).mean(), [torch.ones(4, 2)])
+        {'weight': tensor([[2., 3.]])}
+    """
+    if statistic.needs_training:
+        raise ValueError(
+            f"criterion={statistic.criterion!r} must see the weights move, so it cannot be estimated on batches: call "
+            "before_step() and after_step() around the steps of a training loop, then scores()."
+        )
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            statistic.begin()
+            loss = loss_fn(model, batch)
+            statistic.before_backward(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+            statistic.end()
+            statistic.before_step()
+            statistic.after_step()
+    finally:
+        statistic.end()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+    return statistic.scores()

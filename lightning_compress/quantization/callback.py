@@ -1,0 +1,215 @@
+"""Quantization-aware training as a callback: weights and inputs on grids of a few bits, while real weights train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_compress.core.select import is_weight_layer, select_parameters
+from lightning_compress.quantization.grids import Granularity, check_bits, check_granularity
+from lightning_compress.quantization.input_grids import InputGrid
+from lightning_compress.quantization.observers import ObservedInputs
+from lightning_compress.quantization.weights import UniformWeights, bits_by_name
+from lightning_compress.trainer.distributed import all_reduce_max
+from lightning_compress.trainer.effects import Effects
+from lightning_compress.trainer.latent import LatentCallback
+
+
+class QuantizationAwareTrainingCallback(LatentCallback):
+    """Trains a network whose weights, and the inputs of whose layers, have a few bits.
+
+    Weights: between steps the module holds W~ = s_c q, q = clamp(round(w / s_c), -L, L), L = 2^(b-1) - 1, with one
+    scale s_c per output channel; 6 bits and more: s_c = max |w| / L, fewer: the s_c of least squared error. The
+    gradient is taken at W~, and the optimizer steps the real weights w behind it. Weights that are exactly zero, then
+    or later, have been pruned: they stay zero.
+
+    Inputs: every targeted layer sees x~ = s (q - z), q = clamp(round(x / s) + z, 0, 2^b - 1), one scale s and zero
+    point z per layer, with the gradient of x~ where q was not clamped. The range is a moving average over what it sees
+    in training (in training mode, or with gradients), the same on all ranks; it always holds 0, and is fixed elsewhere.
+    Inputs are real up to the first step after `start_epoch`. The hooks that do it stay on the module; their grids
+    travel in the state dict's metadata, so that `trainer.test(ckpt_path=...)` with this callback and `load_compressed`
+    without it bring them back.
+
+    Biases, norms and what `exclude` names stay real. `compress/weight_bits` (the mean), `compress/clipped` (the
+    share of real weights beyond the grid) and `compress/zeros` are logged once an epoch.
+
+    Args:
+        weight_bits: 2 to 8; None leaves the weights alone. Or `{pattern: bits}`, patterns as in `target`, of which the
+            first that matches counts: `{"conv*": 8, "fc*": 4}`. Layers that no pattern names stay as they are, inputs
+            too, which is said aloud, and so do those with None.
+        activation_bits: Of the layers' inputs, 2 to 8; None leaves them alone.
+        granularity: "channel" gives each output channel a scale, "tensor" each parameter, as clustered weights need.
+        smoothing: How much of its range an input keeps from step to step.
+        start_epoch: When it begins, in epochs, which may be fractions: after some epochs of dense training.
+        target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
+            an optimizer trains when the fit begins and that the code of `forward` reaches, or what the patterns of
+            `weight_bits` name.
+        exclude: Patterns to leave out.
+
+    Raises:
+        ValueError: An argument is out of range, or the combination makes no sense.
+
+    References:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+        Inference" (1712.05877), sections 2 and 3; Krishnamoorthi 2018 (1806.08342); Nagel et al. 2021 (2106.08295).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> qat = QuantizationAwareTrainingCallback({"*conv*": 8, "*fc*": 4}, start_epoch=6.0)
+        >>> trainer = Trainer(callbacks=[qat], max_epochs=9, logger=False, enable_checkpointing=False)
+    """
+
+    verb, done = "quantize", "quantized"
+    kind = "grid"
+
+    def __init__(
+        self,
+        weight_bits: int | Mapping[str, int | None] | None = 8,
+        activation_bits: int | None = 8,
+        *,
+        granularity: Granularity = "channel",
+        smoothing: float = 0.95,
+        start_epoch: float = 0.0,
+        target: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+    ) -> None:
+        weight_bits = dict(weight_bits) if isinstance(weight_bits, Mapping) else weight_bits
+        smoothing = float(smoothing)
+        super().__init__(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            granularity=granularity,
+            smoothing=smoothing,
+            start_epoch=start_epoch,
+            target=target,
+            exclude=exclude,
+        )
+        if weight_bits == {}:
+            raise ValueError("weight_bits={} names no layer: give {pattern: bits}, or None to leave weights alone.")
+        given = list(weight_bits.values()) if isinstance(weight_bits, Mapping) else [weight_bits]
+        for bits in given:
+            if bits is not None:
+                check_bits("weight_bits", bits)
+        if all(bits is None for bits in given) and (activation_bits is None or isinstance(weight_bits, Mapping)):
+            raise ValueError(
+                f"weight_bits={weight_bits!r} with activation_bits={activation_bits!r} quantizes nothing: give a "
+                f"number of bits, 2 to 8, for weights or for inputs."
+            )
+        if activation_bits is not None:
+            check_bits("activation_bits", activation_bits)
+        check_granularity(granularity)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be 0 or more and below 1; got {smoothing!r}.")
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.granularity: Granularity = granularity
+        self.smoothing = smoothing
+
+        self._inputs: ObservedInputs | None = None
+
+    # ------------------------------------------------------------------ what has been reached
+
+    @property
+    def input_grids(self) -> dict[str, InputGrid]:
+        """The grids of the inputs now, by layer; empty before the first step after `start_epoch`."""
+        hooks = {} if self._inputs is None else self._inputs.hooks
+        return {name: grid for name, hook in hooks.items() if (grid := hook.grid) is not None}
+
+    # ------------------------------------------------------------------ what is wanted
+
+    def wants(self, pl_module: LightningModule) -> dict[str, int]:
+        if self.weight_bits is None:
+            return {}
+        return bits_by_name(
+            pl_module,
+            self.weight_bits,
+            target=self.target,
+            default=self.patterns(pl_module, named=isinstance(self.weight_bits, Mapping)),
+            exclude=self.exclude,
+        )
+
+    def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
+        if self.activation_bits is None:
+            return ()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `wants` has said what patterns leave out
+            named: Collection[str] = self.wants(pl_module)
+        if self.weight_bits is None:
+            named = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude)
+        wanted = {id(pl_module.get_parameter(name)) for name in named}
+        layers = {name: layer for name, layer in pl_module.named_modules() if is_weight_layer(layer)}
+        return [name for name, layer in layers.items() if id(layer.weight) in wanted]
+
+    def shared_effects(self) -> Effects:
+        return Effects(
+            span=self.granularity,
+            options={"span": f"granularity={self.granularity!r}", "inputs": f"activation_bits={self.activation_bits}"},
+        )
+
+    def numbers(self) -> dict[str, Callable[[], float]]:
+        if not isinstance(self._weights, UniformWeights) or not self._weights.latent:
+            return {}
+        mine = self._weights
+        return {"weight_bits": lambda: mine.mean_bits, "clipped": mine.clipped, "zeros": mine.zeros}
+
+    # ------------------------------------------------------------------ the fit
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        ranges = {} if self._inputs is None else self._inputs.state_dict()
+        super().prepare(trainer, pl_module, state)
+        if self._inputs is not None and self._weights is not None:
+            self._inputs.load_state_dict(ranges if state is None else state["inputs"])
+        elif state is None and (others := self._without_inputs(pl_module)):
+            warnings.warn(
+                f"The weights of {', '.join(others)} are quantized, but no linear layer or convolution reads them: the "
+                f"inputs that they meet stay real.",
+                stacklevel=2,
+            )
+
+    def make_weights(self, pl_module: LightningModule) -> UniformWeights:
+        assert isinstance(self._wanted, dict)
+        return UniformWeights(pl_module, self._wanted, granularity=self.granularity)
+
+    def hook_inputs(self, pl_module: LightningModule) -> ObservedInputs | None:
+        if self.activation_bits is None:
+            return None
+        names = list(self.inputs_of(pl_module))
+        return ObservedInputs(pl_module, names, self.activation_bits, smoothing=self.smoothing) if names else None
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._inputs is not None:
+            self._inputs.update(all_reduce_max(self._inputs.seen()))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._inputs is not None:
+            self._inputs.check_finite()  # before the weights, which follow
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._inputs is not None:
+            self._inputs.observe(False)
+            if unseen := self._inputs.unseen():
+                warnings.warn(
+                    f"The inputs of {', '.join(unseen)} stay real: these layers were not called in training, or in "
+                    f"evaluation mode without gradients, perhaps because another module uses their weights directly.",
+                    stacklevel=2,
+                )
+
+    def _without_inputs(self, pl_module: LightningModule) -> list[str]:
+        if self.activation_bits is None:
+            return []
+        read = {id(pl_module.get_submodule(name).weight) for name in self.inputs_of(pl_module)}
+        return [name for name in self._wanted if id(pl_module.get_parameter(name)) not in read]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def technique_state(self) -> dict[str, Any]:
+        return super().technique_state() | {"inputs": {} if self._inputs is None else self._inputs.state_dict()}

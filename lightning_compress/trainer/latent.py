@@ -1,0 +1,209 @@
+"""What callbacks share whose weights have few values in the module and real ones behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_compress.core.input_hooks import InputHooks
+from lightning_compress.core.input_records import follow_inputs
+from lightning_compress.core.latent import LatentWeights
+from lightning_compress.core.tensors import Kept
+from lightning_compress.trainer.averages import averaged_modules
+from lightning_compress.trainer.callback import put_values
+from lightning_compress.trainer.once import QuantizingCallback
+from lightning_compress.trainer.surgery import keep_metadata
+
+
+class LatentCallback(QuantizingCallback):
+    """Trains real weights behind those of few values that the module holds, validates and saves.
+
+    A subclass supplies `make_weights`, `hook_inputs`, and the class attributes here and of `QuantizingCallback`.
+    Averages are made of the weights of few values and stay real; when they are validated or saved, they are projected.
+    """
+
+    follows_averages = False
+
+    _weights: LatentWeights | None = None
+    _inputs: InputHooks | None = None
+    _averages: Mapping[str, Tensor] = {}  # while a validation has their projected values
+
+    def make_weights(self, pl_module: LightningModule) -> LatentWeights:
+        """Return the weights, with their values in the module."""
+        raise NotImplementedError
+
+    def hook_inputs(self, pl_module: LightningModule) -> InputHooks | None:
+        """Put hooks on the layers whose inputs are changed as well; None if there are none."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ what stands behind the module
+
+    @property
+    def latent(self) -> dict[str, Tensor]:
+        """The real weights, by parameter name; empty before `start_epoch`."""
+        return {} if self._weights is None else self._weights.latent
+
+    @contextmanager
+    def real_weights(self, pl_module: LightningModule) -> Iterator[None]:
+        """Have the real weights in the module, as for a test of their accuracy, and afterwards again what it held.
+
+        Raises:
+            ValueError: The module is not the one that was fitted, or holds weights of another moment.
+        """
+        mine = self._weights
+        if mine is None or any(pl_module.get_parameter(name) is not p for name, p in mine.parameters.items()):
+            raise ValueError(
+                f"real_weights: this callback has not made the weights of this module {self.done}. Real weights are "
+                f"known during and after a fit, or a resume, in the same process."
+            )
+        if not mine.holds():
+            raise ValueError(
+                "real_weights: the module no longer holds the values of this fit's real weights, as after a test with "
+                "ckpt_path='best'. Resume from that checkpoint to have its real weights."
+            )
+        with mine.real():
+            yield
+
+    def zero_latent(self, masks: Mapping[str, Tensor]) -> None:
+        if self._weights is not None:
+            both = masks.keys() & self._weights.latent.keys()
+            for name in both:
+                self._weights.leave_out(name, ~masks[name])
+            self._weights.rewrite({name: self._weights.parameters[name] for name in both})
+
+    # ------------------------------------------------------------------ the fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        follow_inputs(pl_module)  # a checkpoint that is loaded may tell of them
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        super().prepare(trainer, pl_module, state)
+        before = None if self._weights is None else self._weights.state_dict()
+        if state is not None:
+            before = state["weights"]
+        elif self._weights is not None and not self._weights.holds():
+            raise ValueError(
+                f"The module no longer holds the {self.done} weights of an earlier fit with this callback. To "
+                f"{self.verb} this network from the beginning, make a new callback."
+            )
+        if before is None:
+            self._weights = self.projection = None
+            if self._inputs is not None:
+                self._inputs.remove()
+            return
+        self._replace(pl_module).load_state_dict(before)
+        for average in averaged_modules(trainer):
+            _put(average, {} if state is None else state.get("averages", {}))
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        self._replace(pl_module)
+        return f"weights are {self.done}"
+
+    def _replace(self, pl_module: LightningModule) -> LatentWeights:
+        self._weights = self.projection = self.make_weights(pl_module)
+        if self._inputs is not None:
+            self._inputs.remove()
+        self._inputs = self.hook_inputs(pl_module)
+        return self._weights
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._weights is not None:
+            self._weights.check_finite()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._weights is not None:
+            for average in averaged_modules(trainer):  # has been put into the module
+                self._weights.take_real()
+                self.project_copy(average)
+            self._weights.show()
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if self._weights is not None and not trainer.validating and self._weights.holds():
+            self._weights.show()
+
+    def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
+        """Slice what is held of tensors that another callback has cut."""
+        if self._weights is not None:
+            self._weights.follow_cut(pl_module, kept)
+
+    # ------------------------------------------------------------------ validation, checkpoints, averages
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._validates(trainer):
+            self._begun().show()
+        super().on_validation_start(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        for _ in averaged_modules(trainer) if self._validates(trainer) else ():
+            # The average is in the module now. It is put aside and not kept projected: an average of projected values
+            # would never leave its first ones.
+            parameters = dict(pl_module.named_parameters())
+            self._averages = {name: parameters[name].detach().clone() for name in self._begun().parameters}
+            self.project_copy(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        averages, self._averages = self._averages, {}
+        for average in averaged_modules(trainer):
+            _put(average, averages)
+
+    def _validates(self, trainer: Trainer) -> bool:
+        """Whether this is a validation within a fit that has begun to train real weights behind the module."""
+        return self._weights is not None and super()._validates(trainer)
+
+    def _begun(self) -> LatentWeights:
+        assert self._weights is not None
+        return self._weights
+
+    def _project_averages(self, trainer: Trainer) -> None:
+        """Averages stay real until they are validated or saved."""
+
+    def project_copy(self, module: nn.Module) -> None:
+        if self._weights is not None:
+            _put(module, self._weights.shown(dict(module.named_parameters())))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        resuming = self._loaded is not None
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._weights is None or resuming:
+            return
+        keep_metadata(checkpoint, pl_module)
+        averages: dict[str, Tensor] | None = None
+        for average in averaged_modules(trainer):
+            parameters = dict(average.named_parameters())
+            averages = {name: parameters[name].detach().clone() for name in self._weights.parameters}
+            checkpoint["callbacks"][self.state_key]["technique"]["averages"] = averages
+        # They are there already, or something else was put into the module after the fit.
+        if averages is None and (self.shows_what_trains() or not self._weights.holds()):
+            return
+        put_values(checkpoint, pl_module, self._weights.shown(averages))
+
+    def shows_what_trains(self) -> bool:
+        """Whether what trains is what is validated and saved."""
+        return True
+
+    def technique_state(self) -> dict[str, Any]:
+        weights = None if self._weights is None else self._weights.state_dict()
+        return super().technique_state() | {"weights": weights}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._weights is not None and self._weights.is_shown:  # since a validation
+            self._weights.project()
+
+
+@torch.no_grad()
+def _put(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -1,0 +1,105 @@
+"""When a growing technique acts: a ramp of events between two optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_compress.trainer.steps import planned_steps, steps_at
+
+RECOVERY_SHARE = 1 / 3  # of the planned steps, where the user names no end
+
+
+@dataclass(kw_only=True)
+class Ramp:
+    """Events every `interval` optimizer steps from `start` to `end`, both included.
+
+    Example:
+        >>> ramp = Ramp(start=10, end=25, interval=10)
+        >>> [step for step in range(40) if ramp.take(step)]
+        [10, 20, 25]
+        >>> ramp.finished
+        True
+    """
+
+    start: int
+    end: int
+    interval: int
+    last: int = -1
+
+    @classmethod
+    def plan(cls, trainer: Trainer, *, start_epoch: float, end_epoch: float | None, every_n_steps: int | None) -> Ramp:
+        """Turn epochs into steps of this fit; without `end_epoch` the ramp ends at two thirds of the planned steps.
+
+        Raises:
+            ValueError: The fit has no planned end, or the ramp would end before it starts.
+        """
+        start = steps_at(trainer, start_epoch)
+        planned = planned_steps(trainer)
+        if end_epoch is not None:
+            end = steps_at(trainer, end_epoch)
+        elif planned is None:
+            raise ValueError(_no_end(trainer))
+        else:
+            end = max(round(planned * (1 - RECOVERY_SHARE)), 1)
+            if end <= start and trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+                end = start + 1
+            if end <= start:
+                raise ValueError(
+                    f"start_epoch={start_epoch} is step {start}, but with end_epoch=None the ramp ends at two thirds "
+                    f"of the {planned} planned steps, {end}. Set end_epoch, or start earlier."
+                )
+        return cls(start=start, end=end, interval=every_n_steps or steps_at(trainer, 1.0))
+
+    def moved(self, moment: Callable[[int], int], *, interval: int, limit: int | None) -> Ramp:
+        """Return the ramp for a fit whose epochs have another number of steps from now on.
+
+        Args:
+            moment: Turns a step as it was planned into one of the new pace.
+            interval: Steps between events.
+            limit: The step at which the fit ends, where it must not end before the ramp.
+        """
+        start, end = moment(self.start), moment(self.end)
+        if limit is not None and end > limit and not self.finished:
+            end = max(start, round(limit * (1 - RECOVERY_SHARE)))
+        taken = self.last >= self.start
+        return Ramp(start=start, end=end, interval=interval, last=moment(self.last) if taken else start - 1)
+
+    def progress(self, step: int) -> float:
+        """Position of `step` on the ramp, 0 to 1."""
+        return 1.0 if step >= self.end else max(0.0, (step - self.start) / (self.end - self.start))
+
+    def take(self, step: int) -> bool:
+        """Whether an event is due after this step; it counts as taken then. No step is taken twice."""
+        due = self.is_due(step)
+        if due:
+            self.last = step
+        return due
+
+    def is_due(self, step: int) -> bool:
+        """Whether an event is due after this step."""
+        if self.finished or step <= self.last:
+            return False
+        return step >= self.end or (step >= self.start and (step - self.start) % self.interval == 0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last event has been taken."""
+        return self.last >= self.end
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ramp as plain numbers."""
+        return asdict(self)
+
+
+def _no_end(trainer: Trainer) -> str:
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return "The fit has no planned end (max_epochs=-1 and max_steps=-1): set end_epoch."
+    return (
+        f"The fit's length in steps is not known: the training loader has no length, so that "
+        f"max_epochs={trainer.max_epochs} can't be turned into steps. Give the loader a length, or set "
+        f"Trainer(limit_train_batches=...) to a number of batches or Trainer(max_steps=...)."
+    )
