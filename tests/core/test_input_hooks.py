@@ -125,7 +125,7 @@ def test_hooks_of_another_process_stay_when_this_one_adds_its_own(tmp_path: Path
     torch.save({"nets": nets, "x": inputs()}, tmp_path / "nets.pt")
     script = (
         "import torch\n"
-        "import quantization.test_input_hooks\n"
+        f"import {__name__}\n"
         f"saved = torch.load({str(tmp_path / 'nets.pt')!r}, weights_only=False)\n"
         "for name, net in saved['nets'].items():\n"
         "    before = net(saved['x'])\n"
