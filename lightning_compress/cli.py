@@ -122,7 +122,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         callbacks["record"] = LambdaCallback(on_train_start=lambda trainer, module: _record(cfg))
     else:
         _record(cfg)
-    report = job.compress(
+    report = job.run(
         modules,
         student=student,
         callbacks=list(callbacks.values()),

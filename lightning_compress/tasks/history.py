@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,7 @@ class Recorder(Callback):
 
     Args:
         val_metric: Name under which the module logs what is shown over the epochs.
+        history: Epochs from before, as of the dense network.
 
     Attributes:
         phase: What an epoch is called that no technique says anything of.
@@ -31,10 +33,10 @@ class Recorder(Callback):
         >>> trainer = Trainer(callbacks=[Recorder("val_acc")], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, val_metric: str) -> None:
+    def __init__(self, val_metric: str, history: Sequence[Epoch] = ()) -> None:
         self.val_metric = val_metric
         self.phase = "dense"
-        self.history: list[Epoch] = []
+        self.history = list(history)
         self.snapshot: dict[str, Tensor] | None = None
         self._sparsity: list[float] = []
 

@@ -1,4 +1,4 @@
-"""The main job: a dense network, the compressed one that comes of it, and both measured."""
+"""The main job in stages: a dense network, the compressed one that comes of it, and both measured."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.progress import RunProgress
+from lightning_compress.tasks.results import Compressed, Costs, Dense
 from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
 from lightning_compress.trainer.distributed import barrier
 
@@ -39,7 +40,10 @@ COMPRESSED, SMALL = "compressed.ckpt", "compressed.lcz"  # in a run's folder
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run: where its data, its Trainers and its numbers come from, and the folder it writes into.
+    """One run in stages: dense networks, compression with recovery, measurement, report.
+
+    `run` goes through all of them. A search makes the dense network once, and compresses and measures copies of it as
+    often as it likes: `compress` and `measure` train and test no dense network.
 
     Attributes:
         datamodule: Training, validation and test data.
@@ -71,7 +75,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
 
-    def compress(
+    def run(
         self,
         modules: Sequence[LightningModule],
         *,
@@ -83,15 +87,15 @@ class Run:
         weights: Sequence[str | Path] = (),
         ckpt_path: str | Path | None = None,
     ) -> Report | None:
-        """Get the dense network, train a copy of it or a student with the techniques, measure both, write the report.
+        """Go through all stages.
 
         Args:
             modules: The untrained networks; they become the dense ones. The first is compared with the compressed
                 one, and all are in the folder when the wrappers are made, which may learn from them.
             student: The network to compress, untrained; None: a copy of the first dense one.
-            callbacks: Of the compression.
-            loggers: Of the compression.
-            wrap: Gives the network to compress its wrappers.
+            callbacks: As of `compress`.
+            loggers: As of `compress`.
+            wrap: As of `compress`.
             dense: The Trainer's arguments for the dense training.
             weights: Files to load instead of the dense training, one for each of `modules`.
             ckpt_path: A checkpoint of this run's compression to go on with; the dense ones are those in the folder.
@@ -104,7 +108,22 @@ class Run:
             ValueError: A module has no test_step, or does not log the metric; the weights don't fit, or are more or
                 less than `modules`; no such coder; `repeats` or `batch_size` below 1.
         """
-        make_writer(self.coder)  # an unknown one shows now, not hours later
+        self._check(modules, student, weights)
+        files = dense_files(self.folder, len(modules))
+        trained = self.make_dense(modules, training=dense, weights=weights if ckpt_path is None else files)
+        compressed = self.compress(
+            trained, student=student, callbacks=callbacks, loggers=loggers, wrap=wrap, ckpt_path=ckpt_path
+        )
+        compressed.trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
+        if not compressed.trainer.is_global_zero:
+            return None
+        return self.report(trained, compressed, self.measure(trained, compressed, self.folder / SMALL))
+
+    def _check(
+        self, modules: Sequence[LightningModule], student: LightningModule | None, weights: Sequence[str | Path]
+    ) -> None:
+        """Refuse now what would show hours later."""
+        make_writer(self.coder)
         Metric.of(self.metric or "", [], mode=self.metric_mode)
         for name, number in (("repeats", self.repeats), ("batch_size", self.batch_size)):
             if not isinstance(number, int) or number < 1:
@@ -112,33 +131,70 @@ class Run:
         if weights and len(weights) != len(modules):
             raise ValueError(f"{len(modules)} dense networks want as many weights, [a.ckpt, ...]; got {len(weights)}.")
         if self.metric is not None:
-            for one in modules[:1] if student is None else (modules[0], student):
-                check_tested(one, self.metric)
-        module, recorder = modules[0], Recorder(self.val_metric)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files = dense_files(self.folder, len(modules))
-        loaded = weights if ckpt_path is None else files
-        for one, path in zip(modules, loaded, strict=False):
-            load_weights(one, path)
-        # What is wrong with data or metric shows now, not hours later.
-        if not loaded:
-            self._accuracy(module, limit_test_batches=1)
+            for one in (modules[0], student):
+                if one is not None:
+                    check_tested(one, self.metric)
         if student is not None:
-            self._accuracy(student, limit_test_batches=1)
-        if not loaded:
-            self._train_dense(modules, dense, recorder)
-        dense_accuracy = self._accuracy(module)
-        for one, path in zip(modules, files, strict=True):
-            _save_dense(one, path)
-        barrier()  # the wrappers of every rank may read them
+            self._test(student, limit_test_batches=1)
 
+    # ------------------------------------------------------------------ the stages
+
+    def make_dense(
+        self, modules: Sequence[LightningModule], *, training: Mapping[str, Any], weights: Sequence[str | Path] = ()
+    ) -> Dense:
+        """Train networks, or load their weights; test the first, and save all of them in the folder.
+
+        Args:
+            modules: The untrained networks, which are trained in place.
+            training: The Trainer's arguments.
+            weights: Files to load instead of the training, one for each network.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The weights don't fit.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        recorder = Recorder(self.val_metric)
+        if weights:
+            for one, path in zip(modules, weights, strict=True):
+                load_weights(one, path)
+        else:
+            self._test(modules[0], limit_test_batches=1)  # what is wrong with data or metric shows before the training
+            self._train_dense(modules, training, recorder)
+        metric = self._test(modules[0])
+        for one, file in zip(modules, dense_files(self.folder, len(modules)), strict=True):
+            _save_dense(one, file)
+        barrier()  # the wrappers of every rank may read them
+        epochs = 0 if weights else len(modules) * int(training.get("max_epochs") or 0)
+        return Dense(modules=modules, metric=metric, history=recorder.history, epochs=epochs)
+
+    def compress(
+        self,
+        dense: Dense,
+        *,
+        student: LightningModule | None = None,
+        callbacks: Sequence[Callback],
+        loggers: Sequence[Logger] = (),
+        wrap: Callable[[LightningModule], LightningModule] = lambda module: module,
+        ckpt_path: str | Path | None = None,
+    ) -> Compressed:
+        """Train a copy of the dense network, or a student, with the techniques, and test what comes of it.
+
+        Args:
+            dense: The dense networks, which stay as they are.
+            student: The network to compress, untrained; None: a copy of the first dense one.
+            callbacks: Of the compression.
+            loggers: Of the compression.
+            wrap: Gives the network to compress its wrappers.
+            ckpt_path: A checkpoint of this compression to go on with.
+        """
+        recorder = Recorder(self.val_metric, dense.history)
         if student is not None:
             recorder.phase = "student"
-        compressed = wrap(copy.deepcopy(module) if student is None else student)
+        compressed = wrap(copy.deepcopy(dense.modules[0]) if student is None else student)
         seed_everything(self.seed, workers=True, verbose=False)  # the same, whether the dense network was loaded or not
         rank_zero_info("Compression.")
-        before = 0 if loaded else len(modules) * int(dense.get("max_epochs") or 0)
-        bar = self._bar(before, before, callbacks)
+        bar = self._bar(dense.epochs, dense.epochs, callbacks)
         trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder, *bar], logger=list(loggers) or False)
         trainer.fit(compressed, datamodule=self.datamodule, ckpt_path=ckpt_path)
         before_recovery = None
@@ -146,31 +202,59 @@ class Run:
             snapshot = copy.deepcopy(compressed)
             with quietly("lightning_compress.channels.load", logging.ERROR):  # it is wider, of course
                 snapshot.load_state_dict(recorder.snapshot)
-            before_recovery = self._accuracy(snapshot)
+            before_recovery = self._test(snapshot)
         if self.half:
             self._round(compressed)
-        compressed_accuracy = self._accuracy(compressed)
-        trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
-        if not trainer.is_global_zero:
-            return None
-        costs, busy = self._costs(module, compressed, trainer.strategy.root_device)
-        size = save_compressed(compressed, self.folder / SMALL, coder=self.coder, half=self.half)
+        return Compressed(
+            module=compressed,
+            trainer=trainer,
+            metric=self._test(compressed),
+            before_recovery=before_recovery,
+            history=recorder.history,
+        )
+
+    def measure(self, dense: Dense, compressed: Compressed, file: Path) -> Costs:
+        """Measure what both networks cost, on one process, and write the compressed one's file."""
+        device = compressed.trainer.strategy.root_device
+        inputs = to_device(example_inputs(dense.modules[0], self.datamodule, batch_size=self.batch_size), device)
+        networks = {"dense": dense.modules[0].to(device), "compressed": compressed.module.to(device)}
+        latency = time_in_turns({name: (network, inputs) for name, network in networks.items()}, repeats=self.repeats)
+        metrics = {"dense": dense.metric, "compressed": compressed.metric}
+        found = {
+            name: Measurement.from_footprint(
+                footprint(network, inputs, repeats=1),
+                test_metric=_number(self.metric, metrics[name]),
+                latency=latency[name],
+            )
+            for name, network in networks.items()
+        }
+        size = save_compressed(compressed.module, file, coder=self.coder, half=self.half)
+        return Costs(
+            dense=found["dense"],
+            compressed=replace(found["compressed"], file_bytes=size.bytes),
+            busy=latency["dense"].busy,
+        )
+
+    def report(self, dense: Dense, compressed: Compressed, costs: Costs) -> Report:
+        """Write the report into the folder, and return it."""
         report = Report(
-            dense=replace(costs["dense"], test_metric=_number(self.metric, dense_accuracy)),
-            compressed=replace(
-                costs["compressed"], test_metric=_number(self.metric, compressed_accuracy), file_bytes=size.bytes
+            dense=costs.dense,
+            compressed=costs.compressed,
+            before_recovery=_number(self.metric, compressed.before_recovery),
+            history=tuple(replace(e, val_metric=_number(self.val_metric, e.val_metric)) for e in compressed.history),
+            layers=compare_layers(
+                dict(dense.modules[0].named_parameters()), dict(compressed.module.named_parameters())
             ),
-            before_recovery=_number(self.metric, before_recovery),
-            history=tuple(replace(e, val_metric=_number(self.val_metric, e.val_metric)) for e in recorder.history),
-            layers=compare_layers(dict(module.named_parameters()), dict(compressed.named_parameters())),
             settings=dict(self.settings),
             metric=self.metric,
             val_metric=self.val_metric,
             metric_mode=self.metric_mode,
-            busy=busy,
+            busy=costs.busy,
         )
         write_report(report, self.folder, figure=can_draw())
         return report
+
+    # ------------------------------------------------------------------ parts of stages
 
     def _train_dense(self, modules: Sequence[LightningModule], options: Mapping[str, Any], recorder: Recorder) -> None:
         for number, module in enumerate(modules):
@@ -193,7 +277,7 @@ class Run:
             return []
         return [RunProgress(before, of_the_dense + self.epochs)]
 
-    def _accuracy(self, module: LightningModule, **options: Any) -> float | None:
+    def _test(self, module: LightningModule, **options: Any) -> float | None:
         if self.metric is None:
             return None
         return accuracy(module, self.datamodule, self.make_trainer, self.metric, **options)
@@ -204,20 +288,6 @@ class Run:
             path = Path(folder) / SMALL
             save_compressed(module, path, half=True)
             load_compressed(path, module)
-
-    def _costs(
-        self, dense: LightningModule, compressed: LightningModule, device: torch.device
-    ) -> tuple[dict[str, Measurement], bool]:
-        inputs = to_device(example_inputs(dense, self.datamodule, batch_size=self.batch_size), device)
-        networks = {"dense": dense.to(device), "compressed": compressed.to(device)}
-        latency = time_in_turns({name: (network, inputs) for name, network in networks.items()}, repeats=self.repeats)
-        measured = {
-            name: Measurement.from_footprint(
-                footprint(network, inputs, repeats=1), test_metric=None, latency=latency[name]
-            )
-            for name, network in networks.items()
-        }
-        return measured, latency["dense"].busy
 
 
 def _number(metric: str | None, value: float | None) -> float | None:

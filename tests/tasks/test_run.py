@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from support.ranks import RankPair
 from support.small import quiet_trainer
 
+from lightning_compress import IterativePruningCallback
 from lightning_compress.baselines import Classifier, Digits, DigitsConvNet
 from lightning_compress.report import Report
 from lightning_compress.tasks.run import Run
@@ -34,7 +35,7 @@ def what_a_wrapper_finds(folder: str) -> list[str]:
         save = torch.save
         patch.setattr(torch, "save", slowly)
         with pytest.raises(InterruptedError):
-            job.compress(modules, callbacks=[], wrap=wrap, dense={})
+            job.run(modules, callbacks=[], wrap=wrap, dense={})
     return found
 
 
@@ -47,7 +48,7 @@ def test_the_wrappers_of_every_rank_find_all_dense_networks(rank_pair: RankPair,
 def test_a_measurement_that_cannot_be_made_is_refused_before_the_training(tmp_path: Path, wrong: Any) -> None:
     job = Run(datamodule=Digits(), make_trainer=quiet_trainer, folder=tmp_path / "run", **wrong)
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        job.compress([Classifier(DigitsConvNet(width=2))], callbacks=[], dense={})
+        job.run([Classifier(DigitsConvNet(width=2))], callbacks=[], dense={})
     assert not (tmp_path / "run").exists()
 
 
@@ -62,7 +63,39 @@ def test_a_metric_that_is_no_number_is_said_and_the_report_is_written(tmp_path: 
         datamodule=Digits(), make_trainer=make_trainer, folder=tmp_path, metric="test_loss", repeats=1, batch_size=2
     )
     with pytest.warns(UserWarning, match="test_loss is nan"):
-        job.compress([Diverged(DigitsConvNet(width=2))], callbacks=[], dense={})
+        job.run([Diverged(DigitsConvNet(width=2))], callbacks=[], dense={})
     report = Report.load(tmp_path / "report.json")
     assert report.dense.test_metric is report.compressed.test_metric is None
     assert report.history[0].val_metric is not None
+
+
+def test_a_dense_network_is_compressed_and_measured_as_often_as_one_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search trains and tests the dense network once, and what it does next leaves that as it was."""
+    tested: list[LightningModule] = []
+    test = Trainer.test
+
+    def spy(self: Trainer, module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        tested.append(module)
+        return test(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "test", spy)
+    make_trainer = partial(quiet_trainer, max_epochs=2, limit_train_batches=4, limit_test_batches=1)
+    job = Run(datamodule=Digits(), make_trainer=make_trainer, folder=tmp_path, repeats=1, batch_size=2)
+    torch.manual_seed(0)
+    dense = job.make_dense([Classifier(DigitsConvNet(width=2))], training={"max_epochs": 1})
+    before = {name: value.clone() for name, value in dense.modules[0].state_dict().items()}
+    tested.clear()
+    bytes_ = []
+    for amount in (0.5, 0.9):
+        callback = IterativePruningCallback(amount, end_epoch=1.0, every_n_steps=2)
+        compressed = job.compress(dense, callbacks=[callback])
+        costs = job.measure(dense, compressed, tmp_path / f"{amount}.lcz")
+        bytes_.append(costs.compressed.file_bytes)
+        assert costs.compressed.file_bytes == (tmp_path / f"{amount}.lcz").stat().st_size
+        assert [epoch.phase for epoch in compressed.history] == ["dense", "recovery", "recovery"]
+    assert bytes_[1] < bytes_[0]
+    assert all(one is not dense.modules[0] for one in tested)
+    for name, value in dense.modules[0].state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
