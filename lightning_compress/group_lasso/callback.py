@@ -19,7 +19,7 @@ from lightning_compress.channels.groups import ChannelGroups, positions_kept
 from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients, select_parameters
 from lightning_compress.core.tensors import Kept, named_tensors
 from lightning_compress.group_lasso.penalty import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
-from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.callback import CompressionCallback, techniques
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import traced_network
 from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
@@ -133,7 +133,11 @@ class GroupLassoCallback(CompressionCallback):
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         if self.strength == 0:
             return Effects()
-        names = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
+        names = set(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
+        if self.granularity == "group" and trainer is not None and len(techniques(trainer)) > 1:
+            # Biases and norms are in a channel's group as well, and other layers that make the channel.
+            ids = {id(part.parameter) for one in self._find(trainer, pl_module) for part in one.parts}
+            names |= {name for name, parameter in pl_module.named_parameters() if id(parameter) in ids}
         return Effects(
             values=dict.fromkeys(names, "penalty"),
             proximal=self.proximal,

@@ -167,7 +167,8 @@ class IterativePruningCallback(BacktrackingCallback):
         self.min_left = min_left
         self.min_channels = min_channels
         self.round_to = round_to
-        self._stop = None if stop is None else StopWatch(StopRule.from_dict(stop))
+        rule = None if stop is None else StopRule.from_dict(stop)
+        self._stop = None if rule is None or amount == 0 else StopWatch(rule)  # None too when a fit has decided it
         self.network = network
         self.example_inputs = example_inputs
 
@@ -194,16 +195,17 @@ class IterativePruningCallback(BacktrackingCallback):
             return Effects()
         names = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
         ramp = None if trainer is None else self._planned(trainer, self.loaded_state)
-        state = self.loaded_state or {"stopped": self._stopped}
-        finished = state["stopped"] or (ramp is not None and ramp.finished)
+        stopped = self._stopped if self.loaded_state is None else self.loaded_state["stopped"]
+        finished = stopped or (ramp is not None and ramp.finished)
+        rewinds = self._stop is not None and not self._has_decided(self.loaded_state)
         return Effects(
             values=dict.fromkeys(names, "zeros"),
             revives=self.regrow,
-            rewinds=self._stop is not None,
+            rewinds=rewinds,
             shapes=self.shrink if self.removes else "never",
             looks_at=frozenset() if finished else self._sights(),
             begins=None if ramp is None else ramp.start,
-            final=0 if finished else None if ramp is None or self._stop is not None else ramp.end,
+            final=None if ramp is None or rewinds else ramp.last if finished else ramp.end,
             options={
                 "revives": "regrow=True",
                 "rewinds": "stop=",
@@ -231,8 +233,10 @@ class IterativePruningCallback(BacktrackingCallback):
             self._entries = {name: pl_module.get_parameter(name).numel() for name in self._targets}
         if state is not None:
             self.current_amount, self._stopped = state["amount"], state["stopped"]
-            if self._stop is not None:
+            if self._stop is not None and state["stop"] is not None:
                 self._stop.load_state_dict(state["stop"])
+        if self._has_decided(state):
+            self._stop = None  # so that what this fit trains is kept
         self._ramp = self._planned(trainer, state)
         self._unmask_dense(pl_module)
         self._statistic = None
@@ -248,6 +252,10 @@ class IterativePruningCallback(BacktrackingCallback):
         elif earlier is not None:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
+
+    def _has_decided(self, state: dict[str, Any] | None) -> bool:
+        """Whether an earlier fit has decided what `stop` asks."""
+        return self.finished if state is None else state["stop"] is None
 
     def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> Ramp:
         """The ramp of a resumed fit, of an earlier fit, or of this one."""

@@ -172,7 +172,9 @@ PAIR_RULES = (
     ),
     PairRule(
         name="proximal steps before hidden weights",
-        meets=lambda one, other, first: bool(one.proximal and other.revives and one.values and other.values),
+        meets=lambda one, other, first: bool(
+            one.proximal and other.revives and one.named("penalty") & other.named("zeros")
+        ),
         shows=("proximal", "revives"),
         reason="{other} trains hidden weights, which {one} would not shrink",
         remedy="use regrow=False or proximal=False",

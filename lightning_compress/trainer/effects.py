@@ -30,8 +30,10 @@ class Effects:
         shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
         looks_at: What it decides by: the "magnitudes" of weights, their "gradients", the inputs or outputs of "layers"
             inside the forward pass, or a "second_backward" pass from the loss.
-        begins: The optimizer step after which it acts for the first time; None where that is not known.
-        final: The optimizer step after which it decides nothing more; None where that is not known.
+        begins: The optimizer step after which it acts for the first time; None where that is not known. A callback
+            counts the steps of its earlier fits too; `declared` counts as the Trainer does, so that what began in an
+            earlier fit has a step below 0.
+        final: The optimizer step after which it decides nothing more, counted likewise; None where that is not known.
         options: Which constructor argument has an effect, by the effect's name, for messages:
             `{"revives": "regrow=True"}`.
     """
@@ -96,7 +98,7 @@ class DeclaresEffects:
         raise NotImplementedError
 
     def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
-        """Return its effects, as `compatibility` asks for them."""
+        """Return its effects, with steps as the Trainer counts them: what `compatibility` asks for."""
         return self.effects(trainer, pl_module)
 
     def progress(self) -> Progress:

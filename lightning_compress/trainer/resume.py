@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -82,6 +82,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         if stage != "fit":
             return
         check_strategy(trainer, self.name)
+        self._loaded = self._epoch_end = None  # of a resume that was refused
         forget_batch(trainer)  # of an earlier fit
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(other is not self and other.state_key == self.state_key for other in callbacks):
@@ -113,7 +114,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         self.generator.manual_seed(torch.initial_seed() + rank())
         with self._reading(loaded):
             self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
-        self._keep_pace(trainer, self._pace if loaded is None else loaded.get("pace"), resumed=loaded is not None)
+        self._keep_pace(trainer, loaded)
         random_state = None if loaded is None else self._random_state(loaded["rng"])
         if random_state is not None:
             self.generator.set_state(random_state["own"].cpu())
@@ -132,7 +133,21 @@ class ResumableCallback(DeclaresEffects, Callback):
 
     def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         with self._reading(self._loaded):
-            return super().declared(trainer, pl_module)
+            found = super().declared(trainer, pl_module)
+            if trainer is None:
+                return found
+            offset = self._offset_in(trainer, self._loaded)
+            old, new = self._paces(trainer, self._loaded, steps_done(trainer) + offset)
+
+        def in_this_fit(step: int | None) -> int | None:
+            """Turn a step as it was planned, perhaps in an earlier fit, into one that this Trainer counts."""
+            if step is None:
+                return None
+            if old is not None and new is not None and old.steps_per_epoch != new.steps_per_epoch:
+                step = new.step_at(old.epoch_at(step))
+            return step - offset
+
+        return replace(found, begins=in_this_fit(found.begins), final=in_this_fit(found.final))
 
     @contextmanager
     def _reading(self, loaded: dict[str, Any] | None) -> Iterator[None]:
@@ -151,34 +166,42 @@ class ResumableCallback(DeclaresEffects, Callback):
         """Act before the first step; everything is prepared."""
         self.at_step(trainer, pl_module, self._steps)
 
-    def _keep_pace(self, trainer: Trainer, before: Mapping[str, Any] | None, *, resumed: bool) -> None:
+    def _keep_pace(self, trainer: Trainer, loaded: dict[str, Any] | None) -> None:
         """Have the moments of a schedule follow the epochs where their steps are others, as with more devices."""
-        per_epoch, done = steps_per_epoch(trainer), epochs_done(trainer)
-        if per_epoch is None:
-            self._pace = None
-            return
-        if before is None:
-            before = asdict(Pace(step=self._steps, epoch=done, steps_per_epoch=per_epoch))
-        old = Pace(**before)
-        began = old.began if resumed else old.epoch_at(self._steps) - done
-        new = Pace(step=self._steps, epoch=began + done, steps_per_epoch=per_epoch, began=began)
-        if old.steps_per_epoch == per_epoch:
-            new = replace(old, began=began)
-        else:
+        old, new = self._paces(trainer, loaded, self._steps)
+        if old is not None and new is not None and old.steps_per_epoch != new.steps_per_epoch:
             rank_zero_info(
-                f"{self.name}: an epoch has {per_epoch} optimizer steps now, and had {old.steps_per_epoch} when the "
-                f"schedule was planned, which follows the epochs."
+                f"{self.name}: an epoch has {new.steps_per_epoch} optimizer steps now, and had {old.steps_per_epoch} "
+                f"when the schedule was planned, which follows the epochs."
             )
             self.follow_epochs(trainer, lambda step: new.step_at(old.epoch_at(step)))
-        self._pace = asdict(new)
+        self._pace = None if new is None else asdict(new)
+
+    def _paces(
+        self, trainer: Trainer, loaded: dict[str, Any] | None, steps: int
+    ) -> tuple[Pace, Pace] | tuple[None, None]:
+        """Return how epochs and steps went together when the schedule was planned, and how they do from now on."""
+        per_epoch, done = steps_per_epoch(trainer), epochs_done(trainer)
+        if per_epoch is None:
+            return None, None
+        before = self._pace if loaded is None else loaded.get("pace")
+        old = Pace(step=steps, epoch=done, steps_per_epoch=per_epoch) if before is None else Pace(**before)
+        began = old.began if loaded is not None else old.epoch_at(steps) - done
+        if old.steps_per_epoch == per_epoch:
+            return old, replace(old, began=began)
+        return old, Pace(step=steps, epoch=began + done, steps_per_epoch=per_epoch, began=began)
+
+    def _offset_in(self, trainer: Trainer, loaded: dict[str, Any] | None) -> int:
+        """Return how many steps this callback has counted that the Trainer has not, which counts from 0 anew."""
+        if loaded is not None:
+            offset: int = loaded["offset"]
+            return offset
+        return self._offset if self._fitted is None else max(0, self._steps - steps_done(trainer))
 
     def _begin_counting(self, trainer: Trainer, pl_module: LightningModule, loaded: dict[str, Any] | None) -> None:
-        if loaded is not None:
-            self._offset = loaded["offset"]
-        elif self._fitted is not None:
-            if self._fitted() is not innermost(pl_module):
-                raise ValueError(f"This {self.name} has compressed another module in an earlier fit: make a new one.")
-            self._offset = max(0, self._steps - steps_done(trainer))  # a new Trainer counts its steps from 0
+        if loaded is None and self._fitted is not None and self._fitted() is not innermost(pl_module):
+            raise ValueError(f"This {self.name} has compressed another module in an earlier fit: make a new one.")
+        self._offset = self._offset_in(trainer, loaded)
         self._fitted = weakref.ref(innermost(pl_module))
         self._steps = steps_done(trainer) + self._offset
 

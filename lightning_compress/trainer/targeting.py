@@ -39,6 +39,11 @@ class TargetingCallback(ResumableCallback):
     def needs_gradients(self) -> bool:
         return False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._fitted is None:
+            self._default = None  # of a fit that was refused
+
     def patterns(self, pl_module: LightningModule, *, named: bool = False) -> str | Sequence[str] | None:
         """Return what `target` means in this fit, as patterns; None outside of a fit.
 
