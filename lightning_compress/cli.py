@@ -144,7 +144,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
 
 
 def inspect(cfg: DictConfig) -> None:
-    """Show what is in the compressed file at `path`, or what would be pruned, frozen and skipped, and why."""
+    """Show what is in the compressed file at `path`, or what would be changed, frozen and skipped, and why."""
     if cfg.path is not None:
         Console().print(read_compressed(cfg.path).size)
         return

@@ -441,6 +441,29 @@ def test_inspect_knows_neurons(command: Callable[..., None], capsys: pytest.Capt
     assert "36 of 144 channels" in shown  # 24 + 24 + 48 + 48
 
 
+@pytest.mark.parametrize(
+    ("compress", "done", "option"),
+    [
+        ("weight_clustering", "clustered", "n_clusters={*conv*:8,*fc*:0}"),
+        ("quantization_aware_training", "quantized, and the layer's inputs", "exclude=network.fc"),
+        ("binary_weights", "binarized", "exclude=network.fc"),
+        ("group_lasso", "pulled to zero in groups", "exclude=network.fc"),
+    ],
+)
+def test_inspect_knows_every_technique(
+    compress: str, done: str, option: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = yaml.safe_load((TESTS.parent / "conf" / "compress" / f"{compress}.yaml").read_text())
+    key = next(iter(conf["callbacks"]))
+    command("task=inspect", f"compress={compress}", f"callbacks.{key}.{option}")
+    shown = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
+    assert done in rows["network.conv1.weight"]
+    assert "skipped" in rows["network.fc.weight"]
+    assert not any("bn1" in name for name in rows)
+    assert not list(Path().iterdir())
+
+
 def test_inspect_says_what_is_in_a_compressed_file(
     finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,8 @@
-"""The dry run as a table: what would be pruned, frozen and skipped, and why."""
+"""The dry run as a table: what every technique would change, what is frozen and skipped, and why."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 
@@ -13,9 +14,18 @@ from lightning_compress.core.select import exact_patterns
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.inspection import Verdict, inspect_neurons, inspect_weights
 from lightning_compress.tasks.inputs import example_inputs
+from lightning_compress.trainer.effects import DeclaresEffects, Kind
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.targets import layers_of_fit
 
+DONE: dict[Kind, str] = {
+    "zeros": "pruned",
+    "codebook": "clustered",
+    "grid": "quantized",
+    "signs": "binarized",
+    "bounds": "bounded",
+    "penalty": "pulled to zero in groups",
+}
 STYLES = {"pruned": "bold", "follows": "", "frozen": "yellow", "skipped": "dim"}
 
 
@@ -69,21 +79,54 @@ def inspection_table(name: str, callback: IterativePruningCallback, verdicts: li
     return table
 
 
+def effects_table(name: str, callback: DeclaresEffects, module: LightningModule) -> Table:
+    """Return a table of what a technique says that it does to every matrix and every other parameter that it takes."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        effects = callback.effects(None, module)
+    count = Counter(effects.values.values())
+    done = ", ".join(f"{number} {DONE[kind]}" for kind, number in count.items()) or "nothing is changed"
+    inputs = f"; inputs of {len(effects.inputs)} layers are quantized" if effects.inputs else ""
+    notes = "".join(f" {one.message}" for one in said)
+    table = Table(
+        title=Text(f"{name}: {callback.name}", style="bold"),
+        caption=Text(f"Parameters: {done}{inputs}.{notes}"),
+        caption_justify="left",
+    )
+    for heading in ("parameter", "shape", "what happens"):
+        table.add_column(heading, overflow="fold")
+    for parameter, tensor in module.named_parameters():
+        layer = parameter.rpartition(".")[0]
+        happens = DONE[effects.values[parameter]] if parameter in effects.values else ""
+        if layer in effects.inputs:
+            happens = f"{happens}, and the layer's inputs quantized" if happens else "the layer's inputs are quantized"
+        if happens or tensor.dim() > 1:
+            cells = (
+                parameter,
+                " x ".join(map(str, tensor.shape)),
+                happens or "skipped: target and exclude leave it out",
+            )
+            table.add_row(*map(Text, cells), style="bold" if happens else "dim")
+    return table
+
+
 def inspection_tables(
     callbacks: Mapping[str, Callback], module: LightningModule, datamodule: LightningDataModule
 ) -> list[Table]:
-    """Return one table per pruning callback.
+    """Return one table per technique.
 
     Raises:
-        ValueError: There is no pruning callback.
+        ValueError: None of the callbacks is a technique.
     """
-    pruning = {name: one for name, one in callbacks.items() if isinstance(one, IterativePruningCallback)}
-    if not pruning:
+    tables = []
+    for name, one in callbacks.items():
+        if isinstance(one, IterativePruningCallback):
+            tables.append(inspection_table(name, one, inspect_pruning(one, module, datamodule)))
+        elif isinstance(one, DeclaresEffects):
+            tables.append(effects_table(name, one, module))
+    if not tables:
         raise ValueError(
-            f"There is nothing to inspect: none of the callbacks ({', '.join(callbacks) or 'none'}) prunes. Choose a "
-            f"technique, for instance compress=iterative_pruning."
+            f"There is nothing to inspect: none of the callbacks ({', '.join(callbacks) or 'none'}) changes the "
+            f"network. Choose a technique, for instance compress=iterative_pruning."
         )
-    return [
-        inspection_table(name, callback, inspect_pruning(callback, module, datamodule))
-        for name, callback in pruning.items()
-    ]
+    return tables
