@@ -30,7 +30,7 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, dict[str, floa
     cfg = compose(
         "experiment=lenet5_12x",
         "model.label_smoothing=0",
-        f"callbacks.pruning.amount={1 - 1 / options.times}",
+        f"callbacks.iterative_pruning.amount={1 - 1 / options.times}",
         f"seed={seed}",
         f"data.root={options.root}",
         *options.overrides,
@@ -47,7 +47,7 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, dict[str, floa
         "with its dense self": taught,
     }
     for name, module in modules.items():
-        rows[name] = fit(cfg, module, [instantiate(cfg.callbacks.pruning, _convert_="all")])
+        rows[name] = fit(cfg, module, [instantiate(cfg.callbacks.iterative_pruning, _convert_="all")])
     return rows
 
 

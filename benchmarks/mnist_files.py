@@ -101,13 +101,13 @@ def sizes(arguments: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, f
         module = dense(of())
         yield "dense", seed, measure(of(), module)
         for amount in PRUNED:
-            cfg = of(f"callbacks.pruning.amount={amount}", "callbacks.clustering=null")
+            cfg = of(f"callbacks.iterative_pruning.amount={amount}", "callbacks.weight_clustering=null")
             yield f"pruned {amount:g}", seed, measure(cfg, compressed(cfg, module))
         for k in CLUSTERED:
-            cfg = of("callbacks.pruning=null", f"callbacks.clustering.n_clusters={k}")
+            cfg = of("callbacks.iterative_pruning=null", f"callbacks.weight_clustering.n_clusters={k}")
             yield f"clustered {k}", seed, measure(cfg, compressed(cfg, module))
         for amount, k in BOTH:
-            cfg = of(f"callbacks.pruning.amount={amount}", f"callbacks.clustering.n_clusters={k}")
+            cfg = of(f"callbacks.iterative_pruning.amount={amount}", f"callbacks.weight_clustering.n_clusters={k}")
             yield f"both {amount:g} {k}", seed, measure(cfg, compressed(cfg, module))
 
 
@@ -122,8 +122,8 @@ def bits(arguments: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, fl
                 seed,
                 arguments.root,
                 "compress=[iterative_pruning,weight_clustering]",
-                "callbacks.pruning=null",
-                f"callbacks.clustering.n_clusters={{*conv*:{2**conv - 1},*fc*:{2**fc - 1}}}",  # and zero
+                "callbacks.iterative_pruning=null",
+                f"callbacks.weight_clustering.n_clusters={{*conv*:{2**conv - 1},*fc*:{2**fc - 1}}}",  # and zero
                 "trainer.max_epochs=4",
                 "model.lr=0.005",
             )

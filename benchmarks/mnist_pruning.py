@@ -54,7 +54,7 @@ def silence() -> None:
 
 def model_pruning(cfg: DictConfig, module: LightningModule) -> Callback:
     """The peer, with the amounts of our schedule; what it is given compounds, so it gets each epoch's share."""
-    settings, epochs = cfg.callbacks.pruning, cfg.trainer.max_epochs
+    settings, epochs = cfg.callbacks.iterative_pruning, cfg.trainer.max_epochs
     end = settings.end_epoch or epochs * 2 / 3
 
     def share(epoch: int) -> float:
@@ -93,7 +93,7 @@ def one_seed(experiment: str, seed: int, root: str, *, peer: bool) -> dict[str, 
     dense = build_module(cfg)
     rows = {"dense": fit(cfg, dense, [], **cfg.dense)}
     ours, theirs = copy.deepcopy(dense), copy.deepcopy(dense)
-    rows["IterativePruningCallback"] = fit(cfg, ours, [instantiate(cfg.callbacks.pruning, _convert_="all")])
+    rows["IterativePruningCallback"] = fit(cfg, ours, [instantiate(cfg.callbacks.iterative_pruning, _convert_="all")])
     if peer:
         rows["ModelPruning"] = fit(cfg, theirs, [model_pruning(cfg, theirs)])
     return rows

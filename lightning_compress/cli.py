@@ -37,13 +37,16 @@ from lightning_compress.hydra import (
     build_trainer_factory,
     build_wrapped,
     check_choices,
+    check_names,
     home,
+    recorded_settings,
     register_resolvers,
     resumed_config,
     suggestions,
 )
 from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
+from lightning_compress.report.renamed import refusal
 from lightning_compress.report.write import write_text
 from lightning_compress.tasks.dry_run import inspection_tables
 from lightning_compress.tasks.inputs import example_inputs, samples
@@ -64,10 +67,13 @@ def main() -> None:
         sys.path.append(os.getcwd())  # model._target_=mine.Module is found in mine.py here, as `python -m` finds it
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated")  # what Lightning asks of torch, at every fit
     register_resolvers()
+    own_configs = any(word.startswith(("--config", "-c")) for word in sys.argv[1:])  # which may have keys of any name
+    if not own_configs and (refused := refusal(sys.argv[1:])):
+        raise SystemExit(refused)
     try:
         _main()
     except SystemExit as error:
-        if error.code and (hint := suggestions(sys.argv[1:])):
+        if error.code and (hint := refusal(sys.argv[1:]) or suggestions(sys.argv[1:])):
             sys.stderr.write(f"{hint}\n")
         raise
     except OmegaConfBaseException as error:  # Hydra lets some pass
@@ -82,6 +88,7 @@ def _main(cfg: DictConfig) -> None:
     if cfg.task not in tasks:
         raise ValueError(f"task={cfg.task!r} is unknown; expected {', '.join(tasks)}.")
     check_choices(HydraConfig.get().overrides.task)
+    check_names(cfg)
     tasks[cfg.task](cfg)
 
 
@@ -245,8 +252,7 @@ def _names_network(overrides: Iterable[str]) -> bool:
 def _recorded(folder: Path) -> DictConfig | None:
     if not (folder / CONFIG).is_file():
         return None
-    recorded = OmegaConf.load(folder / CONFIG)
-    assert isinstance(recorded, DictConfig)
+    recorded = OmegaConf.create(recorded_settings(folder))
     log.info("A run folder is code: what %s names as _target_ is called, so it must come from you.", folder / CONFIG)
     return recorded
 

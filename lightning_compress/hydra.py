@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_compress.report.renamed import KEYS, TARGETS, translated
 from lightning_compress.report.tables import flatten
 from lightning_compress.tasks.run import dense_files
 from lightning_compress.tasks.verify import escaped
@@ -166,7 +167,8 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"There is no {CONFIG} in {folder}, which would say what run to go on with.")
     # Everything is resolved there, so that a ${...} is text; the folder may have moved since.
-    content: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
+    own = [key for key in KEYS if OmegaConf.select(composed, key) is not None]
+    content = recorded_settings(folder, keep=own)
     cwd = {"cwd": content.get("cwd", "."), "output_dir": "${hydra:runtime.output_dir}"}
     recorded: DictConfig = OmegaConf.create(_replanted(content, content["output_dir"]) | cwd)
     before, wanted = _flat(recorded), _flat(composed)
@@ -196,6 +198,30 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
     if kept:
         rank_zero_info(f"The run keeps {', '.join(sorted(kept))}, which the command line does not name.")
     return recorded
+
+
+def recorded_settings(folder: Path, *, keep: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the config that a run left in its folder, under the names of today, but for the keys to `keep`."""
+    content = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
+    assert isinstance(content, dict)
+    settings: dict[str, Any] = translated(content, keep=keep)
+    return settings
+
+
+def check_names(cfg: DictConfig) -> None:
+    """Refuse keys that have another name now, and put the functions that were moved in the place of their old names.
+
+    Raises:
+        ValueError: A technique is set by an earlier name of its key, in an experiment of the user's, say.
+    """
+    for old, new in KEYS.items():
+        section, _, key = old.rpartition(".")
+        nodes = OmegaConf.select(cfg, section)
+        if nodes is not None and key in nodes and "_target_" not in (nodes[key] or ()):
+            raise ValueError(f"{old} is called {new} now.")
+    for key, value in flatten(OmegaConf.to_container(cfg, resolve=False)).items():  # type: ignore[arg-type]
+        if key.endswith("_target_") and value in TARGETS:
+            OmegaConf.update(cfg, key, TARGETS[value])
 
 
 def _dropped(overrides: Sequence[str], recorded: DictConfig, composed: DictConfig) -> list[str]:

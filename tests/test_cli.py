@@ -118,7 +118,7 @@ def test_the_report_tells_of_both_networks(finished: Path) -> None:
     assert 0 < content["before_recovery"]["test_metric"] < 1
     assert [epoch["phase"] for epoch in content["history"]] == ["dense", "dense", "pruning", "recovery", "recovery"]
     assert content["history"][-1]["sparsity"] == pytest.approx(0.9, abs=1e-3)
-    assert content["settings"]["callbacks"]["pruning"]["amount"] == 0.9
+    assert content["settings"]["callbacks"]["iterative_pruning"]["amount"] == 0.9
 
 
 def test_the_compressed_checkpoint_is_the_network_of_the_report(finished: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_resumed_run_ends_in_its_own_folder_like_the_uninterrupted_one(
 def test_a_run_goes_on_with_its_own_config_and_refuses_another(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["compress=weight_clustering", "callbacks.clustering.start_epoch=1", "file.half=true"]
+    settings = ["compress=weight_clustering", "callbacks.weight_clustering.start_epoch=1", "file.half=true"]
     cut = "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}"
     with pytest.raises(SystemExit):
         command(*SMALL, *settings, "hydra.run.dir=run", cut)
@@ -194,12 +194,12 @@ def test_a_run_goes_on_with_its_own_config_and_refuses_another(
 
     checkpoint = "ckpt_path=run/checkpoints/last.ckpt"
     error = failure(command, capsys, checkpoint, "compress=iterative_pruning", "seed=3")
-    assert "callbacks.pruning.amount=0.9, where the run has None" in error
-    assert "compress=iterative_pruning, where the run has callbacks.clustering" in error
-    assert "callbacks.clustering." not in error
+    assert "callbacks.iterative_pruning.amount=0.9, where the run has None" in error
+    assert "compress=iterative_pruning, where the run has callbacks.weight_clustering" in error
+    assert "callbacks.weight_clustering." not in error
     assert "seed=3, where the run has 0" in error
     error = failure(command, capsys, checkpoint, "compress=none")
-    assert "compress=none, where the run has callbacks.clustering" in error
+    assert "compress=none, where the run has callbacks.weight_clustering" in error
     assert "callbacks.checkpoint" not in error
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert after == before, "what is refused leaves the folder as it was"
@@ -207,8 +207,8 @@ def test_a_run_goes_on_with_its_own_config_and_refuses_another(
     Path("run").rename("moved")
     command("ckpt_path=moved/checkpoints/last.ckpt", "trainer.max_epochs=4", "trainer.log_every_n_steps=7")
     recorded = yaml.safe_load(Path("moved/config.yaml").read_text())
-    assert "clustering" in recorded["callbacks"]
-    assert "pruning" not in recorded["callbacks"]
+    assert "weight_clustering" in recorded["callbacks"]
+    assert "iterative_pruning" not in recorded["callbacks"]
     assert (recorded["trainer"]["max_epochs"], recorded["trainer"]["log_every_n_steps"]) == (4, 7)
     assert recorded["file"]["half"] is True
     assert recorded["callbacks"]["checkpoint"]["dirpath"].endswith("moved/checkpoints")
@@ -232,8 +232,8 @@ def test_a_resume_changes_what_it_names_and_keeps_the_rest(command: Callable[...
 def test_a_misspelt_key_is_answered_with_the_nearest(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = failure(command, capsys, "callbacks.pruning.amont=0.4", "trainer.max_epoch=3")
-    assert "callbacks.pruning.amont is no key. Did you mean callbacks.pruning.amount?" in error
+    error = failure(command, capsys, "callbacks.iterative_pruning.amont=0.4", "trainer.max_epoch=3")
+    assert "callbacks.iterative_pruning.amont is no key. Did you mean callbacks.iterative_pruning.amount?" in error
     assert "trainer.max_epoch is no key. Did you mean trainer.max_epochs?" in error
     error = failure(command, capsys, "compress=none", "seed=x")
     assert "Did you mean" not in error
@@ -344,7 +344,7 @@ def test_until_the_metric_drops_there_is_no_network_right_after_pruning_that_was
 ) -> None:
     weights = f"weights={finished / 'dense.ckpt'}"
     pruning = ["amount=0.999", "start_epoch=1.0", "stop={monitor:val_acc,max_drop:0.0}"]
-    settings = [f"callbacks.pruning.{setting}" for setting in pruning]
+    settings = [f"callbacks.iterative_pruning.{setting}" for setting in pruning]
     command(*SMALL, "trainer.max_epochs=5", *settings, weights, "hydra.run.dir=stop")
     assert Report.load("stop/report.json").before_recovery is None
 
@@ -387,7 +387,7 @@ def test_a_student_of_another_kind_has_layers_of_its_own(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = ["model@student=lenet300", "student.network.in_features=64"]
-    command(*SMALL, *student, "callbacks.pruning.amount=0.5", "measure.repeats=1", "hydra.run.dir=run")
+    command(*SMALL, *student, "callbacks.iterative_pruning.amount=0.5", "measure.repeats=1", "hydra.run.dir=run")
     report = Report.load("run/report.json")
     assert report.layers == ()
     assert "layers of its own" in Path("run/report.md").read_text()
@@ -420,7 +420,7 @@ def test_a_pruned_network_learns_from_what_it_was(finished: Path, command: Calla
 def test_inspect_says_what_would_happen_and_trains_nothing(
     command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command("task=inspect", "callbacks.pruning.exclude=network.fc")
+    command("task=inspect", "callbacks.iterative_pruning.exclude=network.fc")
     shown = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.startswith("│")}
     assert "24 x 1 x 3 x 3" in rows["network.conv1.weight"]
@@ -591,9 +591,9 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
         (["file.coder=zip"], "coder='zip' is unknown"),
         (["data=mnist", "model=lenet300", "data.download=false"], "train-images-idx3-ubyte.gz"),
         (["metric=test_f1"], "metric='test_f1' is not logged by the test_step of Classifier"),
-        (["callbacks.pruning.amount=1.5"], "got 1.5"),
-        (["callbacks.pruning.criterion=size"], "got 'size'"),
-        (["callbacks.pruning.target=conv9"], "target='conv9'"),
+        (["callbacks.iterative_pruning.amount=1.5"], "got 1.5"),
+        (["callbacks.iterative_pruning.criterion=size"], "got 'size'"),
+        (["callbacks.iterative_pruning.target=conv9"], "target='conv9'"),
         (["compress=[iterative_pruning,iterative_pruning]"], "chooses a technique twice"),
         (["compress=[iterative_pruning,neuron_pruning]"], "both prune network.conv1.weight"),
     ],

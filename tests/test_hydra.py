@@ -152,29 +152,33 @@ def test_a_factory_function_is_judged_by_what_it_makes() -> None:
 
 
 def test_callbacks_are_a_dict_that_the_command_line_reaches() -> None:
-    callbacks = build_named(composed("callbacks.pruning.amount=0.75", "callbacks.pruning.target=[fc*]").callbacks)
-    assert list(callbacks) == ["checkpoint", "pruning"]
-    assert callbacks["pruning"].amount == 0.75
-    assert type(callbacks["pruning"].target) is list  # OmegaConf's own list could not be saved in a checkpoint
+    callbacks = build_named(
+        composed("callbacks.iterative_pruning.amount=0.75", "callbacks.iterative_pruning.target=[fc*]").callbacks
+    )
+    assert list(callbacks) == ["checkpoint", "iterative_pruning"]
+    assert callbacks["iterative_pruning"].amount == 0.75
+    assert (
+        type(callbacks["iterative_pruning"].target) is list
+    )  # OmegaConf's own list could not be saved in a checkpoint
 
 
 def test_clusters_by_pattern_are_written_as_a_dict() -> None:
-    cfg = composed("compress=weight_clustering", "callbacks.clustering.n_clusters={*conv*:256,*fc*:32}")
-    assert build_named(cfg.callbacks)["clustering"].n_clusters == {"*conv*": 256, "*fc*": 32}
+    cfg = composed("compress=weight_clustering", "callbacks.weight_clustering.n_clusters={*conv*:256,*fc*:32}")
+    assert build_named(cfg.callbacks)["weight_clustering"].n_clusters == {"*conv*": 256, "*fc*": 32}
 
 
 def test_pruning_and_clustering_stand_side_by_side() -> None:
     callbacks = build_named(composed("compress=[iterative_pruning,weight_clustering]").callbacks)
-    assert list(callbacks) == ["checkpoint", "pruning", "clustering"]
+    assert list(callbacks) == ["checkpoint", "iterative_pruning", "weight_clustering"]
 
 
 def test_stop_is_written_as_a_dict() -> None:
-    cfg = composed("callbacks.pruning.stop={monitor:val_acc,max_drop:0.01}")
-    assert isinstance(build_named(cfg.callbacks)["pruning"], IterativePruningCallback)
+    cfg = composed("callbacks.iterative_pruning.stop={monitor:val_acc,max_drop:0.01}")
+    assert isinstance(build_named(cfg.callbacks)["iterative_pruning"], IterativePruningCallback)
 
 
 def test_a_callback_set_to_null_is_left_out() -> None:
-    assert list(build_named(composed("callbacks.checkpoint=null").callbacks)) == ["pruning"]
+    assert list(build_named(composed("callbacks.checkpoint=null").callbacks)) == ["iterative_pruning"]
 
 
 def test_compress_takes_none_one_or_a_list() -> None:
@@ -182,7 +186,7 @@ def test_compress_takes_none_one_or_a_list() -> None:
     assert list(composed("compress=[neuron_pruning,iterative_pruning]").callbacks) == [
         "checkpoint",
         "neuron_pruning",
-        "pruning",
+        "iterative_pruning",
     ]
 
 
@@ -195,7 +199,7 @@ def test_pruning_the_same_weights_twice_is_refused_with_the_reason() -> None:
 def test_pruning_twice_with_nothing_in_common_is_fine() -> None:
     cfg = composed(
         "compress=[iterative_pruning,neuron_pruning]",
-        "callbacks.pruning.target=network.fc",
+        "callbacks.iterative_pruning.target=network.fc",
         "callbacks.neuron_pruning.target=network.conv*",
     )
     check_together(build_module(cfg), list(build_named(cfg.callbacks).values()))
@@ -234,20 +238,20 @@ def test_an_experiment_is_defaults_plus_deltas_and_the_command_line_wins() -> No
     assert cfg.model.network._target_.endswith("LeNet300")
     assert cfg.data._target_.endswith(".MNIST")
     assert cfg.trainer.max_epochs == 3
-    assert cfg.callbacks.pruning.schedule == "cubic"  # untouched by the experiment
+    assert cfg.callbacks.iterative_pruning.schedule == "cubic"  # untouched by the experiment
 
 
 @pytest.mark.parametrize(("name", "left"), [("lenet300_12x", 22_183), ("lenet5_12x", 36_000)])
 def test_experiments_leave_as_many_weights_as_the_paper(name: str, left: int) -> None:
     cfg = composed(f"experiment={name}")
     weights = sum(p.numel() for p in build_module(cfg).parameters() if p.dim() > 1)
-    remaining = weights - round(cfg.callbacks.pruning.amount * weights)
+    remaining = weights - round(cfg.callbacks.iterative_pruning.amount * weights)
     assert left - 100 < remaining <= left
 
 
 def test_a_misspelt_key_is_refused() -> None:
     with pytest.raises(ConfigCompositionException, match="amont"):
-        composed("callbacks.pruning.amont=0.5")
+        composed("callbacks.iterative_pruning.amont=0.5")
 
 
 def test_a_run_writes_into_the_folder_of_what_it_goes_on_with(tmp_path: Path) -> None:

@@ -46,7 +46,13 @@ def test_an_app_outside_the_repository_composes_the_groups(wheel: Path, tmp_path
         "atexit.register(lambda: print(sys.modules['lightning_compress'].__path__))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(app)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "app.py", "trainer.max_epochs=6", "callbacks.pruning.amount=0.8", "hydra.run.dir=out"]
+    command = [
+        sys.executable,
+        "app.py",
+        "trainer.max_epochs=6",
+        "callbacks.iterative_pruning.amount=0.8",
+        "hydra.run.dir=out",
+    ]
     done = subprocess.run(command, cwd=app, env=environment, text=True, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     *_, result, path = done.stdout.splitlines()

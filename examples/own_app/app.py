@@ -1,6 +1,6 @@
 """A Hydra app of your own. Data, Trainer and techniques come from lightning_compress: see config.yaml beside it.
 
-python app.py callbacks.pruning.amount=0.9
+python app.py callbacks.iterative_pruning.amount=0.9
 python app.py -m compress=iterative_pruning,none seed=0,1
 """
 

@@ -197,12 +197,12 @@ def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
             index = rest.pop(where)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"cache={where!r} is where a training batch has the indices of its samples, but this one, a "
+            f"index={where!r} is where a training batch has the indices of its samples, but this one, a "
             f"{type(batch).__name__}, has nothing there: let the dataset give them, as "
             f"lightning_compress.distillation.cache.Indexed(dataset) does."
         ) from error
     if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
-        raise ValueError(f"cache={where!r} is no tensor of sample indices in the training batch, but {index!r}.")
+        raise ValueError(f"index={where!r} is no tensor of sample indices in the training batch, but {index!r}.")
     return (tuple(rest) if isinstance(batch, tuple) else rest), index
 
 

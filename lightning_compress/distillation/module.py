@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from os import PathLike
-from typing import Any
+from typing import Any, ParamSpec
 
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -17,6 +18,19 @@ from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 
 Teacher = nn.Module | ExportedProgram | str | PathLike[str]
+P = ParamSpec("P")
+
+
+def _refuse_cache(init: Callable[P, None]) -> Callable[P, None]:
+    """Let a constructor refuse `cache=`, the earlier name of `index=`."""
+
+    @wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if "cache" in kwargs:
+            raise TypeError(f"cache={kwargs['cache']!r} is called index= now: the place of the samples' indices.")
+        init(*args, **kwargs)
+
+    return checked
 
 
 class DistillationModule(CompressionModule):
@@ -64,7 +78,7 @@ class DistillationModule(CompressionModule):
         mask: Name of a keyword argument of the network, such as "attention_mask": an output counts where it is 1 or
             True, and does not where it is 0 or False; any other value is refused. In hints it holds for features that
             have the same positions.
-        cache: Position or key of the sample's index in the batch: the teacher's outputs are then kept in memory and
+        index: Position or key of the sample's index in the batch: the teacher's outputs are then kept in memory and
             computed once per sample and fit. The student's step gets the batch without the index.
         teacher_train_bn: Whether the teacher's batch norms use the statistics of the batch.
         teacher_autocast: Whether bf16-mixed and the like hold for the teacher too.
@@ -92,6 +106,7 @@ class DistillationModule(CompressionModule):
     __slots__ = ()
     only_trains = True  # what it makes is the student: to read a file, no teacher is wanted
 
+    @_refuse_cache
     def __init__(
         self,
         student: LightningModule,
@@ -107,7 +122,7 @@ class DistillationModule(CompressionModule):
         teacher_weights: Sequence[float] | None = None,
         class_dim: int | None = None,
         mask: str | None = None,
-        cache: str | int | None = None,
+        index: str | int | None = None,
         teacher_train_bn: bool = False,
         teacher_autocast: bool = False,
         example_inputs: ExampleInputs | None = None,
@@ -132,7 +147,7 @@ class DistillationModule(CompressionModule):
             teacher_weights=teacher_weights,
             class_dim=class_dim,
             mask=mask,
-            cache=cache,
+            index=index,
             example_inputs=example_inputs,
         )
         super().__init__(student, objective)

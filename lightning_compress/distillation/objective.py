@@ -40,8 +40,10 @@ class Distillation(Objective):
     """
 
     def __init__(self, teachers: Teachers, *, example_inputs: ExampleInputs | None, **settings: Any) -> None:
+        plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
         super().__init__(
-            **{name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()},
+            # Checkpoints of runs that called the index `cache` can go on.
+            **{"cache" if name == "index" else name: value for name, value in plain.items()},
             teacher_train_bn=teachers.train_bn,
             teacher_autocast=teachers.autocast,
             teachers=len(teachers.networks),
@@ -58,7 +60,7 @@ class Distillation(Objective):
         self.weights: Sequence[float] | None = settings["teacher_weights"]
         self.class_dim: int | None = settings["class_dim"]
         self.mask: str | None = settings["mask"]
-        self.index: str | int | None = settings["cache"]
+        self.index: str | int | None = settings["index"]
         self.cache = OutputCache()
         self._cached: int | None = None  # the version of the teachers whose outputs are in the cache
         self._step = 0
@@ -81,7 +83,7 @@ class Distillation(Objective):
             raise ValueError("Hints come from one teacher: wrap the student once for each, one wrapper in the other.")
         if self.index is not None and (self.hints or self.teachers.train_bn):
             what = "hints" if self.hints else "teacher_train_bn=True"
-            raise ValueError(f"cache= keeps outputs only, which {what} can't do with: leave one of them out.")
+            raise ValueError(f"index= keeps outputs only, which {what} can't do with: leave one of them out.")
 
     # ------------------------------------------------------------------ the fit
 
@@ -181,8 +183,8 @@ class Distillation(Objective):
         version = self.teachers.version()
         if self._cached is not None and self._cached != version:
             raise ValueError(
-                f"The teacher has changed since its outputs were kept, which cache={self.index!r} goes on with: leave "
-                f"cache= out for a teacher that moves, as an average of the student does."
+                f"The teacher has changed since its outputs were kept, which index={self.index!r} goes on with: leave "
+                f"index= out for a teacher that moves, as an average of the student does."
             )
         self._cached = version
         leaves = tree_leaves((args, kwargs))
@@ -196,7 +198,7 @@ class Distillation(Objective):
                 self.cache.store(index, keys, known)
         except ValueError as error:
             raise ValueError(
-                f"{error} Or the batch has something else than its samples' indices at cache={self.index!r}: "
+                f"{error} Or the batch has something else than its samples' indices at index={self.index!r}: "
                 f"lightning_compress.distillation.cache.Indexed(dataset) adds them."
             ) from error
         return list(known.unbind(1))

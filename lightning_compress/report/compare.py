@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lightning_compress.report.figure import BLUE, GREY, LIGHT, ORANGE, empty, new_figure, tidy
 from lightning_compress.report.metric import Metric
+from lightning_compress.report.renamed import translated
 from lightning_compress.report.summary import Measurement, Report
 from lightning_compress.report.tables import flatten, markdown_table
 from lightning_compress.report.write import write_figure, write_text
@@ -60,9 +61,13 @@ def gather(folder: str | Path) -> Comparison:
     runs, unreadable = [], []
     for path in paths:
         try:
-            runs.append(Run(name=path.parent.relative_to(folder).as_posix(), report=Report.load(path)))
+            report = Report.load(path)
         except ValueError as error:
             unreadable.append(str(error))
+            continue
+        settings = translated(report.settings)  # of runs before a key was renamed, and after it: one column
+        name = path.parent.relative_to(folder).as_posix()
+        runs.append(Run(name=name, report=replace(report, settings=settings)))
     if not runs:
         found = "; ".join(unreadable) or "no run has written one"
         raise ValueError(f"There is no complete report.json below {folder}: {found}.")

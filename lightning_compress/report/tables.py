@@ -150,8 +150,8 @@ def flatten(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
     """Return nested settings under dotted names.
 
     Example:
-        >>> flatten({"seed": 0, "callbacks": {"pruning": {"amount": 0.9}}})
-        {'seed': 0, 'callbacks.pruning.amount': 0.9}
+        >>> flatten({"seed": 0, "callbacks": {"iterative_pruning": {"amount": 0.9}}})
+        {'seed': 0, 'callbacks.iterative_pruning.amount': 0.9}
     """
     flat: dict[str, object] = {}
     for key, value in settings.items():

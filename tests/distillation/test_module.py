@@ -391,7 +391,7 @@ def test_a_cached_teacher_runs_once_per_sample_and_teaches_the_same(
         student, teachers = kind(), [Counted(width=20), Counted(width=5)]
         data = Augmented(keyed=keyed)
         loader = DataLoader(data if cache is None else Indexed(data), batch_size=BATCH, shuffle=True)
-        module = DistillationModule(student, teachers, cache=cache)
+        module = DistillationModule(student, teachers, index=cache)
         quiet_trainer(max_epochs=3).fit(module, loader)
         results.append(list(student.state_dict().values()))
         calls.append([teacher.calls for teacher in teachers])
@@ -402,11 +402,11 @@ def test_a_cached_teacher_runs_once_per_sample_and_teaches_the_same(
 def test_a_cache_refuses_inputs_that_change_and_batches_without_an_index() -> None:
     loader = DataLoader(Indexed(Augmented(noise=0.1)), batch_size=BATCH)
     with pytest.raises(ValueError, match="Random augmentation changes the inputs"):
-        quiet_trainer(max_epochs=2).fit(DistillationModule(Plain(), Plain(), cache=-1), loader)
-    with pytest.raises(ValueError, match=r"cache='index' .* has nothing there: .*Indexed\(dataset\)"):
-        fitted(DistillationModule(Plain(), Plain(), cache="index"))
-    with pytest.raises(ValueError, match="cache=0 is no tensor of sample indices"):
-        fitted(DistillationModule(Plain(), Plain(), cache=0))
+        quiet_trainer(max_epochs=2).fit(DistillationModule(Plain(), Plain(), index=-1), loader)
+    with pytest.raises(ValueError, match=r"index='index' .* has nothing there: .*Indexed\(dataset\)"):
+        fitted(DistillationModule(Plain(), Plain(), index="index"))
+    with pytest.raises(ValueError, match="index=0 is no tensor of sample indices"):
+        fitted(DistillationModule(Plain(), Plain(), index=0))
 
 
 def test_a_resume_keeps_the_schedule_that_was_planned(tmp_path: Path) -> None:
@@ -613,7 +613,7 @@ class Headless(Plain):
             {"hints": [{"student": "net.0", "teacher": "net.0"}]},
             "Hints come from one teacher",
         ),
-        (Plain, Plain, {"cache": -1, "teacher_train_bn": True}, "cache= keeps outputs only"),
+        (Plain, Plain, {"index": -1, "teacher_train_bn": True}, "index= keeps outputs only"),
         (ManualModule, SmallModule, {}, "does not support the manual optimization of ManualModule"),
     ],
 )

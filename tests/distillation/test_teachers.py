@@ -204,10 +204,10 @@ def test_the_outputs_of_a_teacher_that_moves_are_not_kept() -> None:
     teacher = nn.Linear(FEATURES, CLASSES)
     loader = DataLoader(Indexed(plain().dataset), batch_size=8)
     quiet_trainer(max_epochs=2).fit(
-        DistillationModule(Student(nn.Linear(FEATURES, CLASSES)), teacher, cache=-1), loader
+        DistillationModule(Student(nn.Linear(FEATURES, CLASSES)), teacher, index=-1), loader
     )
-    module = DistillationModule(Student(nn.Linear(FEATURES, CLASSES)), teacher, cache=-1)
-    with pytest.raises(ValueError, match=r"has changed since its outputs were kept, which cache=-1"):
+    module = DistillationModule(Student(nn.Linear(FEATURES, CLASSES)), teacher, index=-1)
+    with pytest.raises(ValueError, match=r"has changed since its outputs were kept, which index=-1"):
         quiet_trainer(max_epochs=2, callbacks=[Move()]).fit(module, loader)
 
 

@@ -63,6 +63,13 @@ def test_a_name_in_brackets_is_shown_as_it_is(sweep: Path) -> None:
     assert "compress=[a,b]" in output.getvalue()
 
 
+def test_runs_before_and_after_a_key_was_renamed_share_a_column(tmp_path: Path) -> None:
+    for key, amount in (("pruning", 0.5), ("iterative_pruning", 0.9)):
+        one = replace(report(amount), settings={"callbacks": {key: {"amount": amount}}})
+        write_report(one, tmp_path / key, figure=False)
+    assert varying_settings(gather(tmp_path).runs) == ["callbacks.iterative_pruning.amount"]
+
+
 def test_only_settings_that_differ_become_columns(sweep: Path) -> None:
     runs = gather(sweep).runs
     assert varying_settings(runs) == ["compress.amount"]
