@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,14 @@ FLOOR = {
 def test_every_script_is_run_here_or_by_test_own_app() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(FLOOR)
     assert all(len(path.read_text().splitlines()) < 80 for path in EXAMPLES.rglob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def _loggers_stay_as_they_are() -> Iterator[None]:
+    logger = logging.getLogger("lightning.pytorch")  # an example makes it quieter, and other tests read it
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("name", FLOOR)
