@@ -232,17 +232,17 @@ def _describe(drop: Drop) -> str:
     return ", ".join(parts) + (f" and {len(drop) - 3} more groups" if len(drop) > 3 else "")
 
 
-def masked_channels(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
-    """By group name, which channels are not masked: those with something other than zero in what produces them."""
+def live_channels(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
+    """Return by group name which channels are not masked: something in what produces them is not zero."""
     tensors = named_tensors(model)
     alive = {}
     for group in groups:
-        speaks = torch.zeros(group.size, dtype=torch.bool)
+        nonzero = torch.zeros(group.size, dtype=torch.bool)
         for member in (one for one in group.members if one.produces):
             tensor = tensors[member.tensor].detach()
             positions = (tensor != 0).movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1).any(1)
-            speaks |= positions.cpu()[member.index].any(1)
-        alive[group.name] = speaks
+            nonzero |= positions.cpu()[member.index].any(1)
+        alive[group.name] = nonzero
     return alive
 
 
@@ -281,11 +281,11 @@ def shrink(
     """
     groups = channel_groups(model, example_inputs) if groups is None else groups
     keep = {}
-    for name, speaks in masked_channels(model, groups.free()).items():
-        if not bool(speaks.any()):
+    for name, live in live_channels(model, groups.free()).items():
+        if not bool(live.any()):
             raise ValueError(
                 f"All channels of {name!r} are masked: nothing would pass through it. At least one must stay."
             )
-        if not bool(speaks.all()):
-            keep[name] = speaks.nonzero().squeeze(1)
+        if not bool(live.all()):
+            keep[name] = live.nonzero().squeeze(1)
     return cut(model, example_inputs, keep=keep, groups=groups, optimizers=optimizers, copies=copies, owner=owner)

@@ -45,7 +45,7 @@ class LatentWeights(Projection):
         self._groups = transposed_groups(model)
         self.check_finite()
         for name, latent in self.latent.items():
-            self.leave_out(name, latent == 0)
+            self.zero_latent(name, latent == 0)
             self._renew(name)
         if zero := [name for name, latent in self.latent.items() if not latent.any()]:
             warnings.warn(f"{', '.join(zero)}: every entry is zero, which counts as pruned and stays.", stacklevel=2)
@@ -115,7 +115,7 @@ class LatentWeights(Projection):
         if name in self.alive:
             changed = changed & self.alive[name]
         if not bool((changed & (held != 0)).any()):
-            self.leave_out(name, changed)
+            self.zero_latent(name, changed)
             return
         super()._take(name, held, expected, changed)
         self._forget(name)
@@ -161,7 +161,7 @@ class LatentWeights(Projection):
 
     @contextmanager
     def real(self) -> Iterator[None]:
-        """Have the real values in the module, and afterwards again what it held."""
+        """Temporarily restore the real values in the module."""
         self.settle()
         self.take_writes()
         self._restore(self.parameters)
@@ -178,8 +178,8 @@ class LatentWeights(Projection):
         )
 
     @torch.no_grad()
-    def leave_out(self, name: str, gone: Tensor) -> None:
-        """Let weights be zero for good, behind the module too; the caller projects."""
+    def zero_latent(self, name: str, gone: Tensor) -> None:
+        """Zero latent values for good, where `gone` is True; the caller projects."""
         if bool(gone.any()):
             self.alive[name] = ~gone if name not in self.alive else self.alive[name] & ~gone
             self.latent[name].masked_fill_(gone, 0.0)

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_compress.channels.cut import cut, masked_channels, parts_of
+from lightning_compress.channels.cut import cut, live_channels, parts_of
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroups, positions_kept
 from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients, select_parameters
@@ -222,8 +222,8 @@ class GroupLassoCallback(CompressionCallback):
         groups = channel_groups(network, inputs)
         mine = {one.name for one in self._groups}
         here = [one for one, its in zip(groups, groups.prefixed(self.network), strict=True) if its.name in mine]
-        keep = masked_channels(network, here)
-        for name in [name for name, speaks in keep.items() if not bool(speaks.any())]:
+        keep = live_channels(network, here)
+        for name in [name for name, live in keep.items() if not bool(live.any())]:
             del keep[name]
             warnings.warn(
                 f"All channels of {name!r} are zero, and nothing passes through it: they stay. Use a smaller strength "
@@ -231,7 +231,7 @@ class GroupLassoCallback(CompressionCallback):
                 stacklevel=2,
             )
         kept = positions_kept(groups, keep, named_tensors(network))
-        indices = {name: speaks.nonzero().squeeze(1) for name, speaks in keep.items()}
+        indices = {name: live.nonzero().squeeze(1) for name, live in keep.items()}
         averages = parts_of(copies, self.network)
         cut(network, inputs, keep=indices, groups=groups, optimizers=optimizers, copies=averages, owner=pl_module)
         return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_compress.channels.costs import Cost
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import refuse_complex, select_parameters
-from lightning_compress.pruning.backtracking import BacktrackingCallback
+from lightning_compress.pruning.backtracker import Backtracker
 from lightning_compress.pruning.criteria.choose import (
     Criterion,
     Granularity,
@@ -27,7 +27,8 @@ from lightning_compress.pruning.criteria.statistic import Statistic
 from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
-from lightning_compress.pruning.stopping import StopRule, StopWatch
+from lightning_compress.pruning.removing import RemovingCallback
+from lightning_compress.pruning.stopping import StopRule
 from lightning_compress.trainer.callback import latent_values, take_writes, techniques
 from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
 from lightning_compress.trainer.effects import Effects, Progress
@@ -37,7 +38,7 @@ from lightning_compress.trainer.step_window import Ramp
 from lightning_compress.trainer.steps import planned_steps, steps_at
 
 
-class IterativePruningCallback(BacktrackingCallback):
+class IterativePruningCallback(RemovingCallback):
     """Prunes a growing fraction of the weights or neurons while the network trains, and keeps them at zero.
 
     At every event the entries with the lowest score s are masked, so that a fraction a(p) of the ORIGINAL entries is
@@ -168,14 +169,16 @@ class IterativePruningCallback(BacktrackingCallback):
         self.min_channels = min_channels
         self.round_to = round_to
         rule = None if stop is None else StopRule.from_dict(stop)
-        self._stop = None if rule is None or amount == 0 else StopWatch(rule)  # None too when a fit has decided it
+        self._backtracker: Backtracker | None = None  # None too when a fit has decided it
+        if rule is not None and amount > 0:
+            self._backtracker = Backtracker(rule, trains_densely=start_epoch > 0)
         self.network = network
         self.example_inputs = example_inputs
 
         self.current_amount = 0.0
+        self._stopped = False
         self._ramp: Ramp | None = None
         self._statistic: Statistic | None = None
-        self._stopped = False
         self._masks_gradients = False
         self._emptied: set[str] = set()
 
@@ -197,7 +200,7 @@ class IterativePruningCallback(BacktrackingCallback):
         ramp = None if trainer is None else self._planned(trainer, self.loaded_state)
         stopped = self._stopped if self.loaded_state is None else self.loaded_state["stopped"]
         finished = stopped or (ramp is not None and ramp.finished)
-        rewinds = self._stop is not None and not self._has_decided(self.loaded_state)
+        rewinds = self._backtracker is not None and not self._has_decided(self.loaded_state)
         return Effects(
             values=dict.fromkeys(names, "zeros"),
             revives=self.regrow,
@@ -233,10 +236,10 @@ class IterativePruningCallback(BacktrackingCallback):
             self._entries = {name: pl_module.get_parameter(name).numel() for name in self._targets}
         if state is not None:
             self.current_amount, self._stopped = state["amount"], state["stopped"]
-            if self._stop is not None and state["stop"] is not None:
-                self._stop.load_state_dict(state["stop"])
+            if self._backtracker is not None and state["stop"] is not None:
+                self._backtracker.state.load_state_dict(state["stop"])
         if self._has_decided(state):
-            self._stop = None  # so that what this fit trains is kept
+            self._backtracker = None  # so that what this fit trains is kept
         self._ramp = self._planned(trainer, state)
         self._unmask_dense(pl_module)
         self._statistic = None
@@ -282,7 +285,7 @@ class IterativePruningCallback(BacktrackingCallback):
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._ramp is not None
-        waits = self._stop is not None and self._stop.awaits_validation
+        waits = self._backtracker is not None and self._backtracker.state.awaits_validation
         if self.amount == 0 or self._stopped or waits or not self._ramp.take(step):
             return
         self._prune(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
@@ -290,14 +293,15 @@ class IterativePruningCallback(BacktrackingCallback):
             if self._neurons is not None and self._keep is not None:
                 warn_of_rounding(self._keep, self.amount, self.round_to)
             self._statistic = None
-            if self._stop is None:
+            if self._backtracker is None:
                 count_anew(trainer, f"the final sparsity of {self.sparsity:.4g} is reached")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         assert self._ramp is not None
-        if self._stop is not None and (self._stopped or self._stop.must_go_back(self.current_amount)):
-            self._go_back(pl_module)  # even if it has: min_epochs and min_steps let a stopped fit train on
+        backtracker = self._backtracker
+        if backtracker is not None and (self._stopped or backtracker.state.must_go_back(self.current_amount)):
+            self._go_back(backtracker, pl_module)  # even if it has: min_epochs and min_steps let a stopped fit train on
         elif self.amount > 0 and not self.finished:
             warnings.warn(
                 f"The fit ended at step {self._steps}, before the pruning ramp did at step {self._ramp.end}: sparsity "
@@ -309,12 +313,38 @@ class IterativePruningCallback(BacktrackingCallback):
             self._statistic = None
             self._cut(trainer, pl_module, masks)
 
+    # ------------------------------------------------------------------ until the metric drops
+
+    def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._backtracker is not None and not self._stopped:
+            assert self._masked is not None
+            self._backtracker.begin(trainer, pl_module, self._masked, self.current_amount)
+        super().before_first_step(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._backtracker is None or self._stopped or trainer.state.fn != "fit":
+            return
+        outcome = self._backtracker.judge(trainer, pl_module, self._masked, self.current_amount)
+        if outcome == "failed":
+            self._go_back(self._backtracker, pl_module)
+            trainer.should_stop = True
+        elif outcome == "grew":
+            monitor = self._backtracker.state.rule.monitor
+            count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {monitor}")
+
+    def _go_back(self, backtracker: Backtracker, pl_module: LightningModule) -> None:
+        """Restore the newest network that kept the metric; it is final."""
+        kept = backtracker.go_back(pl_module, again=self._stopped)
+        self._stopped = True
+        self.current_amount = kept["amount"]
+        self._mask(kept["keep"], latent=kept["latent"])
+
     # ------------------------------------------------------------------ an event
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         if amount > 0:
-            if self._stop is not None:
-                self._stop.pruned()
+            if self._backtracker is not None:
+                self._backtracker.state.pruned()
             if self._neurons != []:  # else one channel is left of every group
                 keep = self._decide(trainer, pl_module, amount)
                 if self.granularity == "neuron" and self.shrink == "during_fit":
@@ -387,7 +417,7 @@ class IterativePruningCallback(BacktrackingCallback):
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),
             "statistic": None if self._statistic is None else self._statistic.state_dict(),
-            "stop": None if self._stop is None else self._stop.state_dict(),
+            "stop": None if self._backtracker is None else self._backtracker.state.state_dict(),
             "stopped": self._stopped,
         }
 

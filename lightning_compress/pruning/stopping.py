@@ -81,7 +81,7 @@ class StopRule:
 Verdict = Literal["better", "as good", "recovering", "failed"]
 
 
-class StopWatch:
+class StopState:
     """Follows a `StopRule` through a fit: what the dense network reached, and the newest state that kept it.
 
     Args:

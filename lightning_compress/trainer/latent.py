@@ -73,7 +73,7 @@ class LatentCallback(QuantizingCallback):
         if self._weights is not None:
             both = masks.keys() & self._weights.latent.keys()
             for name in both:
-                self._weights.leave_out(name, ~masks[name])
+                self._weights.zero_latent(name, ~masks[name])
             self._weights.rewrite({name: self._weights.parameters[name] for name in both})
 
     # ------------------------------------------------------------------ the fit
