@@ -196,7 +196,11 @@ class IterativePruningCallback(RemovingCallback):
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         if self.amount == 0:
             return Effects()
-        names = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False)
+        names = set(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
+        if self.granularity == "neuron" and self.regrow and trainer is not None and len(techniques(trainer)) > 1:
+            # The hidden values of biases and norms come back with the channel's weights.
+            channels = self._trace(trainer, pl_module, names)
+            names |= {member.tensor for layer in channels.neurons for member in layer.members}
         ramp = None if trainer is None else self._planned(trainer, self.loaded_state)
         stopped = self._stopped if self.loaded_state is None else self.loaded_state["stopped"]
         finished = stopped or (ramp is not None and ramp.finished)

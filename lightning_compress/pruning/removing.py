@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -107,7 +107,7 @@ class RemovingCallback(WatchingCallback):
 
     def _find_channels(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
         refuse_average_in_forward(pl_module, self.network)
-        channels = on_all_ranks(partial(self._trace, trainer, pl_module))  # each rank looks at a batch of its own
+        channels = self._trace(trainer, pl_module, self._targets)
         _check_ranks_agree(channels)
         if self.shrink == "during_fit":
             check_cuts_in_fit(trainer, map(innermost(pl_module).get_parameter, channels.cut_parameters))
@@ -123,16 +123,19 @@ class RemovingCallback(WatchingCallback):
             rank_zero_info(f"Channels that are not pruned: {'; '.join(channels.reasons)}.")
         return channels
 
-    def _trace(self, trainer: Trainer, pl_module: LightningModule) -> PrunableChannels:
-        _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
-        return PrunableChannels(
-            innermost(pl_module),
-            self.network,
-            inputs,
-            self._targets,
-            exclude=self._excluded(pl_module),
-            keep=self._kept,
-        )
+    def _trace(self, trainer: Trainer, pl_module: LightningModule, targets: Collection[str]) -> PrunableChannels:
+        def found() -> PrunableChannels:
+            _, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
+            return PrunableChannels(
+                innermost(pl_module),
+                self.network,
+                inputs,
+                targets,
+                exclude=self._excluded(pl_module),
+                keep=self._kept,
+            )
+
+        return on_all_ranks(found)  # each rank looks at a batch of its own
 
     def _excluded(self, pl_module: LightningModule) -> list[str]:
         return list(select_parameters(pl_module, self.exclude, warn=False)) if self.exclude else []

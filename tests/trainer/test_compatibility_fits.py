@@ -218,6 +218,22 @@ def test_a_penalty_for_channels_meets_values_of_their_norm() -> None:
         fit([WeightClusteringCallback({"net.norm.weight": 3}), lasso])
 
 
+def test_channels_that_may_grow_back_meet_values_of_their_norm() -> None:
+    neurons = pruning(granularity="neuron", regrow=True, shrink="never", target="net.conv")
+    with pytest.raises(IncompatibleError, match=r"gives net\.norm\.weight values of its own"):
+        fit([WeightClusteringCallback({"net.norm.weight": 3}), neurons])
+
+
+def test_channels_that_stay_pruned_go_with_values_of_their_norm() -> None:
+    module = SmallModule()
+    neurons = pruning(granularity="neuron", shrink="never", target="net.conv", end_epoch=1.0)
+    fit([WeightClusteringCallback({"net.norm.weight": 3}), neurons], module)
+    alive = module.net.conv.weight.flatten(1).any(1)
+    assert alive.sum() == 3
+    assert torch.equal(module.net.norm.weight != 0, alive)
+    assert len(module.net.norm.weight.unique()) <= 4
+
+
 def test_a_penalty_for_filters_leaves_the_norm_alone() -> None:
     module = SmallModule()
     lasso = GroupLassoCallback(0.1, proximal=True, target="net.conv")
