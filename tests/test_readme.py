@@ -6,8 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_object
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+HEADINGS = ["What it does", "Use", "How it works", "Measured", "When it did not help", "Papers"]
+MORE = {"coding": {"The format, version 2"}}
+CARDS = ["pruning", "group_lasso", "clustering", "binary", "quantization", "distillation", "coding", "deploy"]
+PAGES = ["README.md", "conf/README.md"]
+PAGES += [f"lightning_compress/{room}/README.md" for room in (*CARDS, "trainer", "channels")]
 
 
 def blocks(language: str) -> list[str]:
@@ -32,3 +39,37 @@ def test_what_the_peers_become_is_valid() -> None:
     assert len(after) == 2
     for line in after:
         assert isinstance(eval(line), IterativePruningCallback)
+
+
+def test_it_is_read_in_one_go() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    tables = [line for line in lines if line.startswith("|") or re.match(r"\d+\. ", line)]  # and their notes
+    assert all(len(line) <= 120 for line in lines if line not in tables)
+
+
+@pytest.mark.parametrize("room", CARDS)
+def test_every_method_card_has_the_same_headings(room: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "lightning_compress" / room / "README.md").read_text(), flags=re.DOTALL)
+    found = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert [heading for heading in found if heading not in MORE.get(room, ())] == HEADINGS
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", "conf/README.md", *(f"lightning_compress/{one}/README.md" for one in CARDS)]
+)
+def test_links_lead_somewhere(path: str) -> None:
+    text = (ROOT / path).read_text()
+    for link, _, anchor in (found.partition("#") for found in re.findall(r"\]\(([^)]*)\)", text)):
+        target = (ROOT / path).parent / link
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-").replace(",", "") for heading in headings]
+
+
+def test_functions_that_the_cards_name_exist() -> None:
+    """Names such as `binary.binarize_weights`, of a room and something in it."""
+    for room in CARDS:
+        text = (ROOT / "lightning_compress" / room / "README.md").read_text()
+        for name in set(re.findall(rf"`((?:core|{room})\.\w+(?:\.\w+)*)[`(]", text)):
+            assert get_object(f"lightning_compress.{name}") is not None
