@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.binary.signs import sign_through
 from lightning_compress.core.input_hooks import InputHook, InputHooks, NotScriptable, input_hook
 from lightning_compress.core.select import is_transposed_linear, is_weight_layer, select_parameters
+from lightning_compress.core.structure import Removable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ENOUGH = 64  # entries; a smaller input may have no negative one by chance
@@ -76,9 +76,9 @@ class BinaryInput(InputHook):
         self._seen = 0
         self._checked = False
 
-    def attach(self, layer: nn.Module) -> list[RemovableHandle]:
-        handles = super().attach(layer)
-        return [*handles, layer.register_forward_hook(self.behind, prepend=True)]  # before those that look at outputs
+    def attach(self, module: nn.Module) -> list[Removable]:
+        handles = super().attach(module)
+        return [*handles, module.register_forward_hook(self.behind, prepend=True)]  # before those that look at outputs
 
     def record(self) -> dict[str, Any] | None:
         return {"scale": self.scale} if self._is_on else None
@@ -164,7 +164,7 @@ def binarize_inputs(
     names, first = _choose(model, activations, select_parameters(model, target, exclude=exclude), unused)
     if scale:
         check_scalable(model, names)
-    order, handles = None, list[RemovableHandle]()
+    order, handles = None, list[Removable]()
     if first:
         order = _Order(first)
         handles.append(model.get_submodule(first).register_forward_pre_hook(order))

@@ -15,11 +15,12 @@ from lightning_compress.channels.load import follow_checkpoints
 from lightning_compress.channels.reference import dense_without
 from lightning_compress.channels.removal import Drop, drop_of, take
 from lightning_compress.channels.sandbox import laboratory
-from lightning_compress.channels.slicing import Slices, forget_graphs
+from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import TOLERANCE, compare, run
 from lightning_compress.core.tensors import named_tensors
+from lightning_compress.core.undo import forget_graphs
 
 Indices = Tensor | Sequence[int] | Set[int]
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest

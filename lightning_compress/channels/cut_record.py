@@ -24,9 +24,8 @@ from lightning_compress.channels.groups import ChannelGroup
 from lightning_compress.channels.record_check import KINDS, check_record, check_structure
 from lightning_compress.channels.reshapes import Pattern, is_reshape
 from lightning_compress.channels.slicing import positions_left, sizes
+from lightning_compress.core.structure import structures
 from lightning_compress.core.tensors import named_tensors, saved_tensors
-
-RECORD = "lightning_compress"  # the key in the metadata of a module that was cut
 
 
 class Shapes:
@@ -193,7 +192,7 @@ class Shapes:
 
 def shapes_of(model: nn.Module) -> Shapes | None:
     """What a module that follows checkpoints knows of itself; None for others."""
-    known = (getattr(hook, "shapes", None) for hook in model._state_dict_hooks.values())
+    known = (getattr(one, "shapes", None) for one in structures(model))
     return next((one for one in known if isinstance(one, Shapes)), None)
 
 
@@ -207,21 +206,17 @@ def already(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> bool:
     return all(now[name] == shape for name, shape in incoming.items())
 
 
-def merged(metadata: Mapping[str, Mapping[str, Any]], prefix: str) -> dict[str, Any] | None:
-    """The records of a module and of all that it holds as one; None if there is none.
+def merged(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The records of a module and of all that it holds, by path, as one.
 
     What was cut as a part of two modules, one within the other, is in both records, and its dense sizes are the larger.
     """
-    found: dict[str, Any] | None = None
-    for path, entry in metadata.items():
-        if not isinstance(entry, Mapping) or RECORD not in entry or not f"{path}.".startswith(prefix):
-            continue
-        check_structure(entry[RECORD])
-        start = f"{path}."[len(prefix) :].lstrip(".")
-        found = found or {kind: {} for kind in KINDS}
-        for kind, values in entry[RECORD].items():
+    found: dict[str, Any] = {kind: {} for kind in KINDS}
+    for path, record in records.items():
+        check_structure(record)
+        for kind, values in record.items():
             for name, value in values.items():
-                full = f"{start}{name}".rstrip(".")
+                full = f"{path}.{name}".strip(".")
                 known = found[kind].get(full, value)
                 found[kind][full] = max(known, value, key=math.prod) if kind == "dense_shapes" else known
     return found

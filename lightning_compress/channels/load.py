@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,44 +13,44 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.channels.attention import SliceableMultiheadAttention, make_sliceable
-from lightning_compress.channels.cut_record import RECORD, Shapes, already, differing, lost, merged, shapes_of
+from lightning_compress.channels.cut_record import Shapes, already, differing, lost, merged, shapes_of
 from lightning_compress.channels.groups import ChannelGroup
 from lightning_compress.channels.reshapes import adapt, is_reshape
-from lightning_compress.channels.slicing import forget_graphs, positions_left, refit_buffers, sizes
+from lightning_compress.channels.slicing import positions_left, refit_buffers, sizes
+from lightning_compress.core.structure import Arriving, Removable, Structure, following, records, structures
 from lightning_compress.core.tensors import named_tensors, saved_tensors
+from lightning_compress.core.undo import as_before_on_error, forget_graphs
 
 _EXTRA = "_extra_state"  # torch's name for it
 log = logging.getLogger(__name__)
 
 
-class _OnSave:
-    """Writes the record."""
+class CutNetwork(Structure):
+    """The shapes of a network whose channels were cut, or may be."""
+
+    kind = "cut"
 
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
 
-    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        record = self.shapes.record(module)
+    @classmethod
+    def new(cls, module: nn.Module, name: str) -> CutNetwork:
+        return cls(Shapes(module))
+
+    @classmethod
+    def gather(cls, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        return {"": merged(records)} if records else {}
+
+    def write(self, module: nn.Module) -> Mapping[str, Any] | None:
+        return self.shapes.record(module)
+
+    def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
+        self.shapes.examine(module, _incoming(module, arriving.state_dict, arriving.prefix), record)
+
+    def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
+        incoming = _incoming(module, arriving.state_dict, arriving.prefix)
+        fails = arriving.strict and _other_names(module, arriving.state_dict, arriving.prefix)  # by itself
         if record is not None:
-            written = {name: name for name in state_dict}  # pickle writes the same string, not an equal one, only once
-            record["dense_shapes"] = {written.get(name, name): one for name, one in record["dense_shapes"].items()}
-            local_metadata[RECORD] = record
-
-
-class _OnLoad:
-    """Takes the shapes, if they are those of some cut of this network."""
-
-    def __init__(self, shapes: Shapes) -> None:
-        self.shapes = shapes
-
-    def __call__(
-        self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        incoming = _incoming(module, state_dict, prefix)
-        record = merged(getattr(state_dict, "_metadata", {prefix.rstrip("."): local_metadata}), prefix)
-        fails = bool(rest and rest[0]) and _other_names(module, state_dict, prefix)  # a strict load will, by itself
-        if record is not None:
-            self.shapes.examine(module, incoming, record)
             if not fails:
                 _adopt(module, incoming, record["numbers"], record["buffers"])
                 self.shapes.follow(incoming, record)
@@ -63,10 +62,33 @@ class _OnLoad:
         # Other shapes without a record are no cut of ours: the load tells what does not fit.
 
 
+class CutCopy(Structure):
+    """A copy, such as a moving average, of a network that was cut: it takes the shapes that its leader has taken."""
+
+    kind = "cut"
+
+    def __init__(self, leader: nn.Module) -> None:
+        self.leader = leader
+
+    def write(self, module: nn.Module) -> None:
+        return None
+
+    def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
+        pass
+
+    def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
+        shapes, incoming = shapes_of(self.leader), _incoming(module, arriving.state_dict, arriving.prefix)
+        assert shapes is not None, "it follows checkpoints"
+        if already(self.leader, incoming):  # else it is of another network, and the load tells what does not fit
+            adopt_shapes(module, incoming, shapes.numbers(self.leader), positions_left(self.leader))
+
+    def __deepcopy__(self, memo: Any) -> CutCopy:
+        return CutCopy(self.leader)
+
+
 def _adopt(module: nn.Module, incoming: Mapping[str, tuple[int, ...]], numbers: Any, positions: Any) -> None:
     _say_wider(module, incoming)
-    with as_before_on_error(module):
-        adopt_shapes(module, incoming, numbers, positions)
+    adopt_shapes(module, incoming, numbers, positions)
 
 
 def _other_names(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -93,28 +115,10 @@ def _say_wider(module: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> No
         )
 
 
-class _OnLoadAsLeader:
-    """Takes the shapes that are loaded into a copy, with the numbers of the module that it is a copy of."""
-
-    def __init__(self, leader: nn.Module) -> None:
-        self.leader = leader
-
-    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        shapes, incoming = shapes_of(self.leader), _incoming(module, state_dict, prefix)
-        assert shapes is not None, "it follows checkpoints"
-        if already(self.leader, incoming):  # else it is of another network, and the load tells what does not fit
-            adopt_shapes(module, incoming, shapes.numbers(self.leader), positions_left(self.leader))
-
-    def __deepcopy__(self, memo: Any) -> _OnLoadAsLeader:
-        return _OnLoadAsLeader(self.leader)
-
-
 def follow_leader(copy: nn.Module, leader: nn.Module) -> None:
     """Make a copy, such as a moving average, take the shapes of what is loaded into it after its leader was loaded."""
-    if not any(
-        isinstance(getattr(hook, "hook", hook), _OnLoadAsLeader) for hook in copy._load_state_dict_pre_hooks.values()
-    ):
-        copy.register_load_state_dict_pre_hook(_OnLoadAsLeader(leader))  # type: ignore[no-untyped-call]
+    if not any(isinstance(one, CutCopy) for one in structures(copy)):
+        CutCopy(leader).attach(copy)
 
 
 def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
@@ -126,7 +130,7 @@ def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[s
     return found
 
 
-def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None = None) -> list[Any]:
+def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None = None) -> list[Removable]:
     """Make a model take the shapes of what is loaded into it, thinner or wider, and note its numbers when it is saved.
 
     Args:
@@ -141,12 +145,7 @@ def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None =
     shapes = Shapes(model) if known is None else known
     if groups is not None:
         shapes.learn(model, groups)
-    if known is not None:
-        return []
-    return [
-        model.register_state_dict_post_hook(_OnSave(shapes)),  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_pre_hook(_OnLoad(shapes)),  # type: ignore[no-untyped-call]
-    ]
+    return CutNetwork(shapes).attach(model) if known is None else []
 
 
 @torch.inference_mode(False)  # in it new memory could not be trained any more
@@ -205,11 +204,12 @@ def has_record(state_dict: Mapping[str, Any]) -> bool:
     Raises:
         RecordError: It says so in a way that no cut does.
     """
-    return merged(getattr(state_dict, "_metadata", {}), "") is not None
+    found = records(getattr(state_dict, "_metadata", None)).get("cut")
+    return found is not None and merged(found) is not None
 
 
 def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load a state dict, of a thin network perhaps, into a dense model: shapes, numbers and values.
+    """Load the state dict of a network that any technique may have changed into a model of its class: all it was.
 
     Raises:
         RuntimeError: Keys are missing or unexpected, as `load_state_dict` says.
@@ -220,7 +220,7 @@ def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     try:
         if not has_record(state_dict) and (unexplained := differing(model, incoming)):
             raise ValueError(lost(unexplained))
-        with torch.no_grad(), as_before_on_error(model, values=True):
+        with following(model), torch.no_grad(), as_before_on_error(model, values=True):
             model.load_state_dict(state_dict)
     except BaseException:
         _remove(handles)
@@ -231,40 +231,6 @@ def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         _remove(handles)
 
 
-@contextmanager
-def as_before_on_error(model: nn.Module, *, values: bool = False) -> Iterator[None]:
-    """Put a model's tensors and attributes back if the block raises an error.
-
-    Args:
-        model: The model.
-        values: Whether the block may write into the tensors, and not only replace them; they are copied then.
-    """
-    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    inner = [(one, dict(one)) for _, _, held in modules for one in held.values() if isinstance(one, dict)]
-    owned = {id(one): one for one in named_tensors(model).values() if not is_lazy(one)}.values()
-    tensors = [(one, one.data, one.data.clone() if values else None, one.grad) for one in owned]
-    try:
-        yield
-    except BaseException:
-        for module, kind, held in modules:
-            if type(module) is not kind:
-                module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(held)
-        for one, entries in inner:
-            one.clear()
-            one.update(entries)
-        for tensor, data, copied, gradient in tensors:
-            tensor.grad = None
-            reshaped, tensor.data = tensor.shape != data.shape, data
-            if reshaped and tensor.requires_grad:
-                forget_graphs(tensor)
-            tensor.grad = gradient
-            if copied is not None:
-                data.copy_(copied)
-        raise
-
-
-def _remove(handles: Iterable[Any]) -> None:
+def _remove(handles: Iterable[Removable]) -> None:
     for handle in handles:
         handle.remove()

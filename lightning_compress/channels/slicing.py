@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.attention import SliceableMultiheadAttention
 from lightning_compress.channels.optimizer_state import slice_state
-from lightning_compress.core.record_error import RecordError
+from lightning_compress.core.structure import RecordError
 from lightning_compress.core.tensors import Kept, select
 
 Undo = Callable[[], None]
@@ -124,18 +124,6 @@ class Slices:
         for name, value in sizes(module).items():
             if getattr(module, name) != value:
                 self.set(module, name, value)
-
-
-def forget_graphs(parameter: Tensor) -> None:
-    """Make autograd forget a parameter's old shape, which it would use again while an earlier graph is alive.
-
-    Another dtype in between does that. DistributedDataParallel's hooks go as well: it must be made anew.
-    """
-    data, gradient = parameter.data, parameter.grad
-    parameter.grad = None
-    parameter.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float16 else torch.float16)
-    parameter.data = data
-    parameter.grad = gradient
 
 
 def _set_dense(module: nn.Module, known: dict[str, _Cut]) -> None:

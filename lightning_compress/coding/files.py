@@ -19,8 +19,7 @@ from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.header import Header, memory_limit, read_header, write_header
 from lightning_compress.coding.size import CompressedSize, TensorSize
 from lightning_compress.coding.state import describe
-from lightning_compress.core.input_records import check_inputs, following_inputs
-from lightning_compress.core.record_error import RecordError
+from lightning_compress.core.structure import RecordError
 
 
 def save_compressed(
@@ -98,6 +97,7 @@ def load_compressed(
     Raises:
         FileNotFoundError: There is no such file.
         CorruptFileError: A compressed file is truncated, damaged, crafted, of an unknown version, or too large.
+        UnknownRecordError: A later version saved the network, with something that this one can't rebuild.
         ValueError: It is no file of tensors, or not of a network of this class; the model is as it was.
 
     Example:
@@ -117,9 +117,7 @@ def load_compressed(
     if model is None:
         return state
     try:
-        check_inputs(model, state)
-        with following_inputs(model):
-            return adopt(model, state, path)
+        return adopt(model, state, path)
     except RecordError as error:
         raise CorruptFileError(f"{path} is corrupt: {error}") from error
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_compress.coding import load_compressed
 from lightning_compress.coding.checkpoints import misfits
-from lightning_compress.core.input_records import following_inputs
+from lightning_compress.core.structure import following
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
@@ -35,5 +35,5 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     state = load_compressed(path)
     if problems := misfits(state, module, thinner=False):
         raise ValueError(f"{path} does not fit {type(module).__name__}: {problems}.")
-    with following_inputs(module):
+    with following(module):
         module.load_state_dict(state)

@@ -1,10 +1,8 @@
 """Hooks that change what layers of the user's own network see, and that travel with its state dict.
 
-    forward        layer(x)  becomes  layer(change(x)); no module and no key of the state dict changes
-    state_dict()   the layer's entry of the metadata has the hook's record: a kind, and plain numbers
-    load           a layer with a hook takes the record that comes, or none where the network was saved without
-
-Metadata survive checkpoints of weights alone, compressed files and a strict load into the plain class.
+forward        layer(x)  becomes  layer(change(x)); no module and no key of the state dict changes
+state_dict()   the layer's record has the hook's plain numbers
+load           a layer with a hook takes the record that comes, or none where the network was saved without
 """
 
 from __future__ import annotations
@@ -14,11 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-INPUTS = "lightning_compress.inputs"  # the key in the metadata of a layer
-
-_NEXT = "next_handle"  # in the state of a pickled hook
+from lightning_compress.core.structure import (
+    Arriving,
+    RecordError,
+    Removable,
+    Structure,
+    detach,
+    kind_class,
+    structures,
+)
 
 
 class NotScriptable:
@@ -32,12 +35,27 @@ class NotScriptable:
         )
 
 
-class InputHook(NotScriptable):
+class InputHook(NotScriptable, Structure):
     """A forward pre-hook that changes a layer's input. A subclass supplies `kind`, `change`, `record` and `take`."""
 
-    kind: ClassVar[str]
     rounds: ClassVar[bool] = True  # for core, which takes it away where it looks at channels
     name: str = ""  # of the layer, for messages
+
+    @classmethod
+    def new(cls, module: nn.Module, name: str) -> InputHook:
+        hook = cls()
+        hook.name = name
+        return hook
+
+    @classmethod
+    def when_lost(cls, model: nn.Module, names: list[str]) -> str | None:
+        return (
+            f"The weights that {type(model).__name__} has loaded were trained with inputs of few bits, which this load "
+            f"does not bring along: the inputs of {', '.join(names)} stay real, and the outputs differ. Call "
+            f"lightning_compress.core.structure.follow(model) before the load (for load_from_checkpoint in the "
+            f"module's on_load_checkpoint), give trainer.test the callback that trained them, or use save_compressed "
+            f"and load_compressed."
+        )
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return what the layer sees in the place of x."""
@@ -51,23 +69,30 @@ class InputHook(NotScriptable):
         """Do what the record of another hook of this kind says."""
         raise NotImplementedError
 
-    def attach(self, layer: nn.Module) -> list[RemovableHandle]:
-        """Put the hook on a layer, in the place of one that was there."""
-        take_away(layer)
-        _have_compilation_see_hooks()
-        return [
-            layer.register_forward_pre_hook(self, with_kwargs=True),
-            layer.register_state_dict_post_hook(_OnSave(self)),  # type: ignore[no-untyped-call]
-            layer.register_load_state_dict_pre_hook(_OnLoad(self)),  # type: ignore[no-untyped-call]
-        ]
+    def write(self, module: nn.Module) -> Mapping[str, Any] | None:
+        return self.record()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {_NEXT: RemovableHandle.next_id}
+    def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
+        try:
+            kind_class(self.kind).new(module, self.name).take(record)  # type: ignore[attr-defined]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise RecordError(
+                f"The record of the inputs of {arriving.prefix.rstrip('.')!r} is none of {type(module).__name__} in "
+                f"this version: {record!r:.60} ({error!r:.60})."
+            ) from error
+
+    def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
+        if arriving.has_metadata:  # a copy of a state dict may have lost it, which says nothing
+            self.take(record)
+
+    def attach(self, module: nn.Module) -> list[Removable]:
+        """Put the hook on a layer, in the place of one that was there."""
+        take_away(module)
+        _have_compilation_see_hooks()
+        return [module.register_forward_pre_hook(self, with_kwargs=True), *super().attach(module)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A pickled network keeps torch's numbers for its hooks, which a new process would give to others.
-        RemovableHandle.next_id = max(RemovableHandle.next_id, state[_NEXT])
-        self.__dict__ |= {key: value for key, value in state.items() if key != _NEXT}
+        self.__dict__ |= state
         _have_compilation_see_hooks()
 
     def __call__(
@@ -95,27 +120,6 @@ def _have_compilation_see_hooks() -> None:
         torch.compiler.reset()
 
 
-class _OnSave:
-    def __init__(self, owner: InputHook) -> None:
-        self.owner = owner
-
-    def __call__(self, layer: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        if (record := self.owner.record()) is not None:
-            local_metadata[INPUTS] = {"kind": self.owner.kind} | record
-
-
-class _OnLoad:
-    def __init__(self, owner: InputHook) -> None:
-        self.owner = owner
-
-    def __call__(
-        self, layer: nn.Module, state_dict: Any, prefix: str, local_metadata: Mapping[str, Any], *rest: Any
-    ) -> None:
-        if local_metadata:  # a copy of a state dict may have lost it, which says nothing
-            record = local_metadata.get(INPUTS)
-            self.owner.take(record if record and record["kind"] == self.owner.kind else None)
-
-
 class InputHooks:
     """What has been put on layers; `remove` takes it away.
 
@@ -123,7 +127,7 @@ class InputHooks:
         names: The layers.
     """
 
-    def __init__(self, names: Sequence[str], handles: Sequence[RemovableHandle]) -> None:
+    def __init__(self, names: Sequence[str], handles: Sequence[Removable]) -> None:
         self.names = list(names)
         self._handles = list(handles)
 
@@ -140,17 +144,14 @@ def input_hook(layer: nn.Module) -> InputHook | None:
 
 def take_away(layer: nn.Module) -> None:
     """Let a layer see its real input again."""
-    for hooks in (
-        layer._forward_pre_hooks,
-        layer._forward_hooks,
-        layer._state_dict_hooks,
-        layer._load_state_dict_pre_hooks,
-    ):
+    for one in structures(layer):
+        if isinstance(one, InputHook):
+            detach(layer, one)
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
             del hooks[key]
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _is_ours(hook: Any) -> bool:
-    hook = getattr(hook, "hook", hook)  # torch wraps those of a load
-    return isinstance(hook, InputHook | _OnSave | _OnLoad) or isinstance(getattr(hook, "__self__", None), InputHook)
+    return isinstance(hook, InputHook) or isinstance(getattr(hook, "__self__", None), InputHook)

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.core.input_hooks import InputHooks
-from lightning_compress.core.input_records import follow_inputs
 from lightning_compress.core.latent import LatentWeights
+from lightning_compress.core.structure import follow
 from lightning_compress.core.tensors import Kept
 from lightning_compress.trainer.averages import averaged_modules
 from lightning_compress.trainer.callback import put_values
@@ -80,7 +80,7 @@ class LatentCallback(QuantizingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        follow_inputs(pl_module)  # a checkpoint that is loaded may tell of them
+        follow(pl_module)  # a checkpoint that is loaded may tell of them
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         super().prepare(trainer, pl_module, state)

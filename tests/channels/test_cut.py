@@ -531,8 +531,8 @@ def test_the_owner_takes_the_shapes_of_what_is_loaded_into_it() -> None:
     owner = nn.ModuleDict({"net": Scaled(), "other": nn.Linear(2, 2)})
     wide = copy.deepcopy(owner.state_dict())
     cut(owner["net"], POINTS, keep={"first": [0, 3, 5]}, owner=owner)
-    assert "lightning_compress" in owner.state_dict()._metadata[""]
-    assert "lightning_compress" not in owner.state_dict()._metadata["net"]
+    assert "lightning_compress.structure" in owner.state_dict()._metadata[""]
+    assert "lightning_compress.structure" not in owner.state_dict()._metadata["net"]
     owner.load_state_dict(wide)
     assert owner["net"].scale.shape == (6,)
 

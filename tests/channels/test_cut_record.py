@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.channels.cut import cut
 from lightning_compress.channels.load import adopt_state, follow_checkpoints, follow_leader
 from lightning_compress.coding import CorruptFileError, load_compressed, save_compressed
-from lightning_compress.core.record_error import RecordError
-
-RECORD = "lightning_compress"
+from lightning_compress.core.structure import KEY, RecordError
 
 
 class Net(nn.Module):
@@ -145,7 +143,7 @@ def test_heads_of_another_network_with_the_same_shapes_are_refused() -> None:
     x = torch.zeros(2, 5, 8)
     layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True)
     thin = cut(layer, x, keep={"linear1": list(range(8))}).state_dict()
-    thin._metadata[""][RECORD]["dense_numbers"]["self_attn"] = {"num_heads": 4}
+    thin._metadata[""][KEY]["cut"]["dense_numbers"]["self_attn"] = {"num_heads": 4}
     other = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     before = everything(other)
     with pytest.raises(ValueError, match=r"whose self_attn\.num_heads was 4 before, and that of this network is 2"):
@@ -158,7 +156,7 @@ def test_a_record_that_leaves_out_what_a_number_has_become_is_refused() -> None:
     x = torch.zeros(2, 5, 8)
     whole = {"query": x, "key": x, "value": x, "need_weights": False}
     state = cut(attention, whole, keep={"in_proj_weight#2": [0]}).state_dict()
-    del state._metadata[""][RECORD]["numbers"][""]["head_dim"]  # then the shapes are those of fewer heads as well
+    del state._metadata[""][KEY]["cut"]["numbers"][""]["head_dim"]  # then the shapes are those of fewer heads as well
     dense = nn.MultiheadAttention(8, 4, batch_first=True)
     before = everything(dense)
     with pytest.raises(RecordError, match="says what 'head_dim' of '' was before the cut, and not what it is"):
@@ -212,7 +210,7 @@ def thin_state() -> OrderedDict[str, Tensor]:
 
 def test_the_record_of_this_network_is_followed(tmp_path: Path) -> None:
     state = thin_state()
-    record = state._metadata[""][RECORD]
+    record = state._metadata[""][KEY]["cut"]
     assert record["numbers"]["norm"]["normalized_shape"] == (4,)
     assert record["buffers"] == {"scale": {0: [0, 3, 5, 6]}}
     save_compressed(state, tmp_path / "f")
@@ -267,7 +265,7 @@ def test_a_record_that_no_cut_leaves_is_refused_whole(what: str, form: str, tmp_
     place, value = wrong_records()[what]
     state = thin_state()
     holder: Any = state._metadata[""]
-    path = (RECORD, *place)
+    path = (KEY, "cut", *place)
     for key in path[:-1]:
         holder = holder.setdefault(key, {})
     holder[path[-1]] = value
@@ -287,6 +285,6 @@ def test_a_record_that_no_cut_leaves_is_refused_whole(what: str, form: str, tmp_
 def test_a_record_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
     for kind in ("numbers", "buffers", "dense_shapes", "dense_numbers"):
         state = thin_state()
-        del state._metadata[""][RECORD][kind]
+        del state._metadata[""][KEY]["cut"][kind]
         with pytest.raises(RecordError, match="and needs 'numbers', 'buffers', 'dense_shapes', 'dense_numbers'"):
             adopt_state(Net(), state)

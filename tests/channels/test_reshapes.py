@@ -203,6 +203,6 @@ def test_a_record_that_sets_no_reshape_of_a_cut_is_refused(name: str, value: Any
     net, inputs = windows()
     thin = cut(copy.deepcopy(net), inputs, keep={"blocks.0.up": [0]})
     state = thin.state_dict()
-    state._metadata[""]["lightning_compress"]["numbers"]["blocks.0.attention"] = {name: value}  # type: ignore[attr-defined]
+    state._metadata[""]["lightning_compress.structure"]["cut"]["numbers"]["blocks.0.attention"] = {name: value}  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="record of a cut"):
         thin.load_state_dict(state)

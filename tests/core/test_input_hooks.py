@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_compress import QuantizationAwareTrainingCallback
 from lightning_compress.binary.inputs import binarize_inputs
-from lightning_compress.core.input_records import follow_inputs
+from lightning_compress.core.structure import follow
 from lightning_compress.quantization.input_grids import InputGrid, quantize_inputs
 
 Change = Callable[["Net"], Any]
@@ -154,14 +154,14 @@ def test_a_load_that_leaves_inputs_real_says_so(change: str) -> None:
         Net().load_state_dict(Net().state_dict())
         net.load_state_dict(net.state_dict())
         fresh = Net().eval()
-        follow_inputs(fresh)
+        follow(fresh)
         fresh.load_state_dict(net.state_dict())
     assert torch.equal(fresh(inputs()), expected)
 
 
 class Following(SmallModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        follow_inputs(self)
+        follow(self)
 
 
 def test_load_from_checkpoint_says_that_inputs_stay_real_and_how_they_come_along(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def test_a_named_network_is_cut_within_the_module() -> None:
     module = fit(shrinking(network="net", example_inputs=torch.zeros(2, FEATURES)), max_epochs=8)
     assert_same(module, fit(shrinking(), max_epochs=8))
     assert module.net.hidden.out_features < 16
-    assert "lightning_compress" in module.state_dict()._metadata[""]
+    assert "lightning_compress.structure" in module.state_dict()._metadata[""]
 
 
 def test_masks_of_a_pruning_callback_go_with_what_is_zero() -> None:

@@ -247,7 +247,7 @@ def test_a_checkpoint_of_averages_keeps_the_record(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=9, save_top_k=-1)
     run(pruning(shrink="during_fit"), EMAWeightAveraging(decay=0.5), checkpoint, enable_checkpointing=True)
     state = torch.load(tmp_path / "step=9.ckpt", weights_only=True)["state_dict"]
-    assert "lightning_compress" in state._metadata[""]
+    assert "lightning_compress.structure" in state._metadata[""]
     module = SmallModule()
     trainer = quiet_trainer(callbacks=[EMAWeightAveraging(decay=0.5), pruning(shrink="during_fit")])
     trainer.fit(module, shuffled(), plain(), ckpt_path=tmp_path / "step=9.ckpt", weights_only=True)

@@ -1,0 +1,380 @@
+"""Records: what a state dict must say beside its tensors, so that another process can rebuild the network.
+
+    state_dict()   metadata["layer"]["lightning_compress.structure"] = {"grid": {"format": 1, "scale": 0.5, ...}}
+    load           each record is checked, and rebuilds its module before torch copies tensors into it
+
+Metadata survive checkpoints of weights alone, compressed files and a strict load into the plain class. A record stands
+with the module that it describes, so that a part of a network can be saved, loaded or used in another network.
+
+A new kind of record needs a subclass of `Structure` in the room that writes it, and a line in `_KINDS`.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_compress.core.undo import as_before_on_error
+
+KEY = "lightning_compress.structure"  # in the metadata of a module, its records by kind
+_KINDS = {  # where the class of each kind is, imported when a state dict has one; rebuilt in this order
+    "cut": "lightning_compress.channels.load.CutNetwork",
+    "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
+    "sign": "lightning_compress.binary.inputs.BinaryInput",
+}
+_OLD_CUT, _OLD_INPUTS = "lightning_compress", "lightning_compress.inputs"  # keys from before records had a format
+_NEXT = "next_handle"  # in the state of pickled hooks
+
+
+class RecordError(ValueError):
+    """A record says what nothing of this package leaves behind; the network was not changed."""
+
+
+class UnknownRecordError(ValueError):
+    """A record is of a kind, or in a format, that this version does not know; the network was not changed."""
+
+
+class Removable(Protocol):
+    """What undoes something."""
+
+    def remove(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Arriving:
+    """A state dict on its way into a module.
+
+    Attributes:
+        state_dict: All of it.
+        prefix: Of the names of the module's tensors in it.
+        has_metadata: Whether the state dict says something of the module; a copy may have lost its metadata.
+        strict: Whether the load fails where names differ.
+    """
+
+    state_dict: Mapping[str, Any]
+    prefix: str
+    has_metadata: bool
+    strict: bool
+
+
+class Structure:
+    """What one module has become, in a way that its tensors do not reveal. Each kind of record is a subclass.
+
+    Attributes:
+        kind: Its name in files.
+        format: Of the records that it writes; it must read all earlier ones.
+    """
+
+    kind: ClassVar[str]
+    format: ClassVar[int] = 1
+
+    @classmethod
+    def new(cls, module: nn.Module, name: str) -> Structure:
+        """Return the structure of a module that is about to be rebuilt; the module does not change."""
+        return cls()
+
+    @classmethod
+    def gather(cls, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Return which record rebuilds which module, by path, given those of a module and of all within it."""
+        return dict(records)
+
+    @classmethod
+    def when_lost(cls, model: nn.Module, names: list[str]) -> str | None:
+        """Return what to warn of when a load has ignored the records of these modules; None for nothing."""
+        return None
+
+    def write(self, module: nn.Module) -> Mapping[str, Any] | None:
+        """Return plain values from which `rebuild` makes the same of another module; None if there is nothing to say.
+
+        A value that is a dict may have names of the module's tensors as its keys.
+        """
+        raise NotImplementedError
+
+    def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
+        """Raise a RecordError if `write` has not made this record, or not of such a module; nothing changes."""
+        raise NotImplementedError
+
+    def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
+        """Make of the module what a checked record says; None: the state dict has no such record for it."""
+        raise NotImplementedError
+
+    def attach(self, module: nn.Module) -> list[Removable]:
+        """Have the state dicts of a module carry this record, and its loads rebuild it."""
+        hooks = _hooks_of(module) or _Hooks.of(module)
+        hooks.structures.append(self)
+        return [_Handle(module, self)]
+
+
+def structures(module: nn.Module) -> list[Structure]:
+    """Return what is attached to a module itself."""
+    hooks = _hooks_of(module)
+    return [] if hooks is None else list(hooks.structures)
+
+
+def detach(module: nn.Module, structure: Structure) -> None:
+    """Let a module forget a structure; nothing happens if it is not attached."""
+    _Handle(module, structure).remove()
+
+
+def follow(model: nn.Module) -> Removable:
+    """Have loads into a model rebuild it from all records that come, of every kind.
+
+    Returns:
+        What undoes it; it does nothing if the model followed before.
+    """
+    hooks = _hooks_of(model) or _Hooks.of(model)
+    before, hooks.follows = hooks.follows, True
+    return _Handle(model, None, follows=before)
+
+
+@contextmanager
+def following(model: nn.Module) -> Iterator[None]:
+    """As `follow`, for what is loaded within the block.
+
+    Example:
+        >>> from lightning_compress.quantization.input_grids import InputGrid, input_grids, quantize_inputs
+        >>> net, fresh = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+        >>> _ = quantize_inputs(net, {"0": InputGrid(0.5, 0, 8)})
+        >>> with following(fresh):
+        ...     fresh.load_state_dict(net.state_dict())
+        <All keys matched successfully>
+        >>> input_grids(fresh)
+        {'0': InputGrid(scale=0.5, zero_point=0, bits=8)}
+    """
+    handle = follow(model)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def kind_class(kind: str) -> type[Structure]:
+    """Return the class of a kind, from the room that has it."""
+    module, _, name = _KINDS[kind].rpartition(".")
+    found: type[Structure] = getattr(import_module(module), name)
+    return found
+
+
+def records(metadata: Mapping[str, Any] | None, prefix: str = "") -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the records that the metadata of a state dict hold: by kind, and by path of the module below `prefix`.
+
+    Raises:
+        RecordError: One has no form that any version writes.
+        UnknownRecordError: This version does not know the kind, or the format.
+    """
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for path, entry in (metadata or {}).items():
+        if isinstance(entry, Mapping) and f"{path}.".startswith(prefix):
+            for kind, record in _kinds_in(path, entry).items():
+                found.setdefault(kind, {})[f"{path}."[len(prefix) :].rstrip(".")] = record
+    return found
+
+
+def _kinds_in(path: str, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The records of one module, those that earlier versions wrote in its metadata among them."""
+    given = dict(_as_dict(entry[KEY], path)) if KEY in entry else {}
+    if _OLD_CUT in entry:
+        given["cut"] = {"format": 1, **_as_dict(entry[_OLD_CUT], path)}
+    if _OLD_INPUTS in entry:
+        old = dict(_as_dict(entry[_OLD_INPUTS], path))
+        given[str(old.pop("kind", None))] = {"format": 1, **old}
+    found: dict[str, Mapping[str, Any]] = {}
+    for kind, value in given.items():
+        record = dict(_as_dict(value, path))
+        form = record.pop("format", None)
+        if not isinstance(form, int) or isinstance(form, bool) or form < 1:
+            raise RecordError(f"The record {kind!r} of {path!r} has {form!r:.60} as its format, which is no number.")
+        if kind not in _KINDS or form > (known := kind_class(kind).format):
+            from lightning_compress import __version__
+
+            what = "which does not know it" if kind not in _KINDS else f"which reads formats up to {known}"
+            raise UnknownRecordError(
+                f"The network was saved with a record of the kind {kind!r} in format {form} for its module {path!r}. "
+                f"This version of lightning_compress is {__version__}, {what}: load the network with the version that "
+                f"saved it, or a later one."
+            )
+        found[kind] = record
+    return found
+
+
+def _as_dict(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise RecordError(f"The record of {path!r} is {value!r:.60}, and needs to be a dict by name.")
+    return value
+
+
+class _Hooks:
+    """The hook that writes the records of one module; it holds the module's structures, also for the hook that loads.
+
+    Attributes:
+        structures: What is attached to the module.
+        follows: Whether records that come for this module, and for those within, rebuild what was not attached before.
+    """
+
+    def __init__(self) -> None:
+        self.structures: list[Structure] = []
+        self.follows = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Hooks:
+        """Register both hooks."""
+        hooks = cls()
+        module.register_state_dict_post_hook(hooks)  # type: ignore[no-untyped-call]
+        module.register_load_state_dict_pre_hook(_OnLoad(hooks))  # type: ignore[no-untyped-call]
+        return hooks
+
+    def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+        names = {name: name for name in state_dict}  # pickle writes the same string, not an equal one, only once
+        for one in self.structures:
+            if (record := one.write(module)) is not None:
+                local_metadata.setdefault(KEY, {})[one.kind] = {"format": one.format} | {
+                    field: {names.get(name, name): inner for name, inner in value.items()}
+                    if isinstance(value, dict)
+                    else value
+                    for field, value in record.items()
+                }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {_NEXT: RemovableHandle.next_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickled network keeps torch's numbers for its hooks, which a new process would give to others.
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state[_NEXT])
+        self.__dict__ |= {key: value for key, value in state.items() if key != _NEXT}
+
+
+class _OnLoad:
+    """The hook that checks the records that come with a state dict, and rebuilds the module."""
+
+    def __init__(self, hooks: _Hooks) -> None:
+        self.hooks = hooks
+
+    def __call__(
+        self,
+        module: nn.Module,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool = False,
+        *rest: Any,
+    ) -> None:
+        found = records(getattr(state_dict, "_metadata", {prefix.rstrip("."): local_metadata}), prefix)
+        arriving = Arriving(state_dict, prefix, bool(local_metadata), strict)
+        handles: list[Removable] = []
+        try:
+            with as_before_on_error(module):
+                for kind in _KINDS:  # what an earlier kind has rebuilt, a later one finds
+                    todo = self._found(module, kind, found.get(kind, {}))
+                    for one, layer, path, record in todo:
+                        if record is not None:
+                            one.check(layer, record, _within(arriving, path))
+                    for one, layer, path, record in todo:
+                        one.rebuild(layer, record, _within(arriving, path))
+                        if one not in structures(layer):
+                            handles += one.attach(layer)
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+
+    def _found(
+        self, module: nn.Module, kind: str, given: Mapping[str, Mapping[str, Any]]
+    ) -> list[tuple[Structure, nn.Module, str, Mapping[str, Any] | None]]:
+        """What is to be checked and rebuilt: structure, module, its path, and the record that comes for it."""
+        here = [one for one in self.hooks.structures if one.kind == kind]
+        if not here and not (given and self.hooks.follows):
+            return []
+        gathered = kind_class(kind).gather(given) if given else {}
+        found: list[tuple[Structure, nn.Module, str, Mapping[str, Any] | None]] = []
+        if "" not in gathered or not self.hooks.follows:
+            found += [(one, module, "", gathered.get("")) for one in here]
+        for path, record in gathered.items() if self.hooks.follows else ():
+            layer = _submodule(module, path, kind)
+            those = [one for one in structures(layer) if one.kind == kind]
+            if not any(isinstance(one, kind_class(kind)) for one in those):
+                those.append(kind_class(kind).new(layer, path))
+            found += [(one, layer, path, record) for one in those]
+        return found
+
+
+def _submodule(module: nn.Module, path: str, kind: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise RecordError(f"The record {kind!r} is of {path!r}, which {type(module).__name__} has not.") from error
+
+
+def _within(arriving: Arriving, path: str) -> Arriving:
+    if not path:
+        return arriving
+    return Arriving(arriving.state_dict, f"{arriving.prefix}{path}.", True, arriving.strict)
+
+
+def _hooks_of(module: nn.Module) -> _Hooks | None:
+    return next((hook for hook in module._state_dict_hooks.values() if isinstance(hook, _Hooks)), None)
+
+
+class _Handle:
+    """Takes a structure from a module, or has it follow loads no more; the last one takes the hooks away."""
+
+    def __init__(self, module: nn.Module, structure: Structure | None, *, follows: bool = False) -> None:
+        self._module = weakref.ref(module)
+        self._structure = structure
+        self._follows = follows
+
+    def remove(self) -> None:
+        """Undo it."""
+        module = self._module()
+        hooks = None if module is None else _hooks_of(module)
+        if module is None or hooks is None:
+            return
+        if self._structure is None:
+            hooks.follows = self._follows
+        hooks.structures = [one for one in hooks.structures if one is not self._structure]
+        if not hooks.structures and not hooks.follows:
+            for held in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+                for key in [
+                    key for key, one in held.items() if isinstance(getattr(one, "hook", one), _Hooks | _OnLoad)
+                ]:
+                    del held[key]
+
+
+def _warn_of_lost_records() -> None:
+    """Have every load of a state dict warn where records came along, and nothing has followed them.
+
+    A class of the user's own, as in `load_from_checkpoint`, has nothing else of ours that could say it.
+    """
+    load = nn.Module.load_state_dict
+
+    @wraps(load)
+    def load_and_look(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = load(module, state_dict, *args, **kwargs)
+        try:
+            found = records(getattr(state_dict, "_metadata", None))
+        except (RecordError, UnknownRecordError) as error:
+            warnings.warn(f"{type(module).__name__} has loaded tensors alone. {error}", stacklevel=2)
+            return result
+        layers = dict(module.named_modules())
+        lost: dict[type[Structure], list[str]] = {}
+        for kind, given in found.items():
+            for name in given:
+                if name in layers and all(one.kind != kind for one in structures(layers[name])):
+                    lost.setdefault(kind_class(kind), []).append(name)
+        for one, names in lost.items():
+            if (message := one.when_lost(module, names)) is not None:
+                warnings.warn(message, stacklevel=2)
+        return result
+
+    nn.Module.load_state_dict = load_and_look  # type: ignore[assignment,method-assign]
+
+
+_warn_of_lost_records()
