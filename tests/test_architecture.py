@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_compress
+from lightning_compress.core.records import KINDS
 
 PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
@@ -95,6 +96,13 @@ def test_no_technique_looks_at_another(path: Path) -> None:
         assert room == path.parts[0] or room not in TECHNIQUES, f"{path} imports {name}"
     for node in ast.walk(ast.parse((PACKAGE / path).read_text())):
         assert not (isinstance(node, ast.Attribute) and node.attr == "callbacks"), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_loaded_without_a_callback(kind: str) -> None:
+    """What rebuilds a network from its records is functional code, which meets neither Lightning nor `trainer`."""
+    path = Path(*KINDS[kind].split(".")[1:-1]).with_suffix(".py")
+    assert layer(path) in {"core", "channels", "functional"}
 
 
 def test_the_arrows_are_really_read() -> None:

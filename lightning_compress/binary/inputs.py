@@ -85,7 +85,7 @@ class BinaryInput(InputHook):
 
     def take(self, record: Mapping[str, Any] | None) -> None:
         self._is_on = record is not None
-        self.scale = bool(record and record["scale"])
+        self.scale = record is not None and bool(record["scale"])
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not self._is_on:

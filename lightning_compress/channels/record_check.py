@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_compress.channels.attributes import MAY_CHANGE
 from lightning_compress.channels.reshapes import MOST, Pattern, is_reshape
-from lightning_compress.core.structure import RecordError
+from lightning_compress.core.records import RecordError
 
 KINDS = ("numbers", "buffers", "dense_shapes", "dense_numbers")
 

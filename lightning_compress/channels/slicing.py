@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.attention import SliceableMultiheadAttention
 from lightning_compress.channels.optimizer_state import slice_state
-from lightning_compress.core.structure import RecordError
+from lightning_compress.core.records import RecordError
 from lightning_compress.core.tensors import Kept, select
 
 Undo = Callable[[], None]

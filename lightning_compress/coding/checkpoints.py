@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.channels.load import adopt_state, has_record, is_extra
+from lightning_compress.core.records import kind_class, records
 from lightning_compress.core.tensors import named_tensors
 
 
@@ -71,7 +72,14 @@ def adopt(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike[
 
 
 def misfits(state: dict[str, Tensor], model: nn.Module, *, thinner: bool) -> str:
-    """Say in words what of a state dict does not fit a module; empty where all does."""
+    """Say in words what of a state dict does not fit a module; empty where all does, or where a record renames tensors.
+
+    Raises:
+        RecordError: A record has no form that any version writes.
+        UnknownRecordError: This version does not know a record.
+    """
+    if any(kind_class(kind).renames for kind in records(getattr(state, "_metadata", None))):
+        return ""  # the strict load into the rebuilt network tells
     mine = model.state_dict()
     both = {name for name in mine.keys() & state.keys() if not is_extra(name) and not is_lazy(mine[name])}
     problems = [

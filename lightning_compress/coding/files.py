@@ -19,7 +19,7 @@ from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.header import Header, memory_limit, read_header, write_header
 from lightning_compress.coding.size import CompressedSize, TensorSize
 from lightning_compress.coding.state import describe
-from lightning_compress.core.structure import RecordError
+from lightning_compress.core.records import RecordError
 
 
 def save_compressed(

@@ -13,15 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.structure import (
-    Arriving,
-    RecordError,
-    Removable,
-    Structure,
-    detach,
-    kind_class,
-    structures,
-)
+from lightning_compress.core.records import RecordError, kind_class
+from lightning_compress.core.structure import Arriving, Removable, Structure, detach, structures
 
 
 class NotScriptable:

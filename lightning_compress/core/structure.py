@@ -6,7 +6,7 @@
 Metadata survive checkpoints of weights alone, compressed files and a strict load into the plain class. A record stands
 with the module that it describes, so that a part of a network can be saved, loaded or used in another network.
 
-A new kind of record needs a subclass of `Structure` in the room that writes it, and a line in `_KINDS`.
+A new kind of record needs a subclass of `Structure` in the room that writes it, and a line in `core.records.KINDS`.
 """
 
 from __future__ import annotations
@@ -17,30 +17,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.records import KEY, KINDS, RecordError, UnknownRecordError, kind_class, records
 from lightning_compress.core.undo import as_before_on_error
 
-KEY = "lightning_compress.structure"  # in the metadata of a module, its records by kind
-_KINDS = {  # where the class of each kind is, imported when a state dict has one; rebuilt in this order
-    "cut": "lightning_compress.channels.load.CutNetwork",
-    "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
-    "sign": "lightning_compress.binary.inputs.BinaryInput",
-}
-_OLD_CUT, _OLD_INPUTS = "lightning_compress", "lightning_compress.inputs"  # keys from before records had a format
 _NEXT = "next_handle"  # in the state of pickled hooks
-
-
-class RecordError(ValueError):
-    """A record says what nothing of this package leaves behind; the network was not changed."""
-
-
-class UnknownRecordError(ValueError):
-    """A record is of a kind, or in a format, that this version does not know; the network was not changed."""
 
 
 class Removable(Protocol):
@@ -71,11 +56,14 @@ class Structure:
 
     Attributes:
         kind: Its name in files.
-        format: Of the records that it writes; it must read all earlier ones.
+        format: Of the records that it writes, a number that grows; it must read all earlier ones.
+        renames: Whether tensors have other names than in the user's class, so that only a rebuilt network shows what
+            fits.
     """
 
     kind: ClassVar[str]
     format: ClassVar[int] = 1
+    renames: ClassVar[bool] = False
 
     @classmethod
     def new(cls, module: nn.Module, name: str) -> Structure:
@@ -110,7 +98,7 @@ class Structure:
     def attach(self, module: nn.Module) -> list[Removable]:
         """Have the state dicts of a module carry this record, and its loads rebuild it."""
         hooks = _hooks_of(module) or _Hooks.of(module)
-        hooks.structures.append(self)
+        hooks.structures = [*hooks.structures, self]
         return [_Handle(module, self)]
 
 
@@ -157,61 +145,6 @@ def following(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def kind_class(kind: str) -> type[Structure]:
-    """Return the class of a kind, from the room that has it."""
-    module, _, name = _KINDS[kind].rpartition(".")
-    found: type[Structure] = getattr(import_module(module), name)
-    return found
-
-
-def records(metadata: Mapping[str, Any] | None, prefix: str = "") -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Return the records that the metadata of a state dict hold: by kind, and by path of the module below `prefix`.
-
-    Raises:
-        RecordError: One has no form that any version writes.
-        UnknownRecordError: This version does not know the kind, or the format.
-    """
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for path, entry in (metadata or {}).items():
-        if isinstance(entry, Mapping) and f"{path}.".startswith(prefix):
-            for kind, record in _kinds_in(path, entry).items():
-                found.setdefault(kind, {})[f"{path}."[len(prefix) :].rstrip(".")] = record
-    return found
-
-
-def _kinds_in(path: str, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The records of one module, those that earlier versions wrote in its metadata among them."""
-    given = dict(_as_dict(entry[KEY], path)) if KEY in entry else {}
-    if _OLD_CUT in entry:
-        given["cut"] = {"format": 1, **_as_dict(entry[_OLD_CUT], path)}
-    if _OLD_INPUTS in entry:
-        old = dict(_as_dict(entry[_OLD_INPUTS], path))
-        given[str(old.pop("kind", None))] = {"format": 1, **old}
-    found: dict[str, Mapping[str, Any]] = {}
-    for kind, value in given.items():
-        record = dict(_as_dict(value, path))
-        form = record.pop("format", None)
-        if not isinstance(form, int) or isinstance(form, bool) or form < 1:
-            raise RecordError(f"The record {kind!r} of {path!r} has {form!r:.60} as its format, which is no number.")
-        if kind not in _KINDS or form > (known := kind_class(kind).format):
-            from lightning_compress import __version__
-
-            what = "which does not know it" if kind not in _KINDS else f"which reads formats up to {known}"
-            raise UnknownRecordError(
-                f"The network was saved with a record of the kind {kind!r} in format {form} for its module {path!r}. "
-                f"This version of lightning_compress is {__version__}, {what}: load the network with the version that "
-                f"saved it, or a later one."
-            )
-        found[kind] = record
-    return found
-
-
-def _as_dict(value: Any, path: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise RecordError(f"The record of {path!r} is {value!r:.60}, and needs to be a dict by name.")
-    return value
-
-
 class _Hooks:
     """The hook that writes the records of one module; it holds the module's structures, also for the hook that loads.
 
@@ -233,13 +166,10 @@ class _Hooks:
         return hooks
 
     def __call__(self, module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
-        names = {name: name for name in state_dict}  # pickle writes the same string, not an equal one, only once
         for one in self.structures:
             if (record := one.write(module)) is not None:
                 local_metadata.setdefault(KEY, {})[one.kind] = {"format": one.format} | {
-                    field: {names.get(name, name): inner for name, inner in value.items()}
-                    if isinstance(value, dict)
-                    else value
+                    field: _same_strings(value, state_dict) if isinstance(value, dict) else value
                     for field, value in record.items()
                 }
 
@@ -267,24 +197,20 @@ class _OnLoad:
         strict: bool = False,
         *rest: Any,
     ) -> None:
-        found = records(getattr(state_dict, "_metadata", {prefix.rstrip("."): local_metadata}), prefix)
+        own = {prefix.rstrip("."): local_metadata}
+        whole = self.hooks.follows or module._modules  # else nothing below could have a record
+        found = records(getattr(state_dict, "_metadata", own) if whole else own, prefix)
         arriving = Arriving(state_dict, prefix, bool(local_metadata), strict)
-        handles: list[Removable] = []
-        try:
-            with as_before_on_error(module):
-                for kind in _KINDS:  # what an earlier kind has rebuilt, a later one finds
-                    todo = self._found(module, kind, found.get(kind, {}))
-                    for one, layer, path, record in todo:
-                        if record is not None:
-                            one.check(layer, record, _within(arriving, path))
-                    for one, layer, path, record in todo:
-                        one.rebuild(layer, record, _within(arriving, path))
-                        if one not in structures(layer):
-                            handles += one.attach(layer)
-        except BaseException:
-            for handle in handles:
-                handle.remove()
-            raise
+        with _structures_as_before_on_error(module), as_before_on_error(module):
+            for kind in KINDS:  # a later kind finds what an earlier one has rebuilt
+                todo = self._found(module, kind, found.get(kind, {}))
+                for one, layer, path, record in todo:
+                    if record is not None:
+                        one.check(layer, record, _within(arriving, path))
+                for one, layer, path, record in todo:
+                    one.rebuild(layer, record, _within(arriving, path))
+                    if one not in structures(layer):
+                        one.attach(layer)
 
     def _found(
         self, module: nn.Module, kind: str, given: Mapping[str, Mapping[str, Any]]
@@ -304,6 +230,27 @@ class _OnLoad:
                 those.append(kind_class(kind).new(layer, path))
             found += [(one, layer, path, record) for one in those]
         return found
+
+
+def _same_strings(values: dict[Any, Any], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """With the state dict's own strings as keys: pickle writes the same string, not an equal one, only once."""
+    names = {name: name for name in state_dict if name in values}
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+@contextmanager
+def _structures_as_before_on_error(model: nn.Module) -> Iterator[None]:
+    hooks = [found for module in model.modules() if (found := _hooks_of(module)) is not None]
+    before = [(one, one.structures, [dict(vars(structure)) for structure in one.structures]) for one in hooks]
+    try:
+        yield
+    except BaseException:
+        for one, those, values in before:
+            one.structures = those
+            for structure, held in zip(those, values, strict=True):
+                vars(structure).clear()
+                vars(structure).update(held)
+        raise
 
 
 def _submodule(module: nn.Module, path: str, kind: str) -> nn.Module:

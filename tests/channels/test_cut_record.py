@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_compress.channels.cut import cut
 from lightning_compress.channels.load import adopt_state, follow_checkpoints, follow_leader
 from lightning_compress.coding import CorruptFileError, load_compressed, save_compressed
-from lightning_compress.core.structure import KEY, RecordError
+from lightning_compress.core.records import KEY, RecordError
 
 
 class Net(nn.Module):

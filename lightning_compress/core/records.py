@@ -1,0 +1,84 @@
+"""Records in the metadata of state dicts: which kinds there are, and what stands in those that earlier versions wrote.
+
+metadata["layer"]["lightning_compress.structure"] = {"grid": {"format": 1, "scale": 0.5, ...}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_compress.core.structure import Structure
+
+KEY = "lightning_compress.structure"  # in the metadata of a module, its records by kind
+KINDS = {  # where the class of each kind is, imported when a state dict has one; rebuilt in this order
+    "cut": "lightning_compress.channels.load.CutNetwork",
+    "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
+    "sign": "lightning_compress.binary.inputs.BinaryInput",
+}
+_OLD_CUT, _OLD_INPUTS = "lightning_compress", "lightning_compress.inputs"  # keys from before records had a format
+
+
+class RecordError(ValueError):
+    """A record says what nothing of this package leaves behind; the network was not changed."""
+
+
+class UnknownRecordError(ValueError):
+    """A record is of a kind, or in a format, that this version does not know; the network was not changed."""
+
+
+def kind_class(kind: str) -> type[Structure]:
+    """Return the class of a kind, from the room that has it."""
+    module, _, name = KINDS[kind].rpartition(".")
+    found: type[Structure] = getattr(import_module(module), name)
+    return found
+
+
+def records(metadata: Mapping[str, Any] | None, prefix: str = "") -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the records that the metadata of a state dict hold: by kind, and by path of the module below `prefix`.
+
+    Raises:
+        RecordError: One has no form that any version writes.
+        UnknownRecordError: This version does not know the kind, or the format.
+    """
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for path, entry in (metadata or {}).items():
+        if isinstance(entry, Mapping) and f"{path}.".startswith(prefix):
+            for kind, record in _kinds_in(path, entry).items():
+                found.setdefault(kind, {})[f"{path}."[len(prefix) :].rstrip(".")] = record
+    return found
+
+
+def _kinds_in(path: str, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The records of one module, those that earlier versions wrote in its metadata among them."""
+    given = dict(_as_dict(entry[KEY], path)) if KEY in entry else {}
+    if _OLD_CUT in entry:
+        given["cut"] = {"format": 1, **_as_dict(entry[_OLD_CUT], path)}
+    if _OLD_INPUTS in entry:
+        old = dict(_as_dict(entry[_OLD_INPUTS], path))
+        given[str(old.pop("kind", None))] = {"format": 1, **old}
+    found: dict[str, Mapping[str, Any]] = {}
+    for kind, value in given.items():
+        record = dict(_as_dict(value, path))
+        form = record.pop("format", None)
+        if not isinstance(form, int) or isinstance(form, bool) or form < 1:
+            raise RecordError(f"The record {kind!r} of {path!r} has {form!r:.60} as its format, which is no number.")
+        if kind not in KINDS or form > (known := kind_class(kind).format):
+            from lightning_compress import __version__
+
+            what = "which does not know it" if kind not in KINDS else f"which reads formats up to {known}"
+            raise UnknownRecordError(
+                f"The network was saved with a record of the kind {kind!r} in format {form} for its module {path!r}. "
+                f"This version of lightning_compress is {__version__}, {what}: load the network with the version that "
+                f"saved it, or a later one."
+            )
+        found[kind] = record
+    return found
+
+
+def _as_dict(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise RecordError(f"The record of {path!r} is {value!r:.60}, and needs to be a dict by name.")
+    return value
