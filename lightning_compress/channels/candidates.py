@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_compress.channels.conditioning import conditioned
 from lightning_compress.channels.graph.units import Units, Value
-from lightning_compress.channels.graph.walk import OUTPUT, READINGS, Places, Walk, export
+from lightning_compress.channels.graph.walk import AXIS_ORDERS, OUTPUT, Places, Walk, export
 from lightning_compress.channels.groups import SINGLE, Attribute, ChannelGroup, Member
 from lightning_compress.channels.reshapes import Seen
 from lightning_compress.channels.sandbox import doubles
@@ -31,16 +31,16 @@ class Plan:
     places: Places
     candidates: list[ChannelGroup]
     halved: set[tuple[object, ...]]  # the identities of groups that slices take apart in the middle
-    readings: dict[tuple[object, ...], set[int]]  # by the group's identity: where it was found
+    axis_orders: dict[tuple[object, ...], set[int]]  # by the group's identity: where it was found
     walks: list[Walk]
     program: ExportedProgram
-    inputs: ExampleInputs  # of the laboratory: in double precision, and few
-    factors: dict[str, float]  # of the laboratory's weights, by parameter: what makes the network well conditioned
+    inputs: ExampleInputs  # of the sandbox: in double precision, and few
+    factors: dict[str, float]  # of the sandbox's weights, by parameter: what makes the network well conditioned
     trains_alike: bool  # whether the code does the same in training mode, but for dropout and batch statistics
 
     @classmethod
     def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
-        """Export the model, which is in the laboratory, in both modes, and follow the channels."""
+        """Export the model, which is in the sandbox, in both modes, and follow the channels."""
         inputs, outputs = _trial_inputs(model, example_inputs)
         factors = conditioned(model, inputs, outputs)
         programs = []
@@ -55,13 +55,13 @@ class Plan:
             raise ValueError(f"{type(model).__name__} returns no tensor, so that no cut of it could be checked.")
         places = Places(model)
         candidates: dict[tuple[object, ...], ChannelGroup] = {}
-        readings: dict[tuple[object, ...], set[int]] = {}
+        axis_orders: dict[tuple[object, ...], set[int]] = {}
         halved: set[tuple[object, ...]] = set()
         walks = []
-        for reading in range(READINGS):
+        for axis_order in range(AXIS_ORDERS):
             units = Units(places.count)
-            with torch._C.DisableTorchFunction():  # the laboratory's precision is for the network's code, not for nodes
-                both = [Walk(program, places, units, reading) for program in programs]
+            with torch._C.DisableTorchFunction():  # the sandbox's precision is for the network's code, not for nodes
+                both = [Walk(program, places, units, axis_order) for program in programs]
                 walks.append(both[0])
                 unused = set(places.names) - both[0].seen - both[1].seen
                 for place in (place for name in unused for place in places.by_name[name]):
@@ -72,30 +72,31 @@ class Plan:
                     if any(bool(torch.isin(nodes[one.tensor, one.dim], middle).any()) for one in group.members):
                         halved.add(identity(group))
                     candidates.setdefault(identity(group), group)
-                    readings.setdefault(identity(group), set()).add(reading)
+                    axis_orders.setdefault(identity(group), set()).add(axis_order)
             if not units.read:
                 break
         alike = _operators(programs[0]) == _operators(programs[1])
-        return cls(places, list(candidates.values()), halved, readings, walks, programs[0], inputs, factors, alike)
+        return cls(places, list(candidates.values()), halved, axis_orders, walks, programs[0], inputs, factors, alike)
 
     def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> list[Tensor]:
-        """For every reading, and every node, whether it leaves when some units of some groups do.
+        """For every axis order, and every node, whether it leaves when some units of some groups do.
 
-        A reading sees rows or columns of what is taken apart: where only some rows leave, all columns stay.
+        An axis order has the rows or the columns of a dimension that a reshape takes apart: where only some rows
+        leave, all columns stay.
         """
         gone = [torch.zeros(self.places.count, dtype=torch.bool) for _ in self.walks]
         nodes = {(place.tensor, place.dim): place.nodes for place in self.places.all()}
         for group, units in drop:
-            for reading in self.readings[identity(group)]:
+            for axis_order in self.axis_orders[identity(group)]:
                 for member in group.members:
-                    gone[reading][nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
+                    gone[axis_order][nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
         return gone
 
     def reshapes(self, group: ChannelGroup) -> dict[str, list[Seen]]:
-        """By module, the reshapes in its own code, labelled as the group's reading has it."""
+        """By module, the reshapes in its own code, labelled as in the group's axis order."""
         return {
             module: [Seen(len(before.shape), after.shape, _along_one(after)) for before, after in values]
-            for module, values in self.walks[min(self.readings[identity(group)])].reshaped.items()
+            for module, values in self.walks[min(self.axis_orders[identity(group)])].reshaped.items()
         }
 
     def unit_of(self, group: ChannelGroup) -> Tensor:
@@ -263,5 +264,5 @@ def _reasons(root: Tensor, said: Sequence[tuple[Tensor, str]]) -> dict[int, str]
 
 
 def identity(group: ChannelGroup) -> tuple[object, ...]:
-    """Equal for groups that hold the same units, whichever reading found them."""
+    """Equal for groups that hold the same units, whichever axis order found them."""
     return tuple((one.tensor, one.dim, tuple(one.index.sort(1).values.reshape(-1).tolist())) for one in group.members)

@@ -29,7 +29,7 @@ def conditioned(model: nn.Module, example_inputs: ExampleInputs, outputs: Sequen
     Where no size helps, the one that helps most is taken, and the comparisons that follow freeze what they can't tell.
 
     Args:
-        model: The network, in the laboratory.
+        model: The network, in the sandbox.
         example_inputs: What it runs with.
         outputs: What it makes of these as it is.
     """

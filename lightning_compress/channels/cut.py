@@ -14,7 +14,7 @@ from lightning_compress.channels.groups import ChannelGroup, ChannelGroups
 from lightning_compress.channels.load import follow_checkpoints
 from lightning_compress.channels.reference import dense_without
 from lightning_compress.channels.removal import Drop, drop_of, take
-from lightning_compress.channels.sandbox import laboratory
+from lightning_compress.channels.sandbox import sandbox
 from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
 from lightning_compress.core.example_inputs import ExampleInputs
@@ -160,7 +160,7 @@ def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
     assert groups.plan is not None, "channel_groups made them"
     slices = Slices(sparing=True)
     inputs = groups.plan.inputs
-    with laboratory(model):
+    with sandbox(model):
         with_factors(model, groups.plan.factors)
         try:
             expected = dense_without(model, inputs, drop, groups.plan)

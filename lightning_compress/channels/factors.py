@@ -27,7 +27,7 @@ def without_factors(
 
     Args:
         groups: Groups that survive together.
-        model: The network, in the laboratory.
+        model: The network, in the sandbox.
         parameters: The names of its parameters.
         error_of: What goes wrong when some groups are cut, compared with zeros in all that makes them.
     """

@@ -82,7 +82,7 @@ class Calls:
 def without(model: nn.Module, drop: Drop, forward: Callable[[], list[Tensor]]) -> list[Tensor] | str:
     """What `forward` returns while some channels are cut out of the model, or what the network's code says to it.
 
-    The model is in the laboratory.
+    The model is in the sandbox.
     """
     slices = Slices(sparing=True)
     try:

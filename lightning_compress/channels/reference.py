@@ -27,7 +27,7 @@ class Reference(fx.Interpreter):
     Args:
         program: The exported network.
         averages: By the name of the graph's node, what it averages over.
-        removed: For every reading, and every node, whether it is dropped.
+        removed: For every axis order, and every node, whether it is dropped.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Reference(fx.Interpreter):
         thin: dict[int, Tensor] = {}
         for average in averages:
             value = arguments[average.argument]
-            dropped = self._removed[average.reading][average.nodes.reshape(-1)]
+            dropped = self._removed[average.axis_order][average.nodes.reshape(-1)]
             if average.zero:
                 shape = [1] * value.dim()
                 shape[average.dim] = -1
@@ -115,7 +115,7 @@ def dense_without(
     """Return the output of the dense network with zeros in place of some channels.
 
     Where averages count the channels, they count those that stay: that needs the plan. With the plan, the model must be
-    in the laboratory, whose tensors may be written.
+    in the sandbox, whose tensors may be written.
     """
     with silenced(model, drop, in_place=plan is not None):
         if all(group.exact for group, _ in drop):

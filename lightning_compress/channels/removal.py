@@ -25,7 +25,7 @@ def silenced(model: nn.Module, drop: Drop, *, in_place: bool = False) -> Iterato
     Args:
         model: The network.
         drop: The channels.
-        in_place: Whether the tensors themselves are written, as those of the laboratory may be: only the slices that
+        in_place: Whether the tensors themselves are written, as those of the sandbox may be: only the slices that
             become zero are kept then. Without it, copies take their place, since the network's memory may be shared.
     """
     tensors = named_tensors(model)

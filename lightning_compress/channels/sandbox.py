@@ -1,4 +1,4 @@
-"""A model with random values in double precision, for as long as something is tried out with it."""
+"""A sandbox for trial cuts: the model with random parameters, in double precision."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from lightning_compress.core.example_inputs import ExampleInputs
 
 
 @contextmanager
-def laboratory(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, random parameters and double precision; afterwards everything is as before.
+def sandbox(model: nn.Module) -> Iterator[None]:
+    """Give a network random parameters, double precision and evaluation mode, and restore everything afterwards.
 
-    Every branch of the network matters then, also one that a tiny layer scale or a norm that starts at zero would hide,
-    and a difference is either rounding or an error.
+    Every branch of the network then changes the outputs, also one that a tiny layer scale or a norm that starts at
+    zero would hide, and a difference is either rounding or an error.
     """
     generator = torch.Generator().manual_seed(0)
     # Others in their place: the network's own carry hooks, such as DistributedDataParallel's, which a new dtype drops.

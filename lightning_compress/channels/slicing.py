@@ -28,7 +28,7 @@ class Slices:
     Args:
         sparing: Whether `undo` makes the dense tensors anew from what stayed and what left, so that no more memory is
             needed than theirs. It is for tensors without gradients in memory that nothing else sees, such as the
-            laboratory's.
+            sandbox's.
     """
 
     def __init__(self, *, sparing: bool = False) -> None:

@@ -31,7 +31,7 @@ Follower = Callable[[ChannelGroup], ChannelGroup]
 
 
 class Trial:
-    """Cuts candidates of a plan, inside a laboratory, and compares with the dense network without those channels."""
+    """Cuts candidates of a plan, inside a sandbox, and compares with the dense network without those channels."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._plan, self._inputs = model, plan, plan.inputs
@@ -152,7 +152,7 @@ class Trial:
         """Add the numbers of those names, and the reshapes that ask for more than is there without half the group."""
         group = with_attributes(group, self._model, names)
         units = torch.arange(group.size // 2)
-        removed = self._plan.removed([(group, units)])[min(self._plan.readings[identity(group)])]
+        removed = self._plan.removed([(group, units)])[min(self._plan.axis_orders[identity(group)])]
         solving = Solving(self._model, self._plan.reshapes(group), removed)
         with solving.watching():
             self._parts.crash([(group, units)])

@@ -89,7 +89,7 @@ class Distillation(Objective):
 
     def configure(self, module: LightningModule) -> None:
         wanted = {key: hint for key, hint in self.hints.items() if hint.regressor}
-        if wanted.keys() <= self.beside.keys():
+        if wanted.keys() <= self.auxiliary.keys():
             return
         network = resolve_network(module, self.network)
         device = next((one.device for one in network.parameters()), torch.device("cpu"))
@@ -114,7 +114,7 @@ class Distillation(Objective):
                 if key not in mine or key not in theirs:
                     who = "student" if key not in mine else "teacher"
                     raise ValueError(f"{hint}: the layer of the {who} does not run in the forward pass of its network.")
-                self.beside[key] = hint.make_regressor(mine[key], theirs[key]).to(device)
+                self.auxiliary[key] = hint.make_regressor(mine[key], theirs[key]).to(device)
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         return replace(
@@ -129,7 +129,7 @@ class Distillation(Objective):
         for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
             number.plan(trainer, None if state is None else state[name])
         if state is not None:
-            self.beside.load_state_dict(state["regressors"])
+            self.auxiliary.load_state_dict(state["regressors"])
 
     def follow_epochs(self, moment: Callable[[int], int]) -> None:
         self.alpha.follow_epochs(moment)
@@ -142,7 +142,7 @@ class Distillation(Objective):
         return {
             "alpha": self.alpha.state(),
             "temperature": self.temperature.state(),
-            "regressors": dict(self.beside.state_dict()),
+            "regressors": dict(self.auxiliary.state_dict()),
         }
 
     # ------------------------------------------------------------------ a step
@@ -278,8 +278,8 @@ class _Lesson:
                 f"{hint}: mask={self.objective.mask!r} of shape {tuple(self.mask.shape)} is none of the positions of "
                 f"its features of shape {tuple(mine.shape)}, which all count."
             )
-        beside = self.objective.beside
-        regressor = beside[key] if key in beside else None  # noqa: SIM401 - a ModuleDict has no get
+        auxiliary = self.objective.auxiliary
+        regressor = auxiliary[key] if key in auxiliary else None  # noqa: SIM401 - a ModuleDict has no get
         self.hint_losses[key] = hint.between(mine, self.teachers_features[key], regressor, self.mask)
 
     def compare_output(self, output: Any) -> None:

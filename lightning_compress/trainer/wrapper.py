@@ -26,15 +26,15 @@ class Objective:
         settings: The wrapper's plain constructor arguments: a checkpoint from other settings is recognised by them.
 
     Attributes:
-        beside: Modules with parameters that train beside the network during a fit, and are no part of it: no names in
+        auxiliary: Modules with parameters that train with the network during a fit and are no part of it: no names in
             its state dict, no target of a pattern.
         depth: How many wrappers are inside this one.
-        fitting: Whether a fit goes on, in which `beside` is among the wrapper's parameters.
+        fitting: Whether a fit goes on, in which `auxiliary` is among the wrapper's parameters.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
-        self.beside = nn.ModuleDict()
+        self.auxiliary = nn.ModuleDict()
         self.depth = 0
         self.fitting = False
 
@@ -43,7 +43,7 @@ class Objective:
         raise NotImplementedError
 
     def configure(self, module: LightningModule) -> None:
-        """Fill `beside` for a fit, before checkpoint, device and optimizer; it may be called more than once."""
+        """Fill `auxiliary` for a fit, before checkpoint, device and optimizer; it may be called more than once."""
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         """Get ready for the first step: the module is on its device. `state` is from a checkpoint's `state`."""
@@ -60,7 +60,7 @@ class Objective:
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         """Return what the technique does in the fit that starts: as `DeclaresEffects.effects`."""
-        return Effects(modules=frozenset(name for name, _ in self.beside.named_parameters()))
+        return Effects(modules=frozenset(name for name, _ in self.auxiliary.named_parameters()))
 
 
 class CompressionModule(LightningModule):
@@ -150,12 +150,12 @@ class CompressionModule(LightningModule):
         for level in self._lightning_compress.levels:
             if level.objective.fitting:  # what asks is the optimizer, DistributedDataParallel or an average
                 mine = f"{level.callback.name}{level.objective.depth}"  # no name that a module could have
-                yield from level.objective.beside.named_parameters(f"{prefix}.{mine}" if prefix else mine)
+                yield from level.objective.auxiliary.named_parameters(f"{prefix}.{mine}" if prefix else mine)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressionModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for level in self._lightning_compress.levels:
-            level.objective.beside._apply(fn)  # type: ignore[no-untyped-call]
+            level.objective.auxiliary._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -276,12 +276,12 @@ class ObjectiveCallback(ResumableCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        beside = dict(self.objective.beside.named_parameters())
-        if not beside:
+        auxiliary = dict(self.objective.auxiliary.named_parameters())
+        if not auxiliary:
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = {id(one) for group in groups for one in group["params"]}
-        left = [name for name, parameter in beside.items() if id(parameter) not in trained]
+        left = [name for name, parameter in auxiliary.items() if id(parameter) not in trained]
         if left:
             raise ValueError(
                 f"{self.name} has parameters that no optimizer trains: {', '.join(left)}. They are among "

@@ -102,8 +102,8 @@ def test_hints_leave_padding_out_too(kind: str, regressor: bool) -> None:
     )
     quiet_trainer(max_epochs=1).fit(module, sentences())
     assert all(one.isfinite().all() for one in module.parameters())
-    beside = module._lightning_compress.levels[0].objective.beside
-    assert all(one.isfinite().all() for one in beside.parameters())
+    auxiliary = module._lightning_compress.levels[0].objective.auxiliary
+    assert all(one.isfinite().all() for one in auxiliary.parameters())
 
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])

@@ -456,7 +456,7 @@ def test_the_same_layer_may_have_two_hints_and_a_look_at_shapes_leaves_no_trace(
             assert trainer.train_dataloader is None
 
     quiet_trainer(max_epochs=1, callbacks=[Stop()], enable_checkpointing=True).fit(module, shuffled())
-    assert len(module._lightning_compress.levels[0].objective.beside) == 2
+    assert len(module._lightning_compress.levels[0].objective.auxiliary) == 2
 
 
 def test_channels_may_be_last() -> None:

@@ -212,12 +212,12 @@ def test_whole_units_become_exactly_zero_and_can_be_cut_out() -> None:
     inputs = torch.randn(4, FEATURES)
     zero = {}
     for group in channel_groups(module, inputs):
-        speaks = torch.zeros(group.size, dtype=torch.bool)
+        nonzero = torch.zeros(group.size, dtype=torch.bool)
         for member in (one for one in group.members if one.produces):
             tensor = module.get_parameter(member.tensor)
             for i in range(group.size):
-                speaks[i] |= bool(tensor.index_select(member.dim, member.index[i]).any())
-        zero[group.name] = int((~speaks).sum())
+                nonzero[i] |= bool(tensor.index_select(member.dim, member.index[i]).any())
+        zero[group.name] = int((~nonzero).sum())
     assert 0 < zero["net.hidden"] < 16
     assert zero["net.head"] == 0
     assert callback.group_sparsity == pytest.approx((zero["net.conv"] + zero["net.hidden"]) / 22)

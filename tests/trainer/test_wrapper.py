@@ -401,11 +401,11 @@ def test_after_a_failure_its_parameters_are_the_modules() -> None:
 
 class Beside(Nothing):
     def configure(self, module: LightningModule) -> None:
-        if not self.beside:
-            self.beside["layer"] = nn.Linear(2, 2)
+        if not self.auxiliary:
+            self.auxiliary["layer"] = nn.Linear(2, 2)
 
     def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return run(*args, **kwargs) + self.beside["layer"](torch.ones(1, 2)).square().sum()
+        return run(*args, **kwargs) + self.auxiliary["layer"](torch.ones(1, 2)).square().sum()
 
 
 class Selective(SmallModule):
@@ -421,7 +421,7 @@ def test_parameters_beside_the_network_train_and_are_no_part_of_it() -> None:
     trainer.fit(module, shuffled(), plain())
     (optimizer,) = trainer.optimizers
     assert len(optimizer.param_groups[0]["params"]) == 10
-    assert objective.beside["layer"](torch.ones(1, 2)).abs().max() < 0.3  # was trained to 0
+    assert objective.auxiliary["layer"](torch.ones(1, 2)).abs().max() < 0.3  # was trained to 0
     assert len(list(module.parameters())) == 8
     assert module.state_dict().keys() == SmallModule().state_dict().keys()
     with pytest.raises(ValueError, match=r"layer\.weight, layer\.bias\. .* let its configure_optimizers take these"):

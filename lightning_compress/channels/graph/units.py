@@ -89,7 +89,7 @@ class Units:
         self.produced: list[Tensor] = []
         self.attributes: list[tuple[str, str, int | None, Tensor]] = []  # module, name, place in a tuple, nodes
         self.halved: list[Tensor] = []  # nodes of channels that slices take apart in the middle
-        self.read = False  # whether the reading has mattered
+        self.read = False  # whether the axis order has mattered
 
     def new(self, size: int) -> Tensor:
         """Make nodes."""
@@ -142,13 +142,13 @@ class Units:
                 root = root[root]
 
 
-def split_apart(nodes: Tensor, dims: Sequence[int], reading: int, units: Units, reason: str) -> Tensor:
+def split_apart(nodes: Tensor, dims: Sequence[int], axis_order: int, units: Units, reason: str) -> Tensor:
     """Read nodes that vary along several dimensions as slabs along one of them, and return one node per slab.
 
     What leaves must leave a box behind: of a matrix whole rows or whole columns can go, not single entries. Which of
-    the two is meant is the `reading`: slabs along the last of the dimensions for 0, along the one before for 1.
+    the two is meant is the `axis_order`: slabs along the last of the dimensions for 0, along the one before for 1.
     """
-    chosen = dims[max(0, len(dims) - 1 - reading)]
+    chosen = dims[max(0, len(dims) - 1 - axis_order)]
     first = nodes
     for dim in dims:
         if dim != chosen:

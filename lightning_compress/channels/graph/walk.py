@@ -23,7 +23,7 @@ CONTRACTIONS = {  # operators of input, weight and bias
     *("linear", "convolution"),
     *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
 }
-READINGS = 3  # of what a reshape takes apart: (3, heads, width), (heads, 3, width) and (heads, width, 3) are in use
+AXIS_ORDERS = 3  # of what a reshape takes apart: (3, heads, width), (heads, 3, width) and (heads, width, 3) are in use
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +108,10 @@ def _advice(error: str) -> str:
 
 
 class Walk:
-    """One walk through an exported graph, with one reading of what is taken apart."""
+    """One walk through an exported graph, with one order of the axes that a reshape makes of a dimension."""
 
-    def __init__(self, program: ExportedProgram, places: Places, units: Units, reading: int) -> None:
-        self._places, self._units, self._reading = places, units, reading
+    def __init__(self, program: ExportedProgram, places: Places, units: Units, axis_order: int) -> None:
+        self._places, self._units, self._axis_order = places, units, axis_order
         self.averages: dict[str, list[Average]] = {}  # by the name of the graph's node
         self.seen: set[str] = set()
         self.reshaped: dict[str, list[tuple[Value, Value]]] = {}  # by module, before and after the reshapes in its code
@@ -174,7 +174,7 @@ class Walk:
         is_inplace = name.endswith("_") and not name.endswith("__")
         if is_inplace:
             name = name[:-1]
-        call = Call(name, arguments, shape, module_of(node), self._units, self._reading)
+        call = Call(name, arguments, shape, module_of(node), self._units, self._axis_order)
         call.operate = target
         if is_inplace and _is_view(node.args[0]):
             return unknown(call, f"{call.where} writes into a part of another tensor")

@@ -21,15 +21,15 @@ class Average(NamedTuple):
     dim: int
     nodes: Tensor
     zero: bool  # the reference sets dropped channels to zero before the operator, instead of leaving them out
-    reading: int
+    axis_order: int
 
 
 class Call:
     """One operator in the graph: its arguments by name, and where it stands."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], shape: Any, module: str, units: Units, reading: int):
+    def __init__(self, name: str, arguments: dict[str, Any], shape: Any, module: str, units: Units, axis_order: int):
         self.name, self.arguments, self.shape, self.module = name, arguments, shape, module
-        self.units, self.reading = units, reading
+        self.units, self.axis_order = units, axis_order
         self.averages: list[Average] = []
         self.operate: Callable[..., Any] | None = None
 
@@ -50,7 +50,7 @@ class Call:
         """Note that the operator depends on how many channels there are."""
         for layer in layers:
             self.units.mark_inexact(layer.nodes, why)
-            self.averages.append(Average(argument, dim, layer.nodes, zero, self.reading))
+            self.averages.append(Average(argument, dim, layer.nodes, zero, self.axis_order))
 
 
 Rule = Callable[[Call], Any]

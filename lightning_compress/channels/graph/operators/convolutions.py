@@ -57,7 +57,7 @@ def _grouped(call: Call, x: Value, weight: Value, groups: int, *, transposed: bo
             call.freeze([layer], f"{call.where} mixes channels with places")
     nodes_in = inputs[0].nodes.reshape(groups, n_in) if inputs else torch.zeros(groups, n_in, dtype=torch.long)
     silent_in = bool(inputs) and inputs[0].silent
-    whole = n_in == 1 or call.reading > 0
+    whole = n_in == 1 or call.axis_order > 0
     call.units.read |= n_in > 1
     if whole:
         unit = blocks[:, :1]

@@ -68,7 +68,7 @@ def group_norm(call: Call) -> Value:
     groups = call["num_groups"]
     affine = [call[name] for name in ("weight", "bias") if call[name] is not None]
     each = x.shape[1] // groups
-    whole = each == 1 or (groups > 1 and call.reading > 0)  # whole groups leave, or channels out of every group
+    whole = each == 1 or (groups > 1 and call.axis_order > 0)  # whole groups leave, or channels out of every group
     layers = []
     for layer in x.layers:
         if 1 not in layer.dims:

@@ -25,7 +25,7 @@ def structure(call: Call) -> Value:
         nodes = restructure(source, layer, _operation(call))
         varying = [dim for dim, size in enumerate(nodes.shape) if size > 1]
         if len(varying) > len(layer.dims):
-            nodes = split_apart(nodes, varying, call.reading, call.units, f"{call.where} takes channels apart")
+            nodes = split_apart(nodes, varying, call.axis_order, call.units, f"{call.where} takes channels apart")
             varying = [dim for dim, size in enumerate(nodes.shape) if size > 1]
         if varying:
             layers.append(Layer(nodes, layer.silent))
