@@ -32,7 +32,7 @@ _KINDS = len(tables.RESOLUTIONS) + 2
 
 @dataclass(frozen=True)
 class _Step:
-    """Symbols to be coded: one by one, or so many in a row as one, of an alphabet of this size."""
+    """Symbols to be coded, one by one or several in a row as one, with an alphabet of this size."""
 
     symbols: Array
     model: Any
@@ -197,7 +197,7 @@ def _pairs(chances: Array) -> Array:
 
 
 def _joined(symbols: Array, group: int, size: int) -> Array:
-    """Groups of symbols as one each, the first the most significant, as constriction takes them."""
+    """Join each group of symbols into one, the first the most significant, as constriction takes them."""
     if group == 1:
         return symbols.astype(np.int32, copy=False)
     joined = symbols[::group].astype(np.uint16)  # groups are below `_GROUPED`

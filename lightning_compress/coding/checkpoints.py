@@ -72,7 +72,7 @@ def adopt(model: nn.Module, state: dict[str, Tensor], source: str | os.PathLike[
 
 
 def misfits(state: dict[str, Tensor], model: nn.Module, *, thinner: bool) -> str:
-    """Say in words what of a state dict does not fit a module; empty where all does, or where a record renames tensors.
+    """Describe the entries of a state dict that do not fit a module; "" where all fit, or a record renames tensors.
 
     Raises:
         RecordError: A record has no form that any version writes.

@@ -1,4 +1,4 @@
-"""The file around the stream.
+"""The container of a compressed file: magic bytes, version, raw bytes, stream and checksum.
 
     89 4C 43       "LC" after a byte that no text has
     02             version of the format: 1 had the same container, and several contents
@@ -40,7 +40,7 @@ _CODERS: dict[str, tuple[type[Writer], type[Reader]]] = {
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as ours do.
+    """Whether a file begins with the magic bytes of a compressed file.
 
     Example:
         >>> is_compressed(__file__)
@@ -64,7 +64,7 @@ def make_writer(coder: Coder) -> Writer:
 def write_file(
     path: str | os.PathLike[str], writer: Writer, coder: Coder, *, check: Callable[[int], None] = lambda size: None
 ) -> int:
-    """Write what a writer collected, whole or not at all, and return the file's size.
+    """Write the content of a writer, whole or not at all, and return the file's size.
 
     Args:
         path: Where it goes.
@@ -90,7 +90,7 @@ def _pieces(writer: Writer, prefix: bytes) -> Iterator[bytes]:
 
 
 def explained(error: BaseException, data: memoryview) -> str:
-    """Say what is wrong with a file; one of the first version may be whole, and of a commit that wrote it otherwise."""
+    """Describe what is wrong with a file; one of version 1 may be intact, but of a commit with another layout."""
     problem = str(error) or "its tensors do not fit into memory"
     whole = len(data) >= _LEAST and zlib.crc32(data[:-_CHECKSUM]) == int.from_bytes(data[-_CHECKSUM:], "little")
     if not whole or data[len(MAGIC)] != _UNSURE or "max_bytes" in problem:
@@ -103,7 +103,7 @@ def explained(error: BaseException, data: memoryview) -> str:
 
 
 def open_reader(data: memoryview) -> tuple[Reader, str]:
-    """Return what reads a file's content, and the name of its coder.
+    """Return the reader of a file's content, and the name of its coder.
 
     Raises:
         CorruptFileError: It is truncated, damaged, of another version or no compressed network.

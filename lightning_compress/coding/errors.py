@@ -1,4 +1,4 @@
-"""What is raised for a file that can't be trusted."""
+"""The error for compressed files that are damaged or crafted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network into one small file, and back."""
+"""Save a network in one small file, and load it again."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def load_compressed(
 
 @dataclass(frozen=True)
 class CompressedFile:
-    """What `read_compressed` found: the state dict, and what each tensor costs."""
+    """The content of a compressed file: the state dict, and what each tensor costs."""
 
     state: dict[str, Tensor]
     size: CompressedSize

@@ -1,4 +1,4 @@
-"""What a network costs, with the bytes of its compressed file."""
+"""The footprint of a network, with the bytes of its compressed file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_compress.measure.footprint import Footprint, measure
 
 
 def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 30) -> Footprint:
-    """Measure parameters, MACs, latency and memory as `core.footprint.measure` does, and bytes by `save_compressed`.
+    """Measure parameters, MACs, latency and memory as `measure.footprint.measure` does, and bytes by `save_compressed`.
 
     Args:
         model: Any module; parameters, gradients, buffers, modes, hooks and torch's random state stay as they are.

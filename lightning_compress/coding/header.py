@@ -1,4 +1,4 @@
-"""What a file says of all tensors before the first of them: names, dtypes, shapes, and the state dict's metadata."""
+"""The header of a compressed file: names, dtypes and shapes of all tensors, and the state dict's metadata."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """What it takes in memory."""
+        """The bytes that the tensor takes in memory."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -54,12 +54,12 @@ class Header:
 
 
 def memory_limit(file_bytes: int) -> int:
-    """Return how much memory names and records of a file of this size may take."""
+    """Return how many bytes of memory the names and records of a file of this size may take."""
     return _ALLOWANCE + 16 * file_bytes
 
 
 def write_header(writer: Writer, header: Header) -> int:
-    """Write a header, and return how much memory a reader will need for names and plain_values.
+    """Write a header, and return how many bytes of memory a reader needs for its names and plain values.
 
     Raises:
         ValueError: The metadata, or an extra state, holds something other than plain values, or a tensor has a shape
@@ -102,7 +102,7 @@ def write_header(writer: Writer, header: Header) -> int:
 
 
 def _unusual(header: Header) -> dict[str, Any] | None:
-    """The metadata that names do not tell."""
+    """Return the metadata that can't be derived from the names."""
     if header.metadata is None and not header.extras:
         return None
     usual = _usual(header.names)
@@ -198,7 +198,7 @@ def _read_metadata(reader: Reader, names: list[str], limit: int) -> tuple[Mappin
 
 
 class _Recent:
-    """Sizes in the order of their last use: one that was used before is told by its place, 1 for the last."""
+    """Sizes in the order of their last use: a size that was used before is written as its place, 1 for the last."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -216,7 +216,7 @@ class _Recent:
 
 
 def _usual(names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The metadata that torch gives the modules of these tensors: versions."""
+    """Return the metadata that torch writes for the modules of these tensors: versions."""
     found: dict[str, dict[str, int]] = {"": {"version": 1}}
     for name in names:
         path, _, own = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Text and records, deflated with a dictionary of what state dicts are full of."""
+"""Text and records, deflated with a dictionary of the words that are frequent in state dicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tensor as a row of bit patterns: unsigned integers that stand for its values, whatever the dtype."""
+"""Tensors as rows of bit patterns: unsigned integers that encode their values, for every dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain Python values as bytes: what a state dict's metadata holds beside the tensors.
+"""Plain Python values as bytes, for the metadata of a state dict.
 
 One byte says what follows: N none, T true, F false, i an integer (its length, then its bytes), f a float of 8 bytes,
 s a string and b bytes (length first), l a list, t a tuple, d a dict (number of items first). Lengths and numbers are

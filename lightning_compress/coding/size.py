@@ -1,4 +1,4 @@
-"""What a compressed file costs, tensor by tensor."""
+"""The size of a compressed file, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_compress.coding.header import Entry
 
 @dataclass(frozen=True)
 class TensorSize:
-    """What one tensor costs.
+    """The size of one tensor in a compressed file.
 
     Attributes:
         names: Its names; several where it is tied.

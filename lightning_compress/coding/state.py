@@ -1,4 +1,4 @@
-"""What of a state dict goes into a file: every tensor once, with its values, and what modules keep beside tensors."""
+"""The parts of a state dict that are written into a file: every tensor once, the metadata, and extra states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file is written with and read with: numbers, equally likely values, coded symbols, raw bytes.
+"""Writers and readers of files: numbers, equally likely values, coded symbols, raw bytes.
 
 Writing is put off until `finish`: until then a writer only counts bits, so that several ways to store a tensor can be
 written to scratch writers, and the cheapest one kept.
@@ -27,7 +27,7 @@ _DIGIT = 16  # bits of a number that are written at once
 
 
 class Writer(ABC):
-    """Collects what a file consists of.
+    """Collects the content of a file.
 
     Attributes:
         bits: What it costs, so far.
@@ -52,13 +52,13 @@ class Writer(ABC):
         return writer
 
     def extend(self: W, other: W) -> None:
-        """Append what a scratch writer collected."""
+        """Append the content of a scratch writer."""
         self.bits += other.bits
         self.raws += other.raws
         self.filled = other.filled
 
     def cheapest(self: W, ways: Iterable[Callable[[W], T]]) -> T:
-        """Write in the way that costs the fewest bits, the first one of equals, and return what that way returns."""
+        """Write by the alternative that takes the fewest bits, the first one of equals, and return its result."""
         best: tuple[W, T] | None = None
         for way in ways:
             scratch = self.scratch()
@@ -91,17 +91,17 @@ class Writer(ABC):
         self.later(packed_bytes(len(values), width), partial(pack, values, width))
 
     def later(self, size: int, make: Callable[[], Iterable[bytes]]) -> None:
-        """Write so many bytes beside the stream, which are made when the file is."""
+        """Reserve so many raw bytes, which are made when the file is written."""
         self.raws.append((size, make))
         self.bits += 8 * size
 
     @property
     def raw_bytes(self) -> int:
-        """How many bytes go beside the stream."""
+        """The number of raw bytes."""
         return sum(size for size, _ in self.raws)
 
     def raw_pieces(self) -> Iterator[bytes]:
-        """The bytes that go beside the stream."""
+        """The raw bytes."""
         for _, make in self.raws:
             yield from make()
 
@@ -129,7 +129,7 @@ class Writer(ABC):
 
 
 class Reader(ABC):
-    """Takes apart what a writer of the same kind made.
+    """Reads the content of a file that a writer of the same kind has made.
 
     Args:
         stream: The stream.
@@ -146,18 +146,18 @@ class Reader(ABC):
         self._position = 0
 
     def fail(self, problem: str) -> NoReturn:
-        """Raise the error that says what is wrong with the file; the caller adds its name."""
+        """Raise an error that describes what is wrong with the file; the caller adds its name."""
         raise CorruptFileError(problem)
 
     @property
     def raw_bits(self) -> int:
-        """How many of the raw bits have been taken."""
+        """The number of raw bits that have been read."""
         return 8 * self._position
 
     @property
     @abstractmethod
     def bits(self) -> float:
-        """How many bits have been taken from the stream."""
+        """The number of bits that have been read from the stream."""
 
     @abstractmethod
     def uniform(self, count: int, size: int) -> Array:
@@ -213,7 +213,7 @@ class Reader(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Raise a CorruptFileError if something is left."""
+        """Raise a CorruptFileError if anything has not been read."""
 
     def _finish_raw(self) -> None:
         if self._position != len(self._raw):

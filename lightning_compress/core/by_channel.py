@@ -1,4 +1,4 @@
-"""Weights seen by output channel, wherever their layer has its channels."""
+"""Views of weights by output channel, in whichever dimension a layer has its channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a network for a look at it, and leave it as it was.
+"""Run a network without changing it: modes, buffers and random states are restored.
 
 Everything is put back whatever fails, the network's own code among it: each step of the way back is taken even if
 another one raises.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes, buffers and random states are as before.
+    """Switch to evaluation mode without gradients, and restore modes, buffers and random states afterwards.
 
     Every submodule gets its own mode back, frozen ones too, and a buffer that the forward pass wrote to, replaced or
     added is undone. Not inference mode: a tensor that the network caches there could never be trained on.
@@ -39,7 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Give every module its own mode back after a `with` block, by way of `train`, in which some do more."""
+    """Restore the mode of every module after a `with` block, by calling `train`, which some modules override."""
     mode, modes = model.training, [(module, module.training) for module in model.modules()]
     with ExitStack() as back:
         for module, training in modes:
@@ -49,7 +49,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
-    """Call `train`, also where there are parts that know no modes, as those that torch.export made."""
+    """Call `train`, and skip modules that have no modes, such as those that torch.export made."""
     try:
         module.train(training)
     except NotImplementedError:
@@ -59,14 +59,14 @@ def set_mode(module: nn.Module, training: bool) -> None:
 
 
 def renew_caches(model: nn.Module) -> None:
-    """Let modules drop what they keep for evaluation, or make it anew: they do so when the mode changes."""
+    """Have modules drop or renew the caches that they keep for evaluation, by changing their mode."""
     with modes_restored(model):
         set_mode(model, not model.training)
 
 
 @contextmanager
 def random_state_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a `with` block draws from the random numbers of torch, of Python and of NumPy."""
+    """Restore the random states of torch, Python and NumPy after a `with` block."""
     cuda_devices = sorted({buffer.device.index for buffer in (*model.parameters(), *model.buffers()) if buffer.is_cuda})
     with torch.random.fork_rng(cuda_devices), ExitStack() as back:
         back.callback(random.setstate, random.getstate())
@@ -76,7 +76,7 @@ def random_state_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a `with` block writes to buffers, replaces or adds."""
+    """Restore the buffers that a `with` block writes, replaces or adds."""
     tables = [(module, module._buffers, dict(module._buffers.items())) for module in model.modules()]
     with ExitStack() as back:
         back.enter_context(_values_restored(model.buffers()))
@@ -95,7 +95,7 @@ def _restore_buffers(module: nn.Module, registered: dict[str, Tensor | None]) ->
 
 @contextmanager
 def _values_restored(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Undo what a `with` block writes into tensors."""
+    """Restore the values that a `with` block writes into tensors."""
     with ExitStack() as back:
         for tensor in tensors:
             back.callback(_restore_value, tensor, tensor.data, tensor.detach().clone())
@@ -112,10 +112,10 @@ def _restore_value(tensor: Tensor, data: Tensor, value: Tensor) -> None:
 
 @contextmanager
 def entries_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a `with` block changes in the entries of modules, and in what hangs on these.
+    """Restore the attributes of modules, and the containers in them, after a `with` block.
 
-    That is in dicts, lists, sets, tensors, random generators and objects of the network's own classes. A forward pass
-    may keep masks and tables for the next one there, or counters, or hooks that it registers.
+    The containers are dicts, lists, sets, tensors, random generators and objects of the network's own classes, in which
+    a forward pass may keep masks and tables for the next one, or counters, or hooks that it registers.
     """
     modules = list(model.modules())
     containers, tensors, generators = _hanging_on(modules)
@@ -168,7 +168,7 @@ def caches_off(model: nn.Module) -> Iterator[None]:
 
 
 def take_rounding_away(model: nn.Module) -> None:
-    """Let layers see their real inputs, within `entries_restored`, where hooks that say `rounds` change them.
+    """Remove the hooks that round inputs (their attribute `rounds` is true), within `entries_restored`.
 
     Rounding knows no channels, so that a cut does not concern it, and it makes large differences of the smallest.
     """
@@ -182,7 +182,7 @@ _NOT_THE_NETWORKS = ("torch", "lightning", "lightning_fabric", "pytorch_lightnin
 
 
 def _hanging_on(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Tensor], list[torch.Generator]]:
-    """The containers, tensors and generators that modules hold, besides parameters and buffers."""
+    """Find the containers, tensors and generators that modules hold, besides parameters and buffers."""
     containers: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
     generators: dict[int, torch.Generator] = {}

@@ -63,7 +63,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _mode(path: Path) -> int | None:
-    """The permissions of a file that is there."""
+    """Return the permissions of an existing file."""
     with suppress(FileNotFoundError):
         found = os.lstat(path)
         if stat.S_ISREG(found.st_mode):
@@ -72,7 +72,7 @@ def _mode(path: Path) -> int | None:
 
 
 def _make(path: Path, stem: str, mode: int | None) -> tuple[Path, int]:
-    """Make an empty locked file of a new name; nobody may read it who may not read `path`."""
+    """Make an empty, locked file of a new name, which nobody may read who may not read `path`."""
     while True:
         temporary = path.with_name(f"{stem}{secrets.token_hex(8)}.tmp")
         try:

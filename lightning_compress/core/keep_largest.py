@@ -94,7 +94,7 @@ class _Cut(NamedTuple):
 
 
 class _Between(NamedTuple):
-    """The entries of one part that the cuts leave open."""
+    """The entries of one part between the two cuts, for which it is not decided yet whether they stay."""
 
     score: Tensor
     at: Tensor  # indices into the part

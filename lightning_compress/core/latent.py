@@ -1,4 +1,4 @@
-"""Weights of few values in a training loop, with real ones behind them for the optimizer.
+"""Weights that hold quantized values in the module, while the optimizer trains their latent real values.
 
 forward, backward         open()             optimizer.step()    close()
 module holds W~(w)        module holds w,    w changes           w is kept, module holds W~(w)
@@ -54,11 +54,11 @@ class LatentWeights(Projection):
     # ------------------------------------------------------------------ what a subclass supplies
 
     def value(self, name: str, real: Tensor) -> Tensor:
-        """Return what stands in the module for real values, in a new tensor."""
+        """Return the quantized values of real ones, in a new tensor."""
         raise NotImplementedError
 
     def shown_value(self, name: str, real: Tensor) -> Tensor:
-        """Return what is validated and saved for real values, of this parameter or of an average of it."""
+        """Return the validated and saved values for real ones, of this parameter or of an average of it."""
         return self.value(name, real)
 
     def real_gradient(self, name: str, gradient: Tensor) -> None:
@@ -67,30 +67,30 @@ class LatentWeights(Projection):
             keep_(gradient, self.alive[name])  # which may be sparse
 
     def agree(self, held: Tensor, expected: Tensor) -> bool:
-        """Whether a parameter holds what it should."""
+        """Whether a parameter holds the values that were written here."""
         return torch.equal(held, expected)
 
     def _forget(self, name: str) -> None:
-        """Leave out of account what was derived from earlier real values of a parameter: others were put there."""
+        """Forget what was derived from earlier real values of a parameter, which other code has replaced."""
 
     def _rewritten(self, name: str, changed: Tensor, held: Tensor, expected: Tensor) -> Tensor:
-        """Return which entries count as written by other code, where `changed` differ from what was expected."""
+        """Return the entries that other code has written, out of those that differ from expected ones (`changed`)."""
         return changed
 
     @property
     def is_shown(self) -> bool:
-        """Whether the module holds what is validated and saved, where that is not what trains."""
+        """Whether the module holds the values that are validated and saved, where they differ from those that train."""
         return False
 
     def _show_samples(self, shown: bool) -> None:
-        """Let `value` be that of training, or else what is validated and saved."""
+        """Have `value` return the values that train, or those that are validated and saved."""
 
     def _take_step(self, name: str, stepped: Tensor) -> None:
-        """Keep what the optimizer has made of the real values."""
+        """Store the real values that the optimizer has stepped."""
         self.latent[name].copy_(stepped)
 
     def _tables(self) -> dict[str, dict[str, Tensor]]:
-        """Return what else is held of each parameter, by kind and in the parameter's shape, for `state_dict`."""
+        """Return the other tensors that belong to each parameter, by kind and in its shape, for `state_dict`."""
         return {}
 
     # ------------------------------------------------------------------ around the optimizer's step
@@ -110,7 +110,7 @@ class LatentWeights(Projection):
         self._renew(name)
 
     def _take(self, name: str, held: Tensor, expected: Tensor, changed: Tensor) -> None:
-        """Take what other code has written as real values. Where that is nothing but zeros, it has pruned."""
+        """Store the values that other code has written as real ones; where all are zero, they count as pruned."""
         changed = self._rewritten(name, changed, held, expected)
         if name in self.alive:
             changed = changed & self.alive[name]
@@ -131,7 +131,7 @@ class LatentWeights(Projection):
         self.rewrite()
 
     def show(self) -> None:
-        """Put what is validated and saved into the module, until `project` or the next step."""
+        """Write the values that are validated and saved into the module, until `project` or the next step."""
         self.settle()
         self.take_writes()
         self._show_samples(False)
@@ -144,13 +144,13 @@ class LatentWeights(Projection):
         return self.value(name, self.latent[name])
 
     def shown(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return what is validated and saved for the real values, or for other tensors with these names."""
+        """Return the values that are validated and saved, for the real ones or for other tensors with these names."""
         given = self.latent | self._before if tensors is None else tensors
         return {name: self.shown_value(name, value.detach()) for name, value in given.items() if name in self.latent}
 
     @torch.no_grad()
     def take_real(self) -> None:
-        """Take what the module holds, such as an average, as the real values, and project it."""
+        """Store the values of the module, such as an average, as the real ones, and project them."""
         for name, parameter in self.parameters.items():
             self.latent[name].copy_(parameter)
             if name in self.alive:
@@ -185,7 +185,7 @@ class LatentWeights(Projection):
             self.latent[name].masked_fill_(gone, 0.0)
 
     def check_finite(self) -> None:
-        """Raise a ValueError where a real value is NaN or infinite: rounding would hide that."""
+        """Raise a ValueError where a real value is NaN or infinite, which rounding would hide."""
         for name, latent in self.latent.items():
             if not bool(latent.isfinite().all()):
                 count = latent.numel() - int(latent.isfinite().sum())
@@ -213,7 +213,7 @@ class LatentWeights(Projection):
             tensors |= {name: one.to(self.parameters[name].device) for name, one in tensors.items()}
 
     def follow_cut(self, model: nn.Module, kept: Kept) -> None:
-        """Slice what belongs to parameters that have been sliced; `kept` has the positions that stayed."""
+        """Slice the tensors that belong to parameters which were sliced; `kept` has the positions that stayed."""
         self._slice(model, kept)
         self.rewrite()
 
@@ -229,5 +229,5 @@ class LatentWeights(Projection):
             tensor.copy_(self.value(name, tensor))
 
     def _alive(self, name: str, like: Tensor) -> Tensor | None:
-        """What is not pruned of a parameter, on another tensor's device; None for all of it."""
+        """Return where a parameter is not pruned, on another tensor's device; None: no entry is pruned."""
         return self.alive[name].to(like.device) if name in self.alive else None

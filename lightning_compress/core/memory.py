@@ -1,4 +1,4 @@
-"""Tensors that lie in one memory: what is written through one of them changes the others, whatever objects they are.
+"""Tensors that share memory: a write through one of them changes the others, although they are different objects.
 
 identity of a tensor  =  device, and the addresses of its elements
 """
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 
 class _Extent(NamedTuple):
-    """The addresses from a tensor's first element to the end of its last one; between them may lie gaps."""
+    """The range of addresses from a tensor's first element to the end of its last one, gaps included."""
 
     device: str
     start: int
@@ -102,7 +102,7 @@ def _have_common_elements(a: Tensor, at_a: _Extent, b: Tensor, at_b: _Extent) ->
 
 
 def _elements(marked: Tensor, tensor: Tensor, offset: int, unit: int) -> Tensor:
-    """See the marks of a tensor's elements, `unit` bytes each."""
+    """View the marks of a tensor's elements, `unit` bytes each."""
     pieces = tensor.element_size() // unit
     shape = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]  # expanded ones
     strides = [stride * pieces for stride in tensor.stride()]

@@ -68,7 +68,7 @@ def numbers_by_name(
 def _quietly(
     module: nn.Module, target: str | Sequence[str] | None, *, exclude: str | Sequence[str] = ()
 ) -> Mapping[str, nn.Parameter]:
-    """As `select_parameters`, where what matches nothing is told elsewhere."""
+    """Select parameters without a warning for patterns that match nothing; the caller warns."""
     try:
         return select_parameters(module, target, exclude=exclude, warn=False)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a network computes, the same every time, and whether two networks agree."""
+"""Run a network reproducibly, and compare the outputs of two networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, 
 
 
 def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
-    """None if two lists of tensors agree, or where they do not."""
+    """Return None if two lists of tensors agree, and else a text that says where they differ."""
     if [one.shape for one in got] != [one.shape for one in expected]:
         shapes = ([tuple(one.shape) for one in some] for some in (got, expected))
         return "its output has shapes {}, not {}".format(*shapes)
@@ -45,12 +45,12 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """The tensors of the model's output, the same every time: see `alike`."""
+    """Return the tensors of the model's output, the same at every call: see `alike`."""
     return alike(model, lambda: call(model, example_inputs))
 
 
 def alike(model: nn.Module, forward: Callable[[], Any]) -> list[Tensor]:
-    """The tensors that a call of the model returns: random numbers start anew, and no call sees another's.
+    """Return the tensors of a call of the model, with the same random numbers at every call.
 
     Buffers, caches and counters are put back, and what modules keep for evaluation is made anew from their weights.
     """

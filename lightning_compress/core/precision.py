@@ -1,4 +1,4 @@
-"""The precision that numbers are computed in."""
+"""The precision in which sums and statistics are computed."""
 
 from __future__ import annotations
 

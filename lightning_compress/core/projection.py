@@ -77,7 +77,7 @@ class Projection:
             self._restore(share)
 
     def interrupt(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Project within a step, because the optimizer evaluates the loss anew; then comes another `open`."""
+        """Project within a step, before the optimizer evaluates the loss again; another `open` follows."""
         share = self._open if self.keep_latent else self.share(optimizer)
         with self._write(share):
             for name, parameter in self._open.items():
@@ -109,7 +109,7 @@ class Projection:
             self._project(share)
 
     def settle(self) -> None:
-        """Project what `open` left open because the step never came, as when a gradient scaler skips it."""
+        """Project the parameters that are open because their step never came, as when a gradient scaler skips it."""
         if self._open or self._before:
             share = self._open | {name: self.parameters[name] for name in self._before}
             with self._write(share):
@@ -125,7 +125,7 @@ class Projection:
         return not (self._open or self._before or self._writing)
 
     def is_open(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether everything that `optimizer` steps is open: it steps within the step of another."""
+        """Whether all parameters that `optimizer` steps are open, because it steps within the step of another one."""
         return self._open.keys() >= self.share(optimizer).keys()
 
     def share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
@@ -151,7 +151,7 @@ class Projection:
             self._project(share)
 
     def refresh(self, *, by_value: bool = False) -> None:
-        """Take what other code has written since, and project it.
+        """Store the values that other code has written since, and project them.
 
         Args:
             by_value: Whether values are compared. By default parameters count their versions, which costs next to
@@ -171,7 +171,7 @@ class Projection:
 
     @torch.no_grad()
     def take_writes(self, share: Mapping[str, nn.Parameter] | None = None) -> None:
-        """Take what other code has written into the module as latent values, and project it."""
+        """Store the values that other code has written into the module as latent ones, and project them."""
         if not self.keep_latent or self._writing or self.suspended:
             return
         written = {}
@@ -195,7 +195,7 @@ class Projection:
 
     @torch.no_grad()
     def differing(self, share: Mapping[str, nn.Parameter]) -> list[str]:
-        """Return the names of parameters that no longer hold what was written here."""
+        """Return the names of the parameters whose values other code has changed."""
         distances = {  # NaN is not 0
             name: float(torch.linalg.vector_norm(self.expected(name).sub_(parameter.detach())))
             for name, parameter in share.items()
@@ -205,24 +205,24 @@ class Projection:
 
     @torch.no_grad()
     def projected(self) -> dict[str, Tensor]:
-        """Return what the module holds between steps, in new tensors; within a step what it held before."""
+        """Return the projected values of the module, in new tensors; within a step those of before it."""
         latent = self.latent | self._before
         values = {name: latent.get(name, p.detach()).clone() for name, p in self.parameters.items()}
         self._project(values)
         return values
 
     def expected(self, name: str) -> Tensor:
-        """Return what the module holds of a parameter, unless other code has written it."""
+        """Return the values that a parameter has unless other code has written it."""
         tensor = self.latent[name].clone()
         self._project({name: tensor})
         return tensor
 
     def _take(self, name: str, held: Tensor, expected: Tensor, changed: Tensor) -> None:
-        """Take what other code has written into a parameter as its latent value, where `changed`."""
+        """Store the values that other code has written into a parameter as its latent ones, where `changed`."""
         torch.where(changed, held, self.latent[name], out=self.latent[name])
 
     def follow_device(self) -> None:
-        """Move what is held to the device of its parameter, which the Trainer takes to the CPU after a fit."""
+        """Move latent values to the device of their parameter, which the Trainer takes to the CPU after a fit."""
         self.latent |= {name: latent.to(self.parameters[name].device) for name, latent in self.latent.items()}
 
     def load_latent(self, latent: Mapping[str, Tensor]) -> None:
@@ -233,11 +233,11 @@ class Projection:
     # ------------------------------------------------------------------ how it is written
 
     def _keep(self, name: str, parameter: nn.Parameter) -> None:
-        """Take the stepped value as the latent one; a subclass may change both, to the same."""
+        """Store the stepped value as the latent one; a subclass may change both, to the same value."""
         self.latent[name].copy_(parameter)
 
     def _renew(self, name: str) -> None:
-        """Follow the latent values of a parameter, which have changed."""
+        """Update what a subclass derives from the latent values of a parameter, after they have changed."""
 
     def _put_before(self) -> list[str]:
         before, self._before = self._before, {}
@@ -271,6 +271,6 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 
 def _rounding(expected: Tensor) -> Tensor:
-    """By how much entries differ that were moved and moved back, as by hand for sharpness-aware minimization."""
+    """Return the rounding error of entries that were moved and moved back, as sharpness-aware minimization does."""
     eps = torch.finfo(expected.dtype).eps
     return expected.abs().mul_(eps).add_(expected.abs().amax(), alpha=4 * min(eps, 1e-7))

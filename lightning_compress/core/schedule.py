@@ -1,4 +1,4 @@
-"""How much is removed at which moment: pure functions of progress."""
+"""Schedules: the fraction that is removed, as a pure function of progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Name patterns to parameters: the one place that says what `target` and `exclude` mean."""
+"""Select parameters by patterns of names: this module alone defines what `target` and `exclude` mean."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def refuse_complex(module: nn.Module, names: Iterable[str], who: str) -> None:
 
 
 def has_entries(parameter: nn.Parameter) -> bool:
-    """Whether there is something in a parameter to compress; a lazy one will have entries."""
+    """Whether a parameter has entries to compress; a lazy one will have some."""
     return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.numel() > 0
 
 

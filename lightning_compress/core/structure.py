@@ -1,4 +1,4 @@
-"""Records: what a state dict must say beside its tensors, so that another process can rebuild the network.
+"""Records in the metadata of a state dict, from which another process rebuilds a network of another structure.
 
     state_dict()   metadata["layer"]["lightning_compress.structure"] = {"grid": {"format": 1, "scale": 0.5, ...}}
     load           each record is checked, and rebuilds its module before torch copies tensors into it
@@ -29,7 +29,7 @@ _NEXT = "next_handle"  # in the state of pickled hooks
 
 
 class Removable(Protocol):
-    """What undoes something."""
+    """A handle whose `remove` undoes something."""
 
     def remove(self) -> None: ...
 
@@ -52,7 +52,7 @@ class Arriving:
 
 
 class Structure:
-    """What one module has become, in a way that its tensors do not reveal. Each kind of record is a subclass.
+    """A change of one module's structure that its tensors do not reveal. Each kind of record is a subclass.
 
     Attributes:
         kind: Its name in files.

@@ -11,7 +11,7 @@ Kept = Mapping[str, Mapping[int, Tensor]]  # tensor name -> dim -> the positions
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name that they have."""
+    """Return parameters and buffers by every name that they have."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
@@ -34,7 +34,7 @@ def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def sliced(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """Tensors that go by the names, and have the shapes, of a network's before a cut, as they are after it.
+    """Slice tensors that have the names and shapes of a network before a cut as the cut has sliced the network.
 
     Example:
         >>> sliced({"fc.weight": torch.arange(6).view(2, 3)}, {"fc.weight": {1: torch.tensor([0, 2])}})

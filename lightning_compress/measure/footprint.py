@@ -1,4 +1,4 @@
-"""What a network costs: entries, multiply-accumulates, bytes of a file, seconds and bytes of memory."""
+"""Measure the parameters, multiply-accumulates, file size, latency and memory of a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WARM_UP = 3  # forward passes before the clock counts: allocators, kernel choic
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a network costs on given example inputs; see `measure`.
+    """The measured costs of a network on given example inputs; see `measure`.
 
     Attributes:
         parameters: Entries of all parameters; a shared parameter counts once.
@@ -98,7 +98,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Latency:
-    """How long a forward pass of one of several networks takes, which were timed in turns.
+    """The latency of one of several networks that were timed in turns.
 
     Attributes:
         seconds: Of a forward pass of the whole batch.
@@ -152,7 +152,7 @@ def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, re
 
 
 def summarize_latency(seconds: Mapping[str, Sequence[float]]) -> dict[str, Latency]:
-    """Return what the seconds of passes that were timed in turns come to, as `time_in_turns` says.
+    """Summarize the seconds of passes that were timed in turns, as `time_in_turns` says.
 
     Args:
         seconds: Of each pass, in order, by network; equally many of each.
@@ -269,7 +269,7 @@ def _forward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages that operators make, from their birth to their end."""
+    """Counts the bytes of the storages that operators make, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of one forward pass, and the operators that a count of them would have to guess."""
+"""Count the multiply-accumulates of one forward pass, and name the operators that are not counted."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Lightning glue that the techniques share: when things happen, never what happens."""
+"""The Lightning glue that the techniques share: it decides when a technique acts, never what it does."""

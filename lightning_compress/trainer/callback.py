@@ -64,7 +64,7 @@ class CompressionCallback(TargetingCallback):
         raise NotImplementedError
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
-        """Slice whatever is held of the module's tensors: another callback has cut channels out of it.
+        """Slice all state that belongs to the module's tensors, after another callback has cut channels out of it.
 
         `kept` has, by tensor and dimension, the positions that stayed.
         """
@@ -300,7 +300,7 @@ def latent_values(found: Iterable[CompressionCallback]) -> dict[str, Tensor]:
 
 
 def take_writes(trainer: Trainer) -> None:
-    """Let every technique of a fit take what other code has written into the module for the values that train."""
+    """Have every technique of a fit store the values that other code has written as those that train."""
     for one in techniques(trainer):
         if one.projection is not None:
             one.projection.take_writes()

@@ -1,4 +1,4 @@
-"""What a network sees and returns while the user's own step runs."""
+"""Capture the arguments and outputs of a network while the user's own step runs it."""
 
 from __future__ import annotations
 

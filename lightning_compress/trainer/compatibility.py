@@ -1,4 +1,4 @@
-"""What goes with what: one table of rules, asked once, when a fit starts and before any technique prepares."""
+"""The table of rules about techniques that do not go together, checked once when a fit starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks must agree on. Every function is the identity where there is one process."""
+"""Communication between ranks. Every function is the identity where there is one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a technique does to a network and to its fit, and how far it has come, as plain data."""
+"""The effects of a technique on a network and its fit, and its progress, as plain data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an epoch still owes where a checkpoint was written before its validation or its end: Lightning leaves it out."""
+"""Make up for the validation or the end of an epoch that a resume from inside the epoch would leave out."""
 
 from __future__ import annotations
 

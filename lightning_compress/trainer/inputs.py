@@ -1,4 +1,4 @@
-"""Where a technique must trace the network: what to feed it when the user named nothing."""
+"""Example inputs for a technique that must trace the network, when the user has named none."""
 
 from __future__ import annotations
 

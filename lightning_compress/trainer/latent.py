@@ -1,4 +1,4 @@
-"""What callbacks share whose weights have few values in the module and real ones behind it."""
+"""Base class of callbacks that train full-precision weights behind quantized ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_compress.trainer.surgery import keep_metadata
 
 
 class LatentCallback(QuantizingCallback):
-    """Trains real weights behind those of few values that the module holds, validates and saves.
+    """A callback that trains latent real weights, while the module holds, validates and saves quantized ones.
 
     A subclass supplies `make_weights`, `hook_inputs`, and the class attributes here and of `QuantizingCallback`.
     Averages are made of the weights of few values and stay real; when they are validated or saved, they are projected.
@@ -50,7 +50,7 @@ class LatentCallback(QuantizingCallback):
 
     @contextmanager
     def real_weights(self, pl_module: LightningModule) -> Iterator[None]:
-        """Have the real weights in the module, as for a test of their accuracy, and afterwards again what it held.
+        """Temporarily restore the full-precision weights, as for a test of their accuracy.
 
         Raises:
             ValueError: The module is not the one that was fitted, or holds weights of another moment.
@@ -131,7 +131,7 @@ class LatentCallback(QuantizingCallback):
             self._weights.show()
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
-        """Slice what is held of tensors that another callback has cut."""
+        """Slice the state that belongs to tensors which another callback has cut."""
         if self._weights is not None:
             self._weights.follow_cut(pl_module, kept)
 
@@ -189,7 +189,7 @@ class LatentCallback(QuantizingCallback):
         put_values(checkpoint, pl_module, self._weights.shown(averages))
 
     def shows_what_trains(self) -> bool:
-        """Whether what trains is what is validated and saved."""
+        """Whether the values that train are those that are validated and saved."""
         return True
 
     def technique_state(self) -> dict[str, Any]:

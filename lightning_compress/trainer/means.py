@@ -1,4 +1,4 @@
-"""What a run has logged or counted in an epoch that has not ended: Lightning's checkpoints lack it.
+"""Save and restore the metrics of an unfinished epoch, which Lightning's checkpoints lack.
 
 Monitors need what was logged. Metrics that the module updates itself, and numbers that it counts, are what the end of
 its epoch works with.
@@ -33,7 +33,7 @@ class _Arguments(_Metadata):
 
 
 def numbers(pl_module: LightningModule) -> dict[str, dict[str, Any]]:
-    """Return by name the numbers that a module, and each of its metrics, notes as attributes."""
+    """Return by name the numbers that a module and its metrics have as attributes."""
     holders = {"": innermost(pl_module)} | _metrics(pl_module)
     return {
         path: {name: _copied(value) for name, value in vars(holder).items() if _is_number(value)}
@@ -42,7 +42,7 @@ def numbers(pl_module: LightningModule) -> dict[str, dict[str, Any]]:
 
 
 def capture(trainer: Trainer, pl_module: LightningModule, before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what this process has logged and counted: what monitors see, and sums of the epoch that has not ended.
+    """Return the metrics that this process has logged, and its sums over the epoch that has not ended.
 
     `before`: the module's `numbers` when the fit began.
     """

@@ -1,4 +1,4 @@
-"""A monitor that compares a dense epoch with a compressed one compares two different networks: make it count anew."""
+"""Reset monitors once the network is compressed: a dense epoch must not count as the best one."""
 
 from __future__ import annotations
 

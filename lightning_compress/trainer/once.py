@@ -1,4 +1,4 @@
-"""What callbacks share that give weights a few values: when they begin, and what they do not go with."""
+"""Base class of callbacks that quantize weights all at once, at one moment of the fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_compress.trainer.steps import steps_at
 
 
 class QuantizingCallback(CompressionCallback):
-    """Gives weights a few values from `start_epoch` on, all at once, and trains them on.
+    """A callback that quantizes weights all at once, at `start_epoch`, and trains them on.
 
     A subclass supplies `begin`, the class attributes and, where its patterns mean more, `wants`; its `prepare` and
     `technique_state` go on from those here. It has begun when `self.projection` is there.
@@ -59,7 +59,7 @@ class QuantizingCallback(CompressionCallback):
         self._idle = True  # nothing is wanted
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        """Give the weights their values and set `self.projection`; return what monitors are told of it."""
+        """Quantize the weights and set `self.projection`; return the reason that monitors give for counting anew."""
         raise NotImplementedError
 
     def wants(self, pl_module: LightningModule) -> Collection[str]:
@@ -76,7 +76,7 @@ class QuantizingCallback(CompressionCallback):
         return replace(self.shared_effects(), values=values, inputs=inputs, begins=begins, final=begins)
 
     def shared_effects(self) -> Effects:
-        """Return what its settings alone say of its effects."""
+        """Return the effects that follow from the settings alone."""
         return Effects()
 
     def progress(self) -> Progress:

@@ -1,4 +1,4 @@
-"""A look at the training data that leaves no trace: neither loader nor dataset nor a generator moves on."""
+"""Read a training batch without a trace: loader, dataset and generators stay where they are."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def first_batch(trainer: Trainer) -> Any:
 
 @contextmanager
 def untouched(loader: Any) -> Iterator[None]:
-    """Put back what a block changes in a loader and in the objects that it holds: dataset, samplers, generators.
+    """Restore a loader, and the objects that it holds (dataset, samplers, generators), after a block.
 
     Raises:
         ValueError: It holds a Python iterator, such as a running generator, from which nothing can be taken back.
@@ -91,7 +91,7 @@ def _held(one: Any) -> list[Any]:
 
 
 def _noted(one: Any) -> Callable[[], Any] | None:
-    """Note an object's own state, and return what puts it back; None where there is none."""
+    """Save an object's own state, and return a function that restores it; None: it has no state."""
     if isinstance(one, torch.Generator):
         return partial(one.set_state, one.get_state())
     if isinstance(one, random.Random):
@@ -118,7 +118,7 @@ def _noted(one: Any) -> Callable[[], Any] | None:
 
 
 def _order_of(one: Any) -> Callable[[], Any] | None:
-    """Note positions, which loaders shuffle in place."""
+    """Save an order of positions, which loaders shuffle in place."""
     if one.ndim != 1 or one.nbytes > _CLONED or isinstance(one, np.memmap):
         return None
     if isinstance(one, Tensor):

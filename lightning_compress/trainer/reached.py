@@ -1,4 +1,4 @@
-"""Which parts of a LightningModule its `forward` uses, read off the code: nothing is run and no batch is needed."""
+"""Find the parts of a LightningModule that its `forward` uses, by reading the code without running it."""
 
 from __future__ import annotations
 

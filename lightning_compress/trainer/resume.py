@@ -1,4 +1,4 @@
-"""The callback that every technique extends: its place among the strategies, its steps, and a resume that is exact."""
+"""The base class of every technique: refused strategies, counted steps, and an exact resume."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class ResumableCallback(DeclaresEffects, Callback):
         raise NotImplementedError
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
-        """Move what is planned, where an epoch has another number of steps than when it was: `moment` moves a step."""
+        """Move planned steps when the steps of an epoch have changed; `moment` maps an old step to a new one."""
 
     def synchronize(self) -> None:
-        """Bring rank-local statistics together, before a checkpoint. Every rank takes part."""
+        """Sum rank-local statistics before a checkpoint. Every rank takes part."""
 
     # ------------------------------------------------------------------ refusals
 
@@ -151,7 +151,7 @@ class ResumableCallback(DeclaresEffects, Callback):
 
     @contextmanager
     def _reading(self, loaded: dict[str, Any] | None) -> Iterator[None]:
-        """Say in words what a state lacks that another version has written."""
+        """Turn the error for a state of another version into a message that names what it lacks."""
         try:
             yield
         except KeyError as error:
@@ -291,7 +291,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         return None
 
     def _match_batches(self, trainer: Trainer) -> None:
-        """See to it that the resumed run draws the batches that the uninterrupted one would have drawn."""
+        """Have the resumed run draw the same batches as the uninterrupted one."""
         fit_loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
         assert fetcher is not None
         lacks = ""

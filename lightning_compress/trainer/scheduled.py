@@ -64,7 +64,7 @@ class Scheduled:
 
     @property
     def constant(self) -> bool:
-        """Whether it never changes."""
+        """Whether the number never changes."""
         return self.start == self.end
 
     def plan(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
@@ -86,5 +86,5 @@ class Scheduled:
         return self.start + (self.end - self.start) * amount_at(self.ramp.progress(step), 1.0, schedule=self.schedule)
 
     def state(self) -> dict[str, Any] | None:
-        """What a resume needs: the moments, in steps."""
+        """The moments in steps, which a resume needs."""
         return None if self.ramp is None else self.ramp.state_dict()

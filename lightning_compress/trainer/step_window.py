@@ -1,4 +1,4 @@
-"""When a growing technique acts: a ramp of events between two optimizer steps."""
+"""A ramp of events between two optimizer steps, at which a gradual technique acts."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from lightning_compress.trainer.unwrap import innermost
 
 
 class Cut(Protocol):
-    """Cuts the network of a fit, with what hangs on its tensors, and says what stayed."""
+    """A function that cuts the network of a fit and its copies, and returns the positions that stayed."""
 
     def __call__(self, *, optimizers: list[torch.optim.Optimizer], copies: list[nn.Module]) -> Kept: ...
 
@@ -68,7 +68,7 @@ def follow_loads(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def keep_metadata(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
-    """See to it that a checkpoint says what was cut and what layers see: the state dict of an average does not."""
+    """Write the records of cuts and input hooks into a checkpoint whose state dict, that of an average, has none."""
     checkpoint["state_dict"] = with_record(checkpoint["state_dict"], pl_module)
 
 

@@ -1,4 +1,4 @@
-"""What techniques meet in a fit beside one another: strategy, precision, averages, compilation, optimizers."""
+"""The surroundings of a technique in a fit: strategy, precision, averages, compilation, optimizers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_strategy(trainer: Trainer, name: str) -> None:
 
 
 class Surroundings:
-    """What the rules of `compatibility` ask of a fit that starts.
+    """The facts about a fit that the rules of `compatibility` need.
 
     Args:
         trainer: The Trainer, whose optimizers and loaders exist.

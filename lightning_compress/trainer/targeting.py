@@ -1,4 +1,4 @@
-"""The half of a callback that knows what its patterns name: `target=None` is decided once, when the fit begins."""
+"""The part of a callback that resolves its patterns: `target=None` is decided once, when the fit begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `target=None` takes within a fit: the layers that it trains and that the network's `forward` uses."""
+"""Find the layers for `target=None`: those that the fit trains and that the network's `forward` uses."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def begun_to_train(trainer: Trainer, pl_module: LightningModule, names: Collecti
 
 
 def described(pl_module: LightningModule, layers: Layers, *, follows: bool) -> str:
-    """Say what is not taken, and what share of the parameters is; "" where all matrices are.
+    """Describe the layers that are left out, and the share of the parameters that is taken; "" where all matrices are.
 
     Args:
         pl_module: The LightningModule.

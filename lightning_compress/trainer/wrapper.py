@@ -1,4 +1,4 @@
-"""A LightningModule around another one: everything is shared with it, and only what it is trained to is different."""
+"""A LightningModule around another one, which shares everything with it and changes the training objective alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_compress.trainer.unwrap import SLOT, innermost
 
 
 class Objective:
-    """What a wrapper adds. A plain object, so that none of its names can meet one of the user's module.
+    """The objective that a wrapper adds. It is a plain object, so that none of its names can clash with the user's.
 
     A subclass supplies `step`, and of the others what it needs.
 
@@ -49,7 +49,7 @@ class Objective:
         """Get ready for the first step: the module is on its device. `state` is from a checkpoint's `state`."""
 
     def follow_epochs(self, moment: Callable[[int], int]) -> None:
-        """Move what is planned: as `ResumableCallback.follow_epochs`."""
+        """Move planned steps, as `ResumableCallback.follow_epochs` does."""
 
     def at_step(self, step: int) -> None:
         """Act after optimizer step number `step`; 0 is the moment before the first one."""
@@ -64,7 +64,7 @@ class Objective:
 
 
 class CompressionModule(LightningModule):
-    """A wrapper that shows itself only in `training_step`.
+    """A wrapper that differs from the module inside only in `training_step`.
 
     It is a second object over the `__dict__` of the module inside, of a class that derives from the wrapper's and the
     module's own. So names, state dict, hooks, `hparams`, metrics, `self.trainer` and what the Trainer asks for are the
@@ -167,7 +167,7 @@ class _Level:
 
 @dataclass
 class _Inside:
-    """What a wrapper holds: the user's module, and what stands around it, the innermost first."""
+    """The user's module, and the wrappers around it, the innermost first."""
 
     own: LightningModule
     levels: tuple[_Level, ...]

@@ -1,1 +1,1 @@
-"""The graph of a network, read for channels: what each operator does to the dimensions of its tensors."""
+"""Follow channels through the exported graph of a network, operator by operator."""

@@ -1,4 +1,4 @@
-"""Units: what leaves a network together.
+"""Units: sets of slices that must leave a network together.
 
     a node: one position of one dimension of one parameter    conv.weight, dim 0, position 5
     a tie: two nodes that must leave together                 ... ~ bn.weight, dim 0, position 5
@@ -37,7 +37,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """What is known of a tensor: its shape and labels.
+    """A tensor of the graph: its shape and its labels.
 
     `uniform`: every entry is the same or random, as in `torch.zeros`, so it would fit other widths just as well.
     `repeated`: dimensions along which one entry was expanded, which code does to any width as well.
@@ -78,7 +78,7 @@ def align(nodes: Tensor, dims: int) -> Tensor:
 
 
 class Units:
-    """Ties between nodes, and what is said about them."""
+    """Ties between nodes, and the reasons for which nodes are frozen or inexact."""
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
@@ -108,12 +108,12 @@ class Units:
         self._ties.append((a, b))
 
     def freeze(self, nodes: Tensor, reason: str) -> None:
-        """Say that nodes can't leave."""
+        """Record that nodes can't leave."""
         nodes = nodes.reshape(-1)
         self.frozen.append((nodes[nodes != FIXED], reason))
 
     def mark_inexact(self, nodes: Tensor, reason: str) -> None:
-        """Say that without these nodes the network computes something else than with zeros in their place."""
+        """Record that the network without these nodes computes something else than with zeros in their place."""
         nodes = nodes.reshape(-1)
         self.inexact.append((nodes[nodes != FIXED], reason))
 
@@ -143,10 +143,10 @@ class Units:
 
 
 def split_apart(nodes: Tensor, dims: Sequence[int], axis_order: int, units: Units, reason: str) -> Tensor:
-    """Read nodes that vary along several dimensions as slabs along one of them, and return one node per slab.
+    """Group nodes that vary along several dimensions into slabs along one of them, and return one node per slab.
 
-    What leaves must leave a box behind: of a matrix whole rows or whole columns can go, not single entries. Which of
-    the two is meant is the `axis_order`: slabs along the last of the dimensions for 0, along the one before for 1.
+    A cut must leave a box: whole rows or whole columns of a matrix can leave, not single entries. `axis_order` chooses
+    between them: slabs along the last of the dimensions for 0, along the one before for 1.
     """
     chosen = dims[max(0, len(dims) - 1 - axis_order)]
     first = nodes

@@ -62,7 +62,7 @@ class Places:
         return [place for name in self.names for place in self.by_name[name]]
 
     def value(self, name: str) -> Value:
-        """The tensor as the graph sees it."""
+        """Return the labelled tensor."""
         shape = self.shapes[name]
         layers = []
         for place in self.by_name[name]:
@@ -215,7 +215,7 @@ _SOME = 1009  # stands for a number that depends on the data: large and prime, s
 
 
 def _plain(size: int | torch.SymInt) -> int:
-    """The size itself, with a stand-in for each part of it that depends on the data."""
+    """Return the size, with a stand-in for each part of it that depends on the data."""
     if isinstance(size, int):
         return size
     expression = size.node.expr

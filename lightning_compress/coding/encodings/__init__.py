@@ -1,1 +1,1 @@
-"""Ways to store the entries of a tensor: where they are (`positions`) and what they are (`values`)."""
+"""Ways to store a tensor: the positions of its nonzero entries, and their values."""

@@ -1,4 +1,4 @@
-"""A zero map whose probabilities are learned while it is coded: pruned rows and columns are very uneven.
+"""A zero map whose probabilities are learned while it is coded, because pruned rows and columns are uneven.
 
     step t:   x x . . x . x .     one slice of the tensor, along its first dimension or across it
               ^ block  ^          lanes are coded in blocks; what the blocks before held is known
@@ -45,7 +45,7 @@ _BLOCK, _BLOCKS = 16, 1 << 11  # lanes at least, blocks at most
 
 
 def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: int, inputs: Array | None) -> None:
-    """Write which entries are not zero.
+    """Write the map of nonzero entries.
 
     Args:
         writer: What they are written to.
@@ -71,7 +71,7 @@ def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: i
 
 
 def least_bits(present: Array, rows: int, axis: int, inputs: Array | None) -> float:
-    """Return what `write_adaptive` takes at least, whatever its rate: settings and the first block."""
+    """Return the least number of bits that `write_adaptive` takes at any rate: the settings and the first block."""
     map_TJ = _steps(present, rows, axis)
     bits = 0.0
 

@@ -1,4 +1,4 @@
-"""Values as they are, in as few bits as all of them need."""
+"""Values without a table, in as few bits as the largest of them needs."""
 
 from __future__ import annotations
 

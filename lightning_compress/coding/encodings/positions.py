@@ -1,4 +1,4 @@
-"""Where the entries are that are not zero.
+"""The positions of nonzero entries: zero maps and relative indices.
 
 DENSE      everywhere
 MAP        one bit per entry, entropy-coded
@@ -31,7 +31,7 @@ _LEAST_LEARNED, _MOST_LEARNED, _ALL_RATES = 256, 1 << 22, 1 << 19  # entries: wh
 
 
 def write_map(writer: Writer, present: Array, shape: tuple[int, ...], limit: float = math.inf) -> None:
-    """Write which entries are not zero, with one probability for all, or with learned ones.
+    """Write the map of nonzero entries, with one probability for all, or with learned ones.
 
     Args:
         writer: What they are written to.
@@ -91,7 +91,7 @@ def read_map(reader: Reader, out: Array, shape: tuple[int, ...]) -> int:
 
 
 def _filled(present: Array, shape: tuple[int, ...], before: Array | None) -> Array | None:
-    """How many entries of each row are there; vectors, as biases between two matrices, change nothing."""
+    """Return the number of nonzero entries of each row; vectors, such as biases between matrices, change nothing."""
     if len(shape) < 2:
         return before
     return np.count_nonzero(present.reshape(shape[0], -1), axis=1) if len(present) <= _MOST_LEARNED else None
@@ -129,7 +129,7 @@ def write_relative(writer: Writer, gaps: Array, width: int) -> None:
 
 
 def read_relative(reader: Reader, out: Array) -> int:
-    """Set the entries that gaps lead to to true, and return how many there are."""
+    """Set the entries at the ends of gaps to true, and return their number."""
     width = 1 + reader.number(_MOST_BITS)
     count = reader.number(len(out) + 1)
     position = -1

@@ -1,4 +1,4 @@
-"""One tensor in the cheapest way: where its entries are, then what they are."""
+"""One tensor in the form of the fewest bits: first the positions of its entries, then their values."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
 
 
 def _present(words: Words, table: tuple[Words, Array] | None) -> Array:
-    """Whether each entry is not zero; the index is quicker to look at."""
+    """Return which entries are nonzero, from the codebook's index where there is one, because that is faster."""
     if table is not None and table[0][0] != 0:
         return np.ones(len(words), np.bool_)
     found: Array = (words if table is None else table[1]) != 0

@@ -1,4 +1,4 @@
-"""What each ATen operator does to labels."""
+"""The rules by which ATen operators propagate the labels of channels."""
 
 from lightning_compress.channels.graph.operators import (  # noqa: F401  # each registers its rules
     contractions,

@@ -1,4 +1,4 @@
-"""An operator in the graph, and the table of rules for what operators do to labels.
+"""An operator in the graph, and the table of rules by which operators propagate labels.
 
 An operator without a rule freezes what it touches: a wrong guess is a silently wrong network.
 """
@@ -25,7 +25,7 @@ class Average(NamedTuple):
 
 
 class Call:
-    """One operator in the graph: its arguments by name, and where it stands."""
+    """One operator in the graph: its arguments by name, and the module whose forward calls it."""
 
     def __init__(self, name: str, arguments: dict[str, Any], shape: Any, module: str, units: Units, axis_order: int):
         self.name, self.arguments, self.shape, self.module = name, arguments, shape, module
@@ -42,7 +42,7 @@ class Call:
         return f"{self.name} in {self.module!r}" if self.module else self.name
 
     def freeze(self, layers: Sequence[Layer], why: str) -> None:
-        """Freeze what the layers stand for."""
+        """Freeze the channels that the layers label."""
         for layer in layers:
             self.units.freeze(layer.nodes, why)
 

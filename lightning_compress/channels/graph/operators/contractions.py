@@ -1,4 +1,4 @@
-"""Operators that sum over a product: what is summed over is tied, the rest goes on."""
+"""Operators that sum over a product: they tie the dimensions that are summed over, and pass the others on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Laid:
 
 
 def contract(call: Call, equation: str, a: Value, b: Value, *, arguments: tuple[str, str] = ("", "")) -> Value:
-    """Tie what `torch.einsum(equation, a, b)` sums over, and carry the rest on.
+    """Tie the dimensions that `torch.einsum(equation, a, b)` sums over, and pass the others on.
 
     `arguments` are the names of the operator's arguments that a and b are.
     """
@@ -78,7 +78,7 @@ def _lay(layer: Layer, letters: str, order: Sequence[str]) -> Tensor:
 
 
 def _sum_over(call: Call, sides: Sequence[_Laid], factors: Sequence[Value], arguments: tuple[str, str]) -> None:
-    """Note who reads the channels, and whether a channel that is left out differs from one that is zero."""
+    """Record the reader of the channels, and whether leaving out a channel differs from setting it to zero."""
     weights = [side for side in sides if factors[side.factor].parameter]
     data = [side for side in sides if not factors[side.factor].parameter]
     if all(value.parameter for value in factors):

@@ -44,7 +44,7 @@ def _first(layer: Layer, dims: int) -> Layer:
 
 
 def _grouped(call: Call, x: Value, weight: Value, groups: int, *, transposed: bool) -> Value:
-    """Blocks of channels that see each other: whole blocks leave, or the same channels of every block."""
+    """Tie the channels of a grouped convolution: whole blocks leave, or the same channels of every block."""
     channel = len(x.shape) - 1
     why = f"{call.where} has groups of one size"
     rows, columns = weight.along(0), weight.along(1)

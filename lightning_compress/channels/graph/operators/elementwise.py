@@ -1,4 +1,4 @@
-"""Operators that act entry by entry: what they combine is tied."""
+"""Elementwise operators: they tie the channels of the operands that they combine."""
 
 from __future__ import annotations
 

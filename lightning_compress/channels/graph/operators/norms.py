@@ -1,4 +1,4 @@
-"""Norms: over the batch they are exact, over channels they count them."""
+"""Norms: those over the batch stay exact after a cut; those over channels depend on the number of channels."""
 
 from __future__ import annotations
 

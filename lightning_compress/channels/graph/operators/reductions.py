@@ -1,4 +1,4 @@
-"""Operators that sum, average or look at neighbours."""
+"""Reductions and pooling: operators that sum, average or combine neighbours."""
 
 from __future__ import annotations
 

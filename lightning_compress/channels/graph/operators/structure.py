@@ -1,4 +1,4 @@
-"""Operators that rearrange entries: they act on the labels as they act on the values."""
+"""Operators that rearrange entries: they rearrange the labels in the same way as the values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _repeated(source: Value, shape: Sequence[int]) -> frozenset[int]:
 
 @rule("slice narrow")
 def cut_out(call: Call) -> Value:
-    """Halves give equally many channels each; where else a slice begins or ends stands in the code, and stays."""
+    """Return the slice of a tensor: halves lose equally many channels each; any other boundary is fixed in the code."""
     source: Value = call["self"]
     dim = (call["dim"] or 0) % len(source.shape)
     size, length = source.shape[dim], call.shape[dim]
@@ -91,7 +91,7 @@ def fourier(call: Call) -> Value:
 
 
 def _but_for(call: Call, source: Value, dims: Sequence[int], what: str) -> Value:
-    """Let labels pass that do not vary along some dimensions, and freeze the others."""
+    """Pass on the labels that do not vary along some dimensions, and freeze the others."""
     layers = []
     for layer in source.layers:
         if any(dim in layer.dims for dim in dims):
@@ -271,7 +271,7 @@ def index_put(call: Call) -> Value:
 
 
 def _written(call: Call, parts: list[Value], places: Callable[[int], bool]) -> Value:
-    """Tie what is written to what it is written into, but for the dimensions that hold places."""
+    """Tie the values that are written to the tensor that they are written into, but for the dimensions of places."""
     rank, flat = len(call.shape), []
     for value in parts:
         ahead = rank - len(value.shape)  # values may have fewer dimensions, or several for the places
