@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_compress.channels.attributes import MAY_CHANGE
 from lightning_compress.channels.reshapes import MOST, Pattern, is_reshape
-from lightning_compress.core.records import RecordError
+from lightning_compress.core.records import RecordError, shown
 
 KINDS = ("numbers", "buffers", "dense_shapes", "dense_numbers")
 
@@ -26,30 +26,30 @@ def check_structure(record: Any) -> None:
         RecordError: It has.
     """
     if not isinstance(record, Mapping) or set(record) != set(KINDS):
-        found = ", ".join(map(repr, record)) if isinstance(record, Mapping) else f"none: it is {_what(record)}"
+        found = ", ".join(map(repr, record)) if isinstance(record, Mapping) else f"none: it is {shown(record)}"
         _fail(f"has the entries {found}, and needs {', '.join(map(repr, KINDS))}")
     for kind in KINDS:
         entries = record[kind]
         if not isinstance(entries, Mapping) or not all(isinstance(name, str) for name in entries):
-            _fail(f"has {_what(entries)} as {kind!r}, and needs a dict by name")
+            _fail(f"has {shown(entries)} as {kind!r}, and needs a dict by name")
         for name, value in entries.items():
             if kind == "dense_shapes":
                 if not _is_sizes(value, least=0):
-                    _fail(f"says that {name!r} had the shape {_what(value)}, which is no tuple of sizes")
+                    _fail(f"says that {name!r} had the shape {shown(value)}, which is no tuple of sizes")
             elif not isinstance(value, Mapping):
-                _fail(f"has {_what(value)} as {kind!r} of {name!r}, and needs a dict")
+                _fail(f"has {shown(value)} as {kind!r} of {name!r}, and needs a dict")
             elif kind == "buffers":
                 for dim, keep in value.items():
                     if not _is_int(dim, 0) or not _is_ascending(keep):
-                        _fail(f"keeps {_what(keep)} of dimension {_what(dim)} of {name!r}, which are no positions")
+                        _fail(f"keeps {shown(keep)} of dimension {shown(dim)} of {name!r}, which are no positions")
             else:
                 if sum(map(is_reshape, map(str, value))) > MOST:
                     _fail(f"sets more than {MOST} reshapes of {name!r}, which no cut leaves behind")
                 for attribute, number in value.items():
                     if attribute not in MAY_CHANGE and not is_reshape(str(attribute)):
-                        _fail(f"sets {_what(attribute)} of {name!r}, which no cut changes")
+                        _fail(f"sets {shown(attribute)} of {name!r}, which no cut changes")
                     if not _is_int(number, 1) and not (_is_sizes(number, least=1) and len(number)):
-                        _fail(f"sets {attribute!r} of {name!r} to {_what(number)}, and a cut leaves a number above 0")
+                        _fail(f"sets {attribute!r} of {name!r} to {shown(number)}, and a cut leaves a number above 0")
 
 
 def check_record(
@@ -93,17 +93,17 @@ def check_record(
                 if not (_is_int(have, 1) and _is_int(value, 1)) and not (
                     _is_sizes(have, least=1) and isinstance(value, Sequence) and len(have) == len(value)
                 ):
-                    _fail(f"sets {name!r} of {path!r} to {_what(value)} where {_what(have)} stands")
+                    _fail(f"sets {name!r} of {path!r} to {shown(value)} where {shown(have)} stands")
                 known = noted or (dense or {}).get(path, {}).get(name)
                 most = record["dense_numbers"].get(path, {}).get(name, known) if kind == "numbers" else known
                 if kind == "dense_numbers" and dense is not None and known is not None and not _same(value, known):
                     raise RecordError(
-                        f"The state dict is of a network that was cut, whose {path}.{name} was {_what(value)} before, "
-                        f"and that of this network is {_what(known)}. Load it into the class, with the arguments, that "
+                        f"The state dict is of a network that was cut, whose {path}.{name} was {shown(value)} before, "
+                        f"and that of this network is {shown(known)}. Load it into the class, with the arguments, that "
                         f"it was saved from."
                     )
                 if most is not None and not _within(value, most):
-                    _fail(f"sets {name!r} of {path!r} to {_what(value)}, more than the {_what(most)} before the cut")
+                    _fail(f"sets {name!r} of {path!r} to {shown(value)}, more than the {shown(most)} before the cut")
             if kind == "numbers":
                 _check_divisible(path, values, incoming)
     for path, values in record["dense_numbers"].items():
@@ -150,11 +150,6 @@ def _is_sizes(value: Any, *, least: int) -> bool:
 
 def _is_ascending(value: Any) -> bool:
     return _is_sizes(value, least=0) and len(value) > 0 and all(a < b for a, b in pairwise(value))
-
-
-def _what(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) < 60 else f"{shown[:57]}..."
 
 
 def _fail(problem: str) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.records import RecordError, kind_class
+from lightning_compress.core.records import RecordError, kind_class, shown
 from lightning_compress.core.structure import Arriving, Removable, Structure, detach, structures
 
 
@@ -71,7 +71,7 @@ class InputHook(NotScriptable, Structure):
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecordError(
                 f"The record of the inputs of {arriving.prefix.rstrip('.')!r} is none of {type(module).__name__} in "
-                f"this version: {record!r:.60} ({error!r:.60})."
+                f"this version: {shown(record)} ({error!r:.60})."
             ) from error
 
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:

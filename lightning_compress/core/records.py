@@ -29,6 +29,20 @@ class UnknownRecordError(ValueError):
     """A record is of a kind, or in a format, that this version does not know; the network was not changed."""
 
 
+def shown(value: Any) -> str:
+    """Return a value of a file as a message shows it, whatever it is.
+
+    Example:
+        >>> shown("x" * 100), shown(10**5000)
+        ("'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...", 'a int of too many digits')
+    """
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} of too many digits"
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
 def kind_class(kind: str) -> type[Structure]:
     """Return the class of a kind, from the room that has it."""
     module, _, name = KINDS[kind].rpartition(".")
@@ -63,16 +77,18 @@ def _kinds_in(path: str, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any
     for kind, value in given.items():
         record = dict(_as_dict(value, path))
         form = record.pop("format", None)
-        if not isinstance(form, int) or isinstance(form, bool) or form < 1:
-            raise RecordError(f"The record {kind!r} of {path!r} has {form!r:.60} as its format, which is no number.")
+        if not isinstance(form, int) or isinstance(form, bool) or not 0 < form < 1 << 31:
+            raise RecordError(
+                f"The record {shown(kind)} of {path!r} has {shown(form)} as its format, which is no number above 0."
+            )
         if kind not in KINDS or form > (known := kind_class(kind).format):
             from lightning_compress import __version__
 
             what = "which does not know it" if kind not in KINDS else f"which reads formats up to {known}"
             raise UnknownRecordError(
-                f"The network was saved with a record of the kind {kind!r} in format {form} for its module {path!r}. "
-                f"This version of lightning_compress is {__version__}, {what}: load the network with the version that "
-                f"saved it, or a later one."
+                f"The network was saved with a record of the kind {shown(kind)} in format {form} for its module "
+                f"{path!r}. This version of lightning_compress is {__version__}, {what}: load the network with the "
+                f"version that saved it, or a later one."
             )
         found[kind] = record
     return found
@@ -80,5 +96,5 @@ def _kinds_in(path: str, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any
 
 def _as_dict(value: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise RecordError(f"The record of {path!r} is {value!r:.60}, and needs to be a dict by name.")
+        raise RecordError(f"The record of {path!r} is {shown(value)}, and needs to be a dict by name.")
     return value

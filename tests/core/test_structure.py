@@ -197,6 +197,26 @@ def test_a_record_that_no_version_writes_is_corrupt(record: Any, tmp_path: Path)
         load_compressed(tmp_path / "f", Net())
 
 
+HUGE = 10**5000  # Python does not print it
+HUGE_RECORDS = {
+    "format": {"grid": {"format": HUGE}},
+    "scale": {"grid": {"format": 1, "scale": HUGE, "zero_point": HUGE, "bits": HUGE}},
+    "dense shape": {
+        "cut": {"format": 1, "numbers": {}, "buffers": {}, "dense_numbers": {}, "dense_shapes": {"": HUGE}}
+    },
+    "number": {
+        "cut": {"format": 1, "numbers": {"": {"groups": HUGE}}, "buffers": {}, "dense_numbers": {}, "dense_shapes": {}}
+    },
+}
+
+
+@pytest.mark.parametrize("what", HUGE_RECORDS)
+def test_a_number_of_too_many_digits_to_print_is_corrupt(what: str, tmp_path: Path) -> None:
+    save_compressed(with_record(HUGE_RECORDS[what], "first"), tmp_path / "f")
+    with pytest.raises(CorruptFileError, match=r"too many digits|Exceeds"):
+        load_compressed(tmp_path / "f", Net())
+
+
 def test_a_record_of_a_layer_that_is_not_there_is_refused() -> None:
     state, model = with_record({}), Net()
     state._metadata["fourth"] = {KEY: {"sign": {"format": 1, "scale": True}}}  # type: ignore[attr-defined]
