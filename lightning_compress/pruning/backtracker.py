@@ -58,14 +58,14 @@ class Backtracker:
         rank_zero_info(f"stop: the dense network has {state.rule.monitor}={state.baseline:.6g}.")
 
     def judge(
-        self, trainer: Trainer, pl_module: LightningModule, masked: MaskedParameters | None, amount: float
+        self, trainer: Trainer, pl_module: LightningModule, masked: MaskedParameters, amount: float
     ) -> Literal["failed", "grew"] | None:
         """Judge the network that has just been validated with `amount` removed, and keep it if it is good enough.
 
         Returns:
             "failed" if the caller must go back, "grew" if the metric held at a larger amount than before, else None.
         """
-        if trainer.sanity_checking and (masked is None or self.state.baseline is not None):
+        if trainer.sanity_checking and self.state.baseline is not None:
             return None  # Lightning's own sanity check judges nothing
         value = float(broadcast(self.state.rule.read(trainer.callback_metrics).to(pl_module.device)))
         verdict = self.state.judge(value, amount)
@@ -75,7 +75,6 @@ class Backtracker:
             return None
         if amount == 0 and verdict != "better":
             return None  # a dense network that got worse is not gone back to
-        assert masked is not None
         self._keep(pl_module, masked, amount)
         return "grew" if verdict == "better" and amount > 0 else None
 

@@ -4,41 +4,45 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.channels.costs import Cost
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import refuse_complex, select_parameters
+from lightning_compress.core.tensors import Kept, sliced
 from lightning_compress.pruning.backtracker import Backtracker
 from lightning_compress.pruning.criteria.choose import (
+    STATIC,
     Criterion,
     Granularity,
     Shrink,
     check_criterion,
+    check_events,
     check_shrink,
     check_widths,
-    static_scores,
 )
-from lightning_compress.pruning.criteria.statistic import Statistic
+from lightning_compress.pruning.criterion_hooks import CriterionHooks
 from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
-from lightning_compress.pruning.removing import RemovingCallback
+from lightning_compress.pruning.remover import ChannelRemover
 from lightning_compress.pruning.stopping import StopRule
-from lightning_compress.trainer.callback import latent_values, take_writes, techniques
-from lightning_compress.trainer.distributed import all_reduce_sum, broadcast
+from lightning_compress.trainer.callback import CompressionCallback, latent_values, take_writes, techniques
+from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.step_window import Ramp
 from lightning_compress.trainer.steps import planned_steps, steps_at
+from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
 
 
-class IterativePruningCallback(RemovingCallback):
+class IterativePruningCallback(CompressionCallback):
     """Prunes a growing fraction of the weights or neurons while the network trains, and keeps them at zero.
 
     At every event the entries with the lowest score s are masked, so that a fraction a(p) of the ORIGINAL entries is
@@ -141,15 +145,8 @@ class IterativePruningCallback(RemovingCallback):
             network=network,
         )
         check_schedule(schedule, amount)
-        check_criterion(criterion, granularity, regrow=regrow)
-        if scope not in ("global", "layer"):
-            raise ValueError(f"scope must be 'global' or 'layer'; got {scope!r}.")
-        if start_epoch < 0:
-            raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
-        if end_epoch is not None and end_epoch <= start_epoch and schedule != "one_shot":
-            raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")
+        check_criterion(criterion, granularity, scope, regrow=regrow)
+        check_events(start_epoch, end_epoch, every_n_steps, at_once=schedule == "one_shot")
         check_shrink(shrink, granularity, criterion, regrow=regrow, stop=stop is not None)
         check_widths(cost, min_left, min_channels, round_to)
         self.amount = amount
@@ -168,21 +165,55 @@ class IterativePruningCallback(RemovingCallback):
         self.min_left = min_left
         self.min_channels = min_channels
         self.round_to = round_to
+        self.network = network
+        self.example_inputs = example_inputs
+
+        self._criterion = CriterionHooks(criterion, granularity)
+        self._masked = MaskedParameters(nn.Module())  # without any, until a fit begins
+        self._remover = ChannelRemover(network, exclude=exclude, example_inputs=example_inputs)
         rule = None if stop is None else StopRule.from_dict(stop)
         self._backtracker: Backtracker | None = None  # None too when a fit has decided it
         if rule is not None and amount > 0:
             self._backtracker = Backtracker(rule, trains_densely=start_epoch > 0)
-        self.network = network
-        self.example_inputs = example_inputs
 
         self.current_amount = 0.0
         self._stopped = False
         self._ramp: Ramp | None = None
-        self._statistic: Statistic | None = None
-        self._masks_gradients = False
+        self._targets: list[str] = []
+        self._entries: dict[str, int] = {}  # of each targeted tensor, before any channel left
         self._emptied: set[str] = set()
 
     # ------------------------------------------------------------------ what has been reached
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.criterion not in STATIC
+
+    @property
+    def removes(self) -> bool:
+        """Whether channels leave the network."""
+        return self.granularity == "neuron" and self.shrink != "never"
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks in force (True stays), by parameter name."""
+        return self._masked.masks
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the original entries, or channels, that has left, or is masked and zero in the module now."""
+        keep, kept = self._keep, self._remover.kept
+        if keep is None:
+            return 0.0
+        zeros = sum(self._masked.count_zeros().values())
+        there = sum(mask.numel() if kept is None else int(mask.sum()) for mask in keep.values())
+        total = sum(self._entries.values()) or sum(mask.numel() for mask in keep.values())
+        return 1.0 - (there - zeros) / total if total else 0.0
+
+    @property
+    def _keep(self) -> dict[str, Tensor] | None:
+        """What stays of the entries that are there, or of the dense network's channels; None before the first event."""
+        return self._remover.kept or self._masked.keep
 
     @property
     def finished(self) -> bool:
@@ -199,7 +230,7 @@ class IterativePruningCallback(RemovingCallback):
         names = set(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
         if self.granularity == "neuron" and self.regrow and trainer is not None and len(techniques(trainer)) > 1:
             # The hidden values of biases and norms come back with the channel's weights.
-            channels = self._trace(trainer, pl_module, names)
+            channels = self._remover.trace(trainer, pl_module, names)
             names |= {member.tensor for layer in channels.neurons for member in layer.members}
         ramp = None if trainer is None else self._planned(trainer, self.loaded_state)
         stopped = self._stopped if self.loaded_state is None else self.loaded_state["stopped"]
@@ -210,7 +241,7 @@ class IterativePruningCallback(RemovingCallback):
             revives=self.regrow,
             rewinds=rewinds,
             shapes=self.shrink if self.removes else "never",
-            looks_at=frozenset() if finished else self._sights(),
+            looks_at=frozenset() if finished else self._criterion.looks_at,
             begins=None if ramp is None else ramp.start,
             final=None if ramp is None or rewinds else ramp.last if finished else ramp.end,
             options={
@@ -227,36 +258,38 @@ class IterativePruningCallback(RemovingCallback):
         self._targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude))
         if self.granularity == "weight":
             refuse_complex(pl_module, self._targets, f"{self.name}(granularity='weight')")
-        # What is masked for good must not count where clipping, or an optimizer, takes entries together, as in a norm.
-        self._masks_gradients = not self.regrow
         resolve_network(pl_module, self.network)  # or say that there is none
         if state is not None:
-            self._costs = state["costs"]  # of the dense network
-            self._kept = state["keep"] if state["thin"] else None
             self._entries = dict(state["entries"])
-        if self.granularity == "neuron":
-            self._channels = self._find_channels(trainer, pl_module)
-        elif not self._entries:
-            self._entries = {name: pl_module.get_parameter(name).numel() for name in self._targets}
-        if state is not None:
             self.current_amount, self._stopped = state["amount"], state["stopped"]
+            self._remover.costs, self._remover.kept = state["costs"], state["keep"] if state["thin"] else None
             if self._backtracker is not None and state["stop"] is not None:
                 self._backtracker.state.load_state_dict(state["stop"])
+        if self.granularity == "neuron":
+            cost, during_fit = self.cost if self.scope == "global" else None, self.shrink == "during_fit"
+            self._remover.find(trainer, pl_module, self._targets, cost=cost, during_fit=during_fit)
+        elif not self._entries:
+            self._entries = {name: pl_module.get_parameter(name).numel() for name in self._targets}
         if self._has_decided(state):
             self._backtracker = None  # so that what this fit trains is kept
         self._ramp = self._planned(trainer, state)
-        self._unmask_dense(pl_module)
-        self._statistic = None
+        self._continue_masks(pl_module, state)
+        self._criterion.stop()
         if self.amount > 0 and not self.finished:
-            self._statistic = self._watch(pl_module)
-        if state is not None and state["statistic"] is not None and self._statistic is not None:
-            self._statistic.load_state_dict(state["statistic"])
-            self._leave_sums_to_rank_zero(self._statistic)
-        earlier = self._masked  # of a fit before, perhaps on another device
-        self._masked = MaskedParameters(pl_module, neurons=self._neurons, regrow=self.regrow)
+            self._watch(pl_module)
         if state is not None:
-            self._mask(None if self._kept is not None else state["keep"], latent=state["latent"])
-        elif earlier is not None:
+            self._criterion.resume(state["statistic"])
+
+    def _continue_masks(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        """Put the masks of a checkpoint, or of an earlier fit, in force again."""
+        earlier = self._masked  # perhaps on another device
+        dense = self._remover.take_back()
+        self._masked = MaskedParameters(pl_module, neurons=self._remover.neurons, regrow=self.regrow)
+        if state is not None:
+            self._mask(None if self._remover.kept is not None else state["keep"], latent=state["latent"])
+        elif dense is not None:
+            self._mask(dense)
+        else:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
 
@@ -294,9 +327,9 @@ class IterativePruningCallback(RemovingCallback):
             return
         self._prune(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
         if self._ramp.finished:
-            if self._neurons is not None and self._keep is not None:
+            if self._remover.neurons is not None and self._keep is not None:
                 warn_of_rounding(self._keep, self.amount, self.round_to)
-            self._statistic = None
+            self._criterion.stop()
             if self._backtracker is None:
                 count_anew(trainer, f"the final sparsity of {self.sparsity:.4g} is reached")
 
@@ -312,21 +345,21 @@ class IterativePruningCallback(RemovingCallback):
                 f"is {self.sparsity:.4g}, not {self.amount}.",
                 stacklevel=2,
             )
-        masks = None if self._kept is not None else self._keep
+        masks = None if self._remover.kept is not None else self._keep
         if self.granularity == "neuron" and self.shrink == "on_fit_end" and self.finished and masks is not None:
-            self._statistic = None
+            self._criterion.stop()
             self._cut(trainer, pl_module, masks)
 
     # ------------------------------------------------------------------ until the metric drops
 
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._backtracker is not None and not self._stopped:
-            assert self._masked is not None
             self._backtracker.begin(trainer, pl_module, self._masked, self.current_amount)
         super().before_first_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._backtracker is None or self._stopped or trainer.state.fn != "fit":
+        before_fit = trainer.sanity_checking and self._ramp is None  # as Lightning's own sanity check of a first fit
+        if self._backtracker is None or self._stopped or trainer.state.fn != "fit" or before_fit:
             return
         outcome = self._backtracker.judge(trainer, pl_module, self._masked, self.current_amount)
         if outcome == "failed":
@@ -349,7 +382,7 @@ class IterativePruningCallback(RemovingCallback):
         if amount > 0:
             if self._backtracker is not None:
                 self._backtracker.state.pruned()
-            if self._neurons != []:  # else one channel is left of every group
+            if self._remover.neurons != []:  # else one channel is left of every group
                 keep = self._decide(trainer, pl_module, amount)
                 if self.granularity == "neuron" and self.shrink == "during_fit":
                     self._cut(trainer, pl_module, keep)
@@ -358,52 +391,42 @@ class IterativePruningCallback(RemovingCallback):
                     for other in techniques(trainer):
                         other.zero_latent(self.masks)
             self.current_amount = amount
-            counted = self._neurons is None and self.scope == "global"
+            counted = self._remover.neurons is None and self.scope == "global"
             least = least_left(self._entries, amount, self.min_left) if counted else {}
             warn_of_thin_layers(self.masks, least, self.min_left, self._emptied)
-        if self._statistic is not None:
-            self._statistic.reset()
+        self._criterion.reset()
 
     @torch.no_grad()
     def _decide(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> dict[str, Tensor]:
-        assert self._masked is not None
         alive = None if self.regrow else self._keep
         take_writes(trainer)
         weights = {name: self._masked.value(name) for name in self._targets}
         latent = latent_values(techniques(trainer))  # values of few bits rank nothing: the real ones behind them do
         weights |= {name: latent[name] for name in weights.keys() & latent.keys()}
-        statistic, absolute = self._statistic, False
-        if statistic is not None:
-            statistic.reduce(all_reduce_sum)
-            if self.projection is not None:
-                self.projection.open()  # what may grow back is scored by what it has grown to
-            scores = statistic.scores()
-            if self.projection is not None:
-                self.projection.settle()
-        elif self.criterion in ("magnitude", "l2") and self._neurons is None:
-            scores, absolute = weights, True  # |w| and w^2 have one order: no copy of the weights is made
-        else:
-            scores = static_scores(self.criterion, weights, self._neurons, self.generator)
-        if self._channels is not None:
+        if self.projection is not None:
+            self.projection.open()  # what may grow back is scored by what it has grown to
+        scores, absolute = self._criterion.score(weights, self._remover.neurons, self.generator)
+        if self.projection is not None:
+            self.projection.settle()
+        if self.granularity == "neuron":
             device = next(iter(scores.values())).device
             keep = prune_neurons(
-                self._channels.of_dense(scores),
+                self._remover.channels.of_dense(scores),
                 amount,
                 scope=self.scope,
                 alive=None if alive is None else {name: mask.to(device) for name, mask in alive.items()},
-                costs=self._costs,
+                costs=self._remover.costs,
                 min_channels=self.min_channels,
                 round_to=self.round_to,
             )
         else:
-            left = self._left(pl_module)
             keep = prune_weights(
                 scores,
                 amount,
                 scope=self.scope,
                 alive=alive,
                 absolute=absolute,
-                left=left,
+                left={name: n - pl_module.get_parameter(name).numel() for name, n in self._entries.items()},
                 min_left=self.min_left,
             )
         device = next(iter(weights.values())).device
@@ -414,29 +437,102 @@ class IterativePruningCallback(RemovingCallback):
     def technique_state(self) -> dict[str, Any]:
         return {
             "keep": self._keep,
-            "thin": self._kept is not None,
+            "thin": self._remover.kept is not None,
             "entries": self._entries,
-            "costs": self._costs,
-            "latent": {} if self._masked is None else self._masked.latent,
+            "costs": self._remover.costs,
+            "latent": self._masked.latent,
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),
-            "statistic": None if self._statistic is None else self._statistic.state_dict(),
+            "statistic": self._criterion.state_dict(),
             "stop": None if self._backtracker is None else self._backtracker.state.state_dict(),
             "stopped": self._stopped,
         }
 
-    # ------------------------------------------------------------------ around the optimizer's step
+    def synchronize(self) -> None:
+        self._criterion.synchronize()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.removes:
+            follow_loads(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.removes:
+            keep_metadata(checkpoint, pl_module)
+
+    # ------------------------------------------------------------------ masks, and cuts
+
+    def _mask(self, keep: dict[str, Tensor] | None, *, latent: dict[str, Tensor] | None = None) -> None:
+        self._masked.set(keep, latent=latent)
+        self.projection = self._masked.projection
+
+    def project_copy(self, module: nn.Module) -> None:
+        self._masked.mask_copy(module)
+
+    def _cut(self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]) -> None:
+        """Take channels out for good: of the module, the optimizers' state, averages, and the ranks' wrapper."""
+        self._mask(None)
+        cut_in_fit(trainer, self, partial(self._remover.cut, keep), at_end=self.shrink == "on_fit_end")
+        if self._criterion.statistic is not None:
+            self._watch(pl_module)
+
+    def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
+        if self._ramp is None:  # the fit has not begun for this callback
+            return
+        self._criterion.end()  # before anything else: it may have changed how torch.compile behaves
+        keep, latent = self._masked.keep, sliced(self._masked.latent, kept)
+        if self.granularity == "weight":
+            keep = keep and sliced(keep, kept)
+        elif stayed := self._remover.follow(kept):  # channels of its own, at the fit's end
+            keep = keep and {name: mask[stayed[name]] if name in stayed else mask for name, mask in keep.items()}
+            self._criterion.stop()
+        self._masked = MaskedParameters(pl_module, neurons=self._remover.neurons, regrow=self.regrow)
+        self._mask(keep, latent=latent)
+        if (seen := self._criterion.state_dict()) is not None:
+            self._watch(pl_module)
+            self._criterion.follow(seen, kept)
+
+    # ------------------------------------------------------------------ a training step
+
+    def _watch(self, pl_module: LightningModule) -> None:
+        targets = self._targets if self._remover.neurons is None else self._remover.neurons
+        network = resolve_network(pl_module, self.network)
+        self._criterion.watch(pl_module, targets, network=network, generator=self.generator)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        assert self._ramp is not None
+        self._criterion.begin(counts=self._steps >= self._ramp.start - self._ramp.interval)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._criterion.step.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.precision == "16-mixed":
+            self._mask_gradients()  # before the scaler looks for what is not finite, and skips the step
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._masks_gradients and self._masked is not None:
+        self._criterion.step.before_step(optimizer if len(trainer.optimizers) > 1 else None)
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        # What is masked for good must not count where clipping, or an optimizer, takes entries together, as in a norm.
+        if not self.regrow:
             self._masked.mask_gradients()
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.precision == "16-mixed" and self._masks_gradients and self._masked is not None:
-            self._masked.mask_gradients()  # before the scaler looks for what is not finite, and skips the step
+    def after_optimizer_step(self) -> None:
+        self._criterion.step.after_step()
 
-    def leads_to_an_event(self) -> bool:
-        return self._ramp is not None and self._steps >= self._ramp.start - self._ramp.interval
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._criterion.end()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._criterion.end()

@@ -656,7 +656,7 @@ def test_taylor_counts_each_step_for_the_parameters_of_its_optimizer_alone() -> 
 
     class Count(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            statistic = callback._statistic
+            statistic = callback._criterion.statistic
             assert isinstance(statistic, Taylor)
             counts.append(dict(statistic.counts))
 

@@ -29,8 +29,10 @@ _NEURONS_ONLY = ("apoz", "mean_activation")
 _BLIND_TO_MASKED_NEURONS = ("apoz", "mean_activation", "taylor", "fisher")
 
 
-def check_criterion(criterion: str, granularity: str, *, regrow: bool) -> None:
+def check_criterion(criterion: str, granularity: str, scope: str, *, regrow: bool) -> None:
     """Raise a ValueError unless the criterion exists, scores this granularity and can see what `regrow` needs."""
+    if scope not in ("global", "layer"):
+        raise ValueError(f"scope must be 'global' or 'layer'; got {scope!r}.")
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}.")
     if granularity not in get_args(Granularity):
@@ -42,6 +44,16 @@ def check_criterion(criterion: str, granularity: str, *, regrow: bool) -> None:
             f"criterion={criterion!r} sees nothing of a masked channel, so regrow=True could bring none back: use "
             f"'magnitude', 'l2', 'obd', 'ewc' or 'mas', or regrow=False."
         )
+
+
+def check_events(start_epoch: float, end_epoch: float | None, every_n_steps: int | None, *, at_once: bool) -> None:
+    """Raise a ValueError unless there is a moment for every event; `at_once` says that there is one event alone."""
+    if start_epoch < 0:
+        raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
+    if end_epoch is not None and end_epoch <= start_epoch and not at_once:
+        raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")
 
 
 def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion, *, regrow: bool, stop: bool) -> None:

@@ -1,0 +1,146 @@
+"""What feeds a criterion: the hooks of a training step, from which a statistic collects what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.tensors import Kept, select, sliced
+from lightning_compress.pruning.criteria.choose import (
+    DIFFERENTIATING,
+    STATIC,
+    Criterion,
+    Granularity,
+    make_statistic,
+    static_scores,
+)
+from lightning_compress.pruning.criteria.statistic import Statistic
+from lightning_compress.pruning.groups import Neurons
+from lightning_compress.trainer.distributed import all_reduce_sum, rank
+from lightning_compress.trainer.effects import Sight
+
+_SEES_NOTHING = Statistic()
+
+
+class CriterionHooks:
+    """Holds what a criterion sees of the training, and scores by it.
+
+    `watch` makes a statistic of the targets, and `stop` drops it. A micro-batch calls `begin`, then the methods of
+    `step` (`before_backward`, `before_step`, `after_step`), and `end`. Criteria that score by the weights alone have no
+    statistic; all of this does nothing for them.
+
+    Args:
+        criterion: The criterion's name.
+        granularity: Whether weights or neurons are scored.
+
+    Attributes:
+        statistic: What the criterion has seen since the last event, or None.
+        step: What sees the step of now: the statistic, or one that sees nothing, where the step doesn't count.
+    """
+
+    def __init__(self, criterion: Criterion, granularity: Granularity) -> None:
+        self._criterion: Criterion = criterion
+        self._granularity: Granularity = granularity
+        self.statistic: Statistic | None = None
+        self.step = _SEES_NOTHING
+
+    @property
+    def looks_at(self) -> frozenset[Sight]:
+        """What the criterion decides by."""
+        if self._criterion in STATIC:
+            return frozenset() if self._criterion == "random" else frozenset({"magnitudes"})
+        found: set[Sight] = {"gradients"}
+        if self._criterion == "si":
+            found.add("magnitudes")
+        elif not (self._criterion == "taylor" and self._granularity == "weight"):
+            found.add("layers")
+        if self._criterion in DIFFERENTIATING:
+            found.add("second_backward")
+        return frozenset(found)
+
+    def watch(
+        self, model: nn.Module, targets: list[str] | list[Neurons], *, network: nn.Module, generator: torch.Generator
+    ) -> None:
+        """Make a new statistic of the targets as they are now; of no targets there is none.
+
+        Args:
+            model: The module that the targets' names are relative to.
+            targets: Names of parameters, or neurons.
+            network: The submodule whose output is the prediction.
+            generator: What random draws come from.
+        """
+        self.stop()
+        if targets:
+            self.statistic = make_statistic(
+                self._criterion, model, targets, granularity=self._granularity, network=network, generator=generator
+            )
+
+    def stop(self) -> None:
+        """Drop the statistic: nothing more is decided."""
+        self.end()
+        self.statistic = None
+
+    def begin(self, *, counts: bool) -> None:
+        """Begin a micro-batch. `counts` says whether it leads to an event; some criteria see all others as well."""
+        statistic = self.statistic
+        if statistic is not None and (counts or statistic.needs_training):
+            self.step = statistic
+        self.step.begin()
+
+    def end(self) -> None:
+        """Remove what watches the network: after a micro-batch or an exception, and before shapes change."""
+        self.step = _SEES_NOTHING
+        if self.statistic is not None:
+            self.statistic.end()
+
+    def score(
+        self, weights: dict[str, Tensor], neurons: list[Neurons] | None, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Score the targets by what all ranks have seen, or else weights, or neurons where they are given.
+
+        Returns:
+            The scores, and whether their absolute values are the importance.
+        """
+        if self.statistic is not None:
+            self.statistic.reduce(all_reduce_sum)  # `reset` follows
+            return self.statistic.scores(), False
+        if self._criterion in ("magnitude", "l2") and neurons is None:
+            return weights, True  # |w| and w^2 have one order: no copy of the weights is made
+        return static_scores(self._criterion, weights, neurons, generator), False
+
+    def reset(self) -> None:
+        """Forget what has been seen, at the start of a new interval."""
+        if self.statistic is not None:
+            self.statistic.reset()
+
+    def synchronize(self) -> None:
+        """Sum over ranks what they have seen, for a checkpoint; rank 0 goes on from that, and others from nothing."""
+        if self.statistic is not None:
+            self.statistic.reduce(all_reduce_sum)
+            if self.statistic.rank_local and rank() > 0:
+                self.statistic.reset()
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Everything seen since the last reset, as plain data; None without a statistic."""
+        return None if self.statistic is None else self.statistic.state_dict()
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `state_dict` returned for a checkpoint: on rank 0, for it holds the sums over all ranks."""
+        if self.statistic is not None and state is not None:
+            self.statistic.load_state_dict(state)
+            if self.statistic.rank_local and rank() > 0:
+                self.statistic.reset()
+
+    def follow(self, state: dict[str, Any], kept: Kept) -> None:
+        """Go on from what `state_dict` returned before a cut; `kept` has the positions that stayed."""
+        if self.statistic is None:
+            return
+        now = self.statistic.sums  # sums over channels keep their shapes
+        sums = {
+            name: total if total.shape == now[name].shape else select(total, kept[name])
+            for name, total in state["sums"].items()
+        }
+        start = {"start": sliced(state["start"], kept)} if "start" in state else {}
+        self.statistic.load_state_dict(state | {"sums": sums} | start)
