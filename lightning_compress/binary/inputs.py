@@ -1,4 +1,4 @@
-"""Layers that see the signs of their inputs, by hooks on the user's own modules: no module and no key changes.
+"""Hooks on the user's own modules, by which layers compute with the signs of their inputs.
 
     BinaryNet     y = layer(sign(x))                                           Courbariaux et al. 2016
     XNOR-Net      y = K * (layer(sign(x)) - bias) + bias                       Rastegari et al. 2016, equation 11

@@ -34,7 +34,7 @@ def sign(x: Tensor) -> Tensor:
 
 
 def sign_(x: Tensor) -> Tensor:
-    """As `sign`, in place."""
+    """Compute `sign` in place."""
     return x.ge_(0).mul_(2).sub_(1)
 
 

@@ -1,4 +1,4 @@
-"""Buffers that multiply a channel make nothing: where the channel is zero, so is the product.
+"""Buffers that multiply a channel are no producers of it: where the channel is zero, so is the product.
 
     relu(z) * mask           zeros in what makes z suffice
     x * scale + shift        x and shift must be zero; of scale = w * rsqrt(v) and shift = b - m * scale: w and b
@@ -23,7 +23,7 @@ ErrorOf = Callable[[Sequence[ChannelGroup]], str | None]
 def without_factors(
     groups: Sequence[ChannelGroup], model: nn.Module, parameters: Collection[str], error_of: ErrorOf
 ) -> list[ChannelGroup]:
-    """The groups, in which buffers that need not be zero for the channels to be no longer count as making them.
+    """Return the groups without those buffers as producers that need not be zero for the channels to be zero.
 
     Args:
         groups: Groups that survive together.
@@ -64,7 +64,7 @@ def without_factors(
 
 
 def _dropped(groups: list[ChannelGroup], names: Collection[str], error_of: ErrorOf) -> list[ChannelGroup]:
-    """Take the buffers of one name out of what makes channels: everywhere, or else wherever that changes nothing."""
+    """Remove the buffers of one name from the producers of channels: everywhere, or else where that changes nothing."""
     together = _consuming(groups, names)
     if error_of(together) is None:
         return together

@@ -1,4 +1,4 @@
-"""Channel groups: if one channel goes, what else must go?
+"""Find channel groups: the slices that must leave together with a channel.
 
     conv.weight[i], bn.weight[i], bn.bias[i], bn.running_mean[i], ..., fc.weight[:, 49 i : 49 i + 49]   one unit
     all 64 of them                                                                                      one group
@@ -66,7 +66,7 @@ def _check(model: nn.Module) -> None:
 
 
 def _frozen_by_memory(groups: Sequence[ChannelGroup], shared: Sequence[tuple[str, str]]) -> list[ChannelGroup]:
-    """Freeze what a cut would tear apart: two tensors over one memory, of which each gets a memory of its own."""
+    """Freeze tensors that share memory, because each would get a memory of its own in a cut."""
     partners = {name: f"{' and '.join(pair)} are two tensors over one memory" for pair in shared for name in pair}
     reasons = [
         next((partners[one.tensor] for one in group.members if one.tensor in partners), None) for group in groups

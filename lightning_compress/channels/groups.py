@@ -1,4 +1,4 @@
-"""What a channel group is: slices of tensors that must leave a network together."""
+"""Channel groups: slices of tensors that must leave a network together."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ChannelGroups(list[ChannelGroup]):
     plan: Plan | None = None
 
     def prefixed(self, prefix: str) -> ChannelGroups:
-        """The same groups seen from a module that has the network as its child `prefix`; an empty one: the network."""
+        """Return the same groups for a module that has the network as its child `prefix`; "": the network itself."""
         start = f"{prefix}." if prefix else ""
         return ChannelGroups(
             replace(
@@ -95,7 +95,7 @@ class ChannelGroups(list[ChannelGroup]):
         )
 
     def copied(self, names: Mapping[str, str], originals: ChannelGroups) -> ChannelGroups:
-        """The same groups with the slices of a copy that lies in the same module.
+        """Return the same groups with the slices of a copy that is in the same module.
 
         Args:
             names: Of a copy's tensors and modules there, by their names in the network.
@@ -134,7 +134,7 @@ class ChannelGroups(list[ChannelGroup]):
         return capture.get()
 
     def to_json(self) -> str:
-        """All there is to know, as JSON."""
+        """Return all facts about the groups, as JSON."""
         return json.dumps(
             [
                 {
@@ -160,7 +160,7 @@ class ChannelGroups(list[ChannelGroup]):
 
 
 def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
-    """The groups of a network after a cut: fewer units, at the places where their slices are then.
+    """Return the groups of a network after a cut: fewer units, with the positions that their slices then have.
 
     Args:
         groups: The groups before the cut.
@@ -196,7 +196,7 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
 def positions_kept(
     groups: ChannelGroups, keep: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[int, Tensor]]:
-    """What a cut will leave of every tensor that it slices: by name and dimension the positions that stay.
+    """Return the positions that stay in a cut, by name and dimension of every tensor that it slices.
 
     Args:
         groups: The groups before the cut.

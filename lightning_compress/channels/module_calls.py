@@ -1,4 +1,4 @@
-"""Parts of a network called alone, with what they got when the whole network ran: what crashes there is cheap."""
+"""Call parts of a network alone, with their arguments in a run of the whole: cuts that crash there cost little."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Calls:
                 handle.remove()
 
     def crash(self, drop: Drop) -> str | None:
-        """Cut, and call the smallest module around all that is cut: None, or what its code says to it."""
+        """Cut, and call the smallest module around the cut tensors; return None, or the error of its code."""
         thin = without(
             self._model, drop, self._around([member.tensor for group, _ in drop for member in group.members])
         )
         return thin if isinstance(thin, str) else None
 
     def difference(self, drop: Drop) -> str | None:
-        """The same, or where the module's output is not that of zeros in what produces the channels, if that counts."""
+        """Return the error as `crash` does, or where the output differs from that of the dense module with zeros."""
         part = self._around([member.tensor for group, _ in drop for member in group.members])
         thin = without(self._model, drop, part)
         if isinstance(thin, str) or not all(group.exact for group, _ in drop):
@@ -63,7 +63,7 @@ class Calls:
         return record
 
     def _around(self, names: Sequence[str]) -> Callable[[], list[Tensor]]:
-        """Calls the smallest module around some tensors as it was called."""
+        """Calls the smallest module around some tensors with the arguments of its first call."""
         paths = [name.split(".")[:-1] for name in names]
         common = []
         for parts in zip(*paths, strict=False):

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a parameter, sliced like the parameter: only where it is known what a tensor is.
+"""Slice an optimizer's state like the parameter, where the meaning of each state tensor is known.
 
 An optimizer's tensor is sliced if it has plain floats, the parameter's shape (or 1 in some of its dimensions), and a
 name that moments have; or another name which has that shape for parameters of several sizes. A length alone proves

@@ -1,4 +1,4 @@
-"""What a network computes without some channels: the dense graph, with averages over the channels that stay."""
+"""The reference for a cut: the dense graph without some channels, with averages over those that stay."""
 
 from __future__ import annotations
 

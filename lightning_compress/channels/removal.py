@@ -1,4 +1,4 @@
-"""Cut channels out of a model, or zero what makes them; and tell whether two outputs agree."""
+"""Cut channels out of a model, or set to zero everything that produces them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
 
 @contextmanager
 def silenced(model: nn.Module, drop: Drop, *, in_place: bool = False) -> Iterator[None]:
-    """Zeros in everything that produces some channels, for the length of a `with` block.
+    """Set everything that produces some channels to zero within a `with` block.
 
     Args:
         model: The network.
@@ -92,7 +92,7 @@ def _get(model: nn.Module, attribute: Attribute) -> int:
 
 
 def drop_of(groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]) -> list[tuple[ChannelGroup, Tensor]]:
-    """Turn what stays of every group into what leaves."""
+    """Turn the units that stay of every group into the units that leave."""
     drop = []
     for name, units in keep.items():
         gone = torch.ones(groups[name].size, dtype=torch.bool)

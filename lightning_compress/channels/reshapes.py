@@ -1,4 +1,4 @@
-"""Reshapes whose sizes stand in a module's own code, given what is left after a cut.
+"""Adapt reshapes whose sizes are written in a module's own code to the sizes that are left after a cut.
 
 Window attention asks for (windows, places, 3, heads, width), with numbers that its code computes from the width of the
 input: after a cut of heads or of their width the tensor holds less than that. Such a module notes, as an attribute,
@@ -74,7 +74,7 @@ class Pattern(NamedTuple):
 
 
 def prepare(model: nn.Module, attributes: Iterable[Attribute]) -> list[Callable[[], None]]:
-    """Let modules note their reshapes, which still ask for what there is; return what undoes it."""
+    """Have modules record their reshapes before any cut; return a function that undoes it."""
     modules = dict(model.named_modules(remove_duplicate=False))
     undo: list[Callable[[], None]] = []
     for one in attributes:
@@ -87,7 +87,7 @@ def prepare(model: nn.Module, attributes: Iterable[Attribute]) -> list[Callable[
 
 
 def adapt(module: nn.Module) -> list[Callable[[], None]]:
-    """Put on a module the forward that gives its reshapes what there is; return what undoes it."""
+    """Give a module the forward that corrects the sizes of its reshapes; return a function that undoes it."""
     before = type(module)
     if issubclass(before, Adapted):
         return []

@@ -67,7 +67,7 @@ def sandbox(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """Let Python look for garbage among new objects only, as it does again and again: torch alone has a million."""
+    """Restrict Python's frequent garbage collections to new objects, because torch alone has a million old ones."""
     if gc.get_freeze_count():  # someone else's
         yield
         return

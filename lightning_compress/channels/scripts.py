@@ -17,7 +17,7 @@ _NUMBERS = count()
 
 @contextmanager
 def scripts_callable(model: nn.Module) -> Iterator[None]:
-    """Let torch.export, and calls in double precision, pass through scripted modules, within `entries_restored`."""
+    """Let torch.export, and calls in double precision, trace scripted modules, within `entries_restored`."""
     with ExitStack() as back:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):

@@ -1,4 +1,4 @@
-"""Take slices out of a model's tensors, in place: the same Parameter objects, thinner, and everything can be undone."""
+"""Slice a model's tensors in place, keeping the Parameter objects, in a way that can be undone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DENSE = "_dense_buffers"  # on a module whose non-persistent buffers were cut: 
 
 
 class Slices:
-    """Slices that have been taken; `undo` puts everything back.
+    """A record of slices that were taken; `undo` restores everything.
 
     Args:
         sparing: Whether `undo` makes the dense tensors anew from what stayed and what left, so that no more memory is
@@ -36,14 +36,14 @@ class Slices:
         self._undo: list[Undo] = []
 
     def undo(self) -> None:
-        """Put everything back, the last first, and all of it whatever fails."""
+        """Restore everything, the last change first, also where one step fails."""
         with ExitStack() as back:
             for undo in self._undo:
                 back.callback(undo)
             self._undo.clear()
 
     def take(self, model: nn.Module, kept: Kept, *, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        """Slice parameters with their gradients, buffers, optimizer state, and the sizes that modules note of them.
+        """Slice parameters with their gradients, buffers, optimizer state, and the size attributes of modules.
 
         Raises:
             ValueError: An optimizer keeps state that cannot be sliced like its parameter.
@@ -71,7 +71,7 @@ class Slices:
             raise
 
     def on_undo(self, undo: Undo) -> None:
-        """Have something else undone as well."""
+        """Register another function for `undo` to call."""
         self._undo.append(undo)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
@@ -112,7 +112,7 @@ class Slices:
         tensor.data = select(tensor.data, {dim: keep})
 
     def _remember(self, module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
-        """Keep what no state dict holds: the dense buffer, and which of its positions stay."""
+        """Store a dense buffer that no state dict holds, and the positions that stay of it."""
         known: dict[str, _Cut] = vars(module).get(_DENSE, {})
         dense, before = known.get(name, (module.get_buffer(name).data, {}))
         here = {dim: before[dim][keep.cpu()] if dim in before else keep.cpu() for dim, keep in dims.items()}
@@ -120,7 +120,7 @@ class Slices:
         _set_dense(module, known | {name: (dense, before | here)})
 
     def _refresh(self, module: nn.Module) -> None:
-        """Set the sizes that a module of torch notes of its tensors."""
+        """Set the size attributes of a module of torch."""
         for name, value in sizes(module).items():
             if getattr(module, name) != value:
                 self.set(module, name, value)

@@ -1,4 +1,4 @@
-"""The trial cut: a group is free only after the network's own code has run without half of its channels."""
+"""Trial cuts: a group is free only after the network's own code has run without half of its channels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Trial:
     def _sorted_out(self, free: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
         """The free groups that survive together, and the others; each way costs more forward passes than the last.
 
-        Groups of one kind are like blocks: the first speaks for all of them, until they do not survive together.
+        Groups of one kind are like blocks: the first represents all of them, until they do not survive together.
         """
         stuck: set[tuple[object, ...]] = set()
         for trial in (self._first_tried, partial(self._tried, error_of=self._crash)):
@@ -87,7 +87,7 @@ class Trial:
         for group in chosen:
             for module in dict.fromkeys(one.module for one in group.attributes if is_reshape(one.name)):
                 noting.setdefault(module, []).append(group)
-        errors: dict[tuple[object, ...], str | None] = {}  # by kinds: the first pair speaks for those like it
+        errors: dict[tuple[object, ...], str | None] = {}  # by kinds: the first pair represents the others of its kind
         stuck: dict[int, str] = {}
         for pair in (pair for groups in noting.values() for pair in combinations(groups, 2)):
             share, kinds = math.gcd(*(group.size for group in pair)), tuple(map(_kind, pair))
@@ -160,7 +160,7 @@ class Trial:
         return replace(group, attributes=(*group.attributes, *found)) if found else group
 
     def _halves_move(self, groups: Sequence[ChannelGroup]) -> bool:
-        """Whether slices of fewer channels are halves again: what they do with them may not show in the output."""
+        """Whether slice boundaries still fall at the same fractions after a cut, which outputs may not show."""
         slices = Slices(sparing=True)
         try:
             take(slices, self._model, [(group, torch.arange(max(1, group.size // 2))) for group in groups])
@@ -186,7 +186,7 @@ class Trial:
         return free, frozen + more
 
     def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Cut all groups, several times, and compare; None, or what went wrong."""
+        """Cut all groups, several times, and compare; return None, or a description of the error."""
         drops = _drops(groups)
         for drop in drops:
             error = self._compared(drop)
@@ -207,7 +207,7 @@ class Trial:
         return self._calls
 
     def _crash(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Cut one group after the other, by a single unit; None, or what the code around it says to the first."""
+        """Cut one group after the other, by a single unit; return None, or the first error of the code around it."""
         drops = ([(group, torch.arange(1))] for group in groups)
         return next(filter(None, map(self._parts.crash, drops)), None)
 
@@ -238,7 +238,7 @@ def _of_first(error_of: ErrorOf, groups: Sequence[ChannelGroup]) -> str | None:
 
 
 def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tensor]]]:
-    """What the trials take: every group in two sizes, so that a number in the network's code does not fit both.
+    """Return the trial cuts: every group in two sizes, so that a fixed number in the network's code fails in one.
 
     One unit of every group comes first, because little hides behind channels that are gone. Rows leave without columns,
     too, and columns without rows: together they may leave a number of channels that fits by chance.
@@ -273,7 +273,7 @@ def _overlap(a: ChannelGroup, b: ChannelGroup) -> bool:
 
 
 def _slices(program: ExportedProgram) -> list[tuple[Fraction, Fraction]]:
-    """Where slices begin and end, as fractions of what they slice."""
+    """Return where slices begin and end, as fractions of the sliced size."""
     found = []
     for node in program.graph.nodes:
         if str(node.target).startswith("aten.slice."):
@@ -289,7 +289,7 @@ def _slices(program: ExportedProgram) -> list[tuple[Fraction, Fraction]]:
 
 
 def _compatible(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """Of groups that overlap, those that can be cut in any combination; finer ones first."""
+    """Return those of overlapping groups that can be cut in any combination, finer ones first."""
     chosen: list[ChannelGroup] = []
     for group in sorted(groups, key=lambda one: -one.size):
         if all(_crosses(group, other) for other in chosen):
@@ -319,7 +319,7 @@ def _crosses(a: ChannelGroup, b: ChannelGroup) -> bool:
 
 
 def _telling(frozen: Sequence[ChannelGroup], free: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """Of the frozen groups those that say something of slices of which nothing was said, larger ones first."""
+    """Return the frozen groups that cover slices which no other group covers, larger ones first."""
     told: list[ChannelGroup] = []
     said = {place for group in free for place in _made(group)}
     for group in sorted(frozen, key=lambda one: -one.size):

@@ -24,7 +24,7 @@ _ALL = "*"  # the key of the one codebook of scope="global"
 
 
 class _SharedProjection(Projection):
-    """Shared values around optimizer steps; between them, zeros that were made leave their clusters first."""
+    """A projection on shared values, which first takes entries that have become zero out of their clusters."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Outputs of a student and its teachers, brought together: what is compared, and where.
+"""Align the outputs of a student and its teachers: the entries to compare, and the positions that count.
 
 Positions that don't count, and classes that are forbidden, are selected away before anything is computed with them. To
 multiply a loss by 0 afterwards would not do: where a logit is infinite, 0 times its gradient is not a number.
@@ -39,7 +39,7 @@ class Aligned(NamedTuple):
     divisor: Tensor
 
     def mean(self, values: list[Tensor]) -> Tensor:
-        """Average what stands for the teachers."""
+        """Average the outputs of the teachers."""
         if len(values) == 1:
             return values[0]
         total = values[0] * self.shares[0]
@@ -118,7 +118,7 @@ def _is_forbidden(outputs: Tensor) -> Tensor:
 
 
 def _counts(mask: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """Where the mask says that a position counts."""
+    """Return the positions that count by the mask."""
     expected = shape[:dim] + shape[dim + 1 :]
     if mask.shape != expected:
         raise ValueError(

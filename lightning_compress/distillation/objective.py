@@ -1,4 +1,4 @@
-"""What a distilled module is trained to: its own loss, its teachers' outputs, and their layers."""
+"""The objective of distillation: the student's own loss, its teachers' outputs, and their layers."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ class Distillation(Objective):
         return list(known.unbind(1))
 
     def say_once(self, message: str) -> None:
-        """Print what a user should know, the first time."""
+        """Print a message for the user, once."""
         if message not in self.said:
             self.said.add(message)
             rank_zero_info(message)
@@ -236,7 +236,7 @@ def _is_written(module: LightningModule) -> bool:
 
 
 class _Lesson:
-    """One step: what the teachers say about its batch, and how far the student is from it."""
+    """One training step: the teachers' outputs for its batch, and the distance of the student's from them."""
 
     def __init__(self, objective: Distillation, alpha: float, temperature: float, index: Tensor | None) -> None:
         self.objective = objective
@@ -250,7 +250,7 @@ class _Lesson:
         self.hint_losses: dict[str, Tensor] = {}
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Ask the teachers, before the student's network can change what it was given."""
+        """Run the teachers, before the student's network can change its inputs."""
         objective = self.objective
         if objective.mask is not None:
             self.mask = named_mask(kwargs, objective.mask)
@@ -266,7 +266,7 @@ class _Lesson:
                 objective.teachers(args, kwargs)
 
     def compare_layer(self, key: str, mine: Tensor) -> None:
-        """Compare the output of a layer, at the moment when it is there."""
+        """Compare the output of a layer as soon as the layer has returned it."""
         hint = self.objective.hints[key]
         if key not in self.teachers_features:
             raise ValueError(
@@ -283,7 +283,7 @@ class _Lesson:
         self.hint_losses[key] = hint.between(mine, self.teachers_features[key], regressor, self.mask)
 
     def compare_output(self, output: Any) -> None:
-        """Compare what the network returned, before the caller can change it."""
+        """Compare the output of the network, before the caller can change it."""
         missing = [hint for key, hint in self.objective.hints.items() if key not in self.hint_losses]
         if missing:
             raise ValueError(f"{missing[0]}: the student's layer did not run in its network's forward pass.")
@@ -292,7 +292,7 @@ class _Lesson:
             self.output_loss = self.objective.compare(student, self.teachers_outputs, self.temperature, self.mask)
 
     def check_gradients(self) -> None:
-        """Refuse outputs through which nothing could be learned, of a network that ran without gradients."""
+        """Refuse outputs of a network that ran without gradients, from which the student could not learn."""
         compared = [] if self.output_loss is None else [("The output of the network", self.output_loss)]
         compared += [(str(self.objective.hints[key]), loss) for key, loss in self.hint_losses.items()]
         for what, loss in compared:

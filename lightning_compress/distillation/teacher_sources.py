@@ -1,4 +1,4 @@
-"""What a user may pass as a teacher, to networks."""
+"""Make networks of everything that a user may pass as a teacher."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _other_hyperparameters(path: str | PathLike[str], student: LightningModule) 
 
 
 def network_of(teacher: nn.Module, network: str, teacher_network: str | None) -> nn.Module:
-    """Return what of a teacher maps inputs to outputs.
+    """Return the part of a teacher that maps inputs to outputs.
 
     Args:
         teacher: Of a LightningModule, the submodule at `network` is taken; any other module is taken as it is.

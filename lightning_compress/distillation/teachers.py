@@ -57,7 +57,7 @@ class Teachers:
         return self
 
     def to(self, device: torch.device | str, student: nn.Module | None = None) -> None:
-        """Move the networks, and see to the mode of modules that are not the student's."""
+        """Move the networks to a device, and set the mode of the modules that are not the student's."""
         self._device = torch.device(device).type
         for root in self.roots:
             root.to(device)
@@ -93,9 +93,9 @@ class Teachers:
         return outputs
 
     def _settle(self, student: nn.Module | None) -> None:
-        """Put what is not the student's into evaluation mode once and for all, and note in which mode a call finds it.
+        """Put the modules that are not the student's into evaluation mode, and save the modes that a call should find.
 
-        Of a teacher that shares modules with its student nothing is noted: their modes are seen to at each call.
+        No modes are saved of a teacher that shares modules with its student: they are set at each call.
         """
         shared = set() if student is None else {id(vars(module)) for module in student.modules()}
         self._modes: list[list[tuple[nn.Module, bool]] | None] = []
@@ -147,7 +147,7 @@ def _evaluate(module: nn.Module) -> None:
 
 
 def _are(modes: list[tuple[nn.Module, bool]] | None) -> bool:
-    """Whether modules are in the modes that were noted."""
+    """Whether modules are in the modes that were saved."""
     return modes is not None and all(module.training is training for module, training in modes)
 
 
