@@ -67,6 +67,12 @@ def test_the_earlier_name_of_an_argument_is_refused() -> None:
         DistillationModule(SmallModule(), SmallModule(), cache=-1)  # type: ignore[call-arg]
 
 
+def test_checkpoints_know_the_argument_by_its_earlier_name() -> None:
+    module = DistillationModule(SmallModule(), SmallModule(), index=-1)
+    (level,) = module._lightning_compress.levels
+    assert "'cache': -1" in level.callback.state_key
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_function_that_was_moved_is_there(target: str) -> None:
     assert callable(get_object(TARGETS[target]))

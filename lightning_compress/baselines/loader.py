@@ -52,7 +52,7 @@ class EpochSampler:
 class TensorLoader:
     """Iterate over (inputs, targets) batches that are picked from two tensors in memory.
 
-    Stateful: `state_dict` tells the epoch and the next batch, so that Lightning resumes in the middle of an epoch with
+    Stateful: `state_dict` has the epoch and the next batch, so that Lightning resumes in the middle of an epoch with
     the batch that comes next. Augmentation draws from (seed, epoch, batch, rank), so it resumes exactly too.
 
     Distributed: Lightning shards only a `DataLoader`, so this loader does it itself once `torch.distributed` is

@@ -129,7 +129,7 @@ class BinaryWeightsCallback(LatentCallback):
         if not self.activations:
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # patterns that match nothing have been told
+            warnings.simplefilter("ignore")  # a warning for patterns that match nothing was given before
             return binarize_inputs(
                 pl_module,
                 activations=self.activations,

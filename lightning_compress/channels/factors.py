@@ -3,7 +3,7 @@
     relu(z) * mask           zeros in what makes z suffice
     x * scale + shift        x and shift must be zero; of scale = w * rsqrt(v) and shift = b - m * scale: w and b
 
-The graph ties them to the channel all the same, so a trial tells which of them have to be zero.
+The graph ties them to the channel all the same, so a trial finds which of them have to be zero.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def misfits(state: dict[str, Tensor], model: nn.Module, *, thinner: bool) -> str
         UnknownRecordError: This version does not know a record.
     """
     if any(kind_class(kind).renames for kind in records(getattr(state, "_metadata", None))):
-        return ""  # the strict load into the rebuilt network tells
+        return ""  # the strict load into the rebuilt network raises
     mine = model.state_dict()
     both = {name for name in mine.keys() & state.keys() if not is_extra(name) and not is_lazy(mine[name])}
     problems = [

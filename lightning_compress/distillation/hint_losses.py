@@ -152,7 +152,7 @@ def regressor(
         student_shape: Shape of the student's features with the batch, whose size does not matter.
         teacher_shape: Likewise of the teacher's.
         channel_dim: 1 or -1. By default 1, as in (N, D), (N, C, H, W); it must be given for 3 dimensions, where it
-            tells (N, C, L), 1, from (N, T, D), -1.
+            distinguishes (N, C, L), 1, from (N, T, D), -1.
 
     Raises:
         ValueError: No such layer leads from one shape to the other, or the channels' dimension is unknown.

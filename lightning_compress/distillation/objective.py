@@ -165,7 +165,7 @@ class Distillation(Objective):
         ):
             output = run(*args, **kwargs)
         own = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(own, Tensor):  # a step that is skipped; Lightning tells of anything else
+        if not isinstance(own, Tensor):  # a step that is skipped; Lightning refuses anything else
             return output
         was_called()
         if own.requires_grad:

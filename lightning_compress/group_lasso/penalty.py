@@ -159,7 +159,7 @@ def unit_groups(
 
     Args:
         model: The module that the tensors' names are relative to.
-        channels: What `core.channels.channel_groups` has found.
+        channels: The groups that `lightning_compress.channel_groups` has found.
         target: As for `weight_groups`.
         exclude: As for `weight_groups`.
 
@@ -174,7 +174,7 @@ def unit_groups(
         ([('0', 4, 4)], {'4': 'it is an output of the network'})
     """
     chosen = {id(parameter) for parameter in select_parameters(model, target, exclude=exclude).values()}
-    named = {id(parameter) for parameter in select_parameters(model, target, warn=False).values()}  # told above
+    named = {id(parameter) for parameter in select_parameters(model, target, warn=False).values()}  # warned above
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found, left_out = [], {}
     for group in channels:

@@ -99,7 +99,7 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
     if output is not None and not isinstance(found, Tensor):  # of student and teacher, one may return just the tensor
         try:
             if isinstance(found, Mapping | tuple | list) and not (isinstance(output, str) and hasattr(found, output)):
-                picked = found[output]  # type: ignore[index]  # what does not fit is told below
+                picked = found[output]  # type: ignore[index]  # a selector that does not fit is refused below
             else:
                 picked = getattr(found, str(output))
         except (KeyError, IndexError, TypeError, AttributeError) as error:

@@ -79,7 +79,7 @@ _SILENT: dict[str, Callable[[Call, list[bool]], bool]] = {
 def combine(call: Call, operands: Sequence[Value], silent: Callable[[list[bool]], bool]) -> Value:
     """Tie operands that are combined entry by entry, with broadcasting.
 
-    `silent` tells whether the result reads zero where the operands that have a channel do (`True` in its list).
+    `silent` returns whether the result is zero where the operands that have a channel do (`True` in its list).
     """
     shape = broadcast([value.shape for value in operands])
     layers: list[Layer] = []

@@ -59,7 +59,7 @@ def cut_out(call: Call) -> Value:
             call.units.halved.append(first.reshape(-1))
             layers.append(Layer(first, layer.silent))
         else:
-            # What lies behind the last place that the code names may go; what lies before it would move the place.
+            # Positions after the last one that the code names may leave; a cut before it would move that one.
             named = size if step != 1 else start if start + length == size else start + length
             why = f"{call.where} takes channels apart at a place that its code names"
             call.units.freeze(layer.nodes.narrow(dim, 0, named), why)
