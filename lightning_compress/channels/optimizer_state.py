@@ -66,7 +66,7 @@ def slice_state(
 def check_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Raise a ValueError unless the optimizer's state of these parameters could be sliced, now and after steps.
 
-    A twin of an optimizer that is not torch's own takes a step with copies of parameters, which shows the state that it keeps.
+    A twin of an optimizer that is not torch's own takes a step with copies of parameters, to show the state it keeps.
     """
     mine = {id(one) for level in _levels(optimizer) for group in level.param_groups for one in group["params"]}
     its = [one for one in parameters if id(one) in mine]
