@@ -80,7 +80,7 @@ class IterativePruningCallback(CompressionCallback):
         cost: What the scores of neurons are divided by before groups are compared (scope="global"): the "parameters",
             "macs" or "latency" (measured) of one channel.
         min_left: Fraction of the entries of each weight that stays at least, so that scope="global" empties no layer;
-            at most half of what stays of all. Where it acts is said.
+            at most half of what stays of all. A warning names the weights where it acts.
         min_channels: How many channels of each group stay at least.
         round_to: The number of channels that stay is rounded up to a multiple of it, such as 8 for tensor cores.
         network: Dotted path of the submodule whose output is the prediction, for neurons and for ewc and mas.

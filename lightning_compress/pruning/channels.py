@@ -60,12 +60,12 @@ class PrunableChannels:
             self._resume(keep)
 
     def find_again(self) -> list[Neurons]:
-        """Find the channels of a network that something else has cut."""
+        """Find the channels anew, after another technique has cut the network."""
         self._groups: ChannelGroups = channel_groups(self._model.get_submodule(self._network), self._inputs)
         return self._find()
 
     def follow(self, kept: Kept) -> dict[str, Tensor]:
-        """Find the channels of a network that something else has cut, and count those out that have left.
+        """Find the channels anew after the cut of another technique, and drop from `keep` those that have left.
 
         Args:
             kept: By tensor and dimension the positions that stayed.
@@ -124,7 +124,7 @@ class PrunableChannels:
         self.keep = {name: mask.cpu() for name, mask in keep.items()}
 
     def of_dense(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scores of the channels that are left, laid out over the dense network's; zero for the others."""
+        """Lay the scores of the channels that are left out over the dense network's channels; others score zero."""
         laid = {}
         for name, mask in self.keep.items():
             score = scores.get(name)
@@ -134,7 +134,7 @@ class PrunableChannels:
         return laid
 
     def costs(self, cost: Cost) -> dict[str, float]:
-        """What one channel of each group costs."""
+        """Return what one channel of each group costs."""
         start = f"{self._network}." if self._network else ""
         mine = {layer.name.removeprefix(start) for layer in self.neurons}
         groups = [group for group in self._groups if group.name in mine]

@@ -1,4 +1,4 @@
-"""What limits have kept from being pruned, said aloud."""
+"""Warnings about what the limits of pruning have emptied, or kept from being pruned."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Mapping
 from torch import Tensor
 
 
-def warn_of_thin_layers(masks: Mapping[str, Tensor], least: Mapping[str, int], min_left: float, told: set[str]) -> None:
-    """Warn of tensors that are emptied, and of those of which no more than the least is left; of each once.
+def warn_of_thin_layers(
+    masks: Mapping[str, Tensor], least: Mapping[str, int], min_left: float, warned: set[str]
+) -> None:
+    """Warn once of every tensor that is emptied, and of every one of which no more than the least is left.
 
     Args:
         masks: The masks in force (True stays), by parameter name.
         least: How many entries `min_left` keeps of a tensor; empty where it doesn't count.
         min_left: The setting.
-        told: Names of tensors that have been told of; grows.
+        warned: Names of tensors that a warning has named before; new ones are added.
     """
-    counts = {name: int(mask.sum()) for name, mask in masks.items() if name not in told}
+    counts = {name: int(mask.sum()) for name, mask in masks.items() if name not in warned}
     emptied = [name for name, count in counts.items() if count == 0]
     thin = [name for name, count in counts.items() if 0 < count <= least.get(name, 0)]
-    told |= {*emptied, *thin}
+    warned |= {*emptied, *thin}
     if emptied:
         warnings.warn(f"Every entry of {', '.join(emptied)} is pruned: nothing passes through it.", stacklevel=3)
     if thin:

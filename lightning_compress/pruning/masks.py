@@ -109,7 +109,7 @@ def _drops(
     alive: Mapping[str, Tensor] | None,
     left: Mapping[str, int] | None,
 ) -> int:
-    """How many of what is there are dropped, so that `amount` of the original is."""
+    """Return how many of the entries that are there must be dropped, so that `amount` of the original ones is."""
     names = list(names)
     gone = sum((left or {}).get(name, 0) for name in names)
     dropped = 0 if alive is None or gone == 0 else sum(int((~alive[name]).sum()) for name in names)
