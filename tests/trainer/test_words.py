@@ -24,6 +24,7 @@ from lightning_compress import (
     QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
 )
+from lightning_compress.report.renamed import TARGETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -240,6 +241,6 @@ def test_what_texts_cite_exists() -> None:
                 break
             for attribute in parts[n:]:
                 found = getattr(found, attribute, None)
-            if found is None and n > 1:  # what lies at the top may be a key of a state dict
+            if found is None and n > 1 and name not in TARGETS:  # what lies at the top may be a key of a state dict
                 missing.append((text.name, name))
     assert missing == []
