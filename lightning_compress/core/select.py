@@ -183,7 +183,7 @@ def exact_patterns(names: Iterable[str]) -> list[str]:
 
 
 def _default_names(module: nn.Module) -> list[str]:
-    return [name for name, child in module.named_modules() if is_weight_layer(child)]
+    return [_plain(name) for name, child in module.named_modules() if is_weight_layer(child)]
 
 
 def _default(module: nn.Module, exclude: Sequence[str]) -> set[str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -116,3 +118,16 @@ def test_what_has_no_entries_is_passed_over_or_refused_by_name() -> None:
 def test_an_excluded_layer_may_compute_its_weight() -> None:
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
     assert list(select_parameters(net, exclude="0")) == ["1.weight"]
+
+
+def test_an_error_suggests_names_that_patterns_match_in_a_compiled_network() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+
+    net = Net()
+    with pytest.raises(ValueError, match=r"such as 'body\.0'\.") as refused:
+        select_parameters(net, "encoder", warn=False)
+    (suggested,) = re.findall(r"such as '(.*)'\.", str(refused.value))
+    assert list(select_parameters(net, suggested))
