@@ -208,7 +208,7 @@ class Planned:
         try:
             with at_most(limit):
                 found = planner(model, inputs())
-        except Exception as error:
+        except Exception as error:  # its row says so, and the other networks go on
             return cls(time.perf_counter() - start, 0, str(error).split("\n")[0] or type(error).__name__)
         return cls(time.perf_counter() - start, found)
 

@@ -82,7 +82,7 @@ def main() -> None:
     for name in arguments.networks:
         try:
             row = one_network(name, arguments.seeds)
-        except Exception as error:
+        except Exception as error:  # its row says so, and the other networks go on
             worst[name] = float("inf")
             table.add_row(name, "failed", str(error)[:60])
             continue

@@ -124,10 +124,6 @@ class Projection:
         """Whether the module holds project(w): no step and no write is under way."""
         return not (self._open or self._before or self._writing)
 
-    def is_open(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether all parameters that `optimizer` steps are open, because it steps within the step of another one."""
-        return self._open.keys() >= self.share(optimizer).keys()
-
     def share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
         """Return the parameters that `optimizer` steps, by what its groups hold now; without one, all."""
         if optimizer is None:

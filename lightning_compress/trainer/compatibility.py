@@ -21,10 +21,10 @@ class Technique:
     """A technique of a fit.
 
     Attributes:
-        name: Of its class.
-        settings: Its constructor's arguments.
-        place: In Trainer(callbacks=[...]).
-        effects: What it does.
+        name: The name of its class, or of its wrapper.
+        settings: The arguments of its constructor.
+        place: Its position in Trainer(callbacks=[...]), from 0.
+        effects: What it declares for this fit.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Rule:
     """A reason to refuse a fit.
 
     Attributes:
-        name: Short, for tables.
+        name: A short name, which no other rule has.
         reason: Why it is refused, with `{one}` for the technique.
         remedy: What to do.
         shows: Effects whose options stand in the message.
