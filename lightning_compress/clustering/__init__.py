@@ -1,4 +1,4 @@
-"""Weights that share a few values, from plain functions to a callback."""
+"""Weight clustering: all weights of a layer take one of a few shared values. These functions need no Trainer."""
 
 from __future__ import annotations
 

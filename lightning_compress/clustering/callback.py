@@ -1,4 +1,4 @@
-"""Weight clustering as a callback: the weights of a layer share a few values, which train on."""
+"""Weight clustering as a callback: the weights of a layer share a few values, and these are trained on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.once import QuantizingCallback
 
-_ALL = "*"  # the key of the one codebook of scope="global"
+_ALL = "*"  # the key of the codebook with scope="global"
 
 
 class _SharedProjection(Projection):
-    """A projection on shared values, which first takes entries that have become zero out of their clusters."""
+    """A projection onto shared values.
+
+    Args:
+        parameters: The clustered parameters, by name.
+        project: Sets the given tensors to shared values.
+        share_written: Sets the named parameters to shared values after other code has written to them.
+    """
 
     def __init__(
         self,
@@ -42,31 +48,33 @@ class _SharedProjection(Projection):
 
 
 class WeightClusteringCallback(QuantizingCallback):
-    """Clusters the weights of each layer once and trains the cluster's shared values on.
+    """Clusters the weights of each layer once, then trains the values that the weights of a cluster share.
 
-    At `start_epoch` the k values c that minimise the sum over weights w of min over j of (w - c_j)^2 replace the
-    weights. Then dL/dc_j = mean (or sum) over the cluster of dL/dw, in place of each gradient before the optimizer's
-    step and before clipping, and after it every weight is the mean over its cluster. Weights that are exactly zero,
-    then or later, have been pruned: they stay zero and belong to no cluster. `compress/bits_per_weight` (indices and
-    tables, before any entropy coding) and `compress/clusters` (shared values in all) are logged once an epoch.
+    At `start_epoch` each weight is replaced by the nearest of k values c, which minimise the sum over weights w of min
+    over j of (w - c_j)^2. From then on, before clipping and the optimizer's step, each gradient is replaced by
+    dL/dc_j = mean (or sum) of dL/dw over the cluster, and after the step each weight by the mean over its cluster.
+    Weights that are exactly zero, at that moment or later, count as pruned: they stay zero and belong to no cluster.
+    Once an epoch the callback logs `compress/bits_per_weight` (indices and codebooks, before entropy coding) and
+    `compress/clusters` (the number of shared values of all codebooks).
 
     Args:
-        n_clusters: How many values a layer's non-zero weights share, k; 0 changes nothing. Or `{pattern: k}`, patterns
-            as in `target`, of which the first that matches counts: `{"conv*": 256, "fc*": 32}`. Layers that no pattern
-            names stay as they are, which is said aloud, and so do those with 0.
-        init: Where the k-means begins: "optimal", or, to see why not, "linear" (evenly from the smallest weight to the
-            largest) or "density" (quantiles).
-        start_epoch: When weights are clustered, in epochs, which may be fractions.
-        gradient: "mean" keeps the scale of a single weight's gradient, and so the optimizer's settings. "sum" is the
-            derivative by the shared value; it grows with the cluster, and SGD diverges at its dense learning rate.
-        scope: "layer" makes a codebook for each layer, "global" one for all of them together.
-        target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
-            an optimizer trains when the fit begins and that the code of `forward` reaches, or what the patterns of
-            `n_clusters` name.
-        exclude: Patterns to leave out.
+        n_clusters: The number k of values that the non-zero weights of a layer share; 0 leaves them unchanged. Or
+            `{pattern: k}`, with patterns as in `target`: `{"conv*": 256, "fc*": 32}`. The first pattern that matches a
+            layer counts. A layer that no pattern matches stays unchanged, with a warning.
+        init: How the k-means is initialised: "optimal"; or, for comparison, "linear" (evenly from the smallest weight
+            to the largest) or "density" (quantiles).
+        start_epoch: When the weights are clustered, in epochs; fractions are allowed.
+        gradient: "mean" keeps the scale of a single weight's gradient, so the optimizer's settings stay valid. "sum" is
+            the derivative with respect to the shared value. It grows with the cluster: SGD diverges with it at the
+            learning rate of dense training.
+        scope: "layer" makes a codebook for each layer, "global" one codebook for all layers.
+        target: Patterns of modules (their `weight`) or parameters. By default: what the patterns of `n_clusters` name;
+            without patterns, the linear layers and convolutions that an optimizer trains when the fit begins and that
+            the code of `forward` reaches.
+        exclude: Patterns of what stays unchanged.
 
     Raises:
-        ValueError: An argument is out of range, or the combination makes no sense.
+        ValueError: An argument is out of range, or `scope="global"` is combined with patterns.
 
     References:
         Han et al. 2016, "Deep Compression", section 3.
@@ -79,7 +87,7 @@ class WeightClusteringCallback(QuantizingCallback):
 
     verb, done = "cluster", "clustered"
     kind = "codebook"
-    compares_values = False  # that takes as long as sharing them
+    compares_values = False  # comparing would take as long as sharing the values
 
     def __init__(
         self,
@@ -112,25 +120,25 @@ class WeightClusteringCallback(QuantizingCallback):
         self.gradient: GradientRule = gradient
         self.scope = scope
 
-        self._wanted: dict[str, int]  # clusters by parameter
-        self._shared: dict[str, SharedWeights] = {}  # by parameter, or by _ALL
-        self._beside: list[CompressionCallback] = []  # the other techniques of the fit
+        self._wanted: dict[str, int]  # number of clusters, by parameter name
+        self._shared: dict[str, SharedWeights] = {}  # by parameter name, or by _ALL
+        self._other_techniques: list[CompressionCallback] = []
 
     # ------------------------------------------------------------------ what has been reached
 
     @property
     def codebooks(self) -> dict[str, Tensor]:
-        """The shared values, by parameter name ("*" for scope="global"); the first is 0 and stands for pruned."""
+        """The shared values by parameter name ("*" with scope="global"); the first is 0, for pruned weights."""
         return {key: shared.codebook for key, shared in self._shared.items()}
 
     @property
     def indices(self) -> dict[str, Tensor]:
-        """For each clustered parameter the position of every entry's value in its codebook."""
+        """For each clustered parameter, by name, the positions of its entries in the codebook."""
         return {name: index for shared in self._shared.values() for name, index in shared.index.items()}
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits for an index and a share of the codebook, over the clustered weights; 32 before."""
+        """Bits for the index and a share of the codebook, averaged over the clustered weights; 32 before clustering."""
         sizes = [sum(p.numel() for p in shared.parameters.values()) for shared in self._shared.values()]
         bits = [shared.bits_per_weight for shared in self._shared.values()]
         return sum(n * b for n, b in zip(sizes, bits, strict=True)) / sum(sizes) if sizes else 32.0
@@ -155,12 +163,12 @@ class WeightClusteringCallback(QuantizingCallback):
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         super().prepare(trainer, pl_module, state)
         refuse_sparse_gradients(pl_module, self._wanted, self.name)
-        self._beside = [one for one in techniques(trainer) if one is not self]
+        self._other_techniques = [one for one in techniques(trainer) if one is not self]
         if state is not None:
             self._shared = {}
             self._share(pl_module, state["codebooks"], state["indices"])
         elif self._shared:
-            self._share(pl_module, self.codebooks, self.indices)  # perhaps on another device
+            self._share(pl_module, self.codebooks, self.indices)  # the device may have changed since the earlier fit
             self._check_clustered()
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
@@ -168,7 +176,7 @@ class WeightClusteringCallback(QuantizingCallback):
         for key, names in self._groups().items():
             together = {name: parameters[name] for name in names}
             self._shared[key] = SharedWeights.nearest(together, self._means(together, self._wanted[names[0]]))
-        self._hold()
+        self._set_projection()
         return f"weights are clustered to {self.bits_per_weight:.3g} bits each"
 
     def _means(self, parameters: Mapping[str, nn.Parameter], k: int) -> Tensor:
@@ -180,7 +188,7 @@ class WeightClusteringCallback(QuantizingCallback):
         return agreed[~agreed.isnan()]
 
     def _groups(self) -> dict[str, list[str]]:
-        """The parameters of every codebook."""
+        """Return the names of the parameters of each codebook, by its key."""
         if self.scope == "global":
             return {_ALL: list(self._wanted)} if self._wanted else {}
         return {name: [name] for name in self._wanted}
@@ -192,9 +200,9 @@ class WeightClusteringCallback(QuantizingCallback):
         for key, codebook in codebooks.items():
             names = list(indices) if key == _ALL else [key]
             self._shared[key] = SharedWeights({name: parameters[name] for name in names}, codebook, indices)
-        self._hold()
+        self._set_projection()
 
-    def _hold(self) -> None:
+    def _set_projection(self) -> None:
         parameters = {name: p for shared in self._shared.values() for name, p in shared.parameters.items()}
         self.projection = _SharedProjection(parameters, self._project, self._share_written) if parameters else None
 
@@ -205,12 +213,12 @@ class WeightClusteringCallback(QuantizingCallback):
                 shared.share_values(None if own else tensors)
 
     def _share_written(self, names: Collection[str]) -> None:
-        """Share the values of clusters anew, where other code has written into them."""
+        """Set weights to shared values again, after other code has written to the named parameters."""
         self._take_zeros()
-        behind = self._behind()
+        latent = self._latent_values()
         for shared in self._shared.values():
-            # What another callback holds on a grid, it takes care of.
-            elsewhere = behind.keys() & shared.parameters.keys() or shared.parameters.keys().isdisjoint(names)
+            # Parameters with latent values are written by the callback that quantizes them to a grid.
+            elsewhere = latent.keys() & shared.parameters.keys() or shared.parameters.keys().isdisjoint(names)
             if not elsewhere and not shared.holds():
                 shared.share_values()
 
@@ -218,8 +226,8 @@ class WeightClusteringCallback(QuantizingCallback):
         for key, shared in self._shared.items():
             if not shared.holds():
                 raise ValueError(
-                    f"{key} no longer holds the shared values of an earlier fit with this callback. To cluster this "
-                    f"network from the beginning, make a new callback."
+                    f"{key} no longer holds the shared values that an earlier fit with this callback gave it. To "
+                    f"cluster this network anew, make a new callback."
                 )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,7 +247,7 @@ class WeightClusteringCallback(QuantizingCallback):
                 shared.share_values(copies)
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
-        """Slice the indices of what another callback has cut."""
+        """Slice the indices of parameters that another callback has cut."""
         indices = dict(self.indices)
         for name in indices.keys() & kept.keys():
             for dim, positions in kept[name].items():
@@ -253,22 +261,23 @@ class WeightClusteringCallback(QuantizingCallback):
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         for shared in self._stepped_by(optimizer):
-            shared.share_gradients(self.gradient, behind=self._behind())
+            shared.share_gradients(self.gradient, behind=self._latent_values())
 
     def check_announced(self, optimizer: torch.optim.Optimizer) -> None:
         raise RuntimeError(
             "An optimizer stepped without on_before_optimizer_step, so the weights of a cluster had different "
-            "gradients. Step it through Lightning: `self.optimizers()` with its default use_pl_optimizer=True."
+            "gradients. Step it through Lightning: call `step` of what `self.optimizers()` returns by default, with "
+            "use_pl_optimizer=True."
         )
 
     def _take_zeros(self) -> None:
-        behind = self._behind()
+        latent = self._latent_values()
         for shared in self._shared.values():
-            shared.take_zeros(behind)
+            shared.take_zeros(latent)
 
-    def _behind(self) -> dict[str, Tensor]:
-        """The shared values themselves, where another callback has put them on a grid."""
-        return latent_values(self._beside)
+    def _latent_values(self) -> dict[str, Tensor]:
+        """Return the shared values of parameters that another callback has quantized to a grid."""
+        return latent_values(self._other_techniques)
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[SharedWeights]:
         share = {} if self.projection is None else self.projection.share(optimizer)
@@ -283,11 +292,13 @@ class WeightClusteringCallback(QuantizingCallback):
 
 def _check_numbers(n_clusters: int | Mapping[str, int], scope: str) -> None:
     if isinstance(n_clusters, Mapping) and scope == "global":
-        raise ValueError("scope='global' has one codebook for all layers: n_clusters must be one number.")
+        raise ValueError(
+            f"scope='global' makes one codebook for all layers, so n_clusters must be one number; got {n_clusters!r}."
+        )
     if isinstance(n_clusters, Mapping) and not n_clusters:
-        raise ValueError("n_clusters={} names no layer: give {pattern: number}, or 0 to change nothing.")
+        raise ValueError("n_clusters={} names no layer. Give {pattern: number}, or 0 to change nothing.")
     for k in n_clusters.values() if isinstance(n_clusters, Mapping) else (n_clusters,):
         if isinstance(k, bool) or not isinstance(k, int) or k < 0:
             raise ValueError(
-                f"n_clusters must be a whole number, 1 or more, or 0 to change nothing; got {n_clusters!r}."
+                f"n_clusters must be a whole number, at least 1, or 0 to change nothing; got {n_clusters!r}."
             )

@@ -1,4 +1,4 @@
-"""Counts and sums of the values between bounds, for more values than one would sort at once."""
+"""Counts and sums of the values in intervals, for more values than fit into one sorted array."""
 
 from __future__ import annotations
 
@@ -12,26 +12,37 @@ from torch import Tensor
 
 Floats = NDArray[np.floating[Any]]
 
-_CHUNK = 2**24  # values that are sorted at a time
-_CELLS = 2**14
-_BLOCK = 64  # values whose sum is kept, so that few have to be summed up anew for an interval
+_CHUNK = 2**24  # values sorted at a time
+_CELLS = 2**14  # cells per chunk, at most
+_BLOCK = 64  # values per stored sum; an interval adds whole blocks and sums only its two ends value by value
 
 
 class Splittable(Protocol):
-    def split(self, bounds: Floats) -> tuple[Floats, Floats]:
-        """Return count and sum of the values in each of the len(bounds) + 1 intervals; a bound itself is right of it.
+    """Values whose counts and sums can be taken by intervals."""
 
-        Every sum is of the interval's own values: in differences of running sums one outlier would drown the rest.
+    def split(self, bounds: Floats) -> tuple[Floats, Floats]:
+        """Return the count and the sum of the values in each of the len(bounds) + 1 intervals.
+
+        A value that equals a bound belongs to the interval on its right. Each sum adds the interval's own values,
+        because a difference of running sums would lose its digits to a single outlier.
         """
 
 
 class Cells(NamedTuple):
-    """Stretches of the sorted values, by their means; those of different chunks may overlap, and none is empty."""
+    """Non-empty runs of the sorted values, in the order of their means; runs of different chunks may overlap.
+
+    Attributes:
+        means: The mean of each cell, ascending.
+        counts: The number of values in each cell.
+        totals: The sum of the values in each cell.
+        low: The smallest of all values.
+        high: The largest of all values.
+    """
 
     means: Floats
     counts: Floats
     totals: Floats
-    low: float  # the smallest value
+    low: float
     high: float
 
     def split(self, bounds: Floats) -> tuple[Floats, Floats]:
@@ -40,7 +51,7 @@ class Cells(NamedTuple):
 
 
 class Sorted:
-    """Sorted values, with the sum of every block of them."""
+    """Sorted values, with a stored sum for each block of 64."""
 
     def __init__(self, values: Floats) -> None:
         self.values = values
@@ -52,7 +63,7 @@ class Sorted:
         inner = np.searchsorted(self.values, _rounded_up(bounds, self.values.dtype))
         at = np.concatenate([[0], inner, [len(self.values)]])
         start, end = at[:-1], at[1:]
-        first, last = -(-start // _BLOCK), end // _BLOCK  # whole blocks
+        first, last = -(-start // _BLOCK), end // _BLOCK  # the whole blocks inside
         totals = np.zeros(len(start))
         whole = first < last
         if whole.any():
@@ -63,7 +74,7 @@ class Sorted:
         return np.diff(at).astype(np.float64), totals + self._sums(start, head_end) + self._sums(tail_start, end)
 
     def _sums(self, start: NDArray[np.int64], end: NDArray[np.int64]) -> Floats:
-        """Sums over intervals of less than a block."""
+        """Return the sums over intervals that are shorter than a block."""
         if len(self.values) == 0:
             return np.zeros(len(start))
         at = start[:, None] + np.arange(_BLOCK)
@@ -74,7 +85,16 @@ class Sorted:
 
 
 class Data:
-    """The values themselves, sorted a chunk at a time."""
+    """The values of all tensors, sorted one chunk at a time.
+
+    Args:
+        tensors: The tensors, of any shapes.
+        names: Their names, for error messages.
+        drop_zeros: Whether exact zeros are left out.
+
+    Attributes:
+        fits: Whether all values fit into one chunk, which is then sorted only once.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], names: Sequence[str], *, drop_zeros: bool) -> None:
         self._tensors, self._names, self._drop_zeros = tensors, names, drop_zeros
@@ -92,7 +112,7 @@ class Data:
         return counts, totals
 
     def cells(self, edges: Floats | None = None) -> Cells:
-        """Sum the values up between `edges`, by default between those that suit each chunk."""
+        """Return the cells between `edges`; by default, edges are chosen for each chunk."""
         means, counts, totals, low, high = [], [], [], np.inf, -np.inf
         for chunk in self._chunks():
             if len(chunk.values) == 0:
@@ -101,7 +121,7 @@ class Data:
             count, total = chunk.split(between)
             some = count > 0
             lower, upper = np.append(-np.inf, between)[some], np.append(between, np.inf)[some]
-            means.append(np.clip(total[some] / count[some], lower, upper))  # rounding must not change the order
+            means.append(np.clip(total[some] / count[some], lower, upper))  # rounding could put a mean outside its cell
             counts.append(count[some])
             totals.append(total[some])
             low, high = min(low, float(chunk.values[0])), max(high, float(chunk.values[-1]))
@@ -112,7 +132,7 @@ class Data:
         return Cells(mean[order], np.concatenate(counts)[order], np.concatenate(totals)[order], low, high)
 
     def distinct(self) -> Floats:
-        """All distinct values, ascending."""
+        """Return all distinct values, ascending."""
         found: Floats = np.empty(0, dtype=self._dtype)
         for chunk in self._chunks():
             found = np.unique(np.concatenate([found, _distinct(chunk.values)]))
@@ -145,13 +165,16 @@ class Data:
 
     def _sorted(self, values: Floats) -> Floats:
         values.sort()
-        if len(values) and not (np.isfinite(values[0]) and np.isfinite(values[-1])):  # NaN stands last
+        if len(values) and not (np.isfinite(values[0]) and np.isfinite(values[-1])):  # NaN sorts last
             found = [
                 f"{int((~one.isfinite()).sum())} of {one.numel()} in {name}"
                 for one, name in zip(self._tensors, self._names, strict=True)
                 if not bool(one.isfinite().all())
             ]
-            raise ValueError(f"Weights to cluster are NaN or infinite: {', '.join(found)}. Look for a diverged loss.")
+            raise ValueError(
+                f"Weights to cluster are NaN or infinite: {', '.join(found)}. They must be finite: check whether the "
+                f"loss diverged."
+            )
         if not self._drop_zeros:
             return values
         zero, after = np.searchsorted(values, 0.0), np.searchsorted(values, 0.0, side="right")
@@ -161,7 +184,7 @@ class Data:
 
 
 def segments(values: Floats, at: NDArray[np.int64]) -> Floats:
-    """Sums of the segments that the ascending positions `at` cut the values into."""
+    """Return the sums of the segments into which the ascending positions `at` cut the values."""
     start, end = np.append(0, at), np.append(at, len(values))
     sums, some = np.zeros(len(start)), start < end
     if some.any():
@@ -170,7 +193,7 @@ def segments(values: Floats, at: NDArray[np.int64]) -> Floats:
 
 
 def _rounded_up(bounds: Floats, dtype: np.dtype[np.floating]) -> Floats:
-    """The smallest numbers of this type that are not below the bounds: these compare with values of the type alike."""
+    """Return the smallest number of this type at or above each bound, which compares with values as the bound does."""
     rounded = bounds.astype(dtype)
     return np.where(rounded < bounds, np.nextafter(rounded, np.asarray(np.inf, dtype=dtype)), rounded).astype(dtype)
 
@@ -182,7 +205,7 @@ def _distinct(ordered: Floats) -> Floats:
 
 
 def _edges(ordered: Floats) -> Floats:
-    """Values between which cells lie: all distinct ones where they are few."""
+    """Return the values at which new cells begin: all distinct values if these are few enough."""
     thin = _distinct(ordered[:: max(1, len(ordered) // 2**20)])
     if len(thin) <= _CELLS:
         thin = _distinct(ordered)
@@ -201,10 +224,16 @@ def _edges(ordered: Floats) -> Floats:
 
 
 def borders(ordered: Floats, count: Floats, width: Floats, n: int) -> NDArray[np.int64]:
-    """Choose at most n of these stretches to begin a new bin: the first, and others where values or clusters are.
+    """Return the positions of at most n of the ascending values, the first included, at which new bins begin.
 
-    A third each by equal counts, by equal distances, and by the density that the optimal means tend to,
-    count^(1/3) width^(2/3) (Panter and Dite 1951).
+    One third of the positions divides the counts evenly, one third divides the distances evenly, and one third divides
+    count^(1/3) width^(2/3) evenly, the density that optimal means approach (Panter and Dite 1951).
+
+    Args:
+        ordered: The ascending values.
+        count: How many weights each value represents.
+        width: The distance that each value covers.
+        n: How many positions to return at most.
     """
     if len(ordered) <= n:
         return np.arange(len(ordered))

@@ -1,8 +1,9 @@
-"""K-means on numbers: the best few values for many weights, in linear time and little memory.
+"""One-dimensional k-means: the few values that approximate many weights best, in linear time and little memory.
 
-one pass, chunk by chunk    -> 16,384 cells each, narrow where values are many or clusters will be: count and sum
-dynamic programming         -> the best partition of some thousand bins of cells: no local optimum, no luck
-Lloyd on cells, then data   -> boundaries leave the grid of the bins
+1. One pass over the chunks stores the count and the sum of 16,384 cells per chunk. Cells are narrow where values are
+   dense and where clusters are expected.
+2. Dynamic programming finds the best partition of some thousand bins of cells, which is not a local optimum.
+3. Lloyd's iterations, on the cells and then on the values, move the boundaries off the grid of bins.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from lightning_compress.core.keep_largest import chunk_size
 Init = Literal["optimal", "linear", "density"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BINS, _WORK = 2**13, 2**20  # at most so many bins; fewer where bins times clusters is more than the work
-_DP = 2**11  # clusters; more begin at the density that the optimum tends to
-_LLOYD_CELLS, _LLOYD_DATA, _LLOYD_CHUNKS = 500, 100, 2  # iterations at most; over many chunks each sorts them anew
-_TABLE = 2**14
+_BINS, _WORK = 2**13, 2**20  # most bins, and most bins times clusters
+_DP = 2**11  # most clusters for dynamic programming; more clusters begin at the density that optimal means approach
+_LLOYD_CELLS, _LLOYD_DATA, _LLOYD_CHUNKS = 500, 100, 2  # most iterations; with many chunks each iteration sorts again
+_TABLE = 2**14  # rows of the look-up table for nearest means
 
 
 @torch.no_grad()
@@ -37,24 +38,25 @@ def kmeans(
     keep_zero: bool = False,
     names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Return the cluster means that stand best for the values of one or several tensors together.
+    """Return the cluster means that approximate the values of one or several tensors best.
 
-    They minimise E(c) = sum over values w of min over j of (w - c_j)^2: exactly where there are no more distinct values
-    than bins (8192 for k <= 128, 4096 for k = 256), else to a few millionths at k = 16 and some ten-thousandths at
-    k = 256. No draw is random.
+    The means c minimise E(c) = sum over values w of min over j of (w - c_j)^2. The minimum is exact if there are no
+    more distinct values than bins (8192 for k <= 128, 4096 for k = 256). Otherwise E(c) exceeds it by a few millionths
+    at k = 16 and by some ten-thousandths at k = 256. Nothing is random.
 
     Args:
         values: One tensor, or several that share the means: float16, bfloat16, float32 or float64, of any shapes.
-        n_clusters: How many means, k >= 1. Where there are fewer distinct values, these are the means, with a warning.
-        init: "optimal" begins at the optimum. "linear" begins with means evenly from the smallest value to the largest,
-            "density" with quantiles; Lloyd's iterations lead both to a local optimum, and clusters that stay empty are
-            left out.
-        keep_zero: Exact zeros, which pruning has made, have a mean of their own, 0, which is the first and not counted
-            in `n_clusters`; it is there without zeros too.
-        names: What error messages call the tensors.
+        n_clusters: The number of means k, at least 1. If there are fewer distinct values, these are returned as the
+            means, with a warning.
+        init: How the means are initialised. "optimal" uses the optimal partition of the bins. "linear" spaces the means
+            evenly from the smallest value to the largest, and "density" uses quantiles. From these two, Lloyd's
+            iterations reach only a local optimum, and clusters that stay empty are dropped.
+        keep_zero: Whether exact zeros, which pruning made, get a mean of their own. That mean is 0; it comes first,
+            exists even if no value is zero, and is not counted in `n_clusters`.
+        names: The names of the tensors, for messages.
 
     Returns:
-        The means, ascending but for the leading zero of `keep_zero`, float64, on the CPU.
+        The means in ascending order (after the leading 0 of `keep_zero`), as float64 on the CPU.
 
     Raises:
         ValueError: A value is NaN or infinite, a dtype is none of those above, or `n_clusters` is below 1.
@@ -73,7 +75,7 @@ def kmeans(
     zero = [0.0] if keep_zero else []
     cells = data.cells()
     if len(cells.means) < n_clusters:
-        distinct = data.distinct()  # cells hold more than one value each where very many clusters are asked for
+        distinct = data.distinct()  # a cell may hold several distinct values
         if len(distinct) <= n_clusters:
             if len(distinct) < n_clusters:
                 warnings.warn(_too_few(n_clusters, len(distinct), names, keep_zero=keep_zero), stacklevel=3)
@@ -91,11 +93,11 @@ def assign(values: Tensor, means: Tensor, *, keep_zero: bool = False) -> Tensor:
 
     Args:
         values: A tensor of any shape.
-        means: Ascending; with `keep_zero` after a leading 0, as `kmeans` returns them.
-        keep_zero: Zeros, and only they, get index 0.
+        means: The means in ascending order, after a leading 0 with `keep_zero`, as `kmeans` returns them.
+        keep_zero: Whether index 0 is reserved for exact zeros: all zeros get it, and no other value does.
 
     Returns:
-        Indices in the values' shape and on their device, uint8, int16 or int32, whichever is enough.
+        Indices in the values' shape, on their device, in the smallest of uint8, int16 and int32 that holds them.
 
     Example:
         >>> assign(torch.tensor([[0.9, 0.0], [7.0, 0.1]]), torch.tensor([0.0, 1.25, 8.0]), keep_zero=True)
@@ -115,18 +117,23 @@ def assign(values: Tensor, means: Tensor, *, keep_zero: bool = False) -> Tensor:
 
 
 def index_dtype(n: int) -> torch.dtype:
-    """Return the smallest type that holds the indices of `n` entries and that torch can index with or widen."""
+    """Return the smallest integer type that holds the indices of `n` entries and that torch can convert to int32."""
     return torch.uint8 if n <= 2**8 else torch.int16 if n <= 2**15 else torch.int32
 
 
 class _Table:
-    """Nearest means by a look-up: a search for every value costs ten times as much, in mispredicted branches."""
+    """Finds nearest means by a look-up table, ten times faster than a binary search with its mispredicted branches.
+
+    Args:
+        means: The means in ascending order.
+        device: The device of the values.
+    """
 
     def __init__(self, means: Tensor, device: torch.device) -> None:
         bounds = torch.from_numpy(_midpoints(means.double().cpu().numpy()))
         low, high = (float(bounds[0]), float(bounds[-1])) if len(bounds) else (0.0, 0.0)
         self.low, self.scale = low, (_TABLE - 4) / (high - low) if high > low else 0.0
-        # Row r counts from one row further left, so that a value that rounding puts into a neighbouring row is right.
+        # Row r starts counting one row further left: rounding may put a value into the neighbouring row.
         rows = torch.arange(_TABLE + 3, dtype=torch.float64).sub_(2) / (self.scale or 1.0) + low
         n_left = torch.searchsorted(bounds, rows, right=True).int()
         self.steps = int((n_left[3:] - n_left[:-3]).max()) if self.scale else len(bounds)
@@ -161,7 +168,7 @@ def _start(cells: Cells, k: int, init: Init) -> Floats:
 
 
 def _lloyd(data: Splittable, means: Floats, iterations: int) -> Floats:
-    """Move means to the means of their clusters until none moves; one without values stays."""
+    """Move each mean to the mean of its cluster until none moves; the mean of an empty cluster stays."""
     for _ in range(iterations):
         count, total = data.split(_midpoints(means))
         moved = np.where(count > 0, total / np.maximum(count, 1.0), means)
@@ -180,25 +187,28 @@ def _names(n: int) -> list[str]:
 
 
 def check_init(init: str) -> None:
-    """Raise a ValueError unless `init` says where the k-means begins."""
+    """Raise a ValueError unless `init` is a known initialisation."""
     if init not in get_args(Init):
         raise ValueError(f"init must be 'optimal', 'linear' or 'density'; got {init!r}.")
 
 
 def _too_few(n_clusters: int, n_distinct: int, names: Sequence[str], *, keep_zero: bool) -> str:
     if keep_zero and n_distinct == 0:
-        return f"{', '.join(names)}: every entry is zero, which counts as pruned and stays."
-    of = " besides zero" if keep_zero else ""
+        return f"{', '.join(names)}: every entry is zero, so all of them count as pruned and stay zero."
+    besides = " besides zero" if keep_zero else ""
     return (
-        f"{', '.join(names)}: {n_clusters} clusters for {n_distinct} distinct values{of}; these are used as they are."
+        f"{', '.join(names)}: {n_clusters} clusters were asked for, but there are only {n_distinct} distinct "
+        f"values{besides}; these are the codebook."
     )
 
 
 def _check(tensors: Sequence[Tensor], n_clusters: int, init: str, names: Sequence[str]) -> None:
-    assert len(tensors) == len(names), "a name for each tensor"
+    assert len(tensors) == len(names), "every tensor needs a name"
     if n_clusters < 1:
         raise ValueError(f"n_clusters must be 1 or more; got {n_clusters!r} for {', '.join(names)}.")
     check_init(init)
     for tensor, name in zip(tensors, names, strict=True):
         if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}: values must be one of {', '.join(map(str, _DTYPES))}.")
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}; k-means takes {', '.join(map(str, _DTYPES))}. Convert the tensor."
+            )

@@ -1,10 +1,10 @@
-"""Shared weights: a table of a few values, and for every weight the index of its value.
+"""Shared weights: a codebook of a few values, and for each weight the index of its value.
 
-    gradient of a value   =  mean (or sum) of the gradients of the weights that share it
-    value after a step    =  mean of those weights, which are then equal again
-    index 0               =  exact zeros, made by pruning: they stay, and share nothing
+    gradient of a value   =  mean (or sum) of the gradients of the weights in its cluster
+    value after a step    =  mean of those weights, which thereby become equal again
+    index 0               =  exact zeros, made by pruning: they stay zero and belong to no cluster
 
-The optimizer goes on with the user's own parameters: the shared gradient is written into each of their `.grad`.
+The optimizer steps the user's own parameters: the shared gradient is written into their `.grad`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ GradientRule = Literal["sum", "mean"]
 
 
 class Clustered(NamedTuple):
-    """A tensor as a table and an index per weight: the weights are `codebook[indices]`."""
+    """A clustered tensor, `codebook[indices]`.
+
+    Attributes:
+        codebook: The shared values.
+        indices: For each weight the position of its value in the codebook, in the tensor's shape.
+    """
 
     codebook: Tensor
     indices: Tensor
@@ -32,19 +37,19 @@ class Clustered(NamedTuple):
 def cluster_weights(
     weight: Tensor, n_clusters: int, *, init: Init = "optimal", keep_zero: bool = False, name: str = "weight"
 ) -> Clustered:
-    """Return the `n_clusters` values that stand best for a tensor, and which of them each weight takes.
+    """Return the `n_clusters` values that approximate a tensor best, and the index of each weight's value.
 
     The values c minimise the sum over weights w of min over j of (w - c_j)^2.
 
     Args:
-        weight: A tensor of any shape; it stays as it is.
-        n_clusters: How many values; fewer, with a warning, where there are fewer distinct weights.
-        init: As for `kmeans`.
-        keep_zero: Exact zeros stay zero: they get index 0, and a value of their own that is not counted.
-        name: What error messages call the tensor.
+        weight: A tensor of any shape, which is not changed.
+        n_clusters: The number of values. If there are fewer distinct weights, these are the values, with a warning.
+        init: How the values are initialised, as for `kmeans`.
+        keep_zero: Whether exact zeros stay zero. They then get index 0 and a value that `n_clusters` does not count.
+        name: The name of the tensor, for messages.
 
     Raises:
-        ValueError: As `kmeans`.
+        ValueError: A weight is NaN or infinite, its dtype is not floating point, or `n_clusters` is below 1.
 
     References:
         Han et al. 2016, "Deep Compression", section 3.
@@ -68,9 +73,14 @@ def cluster_weights(
 
 
 def compression_rate(n: int, k: int, *, bits: int = 32) -> float:
-    """Return Deep Compression's rate r = n b / (n log2(k) + k b) of n weights of b bits that share k values.
+    """Return Deep Compression's compression rate r = n b / (n log2(k) + k b).
 
-    It counts a table and an index of log2(k) bits per weight, and no entropy coding: a file may be smaller.
+    The rate counts the codebook and an index of log2(k) bits per weight. With entropy coding a file may be smaller.
+
+    Args:
+        n: The number of weights.
+        k: The number of values that the weights share.
+        bits: The bits b of an uncompressed weight.
 
     Example:
         >>> round(compression_rate(266_200, 32), 2)
@@ -81,12 +91,12 @@ def compression_rate(n: int, k: int, *, bits: int = 32) -> float:
 
 @torch.no_grad()
 def sum_by_cluster(values: Tensor, index: Tensor, n_clusters: int) -> Tensor:
-    """Return the sum of the values of every cluster, in float64, whatever the values' type, and without random order.
+    """Return the sum of the values in each cluster, in float64; the order of the additions is deterministic.
 
     Args:
         values: A tensor of any shape.
-        index: For each of its entries a cluster, in the same shape.
-        n_clusters: How many clusters there are.
+        index: The cluster of each value, in the same shape.
+        n_clusters: The number of clusters.
 
     Example:
         >>> sum_by_cluster(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 0]), 3)
@@ -97,21 +107,21 @@ def sum_by_cluster(values: Tensor, index: Tensor, n_clusters: int) -> Tensor:
         if values.device.type == "cpu":
             sums += torch.bincount(at, some.double(), minlength=n_clusters)
         else:
-            sums.index_put_((at.long(),), some.double(), accumulate=True)  # sorts, so that ranks get the same bits
+            sums.index_put_((at.long(),), some.double(), accumulate=True)  # deterministic: it sorts
     return sums
 
 
 class SharedWeights:
-    """Parameters that take their values from one table; they hold codebook[index] between steps.
+    """Parameters that share the values of one codebook: between optimizer steps they hold codebook[index].
 
     Args:
-        parameters: The parameters, by name. Their identity never changes.
-        codebook: The values; the first is 0 and stands for what is pruned.
-        index: For each parameter its entries' positions in the table.
+        parameters: The parameters, by name. The same Parameter objects are kept.
+        codebook: The shared values. The first is 0, the value of pruned weights.
+        index: For each parameter, by name, the positions of its entries in the codebook.
 
     Attributes:
-        codebook: The values now, float64.
-        index: As given, in the smallest type that holds it.
+        codebook: The current shared values, as float64.
+        index: The positions by parameter name, in the smallest integer type that holds them.
 
     Example:
         >>> layer = nn.Linear(4, 1, bias=False)
@@ -140,8 +150,13 @@ class SharedWeights:
     ) -> SharedWeights:
         """Cluster the parameters together and set each entry to its cluster's mean; exact zeros stay zero.
 
+        Args:
+            parameters: The parameters, by name.
+            n_clusters: The number of shared values, zero not counted.
+            init: How the values are initialised, as for `kmeans`.
+
         Raises:
-            ValueError: As `kmeans`.
+            ValueError: A weight is NaN or infinite, its dtype is not floating point, or `n_clusters` is below 1.
         """
         tensors = [parameter.detach() for parameter in parameters.values()]
         means = kmeans(tensors, n_clusters, init=init, keep_zero=True, names=list(parameters))
@@ -149,7 +164,7 @@ class SharedWeights:
 
     @classmethod
     def nearest(cls, parameters: Mapping[str, nn.Parameter], means: Tensor) -> SharedWeights:
-        """Let each entry join the nearest of the means that `kmeans` returned with `keep_zero`."""
+        """Assign each entry to the nearest of the means that `kmeans` returned with `keep_zero=True`."""
         index = {name: assign(parameter, means, keep_zero=True) for name, parameter in parameters.items()}
         shared = cls(parameters, means, index)
         shared.share_values()
@@ -157,13 +172,14 @@ class SharedWeights:
 
     @torch.no_grad()
     def share_gradients(self, rule: GradientRule = "mean", *, behind: Mapping[str, Tensor] | None = None) -> None:
-        """Give every weight the gradient of its value: the mean, or the sum, over the cluster. Zeros get none.
+        """Replace each weight's gradient by the mean, or the sum, over its cluster; zeros get the gradient 0.
 
-        A parameter without a gradient is left out, and gets one where it shares values with others that have one.
+        A parameter without a gradient adds nothing to the sums. It gets a gradient if another parameter of this
+        codebook has one.
 
         Args:
             rule: "mean" or "sum".
-            behind: As for `take_zeros`.
+            behind: The shared values by parameter name, as for `take_zeros`.
         """
         self.take_zeros(behind)
         present = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -181,11 +197,11 @@ class SharedWeights:
 
     @torch.no_grad()
     def share_values(self, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Set every weight to the mean over its cluster, and the zeros to zero.
+        """Set each weight to the mean over its cluster, and pruned weights to zero.
 
         Args:
-            tensors: Others of the same names and shapes, such as averages; by default the parameters, whose means then
-                are the codebook.
+            tensors: Tensors of the same names and shapes to set instead, such as averages of the weights. By default
+                the parameters are set, and their means become the codebook.
         """
         given = self.parameters if tensors is None else tensors
         means = self._sums(given) / self._counts.clamp(min=1.0)
@@ -198,34 +214,35 @@ class SharedWeights:
 
     @torch.no_grad()
     def take_zeros(self, behind: Mapping[str, Tensor] | None = None) -> None:
-        """Let entries that have become exactly zero leave their clusters for good: something has pruned them.
+        """Move entries that have become exactly zero to index 0 for good: another technique has pruned them.
 
         Args:
-            behind: The shared values by parameter, where parameters hold something else for now, as on a grid.
+            behind: The shared values by name, for parameters that currently hold other values, such as values
+                quantized to a grid.
         """
         held = {name: (behind or {}).get(name, parameter.detach()) for name, parameter in self.parameters.items()}
         if sum(map(_count_zeros, held.values())) == self._zeros:
             return
         for name, tensor in held.items():
             values = self.codebook.to(tensor.dtype).index_select(0, self.index[name].flatten().int())
-            gone = (tensor == 0) & (values != 0).view_as(tensor)  # a mean may happen to be zero
+            gone = (tensor == 0) & (values != 0).view_as(tensor)  # where a cluster's mean is 0, zeros are no pruning
             self.index[name].masked_fill_(gone, 0)
         self._count()
 
     def holds(self) -> bool:
-        """Whether the weights of every cluster are equal, as they are after every step."""
-        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self.share_values(before)
-        return all(torch.equal(before[name], parameter.detach()) for name, parameter in self.parameters.items())
+        """Return whether all weights of each cluster are equal, as they are after every step."""
+        copies = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.share_values(copies)
+        return all(torch.equal(copies[name], parameter.detach()) for name, parameter in self.parameters.items())
 
     @property
     def n_values(self) -> int:
-        """How many different values the weights take, zero included."""
+        """The number of different values that the weights take, zero included."""
         return int((self._counts > 0).sum())
 
     @property
     def bits_per_weight(self) -> float:
-        """Deep Compression's count, b / r: an index of log2(k) bits each, and the table's share."""
+        """Bits per weight, b / `compression_rate`: an index of log2(k) bits and a share of the codebook."""
         n = sum(parameter.numel() for parameter in self.parameters.values())
         bits = max(torch.finfo(parameter.dtype).bits for parameter in self.parameters.values())
         return bits / compression_rate(n, self.n_values, bits=bits)
@@ -237,7 +254,7 @@ class SharedWeights:
         self._zeros = self._zeros_of_codebook()
 
     def _zeros_of_codebook(self) -> int:
-        """How many weights are zero while nothing but this object has written them."""
+        """Return how many weights are zero as long as no other code writes to them."""
         dtype = next(iter(self.parameters.values())).dtype
         return int(self._counts[self.codebook.to(dtype) == 0].sum())
 
@@ -250,7 +267,7 @@ class SharedWeights:
         return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
     def _look_up(self, table: Tensor, name: str, out: Tensor) -> None:
-        """Write table[index] into a tensor of the parameter's shape."""
+        """Write table[index] into `out`, which has the parameter's shape."""
         table, out = table.to(out), out.detach()
         flat = out.view(-1) if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         for part, at in zip(_chunks(flat), _chunks(self.index[name]), strict=True):
@@ -268,6 +285,6 @@ def _count_zeros(tensor: Tensor) -> int:
 
 
 def check_rule(rule: str) -> None:
-    """Raise a ValueError unless `rule` says how gradients are shared."""
+    """Raise a ValueError unless `rule` is "sum" or "mean"."""
     if rule not in get_args(GradientRule):
         raise ValueError(f"gradient must be 'sum' or 'mean' over the cluster; got {rule!r}.")

@@ -164,5 +164,5 @@ def test_bits_per_weight() -> None:
     weight.data[0] = 0.0
     shared.take_zeros()
     assert shared.bits_per_weight == pytest.approx((100 * math.log2(9) + 9 * 32) / 100)
-    with pytest.warns(UserWarning, match="w: every entry is zero, which counts as pruned and stays"):
+    with pytest.warns(UserWarning, match="w: every entry is zero, so all of them count as pruned and stay zero"):
         assert SharedWeights.cluster({"w": nn.Parameter(torch.zeros(4))}, 8).bits_per_weight == pytest.approx(8.0)
