@@ -23,6 +23,7 @@ from lightning_compress.core.select import refuse_sparse_gradients, select_param
 from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.latent import LatentCallback
+from lightning_compress.trainer.settings import settings_of
 from lightning_compress.trainer.targets import unused_layers
 
 
@@ -83,17 +84,7 @@ class BinaryWeightsCallback(LatentCallback):
         exclude: str | Sequence[str] = (),
     ) -> None:
         clip = None if clip is None else float(clip)
-        activations = activations if isinstance(activations, (bool, str)) else list(activations)
-        super().__init__(
-            mode=mode,
-            scaling=scaling,
-            activations=activations,
-            clip=clip,
-            lr_scale=lr_scale,
-            start_epoch=start_epoch,
-            target=target,
-            exclude=exclude,
-        )
+        super().__init__(**settings_of(locals()))
         check_binary(mode, scaling, lr_scale, clip)
         self.mode: Mode = mode
         self.scaling: Scaling = scaling

@@ -19,6 +19,7 @@ from lightning_compress.trainer.callback import CompressionCallback, latent_valu
 from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.once import QuantizingCallback
+from lightning_compress.trainer.settings import settings_of
 
 _ALL = "*"  # the key of the codebook with scope="global"
 
@@ -101,15 +102,7 @@ class WeightClusteringCallback(QuantizingCallback):
         exclude: str | Sequence[str] = (),
     ) -> None:
         n_clusters = dict(n_clusters) if isinstance(n_clusters, Mapping) else n_clusters
-        super().__init__(
-            n_clusters=n_clusters,
-            init=init,
-            start_epoch=start_epoch,
-            gradient=gradient,
-            scope=scope,
-            target=target,
-            exclude=exclude,
-        )
+        super().__init__(**settings_of(locals()))
         _check_numbers(n_clusters, scope)
         check_init(init)
         check_rule(gradient)

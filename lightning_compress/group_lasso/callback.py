@@ -19,10 +19,11 @@ from lightning_compress.channels.groups import ChannelGroups, positions_kept
 from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients, select_parameters
 from lightning_compress.core.tensors import Kept, named_tensors
 from lightning_compress.group_lasso.penalty import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
-from lightning_compress.trainer.callback import CompressionCallback, techniques
+from lightning_compress.trainer.callback import techniques
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import traced_network
-from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
+from lightning_compress.trainer.settings import settings_of
+from lightning_compress.trainer.surgery import CuttingCallback
 from lightning_compress.trainer.targets import refuse_average_in_forward
 
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
@@ -31,7 +32,7 @@ LassoShrink = Literal["never", "on_fit_end"]
 _ZERO = 1e-8  # a norm at which a group counts as zero
 
 
-class GroupLassoCallback(CompressionCallback):
+class GroupLassoCallback(CuttingCallback):
     """Trains with a penalty that drives whole groups of weights to zero: filters, channels, shapes, or units.
 
     R(w) = strength * sum over groups g of ||w_g||_2. Its gradient, strength * w_g / ||w_g||, is added to the loss's
@@ -92,15 +93,7 @@ class GroupLassoCallback(CompressionCallback):
         network: str = "",
     ) -> None:
         strength = float(strength)
-        super().__init__(
-            strength=strength,
-            granularity=granularity,
-            target=target if target is None or isinstance(target, str) else list(target),
-            exclude=exclude if isinstance(exclude, str) else list(exclude),
-            proximal=proximal,
-            shrink=shrink,
-            network=network,
-        )
+        super().__init__(**settings_of(locals()))
         if not (math.isfinite(strength) and strength >= 0):
             raise ValueError(f"strength must be a finite number, 0 or more; got {strength!r}.")
         if granularity not in get_args(LassoGranularity):
@@ -120,15 +113,11 @@ class GroupLassoCallback(CompressionCallback):
         self.shrink: LassoShrink = shrink
         self.example_inputs = example_inputs
         self.network = network
+        self.removes = shrink != "never"
 
         self.group_sparsity = 0.0
         self._groups: list[WeightGroups] = []
         self._left_out: dict[str, str] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.shrink != "never":
-            follow_loads(trainer, pl_module)
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         if self.strength == 0:
@@ -207,7 +196,7 @@ class GroupLassoCallback(CompressionCallback):
                 stacklevel=2,
             )
         if self.shrink == "on_fit_end" and self.strength > 0:
-            cut_in_fit(trainer, self, partial(self._cut, trainer, pl_module), at_end=True)
+            self.cut_in_fit(trainer, partial(self._cut, trainer, pl_module), at_end=True)
             self._refresh(trainer, pl_module)
 
     def _cut(
@@ -235,11 +224,6 @@ class GroupLassoCallback(CompressionCallback):
         averages = parts_of(copies, self.network)
         cut(network, inputs, keep=indices, groups=groups, optimizers=optimizers, copies=averages, owner=pl_module)
         return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.shrink != "never":
-            keep_metadata(checkpoint, pl_module)
 
     # ------------------------------------------------------------------ around every optimizer step
 

@@ -32,17 +32,18 @@ from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
 from lightning_compress.pruning.remover import ChannelRemover
 from lightning_compress.pruning.stopping import StopRule
-from lightning_compress.trainer.callback import CompressionCallback, latent_values, take_writes, techniques
+from lightning_compress.trainer.callback import latent_values, take_writes, techniques
 from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
+from lightning_compress.trainer.settings import settings_of
 from lightning_compress.trainer.step_window import Ramp
 from lightning_compress.trainer.steps import planned_steps, steps_at
-from lightning_compress.trainer.surgery import cut_in_fit, follow_loads, keep_metadata
+from lightning_compress.trainer.surgery import CuttingCallback
 
 
-class IterativePruningCallback(CompressionCallback):
+class IterativePruningCallback(CuttingCallback):
     """Prunes a growing fraction of the weights or neurons while the network trains, and keeps them at zero.
 
     At every event the entries with the lowest score s are masked, so that a fraction a(p) of the ORIGINAL entries is
@@ -123,27 +124,9 @@ class IterativePruningCallback(CompressionCallback):
         network: str = "",
         example_inputs: Any = None,
     ) -> None:
-        start_epoch, end_epoch = float(start_epoch), None if end_epoch is None else float(end_epoch)
-        super().__init__(
-            amount=float(amount),
-            granularity=granularity,
-            criterion=criterion,
-            scope=scope,
-            schedule=schedule,
-            start_epoch=start_epoch,
-            end_epoch=end_epoch,
-            every_n_steps=every_n_steps,
-            target=target if target is None or isinstance(target, str) else list(target),
-            exclude=exclude if isinstance(exclude, str) else list(exclude),
-            regrow=regrow,
-            shrink=shrink,
-            cost=cost,
-            min_left=float(min_left),
-            min_channels=min_channels,
-            round_to=round_to,
-            stop=None if stop is None else dict(stop),
-            network=network,
-        )
+        amount, start_epoch, min_left = float(amount), float(start_epoch), float(min_left)
+        end_epoch = None if end_epoch is None else float(end_epoch)
+        super().__init__(**settings_of(locals()))
         check_schedule(schedule, amount)
         check_criterion(criterion, granularity, scope, regrow=regrow)
         check_events(start_epoch, end_epoch, every_n_steps, at_once=schedule == "one_shot")
@@ -167,6 +150,8 @@ class IterativePruningCallback(CompressionCallback):
         self.round_to = round_to
         self.network = network
         self.example_inputs = example_inputs
+        self.needs_gradients = criterion not in STATIC
+        self.removes = granularity == "neuron" and shrink != "never"
 
         self._criterion = CriterionHooks(criterion, granularity)
         self._masked = MaskedParameters(nn.Module())  # without any, until a fit begins
@@ -184,15 +169,6 @@ class IterativePruningCallback(CompressionCallback):
         self._emptied: set[str] = set()
 
     # ------------------------------------------------------------------ what has been reached
-
-    @property
-    def needs_gradients(self) -> bool:
-        return self.criterion not in STATIC
-
-    @property
-    def removes(self) -> bool:
-        """Whether channels leave the network."""
-        return self.granularity == "neuron" and self.shrink != "never"
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -451,16 +427,6 @@ class IterativePruningCallback(CompressionCallback):
     def synchronize(self) -> None:
         self._criterion.synchronize()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.removes:
-            follow_loads(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.removes:
-            keep_metadata(checkpoint, pl_module)
-
     # ------------------------------------------------------------------ masks, and cuts
 
     def _mask(self, keep: dict[str, Tensor] | None, *, latent: dict[str, Tensor] | None = None) -> None:
@@ -473,7 +439,7 @@ class IterativePruningCallback(CompressionCallback):
     def _cut(self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]) -> None:
         """Take channels out for good: of the module, the optimizers' state, averages, and the ranks' wrapper."""
         self._mask(None)
-        cut_in_fit(trainer, self, partial(self._remover.cut, keep), at_end=self.shrink == "on_fit_end")
+        self.cut_in_fit(trainer, partial(self._remover.cut, keep), at_end=self.shrink == "on_fit_end")
         if self._criterion.statistic is not None:
             self._watch(pl_module)
 

@@ -17,6 +17,7 @@ from lightning_compress.quantization.weights import UniformWeights, bits_by_name
 from lightning_compress.trainer.distributed import all_reduce_max
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.latent import LatentCallback
+from lightning_compress.trainer.settings import settings_of
 
 
 class QuantizationAwareTrainingCallback(LatentCallback):
@@ -79,15 +80,7 @@ class QuantizationAwareTrainingCallback(LatentCallback):
     ) -> None:
         weight_bits = dict(weight_bits) if isinstance(weight_bits, Mapping) else weight_bits
         smoothing = float(smoothing)
-        super().__init__(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            granularity=granularity,
-            smoothing=smoothing,
-            start_epoch=start_epoch,
-            target=target,
-            exclude=exclude,
-        )
+        super().__init__(**settings_of(locals()))
         if weight_bits == {}:
             raise ValueError("weight_bits={} names no layer: give {pattern: bits}, or None to leave weights alone.")
         given = list(weight_bits.values()) if isinstance(weight_bits, Mapping) else [weight_bits]

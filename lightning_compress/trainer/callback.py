@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -21,11 +20,6 @@ from lightning_compress.trainer.averages import averaged_modules, copies_inside
 from lightning_compress.trainer.targeting import TargetingCallback
 from lightning_compress.trainer.unwrap import LOGGED, innermost, raw_optimizer
 
-TO_SHRINK = (
-    "Once it is loaded, lightning_compress.shrink(network, example_inputs) takes them out; trainer.test(module) "
-    "without ckpt_path tests the network as the fit left it."
-)
-
 
 class CompressionCallback(TargetingCallback):
     """A technique that changes weights: subclasses say how, this class when.
@@ -42,7 +36,6 @@ class CompressionCallback(TargetingCallback):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.projection: Projection | None = None
-        self.n_parameters_left: int | None = None  # once channels have left at a fit's end
         self._copies: list[torch.nn.Module] = []  # averages that the module holds itself
         self._handles: list[RemovableHandle] = []
         self._announced: torch.optim.Optimizer | None = None  # by on_before_optimizer_step, until it has stepped
@@ -203,8 +196,6 @@ class CompressionCallback(TargetingCallback):
     # ------------------------------------------------------------------ what other code writes between steps
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._warn_if_wide(pl_module)
         if self.projection is not None and self._validates(trainer):
             self.projection.refresh(by_value=True)
 
@@ -255,22 +246,6 @@ class CompressionCallback(TargetingCallback):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if inside:
             put_values(checkpoint, pl_module, projection.projected())
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._warn_if_wide(pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._warn_if_wide(pl_module)
-
-    def _warn_if_wide(self, pl_module: LightningModule) -> None:
-        """Warn where a checkpoint of before the cut has been loaded back, as by `trainer.test(ckpt_path="best")`."""
-        left, found = self.n_parameters_left, sum(parameter.numel() for parameter in pl_module.parameters())
-        if left is not None and found > left:
-            warnings.warn(
-                f"The network has {found} parameters, and had {left} when channels had left at the fit's end: a "
-                f"checkpoint of before, with masked channels, has been loaded. {TO_SHRINK}",
-                stacklevel=2,
-            )
 
     def _say_writes(self) -> None:
         """Say once that other code has written weights."""

@@ -42,12 +42,7 @@ class QuantizingCallback(CompressionCallback):
         **settings: Any,
     ) -> None:
         start_epoch = float(start_epoch)
-        super().__init__(
-            **settings,
-            start_epoch=start_epoch,
-            target=target if target is None or isinstance(target, str) else list(target),
-            exclude=exclude if isinstance(exclude, str) else list(exclude),
-        )
+        super().__init__(**settings, start_epoch=start_epoch, target=target, exclude=exclude)
         if not start_epoch >= 0:
             raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
         self.start_epoch = start_epoch

@@ -29,15 +29,12 @@ class TargetingCallback(ResumableCallback):
     target: str | Sequence[str] | None = None
     exclude: str | Sequence[str] = ()
     network: str = ""
+    needs_gradients: bool = False
     follows_averages: ClassVar[bool] = True
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._default: dict[str, list[str]] | None = None  # what target=None takes: "taken", and "untrained" at first
-
-    @property
-    def needs_gradients(self) -> bool:
-        return False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
