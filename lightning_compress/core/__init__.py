@@ -1,1 +1,1 @@
-"""What every technique is built from: plain torch, no Trainer, no technique."""
+"""Building blocks that the techniques share: plain torch, without a Trainer and without any technique."""

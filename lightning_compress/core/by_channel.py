@@ -1,4 +1,4 @@
-"""Views of weights by output channel, in whichever dimension a layer has its channels."""
+"""Views of weights by output channel, whichever dimension of the weight holds the output channels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from lightning_compress.core.select import output_blocks
 
 
 def transposed_groups(model: nn.Module) -> dict[str, int]:
-    """Return the blocks of every weight whose output channels lie in dim 1, by name: the `groups` of a convolution.
+    """Return the number of blocks of every weight whose output channels lie in dim 1, by name of the weight.
+
+    Transposed convolutions have such weights, in as many blocks as they have `groups`.
 
     Example:
         >>> transposed_groups(nn.Sequential(nn.Linear(2, 2), nn.ConvTranspose1d(4, 6, 3, groups=2)))
@@ -19,11 +21,11 @@ def transposed_groups(model: nn.Module) -> dict[str, int]:
 
 
 def by_channel(tensor: Tensor, groups: int | None = None) -> Tensor:
-    """See a contiguous weight as four dimensions, of which 1 and 3 lie within an output channel.
+    """View a contiguous weight in four dimensions, of which 1 and 3 run over the entries of one output channel.
 
     Args:
-        tensor: A weight. A vector is one channel.
-        groups: None where output channels lie in dim 0; the `groups` of a transposed convolution.
+        tensor: A weight. A vector counts as one channel.
+        groups: The `groups` of a transposed convolution; None for a weight whose output channels lie in dim 0.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """Run a network without changing it: modes, buffers and random states are restored.
 
-Everything is put back whatever fails, the network's own code among it: each step of the way back is taken even if
-another one raises.
+The restoration is complete even if the network's own code raises an error: each of its steps runs, although an earlier
+one has failed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode without gradients, and restore modes, buffers and random states afterwards.
 
-    Every submodule gets its own mode back, frozen ones too, and a buffer that the forward pass wrote to, replaced or
-    added is undone. Not inference mode: a tensor that the network caches there could never be trained on.
+    Every submodule gets its own mode back, and buffers that the forward pass wrote, replaced or added are restored.
+    Inference mode is not used, because autograd refuses tensors that a network caches there.
 
     Example:
         >>> net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
@@ -49,7 +49,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
-    """Call `train`, and skip modules that have no modes, such as those that torch.export made."""
+    """Call `train`; where a module refuses the call, as those of torch.export do, set the modes of its children."""
     try:
         module.train(training)
     except NotImplementedError:
@@ -59,7 +59,7 @@ def set_mode(module: nn.Module, training: bool) -> None:
 
 
 def renew_caches(model: nn.Module) -> None:
-    """Have modules drop or renew the caches that they keep for evaluation, by changing their mode."""
+    """Make modules drop or renew the caches that they keep for evaluation, by switching their mode to and fro."""
     with modes_restored(model):
         set_mode(model, not model.training)
 
@@ -106,7 +106,7 @@ def _restore_value(tensor: Tensor, data: Tensor, value: Tensor) -> None:
     if tensor.dtype != value.dtype or tensor.shape != value.shape:
         tensor.data = data if data.shape == value.shape else value
     with torch.no_grad():
-        if not torch.equal(tensor, value):  # an idle write would still count as one for autograd
+        if not torch.equal(tensor, value):  # autograd counts every write, even of equal values
             tensor.copy_(value)
 
 
@@ -114,11 +114,11 @@ def _restore_value(tensor: Tensor, data: Tensor, value: Tensor) -> None:
 def entries_restored(model: nn.Module) -> Iterator[None]:
     """Restore the attributes of modules, and the containers in them, after a `with` block.
 
-    The containers are dicts, lists, sets, tensors, random generators and objects of the network's own classes, in which
-    a forward pass may keep masks and tables for the next one, or counters, or hooks that it registers.
+    The containers are dicts, lists, sets, tensors, random generators and objects of the network's own classes. A
+    forward pass may store masks, tables, counters or hooks in them.
     """
     modules = list(model.modules())
-    containers, tensors, generators = _hanging_on(modules)
+    containers, tensors, generators = _held_state(modules)
     with ExitStack() as back:
         back.enter_context(_values_restored(tensors))
         for generator in generators:
@@ -152,9 +152,9 @@ def _refill(container: Any, content: list[Any]) -> None:
 
 @contextmanager
 def caches_off(model: nn.Module) -> Iterator[None]:
-    """Have language models of `transformers` return no keys and values for the next token.
+    """Make language models of `transformers` return no cache of keys and values for the next token.
 
-    Their class is none that torch.export knows, and what they hold is no output of the network.
+    torch.export does not know the class of the cache, whose content is no prediction of the network.
     """
     configs = [vars(one) for module in model.modules() if hasattr(one := vars(module).get("config"), "__dict__")]
     using = [config for config in configs if config.get("use_cache") is True]
@@ -168,9 +168,10 @@ def caches_off(model: nn.Module) -> Iterator[None]:
 
 
 def take_rounding_away(model: nn.Module) -> None:
-    """Remove the hooks that round inputs (their attribute `rounds` is true), within `entries_restored`.
+    """Remove the hooks that round inputs (their attribute `rounds` is true), inside a block of `entries_restored`.
 
-    Rounding knows no channels, so that a cut does not concern it, and it makes large differences of the smallest.
+    Rounding acts on each entry alone, so that a cut does not affect it, but it enlarges the smallest differences
+    between the outputs of two networks.
     """
     for module in model.modules():
         hooks = module._forward_pre_hooks
@@ -178,19 +179,19 @@ def take_rounding_away(model: nn.Module) -> None:
             del hooks[key]
 
 
-_NOT_THE_NETWORKS = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "builtins", "functools")
+_LIBRARIES = ("torch", "lightning", "lightning_fabric", "pytorch_lightning", "builtins", "functools")
 
 
-def _hanging_on(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Tensor], list[torch.Generator]]:
+def _held_state(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Tensor], list[torch.Generator]]:
     """Find the containers, tensors and generators that modules hold, besides parameters and buffers."""
     containers: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
     generators: dict[int, torch.Generator] = {}
     tables = {id(table) for module in modules for table in (module._parameters, module._buffers, module._modules)}
-    for module in modules:  # the tables' own content is put back too, but what they hold is not looked into
+    for module in modules:  # their content is restored too, but not searched for more
         containers |= {id(one): one for one in vars(module).values() if id(one) in tables and isinstance(one, dict)}
     left: list[Any] = [value for module in modules for value in vars(module).values()]
-    objects: list[Any] = []  # their tensors are left alone, because a whole data set may hang on one
+    objects: list[Any] = []  # tensors in them are not restored: an object may hold a whole data set
     while left or objects:
         direct = bool(left)
         one = left.pop() if direct else objects.pop()
@@ -206,7 +207,7 @@ def _hanging_on(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Tensor], 
         elif type(one) is Tensor:
             if direct and one.layout is torch.strided and not one.is_meta:
                 tensors[id(one)] = one
-        elif not isinstance(one, type) and type(one).__module__.partition(".")[0] not in _NOT_THE_NETWORKS:
+        elif not isinstance(one, type) and type(one).__module__.partition(".")[0] not in _LIBRARIES:
             objects.append(getattr(one, "__dict__", None))
     return list(containers.values()), list(tensors.values()), list(generators.values())
 

@@ -17,17 +17,17 @@ try:
 except ImportError:  # Windows, where an open file can't be replaced
     _CAN_LOCK = False
 
-_NAME = 100  # bytes of a file's name that its temporary one repeats: file systems limit names to 255
+_NAME = 100  # bytes of a file's name that its temporary name repeats: file systems limit names to 255
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes the place of `path` when the block ends without an error.
+    """Yield a temporary path in the same folder, whose file replaces `path` when the block ends without an error.
 
     A reader sees the old file or the new one, never half of one; after an error or a kill the old one is still there.
-    The temporary file has a random name, is made exclusively, and is locked while it is written. What a killed process
-    left behind is not locked, and the next writer of the same path removes it. The new file has the old one's mode.
+    The temporary file has a random name, is created exclusively, and is locked while it is written. The next writer of
+    the same path removes an unlocked file, which a killed process has left. The new file gets the old one's mode.
 
     Raises:
         OSError: The file can't be written, or something else took the temporary file's place meanwhile.
@@ -72,7 +72,7 @@ def _mode(path: Path) -> int | None:
 
 
 def _make(path: Path, stem: str, mode: int | None) -> tuple[Path, int]:
-    """Make an empty, locked file of a new name, which nobody may read who may not read `path`."""
+    """Create an empty, locked file with a new name, which only those may read who may read `path`."""
     while True:
         temporary = path.with_name(f"{stem}{secrets.token_hex(8)}.tmp")
         try:
@@ -82,7 +82,7 @@ def _make(path: Path, stem: str, mode: int | None) -> tuple[Path, int]:
             continue
         try:
             locked = _lock(descriptor)
-        except OSError:  # this file system has no locks: nobody removes the file either
+        except OSError:  # without locks on this file system, no writer removes the file as a leftover either
             locked = True
         if locked and os.fstat(descriptor).st_nlink:
             return temporary, descriptor
@@ -90,13 +90,13 @@ def _make(path: Path, stem: str, mode: int | None) -> tuple[Path, int]:
 
 
 def _remove_leftovers(folder: Path, stem: str) -> None:
-    """Remove temporary files that no process has locked; where files can't be locked, none."""
+    """Remove the temporary files that no process has locked; do nothing where files can't be locked."""
     if not _CAN_LOCK:
         return
     pattern = re.compile(re.escape(stem) + r"[0-9a-f]+\.tmp")
-    with suppress(OSError):  # the writer will say what is wrong with the folder
+    with suppress(OSError):  # creating the temporary file will raise the same error
         for name in [entry.name for entry in os.scandir(folder) if pattern.fullmatch(entry.name)]:
-            with suppress(OSError):  # it has gone meanwhile, is a link, or belongs to another user
+            with suppress(OSError):  # the file is gone meanwhile, is a link, or belongs to another user
                 _remove_unlocked(folder / name)
 
 

@@ -1,8 +1,8 @@
-"""Hooks that change what layers of the user's own network see, and that travel with its state dict.
+"""Hooks that change the inputs of layers, and whose settings travel with the network's state dict.
 
 forward        layer(x)  becomes  layer(change(x)); no module and no key of the state dict changes
-state_dict()   the layer's record has the hook's plain numbers
-load           a layer with a hook takes the record that comes, or none where the network was saved without
+state_dict()   the layer's record contains the hook's settings, as plain numbers
+load           the hook of a layer takes the settings of the record; without a record it changes no input
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_compress.core.structure import Arriving, Removable, Structure, de
 
 
 class NotScriptable:
-    """A hook that torch.jit.script does not compile, and which says so: torch asks every hook for its name."""
+    """A hook that torch.jit.script can't compile: the error is raised when the compiler asks for its `__name__`."""
 
     @property
     def __name__(self) -> str:
@@ -31,8 +31,8 @@ class NotScriptable:
 class InputHook(NotScriptable, Structure):
     """A forward pre-hook that changes a layer's input. A subclass supplies `kind`, `change`, `record` and `take`."""
 
-    rounds: ClassVar[bool] = True  # for core, which takes it away where it looks at channels
-    name: str = ""  # of the layer, for messages
+    rounds: ClassVar[bool] = True  # `core.evaluation.take_rounding_away` removes hooks with this mark
+    name: str = ""  # of the layer, for error messages
 
     @classmethod
     def new(cls, module: nn.Module, name: str) -> InputHook:
@@ -43,23 +43,23 @@ class InputHook(NotScriptable, Structure):
     @classmethod
     def when_lost(cls, model: nn.Module, names: list[str]) -> str | None:
         return (
-            f"The weights that {type(model).__name__} has loaded were trained with inputs of few bits, which this load "
-            f"does not bring along: the inputs of {', '.join(names)} stay real, and the outputs differ. Call "
+            f"The weights that {type(model).__name__} has loaded were trained with quantized inputs, which the load "
+            f"does not restore: the inputs of {', '.join(names)} stay real, and the outputs differ. Call "
             f"lightning_compress.core.structure.follow(model) before the load (for load_from_checkpoint in the "
             f"module's on_load_checkpoint), give trainer.test the callback that trained them, or use save_compressed "
             f"and load_compressed."
         )
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """Return what the layer sees in the place of x."""
+        """Return the input that the layer gets instead of x."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any] | None:
-        """Return plain numbers that `take` needs to do the same elsewhere; None if nothing is done to inputs."""
+        """Return the settings of this hook as plain numbers; None while it changes no input."""
         raise NotImplementedError
 
     def take(self, record: Mapping[str, Any] | None) -> None:
-        """Do what the record of another hook of this kind says."""
+        """Take the settings in the record of another hook; None: change no input."""
         raise NotImplementedError
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
@@ -70,42 +70,42 @@ class InputHook(NotScriptable, Structure):
             kind_class(self.kind).new(module, self.name).take(record)  # type: ignore[attr-defined]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise RecordError(
-                f"The record of the inputs of {arriving.prefix.rstrip('.')!r} is none of {type(module).__name__} in "
-                f"this version: {shown(record)} ({error!r:.60})."
+                f"The record of the inputs of {arriving.prefix.rstrip('.')!r} is not one that this version writes for "
+                f"a {type(module).__name__}: {shown(record)} ({error!r:.60})."
             ) from error
 
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
-        if arriving.has_metadata:  # a copy of a state dict may have lost it, which says nothing
+        if arriving.has_metadata:  # a copied state dict may have lost its metadata; the hook then stays as it is
             self.take(record)
 
     def attach(self, module: nn.Module) -> list[Removable]:
-        """Put the hook on a layer, in the place of one that was there."""
+        """Register the hook on a layer, in the place of an earlier input hook."""
         take_away(module)
-        _have_compilation_see_hooks()
+        _make_compiler_check_hooks()
         return [module.register_forward_pre_hook(self, with_kwargs=True), *super().attach(module)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        _have_compilation_see_hooks()
+        _make_compiler_check_hooks()
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = args[0] if args else kwargs.get("input")
-        if not isinstance(x, Tensor) or not x.is_floating_point():  # a layer of the user's own, with its own forward
+        if not isinstance(x, Tensor) or not x.is_floating_point():  # as the forward of a user's own layer may allow
             raise ValueError(
                 f"{type(layer).__name__} was called with {type(x).__name__ if not isinstance(x, Tensor) else x.dtype} "
-                f"as its input, which has no form of few bits: it must be a tensor of floats, the first argument or "
-                f"`input`. Exclude the layer."
+                f"as its input, which can't be quantized: expected a floating-point tensor, as the first argument or "
+                f"as `input`. Exclude the layer."
             )
         changed = self.change(layer, x)
         return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"input": changed})
 
 
-def _have_compilation_see_hooks() -> None:
-    """Have torch.compile look at hooks, and drop what it has compiled without.
+def _make_compiler_check_hooks() -> None:
+    """Make torch.compile check for hooks, and discard the code that it compiled without this check.
 
-    By default it takes the code of a network without hooks for every other network of the same class.
+    By default it reuses the code of a network without hooks for every other network of the same class.
     """
     config = torch._dynamo.config
     if getattr(config, "skip_nnmodule_hook_guards", False):
@@ -114,10 +114,10 @@ def _have_compilation_see_hooks() -> None:
 
 
 class InputHooks:
-    """What has been put on layers; `remove` takes it away.
+    """Handle of the input hooks of several layers.
 
     Attributes:
-        names: The layers.
+        names: The qualified names of the layers.
     """
 
     def __init__(self, names: Sequence[str], handles: Sequence[Removable]) -> None:
@@ -125,7 +125,7 @@ class InputHooks:
         self._handles = list(handles)
 
     def remove(self) -> None:
-        """Let the layers see their real inputs again."""
+        """Remove the hooks, so that the layers get their unchanged inputs again."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -136,7 +136,7 @@ def input_hook(layer: nn.Module) -> InputHook | None:
 
 
 def take_away(layer: nn.Module) -> None:
-    """Let a layer see its real input again."""
+    """Remove the input hook of a layer, where it has one."""
     for one in structures(layer):
         if isinstance(one, InputHook):
             detach(layer, one)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Entries at a time. On a CPU: as many as torch leaves to the calling thread, since the barriers of a parallel operator
-# cost much of what they save, and on a busy machine many times more. Elsewhere: enough to hide the cost of a launch.
+# Entries that are processed at a time. On a CPU, torch runs operators of this size in the calling thread: the barriers
+# of parallel operators cost much of the time that they save, and many times more on a busy machine. Elsewhere, so many
+# entries hide the cost of a kernel launch.
 _CHUNK_CPU, _CHUNK_ELSEWHERE = 2**15, 2**22
-_SORTABLE = 4096  # entries: sorting these takes less time than one more round
+_SORTABLE = 4096  # entries: sorting so few takes less time than one more round
 _SPREAD = 3.0  # standard deviations from the wanted rank to either cut: 3 rounds in 1000 have to be repeated
 
 
@@ -49,7 +50,7 @@ def keep_largest(
         absolute: Order by absolute value, so that weights can be given as they are.
         alive: For each tensor a boolean mask of its shape, or None. Entries that are False there come before every
             score: they are dropped, and count in `n_drop`.
-        names: What error messages call the tensors.
+        names: Names of the tensors, for error messages.
 
     Returns:
         One mask per tensor, of its shape and on its device, contiguous. True: kept.
@@ -80,7 +81,7 @@ def keep_largest(
 
 
 class _Part(NamedTuple):
-    """One tensor's share of the work."""
+    """One tensor, its mask, and its position among the tensors."""
 
     score: Tensor
     alive: Tensor | None  # flat
@@ -94,7 +95,7 @@ class _Cut(NamedTuple):
 
 
 class _Between(NamedTuple):
-    """The entries of one part between the two cuts, for which it is not decided yet whether they stay."""
+    """The undecided entries of one part: those between the two cuts."""
 
     score: Tensor
     at: Tensor  # indices into the part
@@ -119,10 +120,10 @@ def _write_masks(parts: Sequence[_Part], n_keep: int, n_alive: int, *, absolute:
         score = torch.cat([some.score for some in between])
         if n_above <= n_keep <= n_above + len(score):
             break
-        spread *= 2  # a wider bracket holds the rank in the end: the widest leaves all the living entries open
+        spread *= 2  # the widest bracket leaves all living entries undecided, so that this loop ends
 
     n_drop = n_above + len(score) - n_keep
-    if len(score) <= _SORTABLE or len(score) > n_total // 2:  # the second: this sample does not get us further
+    if len(score) <= _SORTABLE or len(score) > n_total // 2:  # the second: this sample has hardly narrowed the search
         survives = torch.zeros_like(score, dtype=torch.bool)
         survives[_order(score)[n_drop:]] = True
     else:
@@ -153,7 +154,7 @@ def _sample(parts: Sequence[_Part], n_total: int, *, absolute: bool) -> tuple[Te
 
 
 def _order(score: Tensor) -> Tensor:
-    return torch.argsort(score + 0.0, stable=True)  # -0.0 + 0.0 is 0.0: a radix sort would tell the two apart
+    return torch.argsort(score + 0.0, stable=True)  # -0.0 + 0.0 is 0.0: a radix sort would order -0.0 before 0.0
 
 
 def _cuts(ranked: Tensor, positions: Tensor, fraction_kept: float, spread: float) -> tuple[_Cut, _Cut]:
@@ -168,7 +169,7 @@ def _cuts(ranked: Tensor, positions: Tensor, fraction_kept: float, spread: float
 
 
 def _split(parts: Sequence[_Part], low: _Cut, high: _Cut, *, absolute: bool) -> tuple[int, list[_Between]]:
-    """Write `keep` where an entry is at least `high`; return how many are, and the entries between the cuts."""
+    """Write `keep`, True for entries of at least `high`; return their number, and the entries between the cuts."""
     device = parts[0].keep.device
     dtype = torch.float64 if any(part.score.dtype == torch.float64 for part in parts) else torch.float32
     size = min(chunk_size(device), max(part.keep.numel() for part in parts))
@@ -214,7 +215,7 @@ def _at_least(cut: _Cut, score: Tensor, start: int, *, out: Tensor) -> Tensor:
 
 
 def chunk_size(device: torch.device) -> int:
-    """How many entries to work on at a time."""
+    """Return the number of entries to process at a time."""
     return _CHUNK_CPU if device.type == "cpu" else _CHUNK_ELSEWHERE
 
 

@@ -23,8 +23,8 @@ from lightning_compress.core.tensors import Kept
 class LatentWeights(Projection):
     """Parameters that hold W~(w) between steps, while their real values w train.
 
-    Weights that are exactly zero when they come here, or that something else sets to zero later, have been pruned: they
-    stay zero. A subclass supplies `value`, and what else of the methods without a body here it needs.
+    Weights that are exactly zero at construction, or that other code sets to zero later, count as pruned and stay zero.
+    A subclass supplies `value`, and overrides the other methods of the first section where it needs them.
 
     Args:
         model: The network that holds the parameters.
@@ -32,7 +32,7 @@ class LatentWeights(Projection):
 
     Attributes:
         latent: The real values, by name; zero where a weight is pruned.
-        alive: For parameters with pruned weights: False where they are.
+        alive: For each parameter with pruned weights, a mask that is False at these.
 
     Raises:
         ValueError: A weight is NaN or infinite.
@@ -48,30 +48,33 @@ class LatentWeights(Projection):
             self.zero_latent(name, latent == 0)
             self._renew(name)
         if zero := [name for name, latent in self.latent.items() if not latent.any()]:
-            warnings.warn(f"{', '.join(zero)}: every entry is zero, which counts as pruned and stays.", stacklevel=2)
+            warnings.warn(
+                f"{', '.join(zero)}: every entry is zero, which counts as pruned, so that none of them trains.",
+                stacklevel=2,
+            )
         self.rewrite()
 
     # ------------------------------------------------------------------ what a subclass supplies
 
     def value(self, name: str, real: Tensor) -> Tensor:
-        """Return the quantized values of real ones, in a new tensor."""
+        """Return the quantized values W~ of real values, in a new tensor."""
         raise NotImplementedError
 
     def shown_value(self, name: str, real: Tensor) -> Tensor:
-        """Return the validated and saved values for real ones, of this parameter or of an average of it."""
+        """Return the values to validate and save, for the real values of a parameter or of an average of it."""
         return self.value(name, real)
 
     def real_gradient(self, name: str, gradient: Tensor) -> None:
-        """Turn the gradient by W~ into that by w, in place."""
+        """Turn the gradient with respect to W~ into the gradient with respect to w, in place."""
         if name in self.alive:
-            keep_(gradient, self.alive[name])  # which may be sparse
+            keep_(gradient, self.alive[name])
 
     def agree(self, held: Tensor, expected: Tensor) -> bool:
-        """Whether a parameter holds the values that were written here."""
+        """Whether a parameter still holds the values that `project` wrote."""
         return torch.equal(held, expected)
 
     def _forget(self, name: str) -> None:
-        """Forget what was derived from earlier real values of a parameter, which other code has replaced."""
+        """Discard everything derived from the earlier real values of a parameter, which other code has replaced."""
 
     def _rewritten(self, name: str, changed: Tensor, held: Tensor, expected: Tensor) -> Tensor:
         """Return the entries that other code has written, out of those that differ from expected ones (`changed`)."""
@@ -79,24 +82,24 @@ class LatentWeights(Projection):
 
     @property
     def is_shown(self) -> bool:
-        """Whether the module holds the values that are validated and saved, where they differ from those that train."""
+        """Whether the module holds the values to validate and save, and these differ from those that train."""
         return False
 
     def _show_samples(self, shown: bool) -> None:
-        """Have `value` return the values that train, or those that are validated and saved."""
+        """Make `value` return the random samples that train, or else the values to validate and save."""
 
     def _take_step(self, name: str, stepped: Tensor) -> None:
-        """Store the real values that the optimizer has stepped."""
+        """Store the real values after an optimizer step."""
         self.latent[name].copy_(stepped)
 
     def _tables(self) -> dict[str, dict[str, Tensor]]:
-        """Return the other tensors that belong to each parameter, by kind and in its shape, for `state_dict`."""
+        """Return the other tensors of the parameters' shapes that `state_dict` saves, by kind and name."""
         return {}
 
     # ------------------------------------------------------------------ around the optimizer's step
 
     def open(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the real values back, and their gradients in the place of those by W~."""
+        """Restore the real values, and turn the gradients with respect to W~ into those with respect to w."""
         super().open(optimizer)
         for name, parameter in self._open.items():
             if parameter.grad is not None:
@@ -110,7 +113,7 @@ class LatentWeights(Projection):
         self._renew(name)
 
     def _take(self, name: str, held: Tensor, expected: Tensor, changed: Tensor) -> None:
-        """Store the values that other code has written as real ones; where all are zero, they count as pruned."""
+        """Store the values that other code has written as real ones; if all of them are zero, count them as pruned."""
         changed = self._rewritten(name, changed, held, expected)
         if name in self.alive:
             changed = changed & self.alive[name]
@@ -124,7 +127,7 @@ class LatentWeights(Projection):
     # ------------------------------------------------------------------ what the module holds
 
     def project(self) -> None:
-        """Put W~ into the module."""
+        """Write W~ into the module."""
         self.settle()
         self.take_writes()
         self._show_samples(True)
@@ -144,13 +147,13 @@ class LatentWeights(Projection):
         return self.value(name, self.latent[name])
 
     def shown(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return the values that are validated and saved, for the real ones or for other tensors with these names."""
+        """Return the values to validate and save, for the real values or for other tensors with these names."""
         given = self.latent | self._before if tensors is None else tensors
         return {name: self.shown_value(name, value.detach()) for name, value in given.items() if name in self.latent}
 
     @torch.no_grad()
     def take_real(self) -> None:
-        """Store the values of the module, such as an average, as the real ones, and project them."""
+        """Store the values that the module holds, such as an average, as the real values, and project them."""
         for name, parameter in self.parameters.items():
             self.latent[name].copy_(parameter)
             if name in self.alive:
@@ -171,7 +174,7 @@ class LatentWeights(Projection):
             self.rewrite()
 
     def holds(self) -> bool:
-        """Whether the module holds the values of these real ones."""
+        """Whether the module holds W~ of the current real values."""
         return all(
             self.agree(parameter.detach(), self.expected(name).to(parameter.device))
             for name, parameter in self.parameters.items()
@@ -179,7 +182,7 @@ class LatentWeights(Projection):
 
     @torch.no_grad()
     def zero_latent(self, name: str, gone: Tensor) -> None:
-        """Zero latent values for good, where `gone` is True; the caller projects."""
+        """Zero latent values for good where `gone` is True; the caller projects afterwards."""
         if bool(gone.any()):
             self.alive[name] = ~gone if name not in self.alive else self.alive[name] & ~gone
             self.latent[name].masked_fill_(gone, 0.0)
@@ -189,19 +192,22 @@ class LatentWeights(Projection):
         for name, latent in self.latent.items():
             if not bool(latent.isfinite().all()):
                 count = latent.numel() - int(latent.isfinite().sum())
-                raise ValueError(f"NaN or infinite: {count} of {latent.numel()} real values of {name} have no value.")
+                raise ValueError(
+                    f"NaN or infinite: {count} of {latent.numel()} real values of {name}. Look for a diverged loss or "
+                    f"gradient, or use a smaller learning rate."
+                )
 
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return what a resume needs."""
+        """Return the tensors that a resume needs."""
         return {"latent": self.latent | self._before, "alive": self.alive, **self._tables()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from a `state_dict`, and put its values into the module."""
+        """Load a `state_dict`, and write its values into the module."""
         own = {"latent": self.latent, "alive": self.alive, **self._tables()}
         for kind, tensors in own.items():
-            # The state may be that of a callback that goes on, whose tensors another fit must not change.
+            # Copies, because the state may belong to a callback whose tensors must not change.
             loaded = {name: one.detach().clone().to(self.parameters[name].device) for name, one in state[kind].items()}
             tensors.clear()
             tensors.update(loaded)
@@ -213,7 +219,7 @@ class LatentWeights(Projection):
             tensors |= {name: one.to(self.parameters[name].device) for name, one in tensors.items()}
 
     def follow_cut(self, model: nn.Module, kept: Kept) -> None:
-        """Slice the tensors that belong to parameters which were sliced; `kept` has the positions that stayed."""
+        """Slice the tensors that belong to sliced parameters; `kept` has the positions that stayed."""
         self._slice(model, kept)
         self.rewrite()
 
@@ -229,5 +235,5 @@ class LatentWeights(Projection):
             tensor.copy_(self.value(name, tensor))
 
     def _alive(self, name: str, like: Tensor) -> Tensor | None:
-        """Return where a parameter is not pruned, on another tensor's device; None: no entry is pruned."""
+        """Return the mask of a parameter's unpruned entries, on another tensor's device; None if no entry is pruned."""
         return self.alive[name].to(like.device) if name in self.alive else None

@@ -26,11 +26,10 @@ class _Extent(NamedTuple):
 def shared_memory(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """Return the pairs of tensors that are different objects and have elements in common, in the order given.
 
-    Tensors without an address of their own (on the meta device, sparse, wrapper subclasses, lazy ones) share nothing
-    that could be seen.
+    Tensors without an address of their own (on the meta device, sparse, lazy, wrapper subclasses) are left out.
 
     Args:
-        tensors: By name.
+        tensors: The tensors, by name.
 
     Example:
         >>> a = torch.zeros(4, 6)
@@ -45,7 +44,7 @@ def shared_memory(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     extents = [found for name in first_names.values() if (found := _extent(name, tensors[name])) is not None]
     order = {name: place for place, name in enumerate(tensors)}
     pairs = []
-    reaching: list[_Extent] = []  # those that began before and may reach into the next
+    reaching: list[_Extent] = []  # earlier ones that may overlap the next one
     for extent in sorted(extents):
         reaching = [one for one in reaching if one.device == extent.device and one.end > extent.start]
         for one in reaching:
@@ -57,13 +56,13 @@ def shared_memory(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def refuse_shared_memory(module: nn.Module, names: Collection[str]) -> None:
-    """Raise a ValueError where a parameter that a technique changes lies in the memory of another trained one.
+    """Raise a ValueError if a parameter that a technique changes shares its memory with another trained parameter.
 
-    One object under several names is one parameter, and no case of it.
+    One Parameter object under several names is allowed.
 
     Args:
         module: The network.
-        names: The parameters that are changed, by qualified name.
+        names: The qualified names of the parameters that the technique changes.
     """
     parameters = dict(module.named_parameters())
     for pair in shared_memory(parameters):
@@ -73,10 +72,10 @@ def refuse_shared_memory(module: nn.Module, names: Collection[str]) -> None:
             first, second = pair
             raise ValueError(
                 f"{first} {tuple(parameters[first].shape)} and {second} {tuple(parameters[second].shape)} of "
-                f"{type(module).__name__} are two Parameters over one memory, so that each would be changed behind the "
-                f"other's back: expected one Parameter for one memory. Assign the same Parameter to both modules where "
-                f"the shapes are equal, compute a transposed or sliced one in forward (F.linear(x, weight.t())), or "
-                f"untie them with nn.Parameter({second}.detach().clone())."
+                f"{type(module).__name__} are two Parameters over one memory, so that a change of one would change "
+                f"the other too: expected one Parameter for one memory. Assign the same Parameter to both modules "
+                f"where the shapes are equal, compute a transposed or sliced one in forward (F.linear(x, weight.t())), "
+                f"or untie them with nn.Parameter({second}.detach().clone())."
             )
 
 
@@ -91,9 +90,9 @@ def _extent(name: str, tensor: Tensor) -> _Extent | None:
 
 
 def _have_common_elements(a: Tensor, at_a: _Extent, b: Tensor, at_b: _Extent) -> bool:
-    """Whether two tensors whose extents overlap have elements in common; those of columns side by side may not."""
+    """Whether two tensors with overlapping extents have elements in common; columns side by side have none."""
     if all(one.numel() * one.element_size() == at.end - at.start for one, at in ((a, at_a), (b, at_b))):
-        return True  # without gaps
+        return True  # neither has gaps
     unit = gcd(a.element_size(), b.element_size(), at_b.start - at_a.start)
     low, high = min(at_a.start, at_b.start), max(at_a.end, at_b.end)
     marked = torch.zeros((high - low) // unit, dtype=torch.bool)
@@ -102,8 +101,10 @@ def _have_common_elements(a: Tensor, at_a: _Extent, b: Tensor, at_b: _Extent) ->
 
 
 def _elements(marked: Tensor, tensor: Tensor, offset: int, unit: int) -> Tensor:
-    """View the marks of a tensor's elements, `unit` bytes each."""
+    """View the marks of a tensor's elements; each mark stands for `unit` bytes."""
     pieces = tensor.element_size() // unit
-    shape = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]  # expanded ones
+    shape = [
+        size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]  # once for expanded dimensions
     strides = [stride * pieces for stride in tensor.stride()]
     return marked.as_strided((*shape, pieces), (*strides, 1), offset // unit)

@@ -21,18 +21,18 @@ def numbers_by_name(
     done: str,
     leaving: str,
 ) -> dict[str, int]:
-    """Return the number of each parameter, by name; what gets 0 or None is left out.
+    """Return the number of each parameter, by name, without the parameters whose number is 0 or None.
 
     Args:
         module: The network.
-        numbers: One for all, or `{pattern: number}`, patterns as in `target`, of which the first that matches counts.
-        target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution, or
-            what the patterns of `numbers` name.
-        default: Patterns in the place of "every linear layer and convolution".
+        numbers: One number for all parameters, or `{pattern: number}`, of which the first pattern that matches counts.
+        target: Patterns of modules (their `weight`) or parameters; None: the parameters that the patterns of `numbers`
+            name, or, if it has none, those of `default`.
+        default: Patterns, or None for every linear layer and convolution.
         exclude: Patterns to leave out.
-        argument: What messages call the numbers,
-        done: what parameters without one are not,
-        leaving: and the number that leaves a parameter as it is.
+        argument: Name of the constructor argument that `numbers` comes from, for messages.
+        done: Participle of what is done to parameters with a number, such as "clustered", for messages.
+        leaving: The number that leaves a parameter unchanged, for messages.
 
     Raises:
         ValueError: The patterns select nothing.
@@ -59,7 +59,7 @@ def numbers_by_name(
     if unnamed := [name for name in considered if name not in first]:
         warnings.warn(
             f"Not {done}, because no pattern of {argument}={dict(numbers)} names them: {', '.join(unnamed)}. Add a "
-            f"pattern ({leaving}: leave it), or exclude them.",
+            f"pattern ({leaving} leaves parameters as they are), or exclude them.",
             stacklevel=2,
         )
     return {name: number for name in chosen if (number := first.get(name))}

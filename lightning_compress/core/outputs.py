@@ -19,7 +19,7 @@ TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, 
 
 
 def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
-    """Return None if two lists of tensors agree, and else a text that says where they differ."""
+    """Return None if two lists of tensors agree, or else a text that describes the difference."""
     if [one.shape for one in got] != [one.shape for one in expected]:
         shapes = ([tuple(one.shape) for one in some] for some in (got, expected))
         return "its output has shapes {}, not {}".format(*shapes)
@@ -45,14 +45,14 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-    """Return the tensors of the model's output, the same at every call: see `alike`."""
+    """Return the tensors of the model's output, which are the same at every call: see `alike`."""
     return alike(model, lambda: call(model, example_inputs))
 
 
 def alike(model: nn.Module, forward: Callable[[], Any]) -> list[Tensor]:
-    """Return the tensors of a call of the model, with the same random numbers at every call.
+    """Call the model with fixed random seeds, and return the tensors of its output.
 
-    Buffers, caches and counters are put back, and what modules keep for evaluation is made anew from their weights.
+    Modules renew the caches that they keep for evaluation before; buffers, caches and counters are restored after.
     """
     torch.manual_seed(0)
     random.seed(0)
@@ -63,4 +63,5 @@ def alike(model: nn.Module, forward: Callable[[], Any]) -> list[Tensor]:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors in an output, detached and in order."""
     return [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def widened(x: Tensor) -> Tensor:
-    """Convert to float32, unless it is float64."""
+    """Convert a tensor to float32, unless it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,7 +4,7 @@
     module holds project(w)  module holds w    w changes              module holds project(w) again
 
 The module holds project(w) at every moment but between `open` and `close`, which belong directly around the optimizer's
-step: whoever looks (validation, a checkpoint, another callback, the next micro-batch) sees the projected weights.
+step. So validation, checkpoints, other callbacks and the next micro-batch see the projected weights.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Projector = Callable[[Mapping[str, Tensor]], None]
 class Projection:
     """Holds parameters at project(w), in place, around optimizer steps.
 
-    What other code writes into the module between steps counts: where a parameter differs from what this object last
-    wrote, its value becomes the latent one.
+    Values that other code writes into the module between steps are kept: where a parameter differs from the values that
+    this object wrote last, its value becomes the latent one.
 
     Args:
         parameters: The parameters, by name. Their identity never changes.
-        project: Projects the tensors it is given, by name, in place. Called with any subset of the names.
-        keep_latent: Whether the values from before the projection are kept and given back to the optimizer. Without it
-            the optimizer goes on from project(w), which is all that a fixed mask needs.
+        project: Projects the given tensors, by name, in place. It is called with any subset of the names.
+        keep_latent: Whether to keep the values from before the projection for the optimizer. Otherwise the optimizer
+            steps from project(w), which suffices for a fixed mask.
 
     Attributes:
         rewritten: Names of parameters that other code has written between steps.
-        suspended: Whether the module holds something else for now, such as an average: nothing is taken from it.
+        suspended: Whether the module temporarily holds other values, such as an average, which must not become latent.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([0.3, -2.0]))
@@ -52,8 +52,8 @@ class Projection:
         self.latent: dict[str, Tensor] = {}
         self.rewritten: set[str] = set()
         self._open: dict[str, nn.Parameter] = {}
-        self._before: dict[str, Tensor] = {}  # latent values of before a step that evaluates the loss again
-        self._versions: dict[str, int] = {}  # of the parameters, when they were last written here
+        self._before: dict[str, Tensor] = {}  # latent values from before a step that evaluates the loss several times
+        self._versions: dict[str, int] = {}  # of the parameters, after this object wrote them last
         self._latent_versions: dict[str, tuple[int, int]] = {}
         self._writing = False
         self.suspended = False
@@ -65,7 +65,7 @@ class Projection:
     # ------------------------------------------------------------------ around the optimizer's step
 
     def open(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the latent values back, of all parameters or of those that `optimizer` steps."""
+        """Restore the latent values of all parameters, or of those that `optimizer` steps."""
         if not self.keep_latent:
             return
         if self._open:
@@ -109,7 +109,7 @@ class Projection:
             self._project(share)
 
     def settle(self) -> None:
-        """Project the parameters that are open because their step never came, as when a gradient scaler skips it."""
+        """Project the parameters that are still open because their step was skipped, as a gradient scaler does."""
         if self._open or self._before:
             share = self._open | {name: self.parameters[name] for name in self._before}
             with self._write(share):
@@ -125,7 +125,7 @@ class Projection:
         return not (self._open or self._before or self._writing)
 
     def share(self, optimizer: torch.optim.Optimizer | None) -> dict[str, nn.Parameter]:
-        """Return the parameters that `optimizer` steps, by what its groups hold now; without one, all."""
+        """Return the parameters that the groups of `optimizer` hold now; without an optimizer, all parameters."""
         if optimizer is None:
             return self.parameters
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -134,12 +134,12 @@ class Projection:
     # ------------------------------------------------------------------ what the module holds
 
     def project(self) -> None:
-        """Project every parameter anew, from its latent value where there is one: after the projection has changed."""
+        """Project every parameter again after the projection has changed, from its latent value where there is one."""
         self.take_writes()
         self.rewrite(self.parameters)
 
     def rewrite(self, share: Mapping[str, nn.Parameter] | None = None) -> None:
-        """Project the latent values anew, whatever the module holds; without them, what it holds."""
+        """Write the projected latent values, whatever the module holds; without latent ones, project what it holds."""
         share = self.parameters if share is None else share
         with self._write(share):
             if self.keep_latent:
@@ -147,11 +147,11 @@ class Projection:
             self._project(share)
 
     def refresh(self, *, by_value: bool = False) -> None:
-        """Store the values that other code has written since, and project them.
+        """Store the values that other code has written since the last projection, and project them.
 
         Args:
-            by_value: Whether values are compared. By default parameters count their versions, which costs next to
-                nothing and misses what was written through `.data`.
+            by_value: Whether to compare values. By default the version counters of the parameters are compared, which
+                costs almost nothing, but misses what was written through `.data`.
         """
         if self.suspended:
             return
@@ -180,7 +180,7 @@ class Projection:
                 continue
             written[name] = parameter
             if self._latent_versions.get(name) != _version(self.latent[name]):
-                self._renew(name)  # the latent values themselves were written, and say what the module holds
+                self._renew(name)  # other code wrote the latent values, which the module follows
                 continue
             expected = self.expected(name)
             changed = ((held - expected).abs_() <= _rounding(expected)).logical_not_()
@@ -201,7 +201,7 @@ class Projection:
 
     @torch.no_grad()
     def projected(self) -> dict[str, Tensor]:
-        """Return the projected values of the module, in new tensors; within a step those of before it."""
+        """Return the projected values in new tensors; during an optimizer step, those from before it."""
         latent = self.latent | self._before
         values = {name: latent.get(name, p.detach()).clone() for name, p in self.parameters.items()}
         self._project(values)
@@ -218,15 +218,15 @@ class Projection:
         torch.where(changed, held, self.latent[name], out=self.latent[name])
 
     def follow_device(self) -> None:
-        """Move latent values to the device of their parameter, which the Trainer takes to the CPU after a fit."""
+        """Move latent values to the device of their parameter: the Trainer moves the network to the CPU after a fit."""
         self.latent |= {name: latent.to(self.parameters[name].device) for name, latent in self.latent.items()}
 
     def load_latent(self, latent: Mapping[str, Tensor]) -> None:
-        """Take latent values from a checkpoint; the caller projects afterwards."""
+        """Load latent values from a checkpoint; the caller projects afterwards."""
         for name, value in latent.items():
             self.latent[name].copy_(value)
 
-    # ------------------------------------------------------------------ how it is written
+    # ------------------------------------------------------------------ how tensors are written
 
     def _keep(self, name: str, parameter: nn.Parameter) -> None:
         """Store the stepped value as the latent one; a subclass may change both, to the same value."""
@@ -267,6 +267,6 @@ def _version(tensor: Tensor) -> tuple[int, int]:
 
 
 def _rounding(expected: Tensor) -> Tensor:
-    """Return the rounding error of entries that were moved and moved back, as sharpness-aware minimization does."""
+    """Return the rounding error of entries that were moved away and back, as by sharpness-aware minimization."""
     eps = torch.finfo(expected.dtype).eps
     return expected.abs().mul_(eps).add_(expected.abs().amax(), alpha=4 * min(eps, 1e-7))

@@ -1,4 +1,4 @@
-"""Records in the metadata of state dicts: which kinds there are, and what stands in those that earlier versions wrote.
+"""Records in the metadata of state dicts: their kinds, and how to read those of this and of earlier versions.
 
 metadata["layer"]["lightning_compress.structure"] = {"grid": {"format": 1, "scale": 0.5, ...}}
 """
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_compress.core.structure import Structure
 
-KEY = "lightning_compress.structure"  # in the metadata of a module, its records by kind
-KINDS = {  # where the class of each kind is, imported when a state dict has one; rebuilt in this order
+KEY = "lightning_compress.structure"  # the key of a module's records, by kind, in its metadata
+KINDS = {  # the class of each kind, imported when a state dict has one; networks are rebuilt in this order
     "cut": "lightning_compress.channels.load.CutNetwork",
     "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
     "sign": "lightning_compress.binary.inputs.BinaryInput",
@@ -22,7 +22,7 @@ _OLD_CUT, _OLD_INPUTS = "lightning_compress", "lightning_compress.inputs"  # key
 
 
 class RecordError(ValueError):
-    """A record says what nothing of this package leaves behind; the network was not changed."""
+    """A record has a content that this package never writes; the network was not changed."""
 
 
 class UnknownRecordError(ValueError):
@@ -30,31 +30,31 @@ class UnknownRecordError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """Return a value of a file as a message shows it, whatever it is.
+    """Return a short text for any value read from a file, for messages.
 
     Example:
         >>> shown("x" * 100), shown(10**5000)
-        ("'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...", 'a int of too many digits')
+        ("'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...", 'an object of type int with too many digits')
     """
     try:
         text = repr(value)
     except ValueError:
-        return f"a {type(value).__name__} of too many digits"
+        return f"an object of type {type(value).__name__} with too many digits"
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def kind_class(kind: str) -> type[Structure]:
-    """Return the class of a kind, from the room that has it."""
+    """Import and return the class of a kind."""
     module, _, name = KINDS[kind].rpartition(".")
     found: type[Structure] = getattr(import_module(module), name)
     return found
 
 
 def records(metadata: Mapping[str, Any] | None, prefix: str = "") -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Return the records that the metadata of a state dict hold: by kind, and by path of the module below `prefix`.
+    """Return the records in the metadata of a state dict: by kind, and by path of the module below `prefix`.
 
     Raises:
-        RecordError: One has no form that any version writes.
+        RecordError: A record has a form that no version writes.
         UnknownRecordError: This version does not know the kind, or the format.
     """
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -66,7 +66,7 @@ def records(metadata: Mapping[str, Any] | None, prefix: str = "") -> dict[str, d
 
 
 def _kinds_in(path: str, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The records of one module, those that earlier versions wrote in its metadata among them."""
+    """Return the records of one module, including those that earlier versions wrote under other keys."""
     given = dict(_as_dict(entry[KEY], path)) if KEY in entry else {}
     if _OLD_CUT in entry:
         given["cut"] = {"format": 1, **_as_dict(entry[_OLD_CUT], path)}
@@ -96,5 +96,5 @@ def _kinds_in(path: str, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any
 
 def _as_dict(value: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise RecordError(f"The record of {path!r} is {shown(value)}, and needs to be a dict by name.")
+        raise RecordError(f"The record of {path!r} is {shown(value)}; expected a dict with strings as keys.")
     return value

@@ -14,19 +14,19 @@ def amount_at(progress: float, amount: float, *, schedule: Schedule = "cubic") -
 
     With p the progress and A the final amount:
 
-    - one_shot: A, from the first moment on;
+    - one_shot: A, from the start;
     - linear: A p;
     - cubic: A (1 - (1 - p)^3), much at first and ever less (Zhu and Gupta 2017, section 3);
-    - exponential: 1 - (1 - A)^p, every equal stretch removes the same share of what is left (Frankle and Carbin 2019);
+    - exponential: 1 - (1 - A)^p, equal stretches remove equal shares of the rest (Frankle and Carbin 2019);
     - cosine: A (1 - cos(pi p)) / 2.
 
     Args:
-        progress: Position on the ramp, 0 to 1; beyond its ends the value at the end holds.
+        progress: Position on the ramp, 0 to 1; outside, the value at the nearer end holds.
         amount: Final fraction of the original, 0 to 1.
         schedule: Shape of the ramp.
 
     Raises:
-        ValueError: Unknown schedule, `amount` outside 0 to 1, or an exponential ramp to 1, which has no end.
+        ValueError: Unknown schedule, `amount` outside 0 to 1, or an exponential ramp to 1, which it never reaches.
 
     Example:
         >>> [round(amount_at(p, 0.9, schedule="cubic"), 3) for p in (0.0, 0.25, 0.5, 1.0)]

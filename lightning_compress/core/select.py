@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_compress.core.memory import refuse_shared_memory
 
-_COMPILED = "_orig_mod."  # what torch.compile puts into the names of a compiled submodule
+_COMPILED = "_orig_mod."  # torch.compile inserts this into the names of a compiled submodule
 _WILDCARDS = frozenset("*?[")
 
 WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (
@@ -39,7 +39,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def output_blocks(layer: nn.Module) -> int | None:
-    """Return in how many blocks along dim 0 of its weight a layer has output channels in dim 1; None: they are dim 0.
+    """Return the number of blocks along dim 0 of a weight whose output channels are in dim 1; None: they are in dim 0.
 
     Example:
         >>> output_blocks(nn.ConvTranspose1d(4, 6, 3, groups=2)), output_blocks(nn.Linear(2, 2))
@@ -63,7 +63,7 @@ def select_parameters(
     A pattern is a glob over qualified names. One that matches a module takes the module's `weight`, or its own matrices
     called weights, such as `weight_ih_l0` of an LSTM and `in_proj_weight` of an attention; one that matches a
     parameter's full name takes that parameter. A pattern whose last part has a wildcard passes over vectors (biases,
-    scales of norms) and what has no entries: these are taken only when the last part spells them out. A parameter that
+    scales of norms) and empty parameters: these are taken only if the last part spells their name out. A parameter that
     two modules share is listed once.
 
     Args:
@@ -71,8 +71,8 @@ def select_parameters(
         target: Patterns to take; `None` takes the weight of every linear layer and convolution, which callbacks limit
             to those that an optimizer of the fit trains at its start and that the code of `forward` reaches.
         exclude: Patterns to leave out, read by the same rules, vectors included.
-        argument: What messages call `target`.
-        warn: Whether to warn of patterns that match nothing; not where that has been told before.
+        argument: Name of the constructor argument that `target` comes from, for messages.
+        warn: Whether to warn of patterns that match nothing.
 
     Raises:
         ValueError: Nothing is left, a taken layer has no `weight` of its own (not built yet, or parametrized), or a
@@ -107,7 +107,7 @@ def select_parameters(
 
 
 def layer_weights(module: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return by the name of every layer's weight, in the module's order, the parameters that it is, or is made of."""
+    """Return the parameters of every layer's weight, by its name: the weight itself, or those it is computed from."""
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}
     found: dict[str, list[nn.Parameter]] = {}
     for name, child in module.named_modules():
@@ -134,12 +134,12 @@ def check_computed(module: nn.Module, names: Iterable[str], exclude: str | Seque
 
 
 def refuse_sparse_gradients(module: nn.Module, names: Iterable[str], who: str) -> None:
-    """Raise a ValueError if one of some parameters is an embedding's whose gradients are sparse.
+    """Raise a ValueError if one of these parameters belongs to an embedding with sparse gradients.
 
     Args:
         module: The network.
         names: Qualified names of parameters.
-        who: What needs all of a gradient, for the message.
+        who: Name of the technique, for the message.
     """
     wanted = {id(parameter) for name, parameter in module.named_parameters() if name in set(names)}
     for path, layer in module.named_modules():
@@ -151,12 +151,12 @@ def refuse_sparse_gradients(module: nn.Module, names: Iterable[str], who: str) -
 
 
 def refuse_complex(module: nn.Module, names: Iterable[str], who: str) -> None:
-    """Raise a ValueError if one of some parameters is complex, where an order or signs of weights are needed.
+    """Raise a ValueError if one of these parameters is complex: complex weights have neither an order nor signs.
 
     Args:
         module: The network.
         names: Qualified names of parameters.
-        who: What needs real weights, for the message.
+        who: Name of the technique, for the message.
     """
     for name in names:
         parameter = module.get_parameter(name)
@@ -168,7 +168,7 @@ def refuse_complex(module: nn.Module, names: Iterable[str], who: str) -> None:
 
 
 def has_entries(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has entries to compress; a lazy one will have some."""
+    """Whether a parameter has entries to compress; a lazy parameter counts, because it gets them later."""
     return isinstance(parameter, nn.parameter.UninitializedParameter) or parameter.numel() > 0
 
 

@@ -1,10 +1,10 @@
-"""Records in the metadata of a state dict, from which another process rebuilds a network of another structure.
+"""Records in the metadata of a state dict, from which another process rebuilds the structure of a changed network.
 
     state_dict()   metadata["layer"]["lightning_compress.structure"] = {"grid": {"format": 1, "scale": 0.5, ...}}
     load           each record is checked, and rebuilds its module before torch copies tensors into it
 
-Metadata survive checkpoints of weights alone, compressed files and a strict load into the plain class. A record stands
-with the module that it describes, so that a part of a network can be saved, loaded or used in another network.
+Metadata survive checkpoints of weights alone, compressed files and a strict load into the plain class. A record belongs
+to the module that it describes, so that a part of a network can be saved, loaded or used in another network.
 
 A new kind of record needs a subclass of `Structure` in the room that writes it, and a line in `core.records.KINDS`.
 """
@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_compress.core.records import KEY, KINDS, RecordError, UnknownRecordError, kind_class, records
 from lightning_compress.core.undo import as_before_on_error
 
-_NEXT = "next_handle"  # in the state of pickled hooks
+_NEXT = "next_handle"  # key in the state of pickled hooks
 
 
 class Removable(Protocol):
@@ -39,9 +39,9 @@ class Arriving:
     """A state dict on its way into a module.
 
     Attributes:
-        state_dict: All of it.
-        prefix: Of the names of the module's tensors in it.
-        has_metadata: Whether the state dict says something of the module; a copy may have lost its metadata.
+        state_dict: The whole state dict.
+        prefix: The prefix of the names of the module's tensors in it.
+        has_metadata: Whether the state dict has metadata of the module; a copied state dict may have none.
         strict: Whether the load fails where names differ.
     """
 
@@ -55,10 +55,10 @@ class Structure:
     """A change of one module's structure that its tensors do not reveal. Each kind of record is a subclass.
 
     Attributes:
-        kind: Its name in files.
-        format: Of the records that it writes, a number that grows; it must read all earlier ones.
-        renames: Whether tensors have other names than in the user's class, so that only a rebuilt network shows what
-            fits.
+        kind: The name of the kind in files.
+        format: The version number of the records that it writes; it reads those of all earlier versions.
+        renames: Whether tensors have other names than in the user's class, so that only a rebuilt network can be
+            compared with the names in a file.
     """
 
     kind: ClassVar[str]
@@ -67,57 +67,57 @@ class Structure:
 
     @classmethod
     def new(cls, module: nn.Module, name: str) -> Structure:
-        """Return the structure of a module that is about to be rebuilt; the module does not change."""
+        """Return the structure for a module that is about to be rebuilt; the module does not change yet."""
         return cls()
 
     @classmethod
     def gather(cls, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-        """Return which record rebuilds which module, by path, given those of a module and of all within it."""
+        """Return the records that rebuild modules, by path, given the records of a module and of all its submodules."""
         return dict(records)
 
     @classmethod
     def when_lost(cls, model: nn.Module, names: list[str]) -> str | None:
-        """Return what to warn of when a load has ignored the records of these modules; None for nothing."""
+        """Return the warning for a load that has ignored the records of these modules; None for no warning."""
         return None
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
-        """Return plain values from which `rebuild` makes the same of another module; None if there is nothing to say.
+        """Return the record: plain values, from which `rebuild` changes another module alike; None if none is needed.
 
         A value that is a dict may have names of the module's tensors as its keys.
         """
         raise NotImplementedError
 
     def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
-        """Raise a RecordError if `write` has not made this record, or not of such a module; nothing changes."""
+        """Raise a RecordError unless `write` could have made this record for such a module; nothing changes."""
         raise NotImplementedError
 
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
-        """Make of the module what a checked record says; None: the state dict has no such record for it."""
+        """Change the module as a checked record says; None: the state dict has no record of this kind for it."""
         raise NotImplementedError
 
     def attach(self, module: nn.Module) -> list[Removable]:
-        """Have the state dicts of a module carry this record, and its loads rebuild it."""
+        """Make the module's state dicts contain this record, and its loads rebuild the module."""
         hooks = _hooks_of(module) or _Hooks.of(module)
         hooks.structures = [*hooks.structures, self]
         return [_Handle(module, self)]
 
 
 def structures(module: nn.Module) -> list[Structure]:
-    """Return what is attached to a module itself."""
+    """Return the structures that are attached to a module itself."""
     hooks = _hooks_of(module)
     return [] if hooks is None else list(hooks.structures)
 
 
 def detach(module: nn.Module, structure: Structure) -> None:
-    """Let a module forget a structure; nothing happens if it is not attached."""
+    """Detach a structure from a module; nothing happens if it is not attached."""
     _Handle(module, structure).remove()
 
 
 def follow(model: nn.Module) -> Removable:
-    """Have loads into a model rebuild it from all records that come, of every kind.
+    """Make loads into a model rebuild it from all records in the state dict, of every kind.
 
     Returns:
-        What undoes it; it does nothing if the model followed before.
+        A handle that undoes this, unless the model followed before.
     """
     hooks = _hooks_of(model) or _Hooks.of(model)
     before, hooks.follows = hooks.follows, True
@@ -126,7 +126,7 @@ def follow(model: nn.Module) -> Removable:
 
 @contextmanager
 def following(model: nn.Module) -> Iterator[None]:
-    """As `follow`, for what is loaded within the block.
+    """Make loads within the block rebuild a model, as `follow` does.
 
     Example:
         >>> from lightning_compress.quantization.input_grids import InputGrid, input_grids, quantize_inputs
@@ -146,11 +146,11 @@ def following(model: nn.Module) -> Iterator[None]:
 
 
 class _Hooks:
-    """The hook that writes the records of one module; it holds the module's structures, also for the hook that loads.
+    """The hook that writes the records of one module, and holds its structures for the hook that loads.
 
     Attributes:
-        structures: What is attached to the module.
-        follows: Whether records that come for this module, and for those within, rebuild what was not attached before.
+        structures: The structures that are attached to the module.
+        follows: Whether records of this module and its submodules attach structures that were not attached before.
     """
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ class _Hooks:
 
     @classmethod
     def of(cls, module: nn.Module) -> _Hooks:
-        """Register both hooks."""
+        """Register the hooks that save and load on a module."""
         hooks = cls()
         module.register_state_dict_post_hook(hooks)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_OnLoad(hooks))  # type: ignore[no-untyped-call]
@@ -177,13 +177,13 @@ class _Hooks:
         return self.__dict__ | {_NEXT: RemovableHandle.next_id}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A pickled network keeps torch's numbers for its hooks, which a new process would give to others.
+        # A pickled network keeps the numbers of its hooks, which torch would give to other hooks in a new process.
         RemovableHandle.next_id = max(RemovableHandle.next_id, state[_NEXT])
         self.__dict__ |= {key: value for key, value in state.items() if key != _NEXT}
 
 
 class _OnLoad:
-    """The hook that checks the records that come with a state dict, and rebuilds the module."""
+    """The hook that checks the records in a state dict, and rebuilds the module before its tensors are loaded."""
 
     def __init__(self, hooks: _Hooks) -> None:
         self.hooks = hooks
@@ -198,11 +198,11 @@ class _OnLoad:
         *rest: Any,
     ) -> None:
         own = {prefix.rstrip("."): local_metadata}
-        whole = self.hooks.follows or module._modules  # else nothing below could have a record
+        whole = self.hooks.follows or module._modules  # else no submodule can have a record
         found = records(getattr(state_dict, "_metadata", own) if whole else own, prefix)
         arriving = Arriving(state_dict, prefix, bool(local_metadata), strict)
         with _structures_as_before_on_error(module), as_before_on_error(module):
-            for kind in KINDS:  # a later kind finds what an earlier one has rebuilt
+            for kind in KINDS:  # in this order: a later kind applies to the network that earlier ones have rebuilt
                 todo = self._found(module, kind, found.get(kind, {}))
                 for one, layer, path, record in todo:
                     if record is not None:
@@ -215,7 +215,7 @@ class _OnLoad:
     def _found(
         self, module: nn.Module, kind: str, given: Mapping[str, Mapping[str, Any]]
     ) -> list[tuple[Structure, nn.Module, str, Mapping[str, Any] | None]]:
-        """What is to be checked and rebuilt: structure, module, its path, and the record that comes for it."""
+        """Return what to check and rebuild: structure, module, path of the module, and its record."""
         here = [one for one in self.hooks.structures if one.kind == kind]
         if not here and not (given and self.hooks.follows):
             return []
@@ -233,7 +233,7 @@ class _OnLoad:
 
 
 def _same_strings(values: dict[Any, Any], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-    """With the state dict's own strings as keys: pickle writes the same string, not an equal one, only once."""
+    """Use the state dict's own strings as keys: pickle writes one object once, but equal objects twice."""
     names = {name: name for name in state_dict if name in values}
     return {names.get(name, name): value for name, value in values.items()}
 
@@ -257,7 +257,9 @@ def _submodule(module: nn.Module, path: str, kind: str) -> nn.Module:
     try:
         return module.get_submodule(path)
     except AttributeError as error:
-        raise RecordError(f"The record {kind!r} is of {path!r}, which {type(module).__name__} has not.") from error
+        raise RecordError(
+            f"The record {kind!r} is of {path!r}, which {type(module).__name__} does not have."
+        ) from error
 
 
 def _within(arriving: Arriving, path: str) -> Arriving:
@@ -271,7 +273,7 @@ def _hooks_of(module: nn.Module) -> _Hooks | None:
 
 
 class _Handle:
-    """Takes a structure from a module, or has it follow loads no more; the last one takes the hooks away."""
+    """Detaches a structure from a module, or makes it stop following; the last handle removes the hooks."""
 
     def __init__(self, module: nn.Module, structure: Structure | None, *, follows: bool = False) -> None:
         self._module = weakref.ref(module)
@@ -279,7 +281,7 @@ class _Handle:
         self._follows = follows
 
     def remove(self) -> None:
-        """Undo it."""
+        """Detach the structure, or restore whether the module follows loads."""
         module = self._module()
         hooks = None if module is None else _hooks_of(module)
         if module is None or hooks is None:
@@ -296,9 +298,9 @@ class _Handle:
 
 
 def _warn_of_lost_records() -> None:
-    """Have every load of a state dict warn where records came along, and nothing has followed them.
+    """Make every load of a state dict warn of records in it that nothing has followed.
 
-    A class of the user's own, as in `load_from_checkpoint`, has nothing else of ours that could say it.
+    In a user's own class, as in `load_from_checkpoint`, no other code of this package could warn.
     """
     load = nn.Module.load_state_dict
 

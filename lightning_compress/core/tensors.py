@@ -11,12 +11,12 @@ Kept = Mapping[str, Mapping[int, Tensor]]  # tensor name -> dim -> the positions
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by every name that they have."""
+    """Return parameters and buffers, by every name that each of them has."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Those of `named_tensors` that a state dict holds."""
+    """Return those of `named_tensors` that a state dict holds."""
     hidden = {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules(remove_duplicate=False)
@@ -26,7 +26,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
-    """Keep some positions along some dimensions."""
+    """Return a tensor with the given positions alone, along the given dimensions."""
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     for dim, keep in dims.items():
         tensor = tensor.index_select(dim, keep.to(tensor.device))
@@ -34,7 +34,7 @@ def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def sliced(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """Slice tensors that have the names and shapes of a network before a cut as the cut has sliced the network.
+    """Slice tensors as a cut has sliced a network, given tensors with its names and its shapes before the cut.
 
     Example:
         >>> sliced({"fc.weight": torch.arange(6).view(2, 3)}, {"fc.weight": {1: torch.tensor([0, 2])}})

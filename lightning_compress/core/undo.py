@@ -1,4 +1,4 @@
-"""Put a network back as it was when changing it fails."""
+"""Restore a network when changing it fails."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from lightning_compress.core.tensors import named_tensors
 
 
 def forget_graphs(parameter: Tensor) -> None:
-    """Make autograd forget a parameter's old shape, which it would use again while an earlier graph is alive.
+    """Make autograd forget a parameter's old shape, which it would reuse while an earlier graph is alive.
 
-    Another dtype in between does that. DistributedDataParallel's hooks go as well: it must be made anew.
+    A change of the dtype and back has this effect. It also drops the hooks of DistributedDataParallel, which must wrap
+    the network anew.
     """
     data, gradient = parameter.data, parameter.grad
     parameter.grad = None
@@ -26,11 +27,11 @@ def forget_graphs(parameter: Tensor) -> None:
 
 @contextmanager
 def as_before_on_error(model: nn.Module, *, values: bool = False) -> Iterator[None]:
-    """Put a model's tensors and attributes back if the block raises an error.
+    """Restore a model's tensors and attributes if the block raises an error.
 
     Args:
         model: The model.
-        values: Whether the block may write into the tensors, and not only replace them; they are copied then.
+        values: Whether to restore the tensors' values too, which are copied for this; else only replaced tensors.
     """
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     inner = [(one, dict(one)) for _, _, held in modules for one in held.values() if isinstance(one, dict)]
