@@ -13,8 +13,8 @@ from lightning_compress.core.records import KINDS
 PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 HYDRA_FILES = {"hydra.py", "cli.py", "__main__.py"}
-ROOMS = {"pruning", "group_lasso", "clustering", "binary", "quantization", "distillation", "coding", "deploy"}
-TECHNIQUES = ROOMS - {"coding", "deploy"}
+TECHNIQUES = {"pruning", "group_lasso", "clustering", "binary", "quantization", "distillation", "early_exit"}
+ROOMS = TECHNIQUES | {"coding", "deploy"}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
 
 
