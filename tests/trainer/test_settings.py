@@ -33,7 +33,8 @@ def test_every_argument_is_a_setting_and_an_attribute(kind: type[Any]) -> None:
     assert set(callback.settings) == names
     assert callback.settings.items() >= options.items()
     for name in names - {"stop"}:  # the backtracker holds it
-        assert getattr(callback, name) == callback.settings[name]
+        value = getattr(callback, name)
+        assert (list(value) if isinstance(value, tuple) else value) == callback.settings[name]
 
 
 @pytest.mark.parametrize("kind", CALLBACKS, ids=lambda kind: kind.__name__)
