@@ -105,9 +105,15 @@ def test_options_of_the_file_are_those_of_save_compressed() -> None:
     assert composed().file == keywords
 
 
-@pytest.mark.parametrize("name", ["digits_conv", "digits_conv_narrow", "lenet300", "lenet5", "resnet20"])
-def test_model_files_make_networks_that_fit_their_data(name: str) -> None:
-    shape = (1, 8, 8) if name.startswith("digits") else (3, 32, 32) if name == "resnet20" else (1, 28, 28)
+MODEL_INPUTS = {
+    **dict.fromkeys(["digits_conv", "digits_conv_narrow", "msdnet_digits"], (1, 8, 8)),
+    **dict.fromkeys(["lenet300", "lenet5", "msdnet_mnist"], (1, 28, 28)),
+    **dict.fromkeys(["resnet20", "msdnet"], (3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), MODEL_INPUTS.items())
+def test_model_files_make_networks_that_fit_their_data(name: str, shape: tuple[int, ...]) -> None:
     assert build_module(composed(f"model={name}"))(torch.zeros(2, *shape)).shape == (2, 10)
 
 

@@ -3,6 +3,7 @@
 from lightning_compress.baselines.classifier import Classifier
 from lightning_compress.baselines.data import CIFAR10, MNIST, Digits, FashionMNIST
 from lightning_compress.baselines.loader import RandomShift, TensorLoader
+from lightning_compress.baselines.msdnet import MSDNet, MSDNetClassifier, msdnet_classifier
 from lightning_compress.baselines.networks import MLP, DigitsConvNet, LeNet5, LeNet300, ResNet20
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "FashionMNIST",
     "LeNet5",
     "LeNet300",
+    "MSDNet",
+    "MSDNetClassifier",
     "RandomShift",
     "ResNet20",
     "TensorLoader",
+    "msdnet_classifier",
 ]
