@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from lightning_compress.core.axes import Axes, arguments
 from lightning_compress.core.example_inputs import ExampleInputs, tensors
 from lightning_compress.core.files import replacing
-from lightning_compress.deploy.axes import Axes, arguments
 from lightning_compress.deploy.fake_quant_nodes import mark_inputs, translations
 from lightning_compress.deploy.program import compare
 from lightning_compress.quantization.input_grids import InputGrid

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.core.axes import BATCH, Axes, exported
 from lightning_compress.core.evaluation import caches_off, evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.files import replacing
 from lightning_compress.core.tensors import named_tensors
-from lightning_compress.deploy.axes import BATCH, Axes, arguments, spelled_out
 
 
 def capture(
@@ -49,23 +49,13 @@ def capture(
         axes = Axes.of(model, example_inputs, dynamic or {})
         small = axes.resized({name: 2 if name == BATCH else max(size, 2) for name, size in axes.sizes.items()})
         try:
-            program = _export(model, small, axes, {name: Dim(name) for name in axes.sizes})
+            program = exported(model, small, axes, {name: Dim(name) for name in axes.sizes})
         except torch._dynamo.exc.UserError:  # some have bounds, as a table of positions has, which are then found
             found = {name: Dim(name) if name == BATCH else Dim.DYNAMIC for name in axes.sizes}
-            program = _export(model, small, axes, found)
+            program = exported(model, small, axes, found)
         other = axes.others(lambda inputs: call(model, inputs))
         compare(call(model, other), call(program.module(), other), "The exported program")
     return program
-
-
-def _export(model: nn.Module, inputs: ExampleInputs, axes: Axes, dims: Mapping[str, Any]) -> ExportedProgram:
-    args, kwargs = arguments(inputs)
-    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for leaf, named in zip(tree_leaves((args, kwargs)), axes.named, strict=True):
-        if named:
-            shapes[leaf] = {dim: dims[name] for dim, name in named.items()}
-    with spelled_out(model, args, kwargs):
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def save_program(program: ExportedProgram, path: str | Path) -> None:

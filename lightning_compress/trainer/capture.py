@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.trainer.inputs import resolve_network
@@ -74,50 +74,6 @@ def hooked(*handles: RemovableHandle) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
-    """Return the tensor that `output` picks from what a network or layer returned.
-
-    Args:
-        found: A tensor, or a dict, tuple, list or object that has it.
-        output: Key, position or attribute; None: `logits`, as networks of `transformers` have it; a tensor is taken as
-            it is.
-        who: Whose output it is, for the message.
-
-    Raises:
-        ValueError: There is no such entry, or it is no tensor.
-
-    Example:
-        >>> select_output({"logits": Tensor([1.0])}, "logits", "network")
-        tensor([1.])
-    """
-    picked: Any = found
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
-    if output is None and isinstance(logits, Tensor):
-        return logits
-    if output is not None and not isinstance(found, Tensor):  # of student and teacher, one may return just the tensor
-        try:
-            if isinstance(found, Mapping | tuple | list) and not (isinstance(output, str) and hasattr(found, output)):
-                picked = found[output]  # type: ignore[index]  # a selector that does not fit is refused below
-            else:
-                picked = getattr(found, str(output))
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{who} returns {_described(found)}, which has no output={output!r}.") from error
-    if not isinstance(picked, Tensor):
-        what = _described(picked) if output is None else f"{_described(picked)} as output={output!r}"
-        raise ValueError(
-            f"{who} returns {what}, and no tensor: pass output= with the key, position or attribute of it."
-        )
-    return picked
-
-
-def _described(found: Any) -> str:
-    if isinstance(found, Mapping):
-        return f"a {type(found).__name__} with {', '.join(map(repr, found))}"
-    if isinstance(found, tuple | list):
-        return f"a {type(found).__name__} of {len(found)}"
-    return f"a {type(found).__name__}"
 
 
 def _said(module: LightningModule, network: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
 
@@ -136,6 +136,17 @@ def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str,
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+
+
+def exported(model: nn.Module, inputs: ExampleInputs, axes: Axes, dims: Mapping[str, Any]) -> ExportedProgram:
+    """Export the model in its present mode; `dims` says what torch.export makes of each named dimension."""
+    args, kwargs = arguments(inputs)
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for leaf, named in zip(tree_leaves((args, kwargs)), axes.named, strict=True):
+        if named:
+            shapes[leaf] = {dim: dims[name] for dim, name in named.items()}
+    with spelled_out(model, args, kwargs):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager
