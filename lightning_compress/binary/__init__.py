@@ -1,4 +1,4 @@
-"""Binary weights and inputs, from plain functions to a callback."""
+"""Binary weights and binary inputs. These functions need no Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Binary weights as a callback: the network computes with signs, the optimizer trains the real values behind them."""
+"""Binary weights as a callback: the network computes with signs, and the optimizer trains latent real weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lightning_compress.binary.inputs import (
     has_binary_inputs,
     layers_with_signs,
 )
-from lightning_compress.binary.signs import Mode, Scaling, check_binary, holds_signs
-from lightning_compress.binary.weights import BinaryWeights, LRScale
+from lightning_compress.binary.signs import LRScale, Mode, Scaling, check_binary, holds_signs
+from lightning_compress.binary.weights import BinaryWeights
 from lightning_compress.core.by_channel import transposed_groups
 from lightning_compress.core.input_hooks import InputHooks
 from lightning_compress.core.select import refuse_sparse_gradients, select_parameters
@@ -28,35 +28,36 @@ from lightning_compress.trainer.targets import unused_layers
 
 
 class BinaryWeightsCallback(LatentCallback):
-    """Trains a network whose weights are -1 and +1, or these times one number per output channel.
+    """Trains a network whose weights are -1 and +1, or -a and +a with one number a per output channel.
 
-    Between steps the module holds binary weights W~; the gradient is taken there, and the optimizer steps, and `clip`
-    clips, the real weights w behind them. "deterministic": W~ = sign(w). "stochastic": W~ = +1 with probability
-    clip((w + 1) / 2, 0, 1), drawn anew at every step, the same on all ranks; validation, checkpoints and the end of the
-    fit have sign(w) all the same. With scaling="mean", W~ = alpha_c sign(w), alpha_c the mean of |w| over the channel.
-    Weights that are exactly zero, then or later, have been pruned: they stay zero, so that the others make a ternary
-    network. `compress/saturated`, the share of real weights at the clip, is logged once an epoch.
+    Between steps the module holds binary weights W~, and gradients are taken with respect to W~. The optimizer steps
+    the latent real weights w, which are then clipped. With mode="deterministic", W~ = sign(w). With mode="stochastic",
+    W~ = +1 with probability clip((w + 1) / 2, 0, 1), else -1: a sample drawn anew at every step, the same on all ranks.
+    Validation, checkpoints and the end of the fit have sign(w) in both modes. With scaling="mean", W~ = alpha_c
+    sign(w), where alpha_c is the mean of |w| over the output channel. Weights that are exactly zero at `start_epoch` or
+    become zero later count as pruned: they stay zero, and the network is ternary. Once an epoch the callback logs
+    `compress/saturated`, the fraction of real weights that have reached the clip.
 
-    Biases, norms and what `exclude` names stay real. Outputs of binary layers are large: put norms behind them. With
-    `activations`, the first and the last layer are usually excluded.
+    Biases, norms and what `exclude` matches stay real. A binary layer should be followed by a norm, because its outputs
+    are large. With `activations`, the first and the last layer are usually excluded.
 
     Args:
         mode: "deterministic" or "stochastic".
-        scaling: "none", or "mean" for XNOR-Net's scales, whose gradient is part of the weights'.
-        activations: Whether layers see the signs of their inputs, with the gradient 1 for |x| <= 1 and 0 elsewhere:
-            True for all targeted layers but the network's first; patterns for those of them that they name. With
-            scaling="mean", their outputs are multiplied with the inputs' mean magnitude. In training a layer whose
-            inputs are never negative is refused. `binarize_inputs` does the same to a network in another process.
-        clip: Bound of the real weights; None: none.
-        lr_scale: "glorot" divides every update of the real weights by sqrt(1.5 / (fan_in + fan_out)), after the
-            optimizer and thus with Adam too.
-        start_epoch: When weights become binary, in epochs, which may be fractions.
+        scaling: "none", or "mean" for XNOR-Net's scales; the gradient then includes the derivative of the scales.
+        activations: Whether layers compute with the signs of their inputs; the gradient is then 1 for |x| <= 1 and 0
+            elsewhere. True: all targeted layers except the network's first. Patterns: the targeted layers that they
+            match. With scaling="mean" the outputs are multiplied by the mean magnitude of the inputs. A layer whose
+            inputs are never negative is refused in training. For a network in another process call `binarize_inputs`.
+        clip: The real weights are clipped to -clip .. clip; None: they are not clipped.
+        lr_scale: "glorot" divides every update of the real weights by sqrt(1.5 / (fan_in + fan_out)). The optimizer's
+            result is divided, so this acts with Adam as well.
+        start_epoch: When the weights become binary, in epochs; fractions are allowed.
         target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
             an optimizer trains when the fit begins and that the code of `forward` reaches.
-        exclude: Patterns to leave out.
+        exclude: Patterns of what stays real.
 
     Raises:
-        ValueError: An argument is out of range, or the combination makes no sense.
+        ValueError: An argument is out of range, or scaling="mean" is combined with mode="stochastic".
 
     References:
         Courbariaux et al. 2015, "BinaryConnect", section 2; Courbariaux et al. 2016, "Binarized Neural Networks",
@@ -95,7 +96,7 @@ class BinaryWeightsCallback(LatentCallback):
     # ------------------------------------------------------------------ the fit
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        # All ranks draw the same samples.
+        # Rank 0's seed makes all ranks draw the same samples.
         seed = torch.tensor(torch.initial_seed() % 2**63, device=pl_module.device)
         self.generator.manual_seed(int(broadcast(seed)))
         super().prepare(trainer, pl_module, state)
@@ -120,7 +121,7 @@ class BinaryWeightsCallback(LatentCallback):
         if not self.activations:
             return None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a warning for patterns that match nothing was given before
+            warnings.simplefilter("ignore")  # patterns that match nothing have been warned about already
             return binarize_inputs(
                 pl_module,
                 activations=self.activations,
@@ -159,7 +160,7 @@ class BinaryWeightsCallback(LatentCallback):
         self._ready_inputs(trainer, pl_module)
 
     def _ready_inputs(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook a module that was not fitted in this process."""
+        """Put the hooks for binary inputs on a module that was not fitted in this process."""
         if trainer.state.fn == "fit" or not self.activations or any(map(has_binary_inputs, pl_module.modules())):
             return
         wanted = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude)
@@ -167,7 +168,7 @@ class BinaryWeightsCallback(LatentCallback):
             self._inputs = self.hook_inputs(pl_module)
         else:
             warnings.warn(
-                f"The weights of {', '.join(wanted)} are not all binary, so that the inputs of layers are left as they "
-                f"are: load a checkpoint from after start_epoch={self.start_epoch}.",
+                f"The weights of {', '.join(wanted)} are not all binary, so the inputs of layers stay real. For binary "
+                f"inputs load a checkpoint from after start_epoch={self.start_epoch}.",
                 stacklevel=2,
             )

@@ -1,10 +1,10 @@
-"""Hooks on the user's own modules, by which layers compute with the signs of their inputs.
+"""Hooks that make layers compute with the signs of their inputs.
 
     BinaryNet     y = layer(sign(x))                                           Courbariaux et al. 2016
     XNOR-Net      y = K * (layer(sign(x)) - bias) + bias                       Rastegari et al. 2016, equation 11
                   K = box filter over the kernel of (mean over channels of |x|)
 
-The gradient of sign(x) is taken as 1 for |x| <= 1 and as 0 elsewhere; that of K is exact.
+The gradient of sign(x) is taken as 1 for |x| <= 1 and as 0 elsewhere; the gradient of K is exact.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from lightning_compress.core.select import is_transposed_linear, is_weight_layer
 from lightning_compress.core.structure import Removable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ENOUGH = 64  # entries; a smaller input may have no negative one by chance
+_ENOUGH = 64  # entries to see before a layer is refused: fewer may all be positive by chance
 
 
 def input_scales(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return XNOR-Net's K, which stands for the magnitude of the inputs of every output, shaped to multiply the output.
+    """Return XNOR-Net's K: for each output the mean magnitude of its inputs, shaped to multiply the output.
+
+    For a linear layer K is the mean of |x| over the features. For a convolution it is the mean of |x| over the input
+    channels of the group, averaged over the kernel's window, padding included.
 
     Args:
-        layer: A linear layer: the mean of |x| over the features. A convolution: the mean of |x| over the input channels
-            (of the group), averaged over the kernel's window, the padding included.
-        x: Its input.
+        layer: A linear layer or a convolution that is not transposed.
+        x: The input of the layer.
 
     Example:
         >>> x = torch.tensor([[1.0, -3.0], [0.0, 1.0]])
@@ -46,13 +48,13 @@ def input_scales(layer: nn.Module, x: Tensor) -> Tensor:
     channels = -len(layer.kernel_size) - 1
     means: Tensor = x.abs().unflatten(channels, (layer.groups, -1)).mean(channels)  # type: ignore[no-untyped-call]
     kernel = torch.ones((layer.groups, 1, *layer.kernel_size), dtype=means.dtype, device=means.device)
-    # The layer's own way of padding, with one input and one output channel in each of its groups.
+    # The layer's own method pads as the layer does; here each group has one input channel and one output channel.
     scales: Tensor = layer._conv_forward(means, kernel / kernel[0].numel(), None)
     return scales if layer.groups == 1 else scales.repeat_interleave(layer.out_channels // layer.groups, channels)
 
 
-class _Order(NotScriptable):
-    """Remembers that the layer that sees the network's own input has run."""
+class _FirstLayer(NotScriptable):
+    """A hook that records that the network's first layer, which keeps its real inputs, has run."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -63,11 +65,17 @@ class _Order(NotScriptable):
 
 
 class BinaryInput(InputHook):
-    """The hook before a layer: signs instead of inputs. The hook after it multiplies with K."""
+    """A hook that replaces a layer's input by its signs; with `scale`, a second hook multiplies the output by K.
+
+    Args:
+        name: The name of the layer, for messages.
+        scale: Whether the output is multiplied by K.
+        after: The hook of the layer that must run before this one, or None.
+    """
 
     kind = "sign"
 
-    def __init__(self, name: str = "", *, scale: bool = False, after: _Order | None = None) -> None:
+    def __init__(self, name: str = "", *, scale: bool = False, after: _FirstLayer | None = None) -> None:
         self.name = name
         self.scale = scale
         self.after = after
@@ -78,7 +86,7 @@ class BinaryInput(InputHook):
 
     def attach(self, module: nn.Module) -> list[Removable]:
         handles = super().attach(module)
-        return [*handles, module.register_forward_hook(self.behind, prepend=True)]  # before those that look at outputs
+        return [*handles, module.register_forward_hook(self.scale_output, prepend=True)]  # other hooks see the result
 
     def record(self) -> dict[str, Any] | None:
         return {"scale": self.scale} if self._is_on else None
@@ -96,7 +104,7 @@ class BinaryInput(InputHook):
             self.scales = input_scales(layer, x)
         return sign_through(x)
 
-    def behind(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def scale_output(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         scales, self.scales = self.scales, None
         if scales is None:
             return output
@@ -111,16 +119,16 @@ class BinaryInput(InputHook):
     def _check(self, x: Tensor) -> None:
         if self.after is not None and not self.after.has_run:
             raise ValueError(
-                f"{self.name} runs before {self.after.name}, which the module lists first and which would therefore "
-                f"keep its real inputs: name the layers whose inputs become signs, as in activations=['...']."
+                f"activations=True keeps the inputs of {self.after.name} real, because the module lists it first; but "
+                f"{self.name} runs before it. Name the layers whose inputs become signs, as in activations=['...']."
             )
         self.after = None
         self._seen += x.numel()
         self._checked = bool((x < 0).any())
         if not self._checked and self._seen >= _ENOUGH:
             raise ValueError(
-                f"The inputs of {self.name} are never negative (smallest of the first {self._seen}: "
-                f"{float(x.detach().min()):.4g}), as they are after a ReLU, so that all their signs would be +1. Put a "
+                f"The inputs of {self.name} are never negative, as after a ReLU ({self._seen} entries seen; the "
+                f"smallest of the last batch is {float(x.detach().min()):.4g}), so all their signs would be +1. Put a "
                 f"batch norm, or a hardtanh instead of the ReLU, before {self.name}, or exclude it."
             )
 
@@ -134,22 +142,27 @@ def binarize_inputs(
     scale: bool = False,
     unused: Collection[str] = (),
 ) -> InputHooks:
-    """Let layers of a model see the signs of their inputs, by hooks: in training, and in a process that loads it.
+    """Put hooks on layers of a model that replace the layers' inputs by their signs.
 
-    A layer that sees them already gets new hooks in the place of the old ones.
+    Use it in a training loop of your own, or in a process that loads the trained weights. Hooks of an earlier call are
+    replaced.
 
     Args:
         model: The network.
-        activations: True for all targeted layers but the network's first linear layer or convolution, in the order in
-            which the model lists them; patterns for those of them that they name.
+        activations: True: all targeted layers except the network's first linear layer or convolution, in the order in
+            which the model lists its layers. Patterns: the targeted layers that they match.
         target: Patterns of layers; by default every linear layer and convolution.
-        exclude: Patterns to leave out.
-        scale: Whether outputs are multiplied with the inputs' magnitudes, as in XNOR-Net (scaling="mean").
-        unused: Names of layers that the network's forward does not use, of which none is the first.
+        exclude: Patterns of layers that keep their real inputs.
+        scale: Whether outputs are multiplied by the magnitudes of the inputs, as in XNOR-Net (scaling="mean").
+        unused: Names of layers that the network's forward does not use; none of them counts as the first.
+
+    Returns:
+        The hooks; `remove()` takes them off.
 
     Raises:
-        ValueError: A layer has no binary form. Later, in a forward pass in training mode: inputs are never negative, or
-            the network's first layer is not the one that the model lists first.
+        ValueError: XNOR-Net has no scaling for a layer, or `activations` matches a layer that is not targeted. Later,
+            in a forward pass in training mode: a layer's inputs are never negative, or a layer runs before the one that
+            the model lists first.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
@@ -164,24 +177,24 @@ def binarize_inputs(
     names, first = _choose(model, activations, select_parameters(model, target, exclude=exclude), unused)
     if scale:
         check_scalable(model, names)
-    order, handles = None, list[Removable]()
+    after, handles = None, list[Removable]()
     if first:
-        order = _Order(first)
-        handles.append(model.get_submodule(first).register_forward_pre_hook(order))
+        after = _FirstLayer(first)
+        handles.append(model.get_submodule(first).register_forward_pre_hook(after))
     for name in names:
         layer = model.get_submodule(name)
-        handles += BinaryInput(name, scale=scale, after=order).attach(layer)
+        handles += BinaryInput(name, scale=scale, after=after).attach(layer)
     return InputHooks(names, handles)
 
 
 def check_scalable(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise a ValueError for a layer whose inputs' magnitudes have no form that multiplies its outputs."""
+    """Raise a ValueError if XNOR-Net has no scaling of inputs for one of the layers."""
     for name in names:
         layer = model.get_submodule(name)
         if not (isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or is_transposed_linear(layer)):
             raise ValueError(
-                f"activations with scaling='mean': {name} is a {type(layer).__name__}, for which XNOR-Net has no "
-                f"scaling of inputs. Exclude it, or use scaling='none'."
+                f"{name} is a {type(layer).__name__}, for which XNOR-Net has no scaling of inputs, as activations with "
+                f"scaling='mean' need it. Exclude the layer, or use scaling='none'."
             )
 
 
@@ -191,7 +204,7 @@ def _choose(
     targeted: Mapping[str, nn.Parameter],
     unused: Collection[str],
 ) -> tuple[list[str], str]:
-    """Return the layers that see signs, and the one that must run before them, "" for none."""
+    """Return the names of the layers that get signs as inputs, and of the layer that must run before them, or ""."""
     layers = {name: layer for name, layer in model.named_modules() if is_weight_layer(layer)}
     weights = {id(parameter) for parameter in targeted.values()}
     mine = [name for name, layer in layers.items() if id(layer.weight) in weights]
@@ -203,8 +216,8 @@ def _choose(
     chosen = {id(parameter) for parameter in select_parameters(model, activations, argument="activations").values()}
     if strange := [name for name, layer in layers.items() if id(layer.weight) in chosen - weights]:
         raise ValueError(
-            f"activations={activations!r} names {', '.join(strange)}, whose weights are not binary: add them to "
-            f"target, or name fewer."
+            f"activations={activations!r} matches {', '.join(strange)}, whose weights are not binary: add these layers "
+            f"to target, or take them out of activations."
         )
     return [name for name in mine if id(layers[name].weight) in chosen], ""
 
@@ -215,10 +228,10 @@ def layers_with_signs(
     targeted: Mapping[str, nn.Parameter],
     unused: Collection[str] = (),
 ) -> list[str]:
-    """Return the layers that `binarize_inputs` puts hooks on, of those that have the targeted weights."""
+    """Return the names of the layers with targeted weights on which `binarize_inputs` puts hooks."""
     return _choose(model, activations, targeted, unused)[0]
 
 
 def has_binary_inputs(layer: nn.Module) -> bool:
-    """Whether `binarize_inputs` has hooks on this layer."""
+    """Return whether `binarize_inputs` has put hooks on this layer."""
     return isinstance(input_hook(layer), BinaryInput)

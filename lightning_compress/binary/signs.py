@@ -1,10 +1,10 @@
-"""Signs of weights and of inputs, and the gradients that pass through them.
+"""Signs of weights and of inputs, and their straight-through gradients.
 
     deterministic   b = sign(w), sign(0) = +1                        BinaryConnect, Courbariaux et al. 2015
     stochastic      b = +1 with probability hard_sigmoid(w), else -1
     scaling="mean"  W~ = alpha_c b,  alpha_c = mean over channel c of |w|      XNOR-Net, Rastegari et al. 2016
 
-In a tensor with pruned entries these are 0 in b, and alpha_c is the mean over the others: ternary weights.
+Pruned entries are 0 in b, and alpha_c is then the mean over the other entries: the weights are ternary.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lightning_compress.core.precision import widened
 
 Mode = Literal["deterministic", "stochastic"]
 Scaling = Literal["none", "mean"]
+LRScale = Literal["none", "glorot"]
 
 
 def sign(x: Tensor) -> Tensor:
@@ -49,12 +50,12 @@ def hard_sigmoid(x: Tensor) -> Tensor:
 
 
 def draw_positive(w: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return for every weight whether it is +1 in this sample, a boolean tensor.
+    """Draw a sample of stochastic binarization; return a boolean tensor that is True where the weight is +1.
 
     Args:
         w: The real weights.
-        generator: A generator of the CPU, or None for torch's own. For weights on another device it gives the seed of a
-            generator there.
+        generator: A CPU generator, or None for torch's own. For weights on another device, a generator is made there,
+            with a seed that this one draws.
     """
     if generator is not None and w.device != generator.device:
         seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
@@ -66,13 +67,13 @@ def draw_positive(w: Tensor, generator: torch.Generator | None = None) -> Tensor
 def channel_scales(w: Tensor, *, groups: int | None = None, alive: Tensor | None = None) -> Tensor:
     """Return alpha_c = mean |w| over each output channel, shaped to multiply `by_channel` of the weight.
 
-    It is in float32, or float64 for weights of that type: sums and counts of 16 bits overflow, or lose small numbers.
-    It minimises norm(w_c - alpha_c sign(w_c)).
+    alpha_c minimises norm(w_c - alpha_c sign(w_c)). It is computed in float32, or in float64 for float64 weights:
+    16-bit sums and counts would overflow, or lose small numbers.
 
     Args:
         w: The real weights.
-        groups: As for `by_channel`.
-        alive: False where a weight is pruned; these count neither in the sum nor in the number.
+        groups: The groups of a transposed convolution, as for `by_channel`; None for other layers.
+        alive: False where a weight is pruned; pruned weights do not count in the mean. None: no weight is pruned.
 
     Example:
         >>> channel_scales(torch.tensor([[0.5, -1.5], [0.0, 0.1]])).flatten()
@@ -95,14 +96,14 @@ def binarize(
     groups: int | None = None,
     alive: Tensor | None = None,
 ) -> Tensor:
-    """Return the binary weights W~ that stand for real ones.
+    """Return the binary weights W~ of real weights.
 
     Args:
         w: The real weights.
         scaling: "none" for -1 and +1, "mean" for -alpha_c and +alpha_c.
-        positive: A sample from `draw_positive`; by default the signs.
-        groups: As for `by_channel`.
-        alive: False where a weight is pruned: it becomes 0.
+        positive: A sample from `draw_positive`; by default the signs of w.
+        groups: The groups of a transposed convolution, as for `by_channel`; None for other layers.
+        alive: False where a weight is pruned, so that W~ is 0 there. None: no weight is pruned.
 
     Example:
         >>> w = torch.tensor([[0.5, -1.5], [0.0, 0.1]])
@@ -129,25 +130,26 @@ def real_gradient(
     groups: int | None = None,
     alive: Tensor | None = None,
 ) -> Tensor:
-    """Return dL/dw from G = dL/dW~, taken at the binary weights.
+    """Return dL/dw from G = dL/dW~.
 
-    Without scaling the gradient passes straight through, dL/dw = G. With W~_i = alpha sign(w_i) over the n weights of a
-    channel, d|w|/dw = sign(w) and, straight through, d sign(w)/dw = 1 for |w| <= 1 and 0 elsewhere:
+    Without scaling the gradient passes straight through: dL/dw = G. With scaling, W~_i = alpha sign(w_i), where alpha
+    is the mean of |w| over the n weights of a channel. Then d|w|/dw = sign(w), and the straight-through estimator takes
+    d sign(w)/dw as 1 for |w| <= 1 and as 0 elsewhere:
 
         dL/dw_i = sign(w_i) / n * sum over j of G_j sign(w_j)  +  alpha * G_i * [|w_i| <= 1]
 
-    Pruned weights get none.
+    Pruned weights get the gradient 0.
 
     Args:
-        gradient: G.
+        gradient: The gradient G with respect to the binary weights.
         w: The real weights.
-        scaling: As for `binarize`.
-        groups: As for `by_channel`.
-        alive: False where a weight is pruned.
+        scaling: "none" or "mean", as for `binarize`.
+        groups: The groups of a transposed convolution, as for `by_channel`; None for other layers.
+        alive: False where a weight is pruned. None: no weight is pruned.
 
     Example:
         >>> w, G = torch.tensor([[0.5, -1.5]]), torch.tensor([[1.0, 3.0]])
-        >>> real_gradient(G, w, scaling="mean")  # 1 / 2 * (1 - 3) + 1 * 1, and the same with the other sign
+        >>> real_gradient(G, w, scaling="mean")  # 1 / 2 * (1 - 3) + 1 * 1, and -1 / 2 * (1 - 3) + 1 * 3 * 0
         tensor([[0., 1.]])
     """
     if scaling == "none":
@@ -157,11 +159,11 @@ def real_gradient(
     alpha = channel_scales(w, groups=groups, alive=alive)
     count = torch.tensor(w.numel() // max(alpha.numel(), 1), device=w.device)
     products = (gradient * signs).contiguous()
-    if alive is not None:  # select, as a pruned entry's gradient may be infinite
+    if alive is not None:  # a product with the mask would be NaN where a pruned entry's gradient is infinite
         count = by_channel(alive.contiguous(), groups).sum((1, 3), keepdim=True)
         products.masked_fill_(~alive, 0.0)
     shared = by_channel(products, groups).sum((1, 3), keepdim=True)
-    del products  # weights may fill the memory
+    del products  # saves memory: it is as large as the weights
     shared /= count.clamp(min=1)
     own = torch.where((w >= -1) & (w <= 1), gradient, 0.0).contiguous()
     by_channel(own, groups).mul_(alpha)
@@ -171,9 +173,12 @@ def real_gradient(
 
 
 def glorot_coefficient(shape: Sequence[int]) -> float:
-    """Return BinaryConnect's learning-rate coefficient of a layer, sqrt(1.5 / (fan_in + fan_out)).
+    """Return BinaryConnect's learning-rate coefficient sqrt(1.5 / (fan_in + fan_out)) of a layer; 1 for a vector.
 
-    Updates of the real weights are divided by it; it is 1 for a vector.
+    Updates of the real weights are divided by this coefficient.
+
+    Args:
+        shape: The shape of the weight.
 
     Example:
         >>> round(glorot_coefficient((1024, 784)), 4), round(glorot_coefficient((64, 32, 3, 3)), 4)
@@ -185,7 +190,7 @@ def glorot_coefficient(shape: Sequence[int]) -> float:
 
 
 class _Sign(torch.autograd.Function):
-    """sign(x), with the gradient 1 for |x| <= 1 and 0 elsewhere."""
+    """Computes sign(x); the gradient is 1 for |x| <= 1 and 0 elsewhere."""
 
     generate_vmap_rule = True
 
@@ -204,7 +209,7 @@ class _Sign(torch.autograd.Function):
 
 
 def sign_through(x: Tensor) -> Tensor:
-    """Return sign(x), whose gradient is taken as 1 for |x| <= 1 and as 0 elsewhere (straight-through estimator).
+    """Return sign(x); the straight-through estimator takes its gradient as 1 for |x| <= 1 and as 0 elsewhere.
 
     References:
         Courbariaux et al. 2016, "Binarized Neural Networks", section 1.3, equation 4.
@@ -221,24 +226,28 @@ def sign_through(x: Tensor) -> Tensor:
 
 
 def check_binary(mode: str, scaling: str, lr_scale: str, clip: float | None) -> None:
-    """Raise a ValueError unless the arguments say how weights become binary."""
+    """Raise a ValueError unless the arguments and their combination are valid."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be 'deterministic' or 'stochastic'; got {mode!r}.")
     if scaling not in get_args(Scaling):
         raise ValueError(f"scaling must be 'none' or 'mean' (of |w|, per output channel); got {scaling!r}.")
-    if lr_scale not in ("none", "glorot"):
+    if lr_scale not in get_args(LRScale):
         raise ValueError(f"lr_scale must be 'none' or 'glorot'; got {lr_scale!r}.")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be a number above 0, or None; got {clip!r}.")
     if mode == "stochastic" and scaling == "mean":
         raise ValueError(
-            "scaling='mean' is for mode='deterministic': |w| is the probability of a sign in mode='stochastic', and "
-            "would count twice."
+            "scaling='mean' does not go with mode='stochastic', where |w| already sets the probability of a sign: use "
+            "mode='deterministic' or scaling='none'."
         )
 
 
 def holds_signs(parameters: Mapping[str, Tensor], groups: Mapping[str, int]) -> bool:
-    """Whether every weight is one of -a, 0 and a, with one a for each output channel.
+    """Return whether every weight is one of -a, 0 and a, with one number a for each output channel.
+
+    Args:
+        parameters: The weights, by name.
+        groups: The groups of transposed convolutions, by parameter name.
 
     Example:
         >>> holds_signs({"weight": torch.tensor([[1.0, -1.0], [0.0, 2.0]])}, {})

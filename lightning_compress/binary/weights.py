@@ -1,14 +1,15 @@
-"""Binary weights in a training loop: signs for the forward and backward pass, real values for the optimizer."""
+"""Binary weights for a training loop: the passes use signs, and the optimizer steps latent real weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.binary.signs import (
+    LRScale,
     Mode,
     Scaling,
     binarize,
@@ -20,29 +21,27 @@ from lightning_compress.binary.signs import (
 from lightning_compress.core.latent import LatentWeights
 from lightning_compress.core.select import select_parameters
 
-LRScale = Literal["none", "glorot"]
-
 
 class BinaryWeights(LatentWeights):
-    """Parameters that hold binary weights between steps, while their real values train.
+    """Parameters that hold binary weights between steps, while the optimizer trains their latent real values.
 
-    Weights that are exactly zero when they come here, or that something else sets to zero later, have been pruned: they
-    stay zero.
+    Weights that are exactly zero at the start, or that other code sets to zero later, count as pruned: they stay zero.
 
     Args:
         model: The network that holds the parameters.
-        names: The parameters, by qualified name; `binarize_weights` takes patterns.
-        mode: "deterministic" for the sign of the real weight, "stochastic" for a sample, drawn anew at every step, in
+        names: The qualified names of the parameters. (`binarize_weights` takes patterns.)
+        mode: "deterministic" for the sign of the real weight; "stochastic" for a sample, drawn anew at every step, in
             which +1 has the probability hard_sigmoid(w).
-        scaling: "none" for -1 and +1, "mean" for the mean of |w| over the output channel times that.
-        clip: After a step the real weights are clipped to -clip .. clip; None: not.
-        lr_scale: "glorot" divides every step of the real weights by `glorot_coefficient`; "none" does not. It works on
-            what the optimizer did, so it is the same for SGD and Adam.
-        generator: A CPU generator for the samples, by default torch's own.
+        scaling: "none" for -1 and +1; "mean" for -a and +a, where a is the mean of |w| over the output channel.
+        clip: The real weights are clipped to -clip .. clip after each step; None: they are not clipped.
+        lr_scale: "glorot" divides every update of the real weights by `glorot_coefficient`, with any optimizer; "none"
+            leaves the updates unchanged.
+        generator: A CPU generator for the samples; by default torch's own.
 
     Attributes:
-        latent: As in `LatentWeights`, and `alive`.
-        positive: In mode="stochastic" the sample in force: True for +1.
+        latent: The real weights by name; zero where a weight is pruned.
+        alive: For each parameter with pruned weights, a boolean tensor that is False at these.
+        positive: The current sample of mode="stochastic" by name: True for +1.
 
     Raises:
         ValueError: An argument is out of range, or a weight is NaN or infinite.
@@ -81,11 +80,11 @@ class BinaryWeights(LatentWeights):
         self.lr_scale: LRScale = lr_scale
         self.generator = generator
         self.positive: dict[str, Tensor] = {}
-        self._deterministic = False  # whether the signs are shown in place of a sample
+        self._deterministic = False  # whether the module holds signs instead of a sample
         super().__init__(model, names)
 
     def agree(self, held: Tensor, expected: Tensor) -> bool:
-        # By signs and zeros: scales are older than the real values where channels have been cut since the last step.
+        # Scales are not compared: a cut of channels changes the real weights, and the scales follow at the next step.
         return torch.equal(held.sign(), expected.sign())
 
     def value(self, name: str, real: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class BinaryWeights(LatentWeights):
         self._deterministic = False
 
     def saturated(self) -> float:
-        """Return the fraction of the real values that lie at the clip, or beyond 1 without one."""
+        """Return the fraction of the real weights whose magnitude is at least `clip`, or at least 1 without a clip."""
         bound = 1.0 if self.clip is None else self.clip
         count = sum(int((latent.abs() >= bound).sum()) for latent in self.latent.values())
         return count / sum(latent.numel() for latent in self.latent.values())
@@ -123,7 +122,7 @@ class BinaryWeights(LatentWeights):
         self._deterministic = not shown
 
     def _rewritten(self, name: str, changed: Tensor, held: Tensor, expected: Tensor) -> Tensor:
-        # A sample that was loaded is what other code wants, where it agrees with the last one as well.
+        # Other code may have loaded a sample. Where it equals the current sample but not sign(w), it counts as written.
         return changed | (held.sign() != self.shown_value(name, self.latent[name]).sign())
 
     def _take_step(self, name: str, stepped: Tensor) -> None:
@@ -157,20 +156,20 @@ def binarize_weights(
     lr_scale: LRScale = "none",
     generator: torch.Generator | None = None,
 ) -> BinaryWeights:
-    """Make weights of a model binary, in place, for a training loop of one's own.
+    """Make weights of a model binary, in place, for a training loop of your own.
 
     Args:
         model: The network.
         target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution.
-        exclude: Patterns to leave out.
-        mode: As for `BinaryWeights`.
-        scaling: Likewise.
-        clip: Likewise.
-        lr_scale: Likewise.
-        generator: Likewise.
+        exclude: Patterns of what stays real.
+        mode: "deterministic" or "stochastic", as for `BinaryWeights`.
+        scaling: "none" or "mean", as for `BinaryWeights`.
+        clip: The bound of the real weights, or None, as for `BinaryWeights`.
+        lr_scale: "none" or "glorot", as for `BinaryWeights`.
+        generator: A CPU generator for the samples; by default torch's own.
 
     Raises:
-        ValueError: As `BinaryWeights`, or the patterns select nothing.
+        ValueError: An argument is out of range, a weight is NaN or infinite, or the patterns select nothing.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))

@@ -1,4 +1,4 @@
-"""Weights and inputs of a few bits, from plain functions to a callback."""
+"""Quantization of weights and inputs to a few bits. These functions need no Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantization-aware training as a callback: weights and inputs on grids of a few bits, while real weights train."""
+"""Quantization-aware training as a callback: weights and inputs are quantized, and latent real weights are trained."""
 
 from __future__ import annotations
 
@@ -21,42 +21,45 @@ from lightning_compress.trainer.settings import settings_of
 
 
 class QuantizationAwareTrainingCallback(LatentCallback):
-    """Trains a network whose weights, and the inputs of whose layers, have a few bits.
+    """Trains a network whose weights and layer inputs are quantized to a few bits.
 
-    Weights: between steps the module holds W~ = s_c q, q = clamp(round(w / s_c), -L, L), L = 2^(b-1) - 1, with one
-    scale s_c per output channel; 6 bits and more: s_c = max |w| / L, fewer: the s_c of least squared error. The
-    gradient is taken at W~, and the optimizer steps the real weights w behind it. Weights that are exactly zero, then
-    or later, have been pruned: they stay zero.
+    Weights: between steps the module holds W~ = s_c q with q = clamp(round(w / s_c), -L, L) and L = 2^(b-1) - 1, and
+    one scale s_c per output channel. With 6 or more bits s_c = max |w| / L; with fewer bits s_c minimises the squared
+    error. Gradients are taken with respect to W~, and the optimizer steps the latent real weights w. Weights that are
+    exactly zero at `start_epoch` or become zero later count as pruned: they stay zero.
 
-    Inputs: every targeted layer sees x~ = s (q - z), q = clamp(round(x / s) + z, 0, 2^b - 1), one scale s and zero
-    point z per layer, with the gradient of x~ where q was not clamped. The range is a moving average over what it sees
-    in training (in training mode, or with gradients), the same on all ranks; it always holds 0, and is fixed elsewhere.
-    Inputs are real up to the first step after `start_epoch`. The hooks that do it stay on the module; their grids
-    travel in the state dict's metadata, so that `trainer.test(ckpt_path=...)` with this callback and `load_compressed`
-    without it bring them back.
+    Inputs: every targeted layer computes with x~ = s (q - z), q = clamp(round(x / s) + z, 0, 2^b - 1), with one scale s
+    and one zero point z per layer. The gradient passes where q was not clamped. The grid covers 0 and a moving average
+    of the input's range over the training steps (in training mode, or with gradients), the same on all ranks; it does
+    not change outside training. Inputs stay real until the first step after `start_epoch`. The hooks stay on the module
+    after the fit. The metadata of the state dict store the grids, so `trainer.test(ckpt_path=...)` with this callback,
+    or `load_compressed` without it, restores them.
 
-    Biases, norms and what `exclude` names stay real. `compress/weight_bits` (the mean), `compress/clipped` (the
-    share of real weights beyond the grid) and `compress/zeros` are logged once an epoch.
+    Biases, norms and what `exclude` matches stay real. Once an epoch the callback logs `compress/weight_bits` (the
+    mean), `compress/clipped` (the fraction of real weights beyond the grid) and `compress/zeros` (the fraction of zero
+    weights).
 
     Args:
-        weight_bits: 2 to 8; None leaves the weights alone. Or `{pattern: bits}`, patterns as in `target`, of which the
-            first that matches counts: `{"conv*": 8, "fc*": 4}`. Layers that no pattern names stay as they are, inputs
-            too, which is said aloud, and so do those with None.
-        activation_bits: Of the layers' inputs, 2 to 8; None leaves them alone.
-        granularity: "channel" gives each output channel a scale, "tensor" each parameter, as clustered weights need.
-        smoothing: How much of its range an input keeps from step to step.
-        start_epoch: When it begins, in epochs, which may be fractions: after some epochs of dense training.
-        target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
-            an optimizer trains when the fit begins and that the code of `forward` reaches, or what the patterns of
-            `weight_bits` name.
-        exclude: Patterns to leave out.
+        weight_bits: The bits of a weight, 2 to 8; None leaves the weights real. Or `{pattern: bits}`, with patterns as
+            in `target`: `{"conv*": 8, "fc*": 4}`. The first pattern that matches a layer counts. The weights and inputs
+            of a layer that no pattern matches stay real, with a warning; those of a pattern with None, without one.
+        activation_bits: The bits of a layer's input, 2 to 8; None leaves inputs real.
+        granularity: "channel" for one scale per output channel; "tensor" for one scale per parameter, which clustered
+            weights need.
+        smoothing: The factor of the moving average: how much of its old range an input keeps at each step.
+        start_epoch: When quantization begins, in epochs; fractions are allowed. Some dense epochs before it help.
+        target: Patterns of modules (their `weight`) or parameters. By default: what the patterns of `weight_bits` name;
+            without patterns, the linear layers and convolutions that an optimizer trains when the fit begins and that
+            the code of `forward` reaches.
+        exclude: Patterns of what stays real.
 
     Raises:
-        ValueError: An argument is out of range, or the combination makes no sense.
+        ValueError: An argument is out of range, or nothing would be quantized.
 
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-        Inference" (1712.05877), sections 2 and 3; Krishnamoorthi 2018 (1806.08342); Nagel et al. 2021 (2106.08295).
+        Inference" (arXiv 1712.05877), sections 2 and 3; Krishnamoorthi 2018 (1806.08342); Nagel et al. 2021
+        (2106.08295).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -82,21 +85,21 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         smoothing = float(smoothing)
         super().__init__(**settings_of(locals()))
         if weight_bits == {}:
-            raise ValueError("weight_bits={} names no layer: give {pattern: bits}, or None to leave weights alone.")
+            raise ValueError("weight_bits={} names no layer. Give {pattern: bits}, or None to leave the weights real.")
         given = list(weight_bits.values()) if isinstance(weight_bits, Mapping) else [weight_bits]
         for bits in given:
             if bits is not None:
                 check_bits("weight_bits", bits)
         if all(bits is None for bits in given) and (activation_bits is None or isinstance(weight_bits, Mapping)):
             raise ValueError(
-                f"weight_bits={weight_bits!r} with activation_bits={activation_bits!r} quantizes nothing: give a "
-                f"number of bits, 2 to 8, for weights or for inputs."
+                f"weight_bits={weight_bits!r} with activation_bits={activation_bits!r} quantizes nothing. Give bits "
+                f"from 2 to 8 for the weights or the inputs."
             )
         if activation_bits is not None:
             check_bits("activation_bits", activation_bits)
         check_granularity(granularity)
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be 0 or more and below 1; got {smoothing!r}.")
+            raise ValueError(f"smoothing must be at least 0 and below 1; got {smoothing!r}.")
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.granularity: Granularity = granularity
@@ -108,7 +111,7 @@ class QuantizationAwareTrainingCallback(LatentCallback):
 
     @property
     def input_grids(self) -> dict[str, InputGrid]:
-        """The grids of the inputs now, by layer; empty before the first step after `start_epoch`."""
+        """The current grids of the inputs, by layer name; empty before the first step after `start_epoch`."""
         hooks = {} if self._inputs is None else self._inputs.hooks
         return {name: grid for name, hook in hooks.items() if (grid := hook.grid) is not None}
 
@@ -129,7 +132,7 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         if self.activation_bits is None:
             return ()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `wants` has said what patterns leave out
+            warnings.simplefilter("ignore")  # an earlier call of `wants` has warned of layers without a pattern
             named: Collection[str] = self.wants(pl_module)
         if self.weight_bits is None:
             named = select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude)
@@ -158,8 +161,8 @@ class QuantizationAwareTrainingCallback(LatentCallback):
             self._inputs.load_state_dict(ranges if state is None else state["inputs"])
         elif state is None and (others := self._without_inputs(pl_module)):
             warnings.warn(
-                f"The weights of {', '.join(others)} are quantized, but no linear layer or convolution reads them: the "
-                f"inputs that they meet stay real.",
+                f"The weights of {', '.join(others)} are quantized, but no linear layer or convolution has them as its "
+                f"`weight`, so the inputs that meet them stay real.",
                 stacklevel=2,
             )
 
@@ -182,7 +185,7 @@ class QuantizationAwareTrainingCallback(LatentCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._inputs is not None:
-            self._inputs.check_finite()  # before the weights, which follow
+            self._inputs.check_finite()  # first: NaN inputs cause NaN weights, which super() reports
         super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,12 +194,13 @@ class QuantizationAwareTrainingCallback(LatentCallback):
             self._inputs.observe(False)
             if unseen := self._inputs.unseen():
                 warnings.warn(
-                    f"The inputs of {', '.join(unseen)} stay real: these layers were not called in training, or in "
-                    f"evaluation mode without gradients, perhaps because another module uses their weights directly.",
+                    f"The inputs of {', '.join(unseen)} stay real: these layers were not called in training, or only "
+                    f"in evaluation mode without gradients. Perhaps another module uses their weights directly.",
                     stacklevel=2,
                 )
 
     def _without_inputs(self, pl_module: LightningModule) -> list[str]:
+        """Return the names of quantized parameters that are not the `weight` of a layer with quantized inputs."""
         if self.activation_bits is None:
             return []
         read = {id(pl_module.get_submodule(name).weight) for name in self.inputs_of(pl_module)}

@@ -1,10 +1,10 @@
-"""Inputs of layers on an affine grid of a few bits, by hooks on the user's own layers.
+"""Hooks that quantize the inputs of layers to an affine grid of a few bits.
 
     x~ = scale * (q - z),  q = clamp(round(x / scale) + z, 0, 2^bits - 1)
 
-with one scale and one zero point z for all entries of an input (per tensor); 0 is always a point of the grid, so that
-padding stays exact. The gradient passes straight through where q was not clamped and is 0 elsewhere.
-Jacob et al. 2018 (1712.05877), section 2.1 and 3.
+All entries of an input share one scale and one zero point z. 0 is always a point of the grid, so padding stays exact.
+The gradient passes straight through where q was not clamped, and is 0 elsewhere.
+Jacob et al. 2018 (arXiv 1712.05877), sections 2.1 and 3.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class InputGrid:
     """The grid of one layer's input: x~ = scale * (q - zero_point), q = 0 ... 2^bits - 1.
 
     Args:
-        scale: The distance of neighbouring points, above 0.
-        zero_point: The q of x~ = 0.
-        bits: 2 to 8.
+        scale: The distance between neighbouring points, above 0.
+        zero_point: The q at which x~ is 0.
+        bits: The bits of q, 2 to 8.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: An argument is out of range.
 
     Example:
         >>> InputGrid(scale=0.5, zero_point=1, bits=2).levels()
@@ -45,13 +45,20 @@ class InputGrid:
     def __post_init__(self) -> None:
         check_bits("bits", self.bits)
         if not 0 <= self.zero_point < 2**self.bits:
-            raise ValueError(f"zero_point must be 0 to {2**self.bits - 1} with {self.bits} bits; got {self.zero_point}")
+            raise ValueError(
+                f"zero_point must be from 0 to {2**self.bits - 1} with {self.bits} bits; got {self.zero_point!r}."
+            )
         if not 0 < self.scale < math.inf:
-            raise ValueError(f"scale must be a number above 0; got {self.scale!r}.")
+            raise ValueError(f"scale must be a finite number above 0; got {self.scale!r}.")
 
     @classmethod
     def covering(cls, low: float, high: float, bits: int) -> InputGrid:
-        """Return the grid from `low` to `high`, both moved to 0 where they have the same sign.
+        """Return the grid that covers `low`, `high` and 0.
+
+        Args:
+            low: The smallest input.
+            high: The largest input.
+            bits: The bits of the grid, 2 to 8.
 
         Example:
             >>> InputGrid.covering(-1.0, 2.0, 2)
@@ -61,14 +68,19 @@ class InputGrid:
         return cls(float(scale), int(zero_point), bits)
 
     def levels(self) -> list[float]:
-        """Return the points of the grid."""
+        """Return the points of the grid, ascending."""
         return [self.scale * (q - self.zero_point) for q in range(2**self.bits)]
 
 
 def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the scale and the zero point, in float32, of the grid that covers low ... high and has 0 as a point.
+    """Return the scales and the zero points, in float32, of the grids that cover low, high and 0.
 
-    Where low and high are both 0, the scale is 1.
+    If low and high are both 0, the scale is 1.
+
+    Args:
+        low: The smallest inputs, in any shape.
+        high: The largest inputs, in the same shape.
+        bits: The bits of the grids.
 
     Example:
         >>> affine(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 3.0]), 2)
@@ -81,7 +93,7 @@ def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 class _OnGrid(torch.autograd.Function):
-    """x~, and whether q was not clamped."""
+    """Computes x~ and a mask of the entries that were not clamped; only these pass the gradient."""
 
     generate_vmap_rule = True
 
@@ -103,13 +115,13 @@ class _OnGrid(torch.autograd.Function):
 
 
 def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return x on the grid, in its own dtype, with the gradient straight through where nothing is clamped.
+    """Return x quantized to a grid, in its own dtype; the gradient passes straight through where x is not clamped.
 
     Args:
-        x: Any shape.
-        scale: A tensor of one number.
-        zero_point: Likewise, whole.
-        bits: There are 2^bits points.
+        x: A tensor of any shape.
+        scale: The scale, a tensor of one number.
+        zero_point: The zero point, a tensor of one whole number.
+        bits: The bits of the grid, which has 2^bits points.
 
     Example:
         >>> x = torch.tensor([-3.0, -0.4, 0.2, 0.3, 5.0], requires_grad=True)
@@ -126,12 +138,15 @@ def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 
 
 class InputQuantizer(InputHook):
-    """The hook that puts a layer's input on a grid; without a grid yet, it lets it pass.
+    """A hook that quantizes a layer's input; as long as it has no grid, the input stays real.
+
+    Args:
+        bits: The bits of the grid.
 
     Attributes:
-        bits: Of the grid.
-        scale: As in `InputGrid`, a tensor; None without a grid.
-        zero_point: Likewise.
+        bits: The bits of the grid.
+        scale: The scale of the grid, as a tensor; None without a grid.
+        zero_point: The zero point of the grid, as a tensor; None without a grid.
     """
 
     kind = "grid"
@@ -143,13 +158,13 @@ class InputQuantizer(InputHook):
 
     @property
     def grid(self) -> InputGrid | None:
-        """The grid, or None."""
+        """The grid, or None as long as there is none."""
         if self.scale is None or self.zero_point is None:
             return None
         return InputGrid(float(self.scale), int(self.zero_point), self.bits)
 
     def set(self, grid: InputGrid | None) -> None:
-        """Have another grid, or none."""
+        """Replace the grid; with None the input stays real."""
         if grid is None:
             self.scale = self.zero_point = None
         else:
@@ -171,17 +186,17 @@ class InputQuantizer(InputHook):
 
 
 def quantize_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> InputHooks:
-    """Put the inputs of layers on grids, by hooks that travel with copies and with the state dict's metadata.
+    """Put hooks on layers that quantize their inputs; copies and the state dict's metadata include the grids.
 
     Args:
-        model: The network; no module, parameter or key changes.
-        grids: By qualified name of the layer.
+        model: The network; its modules, parameters and keys stay the same.
+        grids: The grid of each layer, by the layer's qualified name.
 
     Returns:
-        What takes the hooks away: `.remove()`.
+        The hooks; `remove()` takes them off.
 
     Raises:
-        ValueError: There is no such layer.
+        ValueError: The model has no layer of a given name.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False))
@@ -194,8 +209,12 @@ def quantize_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> InputHo
         0.6000000238418579
     """
     layers = dict(model.named_modules())
-    if strange := [name for name in grids if name not in layers]:
-        raise ValueError(f"There is no layer {strange[0]!r} in {type(model).__name__}, which has {list(layers)[1:4]}.")
+    if unknown := [name for name in grids if name not in layers]:
+        known = ", ".join(repr(name) for name in list(layers)[1:6])
+        raise ValueError(
+            f"grids: {type(model).__name__} has no layer {unknown[0]!r}. Give qualified names of its layers; the first "
+            f"are {known or 'none'}."
+        )
     handles = []
     for name, grid in grids.items():
         hook = InputQuantizer()
@@ -205,7 +224,7 @@ def quantize_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> InputHo
 
 
 def input_grids(model: nn.Module) -> dict[str, InputGrid]:
-    """Return the grids of inputs, by qualified name of the layer; empty where no input is quantized.
+    """Return the grids of all quantized inputs, by the qualified name of the layer.
 
     Example:
         >>> input_grids(nn.Linear(2, 2))

@@ -1,11 +1,11 @@
-"""Ranges of what layers see in training, as moving averages, and the grids that follow from them.
+"""Moving averages of the ranges of layers' inputs in training, and the grids that cover these ranges.
 
-    low  <- a low  + (1 - a) (smallest entry of the step's inputs, or 0)        a: smoothing; the first step begins
-    high <- a high + (1 - a) (largest entry, or 0)
+    low  <- a low  + (1 - a) min(0, smallest entry of the step's inputs)        a: smoothing; 0 at the first step
+    high <- a high + (1 - a) max(0, largest entry of the step's inputs)
     grid:   `affine(low, high, bits)`
 
-A step's inputs are those of all its micro-batches on all ranks, of layers in training mode or with gradients.
-Jacob et al. 2018 (1712.05877), section 3.1.
+A step's inputs are those of all its micro-batches on all ranks, in training mode or with gradients enabled.
+Jacob et al. 2018 (arXiv 1712.05877), section 3.1.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ from lightning_compress.quantization.input_grids import InputQuantizer, affine
 
 
 class ObservingQuantizer(InputQuantizer):
-    """Puts inputs on a grid, and remembers the range of what it sees in training."""
+    """A hook that quantizes a layer's input and records its range in training.
+
+    Args:
+        bits: The bits of the grid.
+
+    Attributes:
+        observes: Whether the range is recorded.
+        seen: The negated smallest and the largest entry since the last update; None without an input.
+    """
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__(bits)
         self.observes = True
-        self.seen: Tensor | None = None  # -low and high since the last update
+        self.seen: Tensor | None = None
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
         trains = layer.training or torch.is_grad_enabled()  # a network may be trained in evaluation mode
@@ -37,13 +45,17 @@ class ObservingQuantizer(InputQuantizer):
 
 
 class ObservedInputs(InputHooks):
-    """Inputs of layers on grids that follow their ranges, by hooks on the user's own layers.
+    """Hooks that quantize the inputs of layers to grids that follow the ranges of these inputs in training.
 
     Args:
         model: The network.
-        names: The layers, by qualified name.
-        bits: Of the grids.
-        smoothing: How much of its range a layer keeps at an update.
+        names: The qualified names of the layers.
+        bits: The bits of the grids.
+        smoothing: The factor a of the moving average: how much of its old range a layer keeps at an update.
+
+    Attributes:
+        hooks: The hook of each layer, by name.
+        ranges: A row of low and high for each layer; NaN before the layer's first update.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1))
@@ -59,14 +71,14 @@ class ObservedInputs(InputHooks):
         self.hooks = {name: ObservingQuantizer(bits) for name in names}
         layers = {name: model.get_submodule(name) for name in names}
         device = next((parameter.device for layer in layers.values() for parameter in layer.parameters()), None)
-        self.ranges = torch.full((len(names), 2), torch.nan, device=device)  # low and high; NaN before the first update
-        self._strange = torch.zeros(len(names), dtype=torch.bool, device=device)
+        self.ranges = torch.full((len(names), 2), torch.nan, device=device)
+        self._not_finite = torch.zeros(len(names), dtype=torch.bool, device=device)
         super().__init__(names, [handle for name in names for handle in self.hooks[name].attach(layers[name])])
 
     def seen(self) -> Tensor:
-        """Return -low and high of each layer since the last time, for a maximum over ranks; -inf where it has not run.
+        """Return -low and high of each layer's inputs since the last call: the maximum over ranks is the joint range.
 
-        NaN counts as infinite.
+        A layer that has not run has -inf. NaN counts as infinite.
         """
         rows = []
         for hook in self.hooks.values():
@@ -76,8 +88,8 @@ class ObservedInputs(InputHooks):
         return torch.stack(rows)
 
     def update(self, seen: Tensor) -> None:
-        """Move the ranges towards what was seen, and the grids with them."""
-        self._strange |= seen.isposinf().any(1)
+        """Update the moving averages and the grids with a result of `seen`, perhaps reduced over ranks."""
+        self._not_finite |= seen.isposinf().any(1)
         new = torch.stack([-seen[:, 0], seen[:, 1]], 1)
         new = torch.stack([new[:, 0].clamp(max=0), new[:, 1].clamp(min=0)], 1)
         moved = torch.where(self.ranges.isnan(), new, torch.lerp(new, self.ranges, self.smoothing))
@@ -85,25 +97,29 @@ class ObservedInputs(InputHooks):
         self._set()
 
     def check_finite(self) -> None:
-        """Raise a ValueError where an input was NaN or infinite: no range holds it."""
-        for name in [name for name, strange in zip(self.names, self._strange.tolist(), strict=True) if strange]:
-            raise ValueError(f"NaN or infinite: inputs of {name} were, so that no grid covers them.")
+        """Raise a ValueError if an input was NaN or infinite, which no grid can represent."""
+        found = [name for name, bad in zip(self.names, self._not_finite.tolist(), strict=True) if bad]
+        if found:
+            raise ValueError(
+                f"Inputs of {', '.join(found)} were NaN or infinite, which no grid can represent: check whether the "
+                f"loss diverged."
+            )
 
     def unseen(self) -> list[str]:
-        """Return the layers that have not run in training, whose inputs therefore have no grid."""
+        """Return the names of layers that have not run in training, so that their inputs have no grid."""
         return [name for name, low in zip(self.names, self.ranges[:, 0].tolist(), strict=True) if low != low]
 
     def observe(self, on: bool) -> None:
-        """Have the ranges follow what the layers see in training from now on, or no more."""
+        """Start or stop recording the ranges of inputs in training."""
         for hook in self.hooks.values():
             hook.observes, hook.seen = on, None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the ranges by layer."""
+        """Return the range of each layer, by name."""
         return dict(zip(self.names, self.ranges.clone(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from ranges of these layers; others begin anew."""
+        """Restore the ranges of the layers that `state` contains, and update the grids."""
         for row, name in enumerate(self.names):
             if name in state:
                 self.ranges[row] = state[name]

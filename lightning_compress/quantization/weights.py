@@ -1,4 +1,4 @@
-"""Weights of a few bits in a training loop: a grid for the forward and backward pass, real values for the optimizer."""
+"""Quantized weights for a training loop: the passes use values on a grid; the optimizer steps latent real weights."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from lightning_compress.quantization.grids import (
 
 
 class UniformWeights(LatentWeights):
-    """Parameters that hold whole numbers of a few bits times a scale between steps, while their real values train.
+    """Parameters that hold quantized weights between steps, while the optimizer trains their latent real values.
 
-    The gradient passes straight through: dL/dw = dL/dW~, beyond the largest number too. Weights that are exactly zero
-    when they come here, or that something else sets to zero later, have been pruned and stay zero; weights that round
-    to zero are another thing, and may leave it. Scales follow the real values after every step.
+    The gradient passes straight through, dL/dw = dL/dW~, also for clamped weights. Weights that are exactly zero at the
+    start, or that other code sets to zero later, count as pruned: they stay zero. Weights that only round to zero may
+    become non-zero again. The scales are computed anew from the real values after each step.
 
     Args:
         model: The network that holds the parameters.
-        bits: For each parameter, by qualified name, 2 to 8; `quantize_weights` takes patterns.
-        granularity: "channel": one scale for each output channel; "tensor": one for each parameter.
+        bits: The bits of each parameter, 2 to 8, by qualified name. (`quantize_weights` takes patterns.)
+        granularity: "channel" for one scale per output channel, "tensor" for one scale per parameter.
 
     Attributes:
-        latent: As in `LatentWeights`, and `alive`.
-        bits: As given.
-        scales: By name, as `weight_scales` returns them.
+        latent: The real weights by name; zero where a weight is pruned.
+        alive: For each parameter with pruned weights, a boolean tensor that is False at these.
+        bits: The bits of each parameter, by name.
+        scales: The scales of each parameter by name, shaped as `weight_scales` returns them.
 
     Raises:
         ValueError: An argument is out of range, or a weight is NaN or infinite.
@@ -68,12 +69,12 @@ class UniformWeights(LatentWeights):
 
     @property
     def mean_bits(self) -> float:
-        """Bits per weight, without the scales."""
+        """The mean number of bits per weight, scales not counted."""
         count = sum(latent.numel() for latent in self.latent.values())
         return sum(self.bits[name] * latent.numel() for name, latent in self.latent.items()) / count
 
     def clipped(self) -> float:
-        """Return the fraction of the real values that lie beyond the largest number by more than rounding."""
+        """Return the fraction of the real weights that lie beyond the grid by more than half a step."""
         count = 0
         for name, latent in self.latent.items():
             bound = (2 ** (self.bits[name] - 1) - 0.5) * self.scales[name]
@@ -86,18 +87,16 @@ class UniformWeights(LatentWeights):
         return zeros / sum(latent.numel() for latent in self.latent.values())
 
     def _slice(self, model: nn.Module, kept: Kept) -> None:
-        for name, parameter in self.parameters.items():  # to the parameter's shape and back
-            latent = self.latent[name]
+        for name, latent in self.latent.items():  # scales in the parameter's shape are sliced like the parameter
             whole = by_scale(latent.contiguous(), **self._how(name))
             self.scales[name] = self.scales[name].expand_as(whole).reshape(latent.shape)
-            assert parameter.dim() == latent.dim()
         super()._slice(model, kept)
         for name, scales in self.scales.items():
             self.scales[name] = by_scale(scales.contiguous(), **self._how(name)).amax((1, 3), keepdim=True)
 
     def _rewritten(self, name: str, changed: Tensor, held: Tensor, expected: Tensor) -> Tensor:
-        # Where all values but zeros of what has one scale were written, the zeros were as well: other code wants them
-        # there, and what was hidden behind them is out of date.
+        # If other code wrote all non-zero weights of one scale, it wrote the zeros as well, though they look unchanged:
+        # their latent values are out of date.
         kept = ((held != 0) | (expected != 0)) & ~changed
         whole = ~by_scale(kept.contiguous(), **self._how(name)).any(3, keepdim=True).any(1, keepdim=True)
         return changed | whole.expand_as(by_scale(changed.contiguous(), **self._how(name))).reshape(changed.shape)
@@ -125,17 +124,17 @@ def quantize_weights(
     target: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
 ) -> UniformWeights:
-    """Put weights of a model on grids of a few bits, in place: after training, or for a training loop of one's own.
+    """Quantize weights of a model to a few bits, in place: after training, or for a training loop of your own.
 
     Args:
         model: The network.
-        bits: 2 to 8, or `{pattern: bits}`, of which the first pattern that matches counts.
-        granularity: As for `UniformWeights`.
+        bits: 2 to 8, or `{pattern: bits}`, where the first pattern that matches a layer counts.
+        granularity: "channel" or "tensor", as for `UniformWeights`.
         target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution.
-        exclude: Patterns to leave out.
+        exclude: Patterns of what stays real.
 
     Raises:
-        ValueError: As `UniformWeights`, or the patterns select nothing.
+        ValueError: An argument is out of range, a weight is NaN or infinite, or the patterns select nothing.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -155,6 +154,6 @@ def bits_by_name(
     default: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
 ) -> dict[str, int]:
-    """Return how many bits each parameter gets, by name; what stays as it is, is left out."""
+    """Return the bits of each parameter that is quantized, by name."""
     names = {"argument": "weight_bits", "done": "quantized", "leaving": "None"}
     return numbers_by_name(model, bits, target=target, default=default, exclude=exclude, **names)

@@ -545,7 +545,7 @@ def test_unannounced_steps_are_refused() -> None:
         ({"clip": 0.0}, "clip must be a number above 0, or None; got 0.0"),
         ({"clip": float("nan")}, "got nan"),
         ({"start_epoch": -1.0}, "start_epoch must be 0 or later; got -1.0"),
-        ({"mode": "stochastic", "scaling": "mean"}, "scaling='mean' is for mode='deterministic'"),
+        ({"mode": "stochastic", "scaling": "mean"}, "scaling='mean' does not go with mode='stochastic'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -320,14 +320,14 @@ def test_channels_leave_a_network_on_grids(order: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_bits": 1}, "weight_bits must be .* 2 to 8; got 1. One bit: BinaryWeightsCallback"),
+        ({"weight_bits": 1}, "weight_bits must be .* 2 to 8; got 1. For one bit use BinaryWeightsCallback"),
         ({"weight_bits": 9}, "weight_bits must be a whole number from 2 to 8; got 9"),
         ({"weight_bits": True}, "got True"),
         ({"weight_bits": {"*": 2.5}}, "got 2.5"),
         ({"weight_bits": {}}, "names no layer"),
         ({"activation_bits": 16}, "activation_bits must be a whole number from 2 to 8; got 16"),
         ({"granularity": "layer"}, "granularity must be 'channel' or 'tensor'"),
-        ({"smoothing": 1.0}, "smoothing must be 0 or more and below 1; got 1.0"),
+        ({"smoothing": 1.0}, "smoothing must be at least 0 and below 1; got 1.0"),
         ({"start_epoch": -1}, "start_epoch must be 0 or later"),
     ],
 )
