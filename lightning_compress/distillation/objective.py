@@ -24,10 +24,10 @@ from lightning_compress.distillation.hint_losses import left_out
 from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured
-from lightning_compress.trainer.effects import Effects
+from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.scheduled import Scheduled
-from lightning_compress.trainer.unwrap import LOGGED, innermost
+from lightning_compress.trainer.unwrap import innermost
 from lightning_compress.trainer.wrapper import Objective
 
 Loss = Literal["soft_target", "logit_regression", "cosine"]
@@ -124,6 +124,13 @@ class Distillation(Objective):
             options={"looks_at": "hints=...", "modules": "hints=..., with a regressor"},
         )
 
+    def progress(self) -> Progress:
+        scheduled = {"alpha": self.alpha, "temperature": self.temperature}
+        share = min(number.progress(self._step) for number in scheduled.values())
+        acts = bool(self.hints) or not (self.alpha.constant and self.alpha.start == 0.0)
+        numbers = {name: partial(number.at, self._step) for name, number in scheduled.items() if not number.constant}
+        return Progress(fraction=share if acts else 0.0, finished=share == 1.0, numbers=numbers)
+
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self.teachers.to(module.device, module)
         self.cache, self._cached = OutputCache(), None  # the teachers or the data may be others in a second fit
@@ -156,7 +163,8 @@ class Distillation(Objective):
         alpha, temperature = self.alpha.at(self._step), self.temperature.at(self._step)
         logs = _is_written(module)
         if logs:
-            self._log_schedules(module)
+            for place, (name, number) in enumerate(self.progress().numbers.items()):
+                module.log(self.logged_name(name), number(), prog_bar=place == 0)
         if alpha == 0.0 and not self.hints:
             return run(*args, **kwargs)
         lesson = _Lesson(self, alpha, temperature, index)
@@ -173,7 +181,7 @@ class Distillation(Objective):
             lesson.check_gradients()
         if logs:
             for name, value in lesson.losses().items():
-                module.log(self._named(name), value.detach(), prog_bar=True)
+                module.log(self.logged_name(name), value.detach(), prog_bar=True)
         total = lesson.added_to(own)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
@@ -217,14 +225,6 @@ class Distillation(Objective):
             return soft_target_loss(student, teachers, temperature=temperature, **options)
         function = logit_regression_loss if self.loss == "logit_regression" else cosine_loss
         return function(student, teachers, **options)
-
-    def _log_schedules(self, module: LightningModule) -> None:
-        for name, number in (("alpha", self.alpha), ("temperature", self.temperature)):
-            if not number.constant:
-                module.log(self._named(name), number.at(self._step))
-
-    def _named(self, name: str) -> str:
-        return f"{LOGGED}{name}_{self.depth + 1}" if self.depth else f"{LOGGED}{name}"
 
 
 def _is_written(module: LightningModule) -> bool:

@@ -116,6 +116,7 @@ class GroupLassoCallback(CuttingCallback):
         self.removes = shrink != "never"
 
         self.group_sparsity = 0.0
+        self._begun = self._ended = False
         self._groups: list[WeightGroups] = []
         self._left_out: dict[str, str] = {}
 
@@ -135,11 +136,14 @@ class GroupLassoCallback(CuttingCallback):
         )
 
     def progress(self) -> Progress:
-        return Progress(numbers={"group_sparsity": lambda: self.group_sparsity})
+        acts = self.strength > 0
+        numbers = {"group_sparsity": lambda: self.group_sparsity}
+        return Progress(fraction=float(acts and self._begun), finished=self._ended or not acts, numbers=numbers)
 
     # ------------------------------------------------------------------ the groups
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
+        self._begun, self._ended = True, False
         self._groups = self._find(trainer, pl_module)
         names = [name for name, one in pl_module.named_parameters() if self._penalizes(one)]
         refuse_complex(pl_module, names, self.name)
@@ -186,6 +190,7 @@ class GroupLassoCallback(CuttingCallback):
     # ------------------------------------------------------------------ what is zero leaves
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = True
         self._refresh(trainer, pl_module)
         smallest = min(float(one.norms().min()) for one in self._groups)
         if self.strength > 0 and smallest > _ZERO:

@@ -197,8 +197,9 @@ class IterativePruningCallback(CuttingCallback):
         return self._stopped or (self._ramp is not None and self._ramp.finished)
 
     def progress(self) -> Progress:
-        fraction = 1.0 if self.amount == 0 else self.current_amount / self.amount
-        return Progress(fraction=fraction, finished=self.finished, numbers={"sparsity": lambda: self.sparsity})
+        fraction = self.current_amount / self.amount if self.amount > 0 else 0.0
+        finished = self.finished or self.amount == 0
+        return Progress(fraction=fraction, finished=finished, ramp=True, numbers={"sparsity": lambda: self.sparsity})
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         if self.amount == 0:

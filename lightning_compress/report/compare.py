@@ -154,18 +154,23 @@ def runs_markdown(comparison: Comparison) -> str:
 
 
 def runs_csv(comparison: Comparison) -> str:
-    """Return one line per run with plain numbers: the settings that vary, then all that was measured."""
+    """Return one line per run with plain numbers: the settings that vary, the measurements, the techniques' numbers.
+
+    The techniques' numbers are those of the last epoch.
+    """
     varying = varying_settings(comparison.runs)
     measured = [name for name in Measurement.__dataclass_fields__ if name != "uncounted_operators"]
+    last = [run.report.history[-1].numbers if run.report.history else {} for run in comparison.runs]
+    named = list(dict.fromkeys(name for numbers in last for name in numbers))
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(
-        ["run", *varying, *(f"dense.{m}" for m in measured), *(f"compressed.{m}" for m in measured), "before_recovery"]
-    )
-    for run in comparison.runs:
+    header = [f"{network}.{name}" for network in ("dense", "compressed") for name in measured]
+    writer.writerow(["run", *varying, *header, "before_recovery", *(f"last_epoch.{name}" for name in named)])
+    for run, numbers in zip(comparison.runs, last, strict=True):
         settings, report = flatten(run.report.settings), run.report
-        numbers = [getattr(network, name) for network in (report.dense, report.compressed) for name in measured]
-        writer.writerow([run.name, *(settings.get(name) for name in varying), *numbers, report.before_recovery])
+        cells = [getattr(network, name) for network in (report.dense, report.compressed) for name in measured]
+        cells += [report.before_recovery, *(numbers.get(name) for name in named)]
+        writer.writerow([run.name, *(settings.get(name) for name in varying), *cells])
     return output.getvalue()
 
 

@@ -1,7 +1,8 @@
-"""The picture of one run: validation metric and sparsity over the epochs, and what is left of each layer."""
+"""The figure of one run: metric and technique over the epochs, and what is left of each layer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -40,7 +41,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def report_figure(report: Report) -> Figure:
-    """Return report.png: on the left validation metric and sparsity over the epochs, on the right the layers.
+    """Return the figure of report.png.
+
+    Its left panel shows the validation metric over the epochs, with the first number of the first technique that names
+    one, such as the sparsity. Its right panel shows the layers.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -53,7 +57,9 @@ def report_figure(report: Report) -> Figure:
 
 
 def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
-    axes.set_title(f"{metric.name} and sparsity over the epochs", loc="left", fontweight="bold", pad=22)
+    number = next(iter(history[-1].numbers), None) if history else None
+    title = f"{metric.name} and {number}" if number else metric.name
+    axes.set_title(f"{title} over the epochs", loc="left", fontweight="bold", pad=22)
     tidy(axes)
     axes.set_xlabel("epoch")
     axes.set_ylabel(metric.label, color=BLUE)
@@ -64,15 +70,8 @@ def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
     from matplotlib.ticker import MaxNLocator
 
     numbers = range(1, len(history) + 1)  # counted through, whatever each phase calls its first one
-    sparsity = axes.twinx()
-    edges = [i + 0.5 for i in range(len(history) + 1)]
-    zeros = [100 * entry.sparsity for entry in history]
-    sparsity.stairs(zeros, edges, fill=True, color=ORANGE, alpha=0.16)
-    sparsity.stairs(zeros, edges, color=ORANGE, linewidth=1.2)
-    sparsity.set_ylim(0, 105)
-    sparsity.set_ylabel("sparsity (%)", color=ORANGE)
-    sparsity.tick_params(axis="y", colors=ORANGE, length=0, labelsize=9)
-    sparsity.spines[:].set_visible(False)
+    if number is not None:
+        _draw_number(axes, number, [entry.numbers.get(number, math.nan) for entry in history])
     validated = [
         (i, metric.scaled(entry.val_metric))
         for i, entry in zip(numbers, history, strict=True)
@@ -82,8 +81,6 @@ def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
     axes.plot(
         [i for i, _ in validated], [y for _, y in validated], color=BLUE, linewidth=2, marker=marker, markersize=3.5
     )
-    axes.set_zorder(sparsity.get_zorder() + 1)  # the metric in front of the area
-    axes.patch.set_visible(False)
     axes.set_xlim(0.5, len(history) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     phases = [(phase, len(list(members))) for phase, members in groupby(history, key=lambda entry: entry.phase)]
@@ -93,6 +90,21 @@ def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
     if shown := [y for i, y in validated if i > hidden]:
         margin = max(0.08 * (max(shown) - min(shown)), 0.2 if metric.share else 1e-3)
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
+
+
+def _draw_number(axes: Axes, name: str, values: Sequence[float]) -> None:
+    """Draw a technique's number as an area behind the metric; NaN marks epochs that do not have it."""
+    behind = axes.twinx()
+    edges = [i + 0.5 for i in range(len(values) + 1)]
+    behind.stairs(values, edges, fill=True, color=ORANGE, alpha=0.16)
+    behind.stairs(values, edges, color=ORANGE, linewidth=1.2)
+    known = [value for value in values if not math.isnan(value)]
+    behind.set_ylim(1.05 * min(0, *known), 1.05 * max(1, *known))
+    behind.set_ylabel(name, color=ORANGE)
+    behind.tick_params(axis="y", colors=ORANGE, length=0, labelsize=9)
+    behind.spines[:].set_visible(False)
+    axes.set_zorder(behind.get_zorder() + 1)
+    axes.patch.set_visible(False)
 
 
 def _mark_phases(axes: Axes, phases: Sequence[tuple[str, int]]) -> None:

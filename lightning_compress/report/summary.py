@@ -16,7 +16,7 @@ from lightning_compress.report.metric import Metric, Mode
 
 T = TypeVar("T")
 
-FORMAT = 2  # of report.json
+FORMAT = 3  # of report.json; from_dict reads format 2 too
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class Epoch:
     Attributes:
         epoch: Its number.
         val_metric: What the validation logged as the report's `val_metric`; None where it was not validated.
-        sparsity: Share of the targeted entries that are zero, 0 to 1.
-        phase: "dense", "pruning", "recovery" or whatever the run calls its phases.
+        numbers: What the techniques logged, by name without the folder "compress/": sparsity, weight_bits and the like.
+        phase: "dense", "compression", "recovery", or another name that the run gives to its phases.
     """
 
     epoch: int
     val_metric: float | None
-    sparsity: float
+    numbers: Mapping[str, float]
     phase: str
 
 
@@ -155,7 +155,8 @@ class Report:
     Attributes:
         dense: The network before compression.
         compressed: The network at the end.
-        before_recovery: The test's metric right after pruning, before any training; None where it was not measured.
+        before_recovery: The test's metric of the network when the last technique with a ramp, such as pruning, had
+            come to its end, before any further training; None where it was not measured.
         history: One entry per epoch, dense training first.
         layers: One entry per weight tensor; none where the compressed network has other layers than the dense one.
         settings: What the run was started with (seed, amount, ...); values that JSON can write, nested as they are.
@@ -199,8 +200,10 @@ class Report:
             ValueError: Something is missing or has the wrong type; the message says what and where.
         """
         content = _expect(content, dict, "the top level")
-        if (found := content.get("format", 1)) != FORMAT:
-            raise ValueError(f"its format is {found!r}, and this version reads {FORMAT}: write it anew.")
+        if (found := content.get("format", 1)) not in (2, FORMAT):
+            raise ValueError(f"its format is {found!r}, and this version reads 2 and {FORMAT}: write it anew.")
+        if found == 2:
+            content = content | {"history": _renamed_epochs(_get(content, "history", "the top level"))}
         before = _expect(_get(content, "before_recovery", "the top level"), dict, "before_recovery")
         return cls(
             dense=_build(Measurement, _get(content, "dense", "the top level"), "dense"),
@@ -231,6 +234,17 @@ class Report:
 _TEXT_FIELDS = {"phase", "name"}
 
 
+def _renamed_epochs(history: Any) -> list[Any]:
+    """Return the epochs of a report of format 2, in which pruning was the only technique with a number."""
+    epochs = []
+    for i, epoch in enumerate(_expect(history, list, "history")):
+        values = dict(_expect(epoch, dict, f"history[{i}]"))
+        sparsity = _get(values, "sparsity", f"history[{i}]")
+        phase = "compression" if values.get("phase") == "pruning" else values.get("phase")
+        epochs.append(values | {"numbers": {"sparsity": sparsity}, "phase": phase})
+    return epochs
+
+
 def _build(cls: type[T], content: Any, where: str) -> T:
     content = _expect(content, dict, where)
     values: dict[str, Any] = {}
@@ -239,6 +253,9 @@ def _build(cls: type[T], content: Any, where: str) -> T:
         place = f"{where}.{item.name}"
         if item.name == "uncounted_operators":
             values[item.name] = tuple(_expect(value, list, place))
+        elif item.name == "numbers":
+            named = _expect(value, dict, place)
+            values[item.name] = {name: _number(one, f"{place}.{name}", null=False) for name, one in named.items()}
         elif item.name in _TEXT_FIELDS:
             values[item.name] = _expect(value, str, place)
         else:
@@ -274,7 +291,7 @@ def _mode(value: str | None) -> Mode | None:
     return value  # type: ignore[return-value]  # one of the three
 
 
-def _number(value: Any, where: str) -> Any:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError(f"{where} should be a number or null, and is {value!r:.80}.")
+def _number(value: Any, where: str, *, null: bool = True) -> Any:
+    if not (null and value is None) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"{where} should be a number{' or null' if null else ''}, and is {value!r:.80}.")
     return value

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lightning_compress.report.summary import Measurement, Report
 
-HEADER = ("", "dense", "right after pruning", "compressed", "compressed against dense")
+HEADER = ("", "dense", "before recovery", "compressed", "compressed against dense")
 CLOCK_NOISE = 0.05  # medians of the same network, timed twice on a quiet machine, differ by less
 
 
@@ -50,7 +50,10 @@ def factor(before: float, after: float, *, better: str, worse: str, noise: float
 
 
 def comparison_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
-    """Return the rows below `HEADER`: quantity and unit, dense, right after pruning, compressed, ratio in words."""
+    """Return the rows below `HEADER`, whose first column has the quantity with its unit.
+
+    The techniques' own numbers, such as the sparsity, follow the measured quantities, as the last epoch has them.
+    """
     dense, compressed = report.dense, report.compressed
     metric = report.tested
     values = (dense.test_metric, report.before_recovery, compressed.test_metric)
@@ -72,7 +75,8 @@ def comparison_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
         if name == "latency_ms" and report.busy:
             ratio = "the machine was busy"
         rows.append((label, show.format(before), "", show.format(after), ratio))
-    return rows
+    numbers = report.history[-1].numbers if report.history else {}
+    return rows + [(f"{name} (last epoch)", "", "", f"{value:.4g}", "") for name, value in numbers.items()]
 
 
 def notes(report: Report) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run remembers of its fits: the epochs, and the network as it was right after the last pruning."""
+"""The record of a run's fits: their epochs, and the network as it was when the last ramp had ended."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from torch import Tensor
 
 from lightning_compress.report import Epoch
 from lightning_compress.trainer.callback import techniques
-from lightning_compress.trainer.effects import Progress
-
-SPARSITY = "sparsity"  # the number of a technique that prunes
+from lightning_compress.trainer.effects import Progress, declared_techniques
+from lightning_compress.trainer.unwrap import LOGGED
 
 
 class Recorder(Callback):
-    """Writes down every epoch, and keeps the weights of the moment when the last technique reached its final amount.
+    """Records every epoch, and keeps the weights of the moment when the last technique with a ramp came to its end.
 
-    Both travel in checkpoints, so that a resumed run knows what happened before. It has to stand after the techniques
-    in the Trainer's list of callbacks.
+    An epoch is called after the network at its end: `phase` as long as no technique has changed it, "compression" until
+    all techniques that change weights are finished, "recovery" afterwards. Wrappers, which change the loss, do not
+    count. History and weights travel in checkpoints, so that a resumed run knows what happened before. The recorder
+    must come after the techniques in the Trainer's list of callbacks.
 
     Args:
-        val_metric: Name under which the module logs what is shown over the epochs.
-        history: Epochs from before, as of the dense network.
+        val_metric: Name under which the module logs the metric that is shown over the epochs.
+        history: Earlier epochs of the run, such as those of the dense training.
 
     Attributes:
-        phase: What an epoch is called that no technique says anything of.
+        phase: Phase of the epochs before any technique has changed the network.
+        snapshot: The state dict when the last technique with a ramp had taken its last step; None before.
 
     Example:
         >>> trainer = Trainer(callbacks=[Recorder("val_acc")], logger=False, enable_checkpointing=False)
@@ -38,7 +40,7 @@ class Recorder(Callback):
         self.phase = "dense"
         self.history = list(history)
         self.snapshot: dict[str, Tensor] | None = None
-        self._sparsity: list[float] = []
+        self._reached: list[float] = []  # how far each ramp had come at the snapshot
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, pl_module)
@@ -49,39 +51,44 @@ class Recorder(Callback):
         self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pruning = _pruning(trainer)
-        if self.snapshot is None and pruning and all(one.finished for one in pruning):
+        ramps = [] if self.snapshot is not None else _ramps(trainer)
+        if all(one.finished for one in ramps) and any(one.fraction > 0 for one in ramps):
             self.snapshot = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
-            self._sparsity = [one.numbers[SPARSITY]() for one in pruning]
+            self._reached = [one.fraction for one in ramps]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pruning, metrics = _pruning(trainer), trainer.callback_metrics
-        phase = "recovery" if all(one.finished for one in pruning) else "pruning"
+        metrics, found = trainer.callback_metrics, [one.progress() for one in techniques(trainer)]
+        phase = "recovery" if all(one.finished for one in found) else "compression"
         self.history.append(
             Epoch(
                 epoch=trainer.current_epoch,
                 val_metric=float(metrics[self.val_metric]) if self.val_metric in metrics else None,
-                sparsity=max((one.numbers[SPARSITY]() for one in pruning), default=0.0),
-                phase=phase if pruning else self.phase,
+                numbers={
+                    one.logged_name(trainer, name).removeprefix(LOGGED): float(number())
+                    for one in declared_techniques(trainer)
+                    for name, number in one.progress().numbers.items()
+                },
+                phase=phase if any(one.fraction > 0 for one in found) else self.phase,
             )
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Pruning until a metric drops may have gone back to an earlier amount: that network was never snapped.
-        if self.snapshot is not None and self._sparsity != [one.numbers[SPARSITY]() for one in _pruning(trainer)]:
+        # A technique may have gone back to an earlier network, as pruning until a metric drops does. The snapshot is
+        # not the network from which that one recovers.
+        if self.snapshot is not None and self._reached != [one.fraction for one in _ramps(trainer)]:
             self.snapshot = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "history": [asdict(epoch) for epoch in self.history],
             "snapshot": self.snapshot,
-            "sparsity": self._sparsity,
+            "reached": self._reached,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         try:
             history = [Epoch(**epoch) for epoch in state_dict["history"]]
-            self.snapshot, self._sparsity = state_dict["snapshot"], state_dict["sparsity"]
+            self.snapshot, self._reached = state_dict["snapshot"], state_dict["reached"]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"The checkpoint's history of the run is not one of this version of lightning_compress ({error}): go "
@@ -90,7 +97,7 @@ class Recorder(Callback):
         self.history = history
 
 
-def _pruning(trainer: Trainer) -> list[Progress]:
-    """How far the techniques have come that take several events to a final sparsity."""
+def _ramps(trainer: Trainer) -> list[Progress]:
+    """Return how far the techniques with a ramp have come."""
     found = [one.progress() for one in techniques(trainer)]
-    return [one for one in found if SPARSITY in one.numbers]
+    return [one for one in found if one.ramp]

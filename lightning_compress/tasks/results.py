@@ -35,7 +35,7 @@ class Compressed:
         module: The network.
         trainer: That has fitted it.
         metric: What its test logs; None where nothing is tested.
-        before_recovery: What the test logs of the network as it was when the last pruning technique had finished.
+        before_recovery: The test's metric of the network when the last technique with a ramp had come to its end.
         history: The epochs, those of the dense network before.
     """
 

@@ -24,7 +24,7 @@ from lightning_compress.coding.weights import load_weights
 from lightning_compress.core.example_inputs import to_device
 from lightning_compress.core.files import replacing
 from lightning_compress.measure.footprint import time_in_turns
-from lightning_compress.report import Measurement, Report, compare_layers, write_report
+from lightning_compress.report import Epoch, Measurement, Report, compare_layers, write_report
 from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs
@@ -241,7 +241,7 @@ class Run:
             dense=costs.dense,
             compressed=costs.compressed,
             before_recovery=_number(self.metric, compressed.before_recovery),
-            history=tuple(replace(e, val_metric=_number(self.val_metric, e.val_metric)) for e in compressed.history),
+            history=tuple(self._finite(epoch) for epoch in compressed.history),
             layers=compare_layers(
                 dict(dense.modules[0].named_parameters()), dict(compressed.module.named_parameters())
             ),
@@ -281,6 +281,11 @@ class Run:
         if self.metric is None:
             return None
         return accuracy(module, self.datamodule, self.make_trainer, self.metric, **options)
+
+    def _finite(self, epoch: Epoch) -> Epoch:
+        """Return the record of an epoch without numbers that are NaN or infinite."""
+        numbers = {name: value for name, value in epoch.numbers.items() if _number(name, value) is not None}
+        return replace(epoch, val_metric=_number(self.val_metric, epoch.val_metric), numbers=numbers)
 
     def _round(self, module: LightningModule) -> None:
         """Give the network what its file would give back, on every rank without the others."""

@@ -68,10 +68,14 @@ class CompressionCallback(TargetingCallback):
         return {}
 
     def logged_name(self, trainer: Trainer, name: str) -> str:
-        """Return under which name this callback logs a number: the second one of its class adds "_2"."""
+        """Return the name under which this callback logs a number.
+
+        Where earlier callbacks of the Trainer are of its class, or log a number of that name, it adds "_2" and so on.
+        """
         others = techniques(trainer)
         before = others[: others.index(self)]
-        number = 1 + sum(isinstance(one, type(self)) or isinstance(self, type(one)) for one in before)
+        same = [isinstance(one, type(self)) or isinstance(self, type(one)) for one in before]
+        number = 1 + sum(a or name in one.progress().numbers for a, one in zip(same, before, strict=True))
         return f"{LOGGED}{name}_{number}" if number > 1 else f"{LOGGED}{name}"
 
     def zero_latent(self, masks: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_compress.trainer.unwrap import LOGGED
+
 Kind = Literal["zeros", "codebook", "grid", "signs", "bounds", "penalty"]
 Sight = Literal["magnitudes", "gradients", "layers", "second_backward"]
 FEW_VALUES: tuple[Kind, ...] = ("codebook", "grid", "signs")
@@ -66,14 +68,16 @@ class Progress:
     """How far a technique has come.
 
     Attributes:
-        fraction: Share of its way, 0 to 1.
-        finished: Whether it decides nothing more, so that what follows is recovery.
-        numbers: What it logs at every epoch's end, by name, computed when it is called for; the first one stands in the
-            progress bar.
+        fraction: Share of its way, 0 to 1: 0 before it begins, and always where its settings change nothing.
+        finished: Whether it decides nothing more, so that what follows is recovery. A technique with nothing to do is
+            finished from the start; a penalty that lasts for the whole fit is finished at the end of the fit.
+        ramp: Whether it comes to its end in events, after the last of which the network is tested before it recovers.
+        numbers: Functions that compute what the technique logs, by name. The progress bar shows the first one.
     """
 
     fraction: float = 1.0
     finished: bool = True
+    ramp: bool = False
     numbers: Mapping[str, Callable[[], float]] = field(default_factory=dict)
 
 
@@ -104,3 +108,13 @@ class DeclaresEffects:
     def progress(self) -> Progress:
         """Return how far the technique has come."""
         return Progress()
+
+    def logged_name(self, trainer: Trainer, name: str) -> str:
+        """Return the name under which the technique logs one of its numbers."""
+        return f"{LOGGED}{name}"
+
+
+def declared_techniques(trainer: Trainer) -> list[DeclaresEffects]:
+    """Return all techniques of a fit, callbacks and wrappers, in the order of the Trainer's callbacks."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    return [one for one in callbacks if isinstance(one, DeclaresEffects)]

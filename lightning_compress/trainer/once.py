@@ -75,8 +75,8 @@ class QuantizingCallback(CompressionCallback):
         return Effects()
 
     def progress(self) -> Progress:
-        begun = self._idle or self.projection is not None
-        return Progress(fraction=float(begun), finished=begun, numbers=self.numbers())
+        begun = self.projection is not None
+        return Progress(fraction=float(begun), finished=begun or self._idle, numbers=self.numbers())
 
     def numbers(self) -> dict[str, Callable[[], float]]:
         """Return what is logged at an epoch's end: as `Progress.numbers`."""

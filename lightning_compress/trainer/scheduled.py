@@ -85,6 +85,12 @@ class Scheduled:
             return self.start
         return self.start + (self.end - self.start) * amount_at(self.ramp.progress(step), 1.0, schedule=self.schedule)
 
+    def progress(self, step: int) -> float:
+        """Return the share of the way between the two moments, 0 to 1; 1 for a number that never changes."""
+        if self.constant:
+            return 1.0
+        return 0.0 if self.ramp is None or step < self.ramp.start else self.ramp.progress(step)
+
     def state(self) -> dict[str, Any] | None:
         """The moments in steps, which a resume needs."""
         return None if self.ramp is None else self.ramp.state_dict()

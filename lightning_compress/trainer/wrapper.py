@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_compress.trainer.effects import Effects
+from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.resume import ResumableCallback
-from lightning_compress.trainer.unwrap import SLOT, innermost
+from lightning_compress.trainer.unwrap import LOGGED, SLOT, innermost
 
 
 class Objective:
@@ -61,6 +61,14 @@ class Objective:
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         """Return what the technique does in the fit that starts: as `DeclaresEffects.effects`."""
         return Effects(modules=frozenset(name for name, _ in self.auxiliary.named_parameters()))
+
+    def progress(self) -> Progress:
+        """Return how far the technique has come: as `DeclaresEffects.progress`."""
+        return Progress()
+
+    def logged_name(self, name: str) -> str:
+        """Return the name under which this wrapper logs a number: a wrapper around one wrapper adds "_2"."""
+        return f"{LOGGED}{name}_{self.depth + 1}" if self.depth else f"{LOGGED}{name}"
 
 
 class CompressionModule(LightningModule):
@@ -273,6 +281,12 @@ class ObjectiveCallback(ResumableCallback):
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         return self.objective.effects(trainer, pl_module)
+
+    def progress(self) -> Progress:
+        return self.objective.progress()
+
+    def logged_name(self, trainer: Trainer, name: str) -> str:
+        return self.objective.logged_name(name)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lightning_compress.report import (
     Comparison,
+    Epoch,
     Measurement,
     Report,
     Run,
@@ -110,6 +111,13 @@ def test_the_csv_has_plain_numbers(sweep: Path) -> None:
     assert float(second["compressed.test_metric"]) == 0.95
     assert int(second["dense.file_bytes"]) == 4000
     assert float(second["before_recovery"]) == 0.5
+
+
+def test_the_csv_has_the_numbers_of_every_runs_last_epoch(sweep: Path) -> None:
+    one, other = gather(sweep).runs
+    epochs = (Epoch(0, 0.9, {"sparsity": 0.1}, "compression"), Epoch(1, 0.9, {"sparsity": 0.5}, "recovery"))
+    named = Comparison((replace(one, report=replace(one.report, history=epochs)), other))
+    assert [row["last_epoch.sparsity"] for row in csv.DictReader(io.StringIO(runs_csv(named)))] == ["0.5", ""]
 
 
 def test_the_figure_has_each_run_at_its_bytes_and_latency(sweep: Path) -> None:

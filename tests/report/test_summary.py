@@ -18,7 +18,7 @@ REPORT = Report(
     dense=DENSE,
     compressed=COMPRESSED,
     before_recovery=0.6,
-    history=(Epoch(0, 0.9, 0.0, "dense"), Epoch(1, None, 0.9, "pruning")),
+    history=(Epoch(0, 0.9, {}, "dense"), Epoch(1, None, {"sparsity": 0.9, "weight_bits": 4.0}, "compression")),
     layers=(Layer("conv", 100, 100, 7),),
     settings={"seed": 0, "callbacks": {"pruning": {"amount": 0.9}}},
 )
@@ -36,13 +36,13 @@ def test_the_keys_are_those_that_readers_rely_on() -> None:
         keys = {"test_metric", "parameters", "nonzero_parameters", "macs", "file_bytes", "latency_ms"}
         assert keys <= set(content[network])
     assert content["before_recovery"] == {"test_metric": 0.6}
-    assert set(content["history"][0]) == {"epoch", "val_metric", "sparsity", "phase"}
+    assert set(content["history"][0]) == {"epoch", "val_metric", "numbers", "phase"}
 
 
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of everything that a complete report has, the settings' own content aside."""
+    """The path of everything that a complete report has, but the content of settings and numbers."""
     found = [path] if path else []
-    if path and path[0] == "settings":
+    if path and path[-1] in ("settings", "numbers"):
         return found
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     for key, value in items:
@@ -90,8 +90,35 @@ def test_a_footprint_becomes_a_measurement_in_its_units() -> None:
 def test_a_report_of_another_format_is_named_and_not_read(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     file.write_text(json.dumps({key: value for key, value in REPORT.to_dict().items() if key != "format"}))
-    with pytest.raises(ValueError, match=r"report\.json .*its format is 1, and this version reads 2"):
+    with pytest.raises(ValueError, match=r"report\.json .*its format is 1, and this version reads 2 and 3"):
         Report.load(file)
+
+
+def test_a_report_of_format_2_is_read_under_the_names_of_today(tmp_path: Path) -> None:
+    """The text is what an earlier version wrote, but for the settings."""
+    epochs = [
+        {"epoch": 0, "val_metric": 0.9, "sparsity": 0.0, "phase": "dense"},
+        {"epoch": 0, "val_metric": 0.8, "sparsity": 0.5, "phase": "pruning"},
+        {"epoch": 1, "val_metric": None, "sparsity": 0.9, "phase": "recovery"},
+    ]
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(REPORT.to_dict() | {"format": 2, "history": epochs}))
+    assert Report.load(file).history == (
+        Epoch(0, 0.9, {"sparsity": 0.0}, "dense"),
+        Epoch(0, 0.8, {"sparsity": 0.5}, "compression"),
+        Epoch(1, None, {"sparsity": 0.9}, "recovery"),
+    )
+    del epochs[1]["sparsity"]
+    file.write_text(json.dumps(REPORT.to_dict() | {"format": 2, "history": epochs}))
+    with pytest.raises(ValueError, match=r"'sparsity' is missing in history\[1\]"):
+        Report.load(file)
+
+
+def test_a_number_that_is_none_is_named() -> None:
+    content = json.loads(json.dumps(REPORT.to_dict()))
+    content["history"][1]["numbers"]["weight_bits"] = "four"
+    with pytest.raises(ValueError, match=r"history\[1\]\.numbers\.weight_bits should be a number, and is 'four'"):
+        Report.from_dict(content)
 
 
 def test_layers_are_counted_by_name_whatever_their_new_shape() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from lightning_compress.report import Layer, Measurement, Report, comparison_table, report_markdown
+from lightning_compress.report import Epoch, Layer, Measurement, Report, comparison_table, report_markdown
 from lightning_compress.report.metric import Metric
 from lightning_compress.report.tables import comparison_rows, factor, flatten, markdown_table, notes, percent
 
@@ -32,6 +32,13 @@ def test_each_quantity_stands_in_its_row() -> None:
     assert rows["non-zero parameters"] == ("38,722", "", "3,226", "12.0x fewer")
     assert rows["file (bytes)"] == ("155,688", "", "19,461", "8.0x smaller")
     assert rows["latency (ms)"] == ("0.400", "", "0.390", "about the same")
+
+
+def test_the_numbers_of_the_techniques_have_rows_of_their_own() -> None:
+    history = (Epoch(0, 0.9, {"weight_bits": 8.0}, "recovery"), Epoch(1, 0.9, {"weight_bits": 4.125}, "recovery"))
+    rows = cells(replace(REPORT, history=history))
+    assert rows["weight_bits (last epoch)"] == ("", "", "4.125", "")
+    assert rows.keys() - cells(REPORT).keys() == {"weight_bits (last epoch)"}
 
 
 def test_what_was_not_measured_is_a_dash_or_left_out() -> None:

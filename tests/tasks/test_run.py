@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_compress import IterativePruningCallback
 from lightning_compress.baselines import Classifier, Digits, DigitsConvNet
 from lightning_compress.report import Report
 from lightning_compress.tasks.run import Run
+from lightning_compress.trainer.effects import Progress
 
 
 def what_a_wrapper_finds(folder: str) -> list[str]:
@@ -67,6 +69,19 @@ def test_a_metric_that_is_no_number_is_said_and_the_report_is_written(tmp_path: 
     report = Report.load(tmp_path / "report.json")
     assert report.dense.test_metric is report.compressed.test_metric is None
     assert report.history[0].val_metric is not None
+
+
+class Unclear(IterativePruningCallback):
+    def progress(self) -> Progress:
+        return replace(super().progress(), numbers={"fine": lambda: 0.5, "unclear": lambda: math.nan})
+
+
+def test_a_techniques_number_that_is_none_is_said_and_left_out(tmp_path: Path) -> None:
+    make_trainer = partial(quiet_trainer, max_epochs=1, limit_train_batches=1)
+    job = Run(datamodule=Digits(), make_trainer=make_trainer, folder=tmp_path, metric=None, repeats=1, batch_size=2)
+    with pytest.warns(UserWarning, match="unclear is nan"):
+        job.run([Classifier(DigitsConvNet(width=2))], callbacks=[Unclear(0.5)], dense={})
+    assert Report.load(tmp_path / "report.json").history[-1].numbers == {"fine": 0.5}
 
 
 def test_a_dense_network_is_compressed_and_measured_as_often_as_one_likes(
