@@ -13,6 +13,7 @@ from lightning_compress.trainer.unwrap import LOGGED
 Kind = Literal["zeros", "codebook", "grid", "signs", "bounds", "penalty"]
 Sight = Literal["magnitudes", "gradients", "layers", "second_backward"]
 FEW_VALUES: tuple[Kind, ...] = ("codebook", "grid", "signs")
+_SHOWN = 3  # settings in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,36 @@ class Effects:
     def changes_weights(self) -> bool:
         """Whether it does anything to weights or to the inputs of layers."""
         return bool(self.values or self.inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """A technique of a fit.
+
+    Attributes:
+        name: The name of its class, or of its wrapper.
+        settings: The arguments of its constructor.
+        place: Its position in Trainer(callbacks=[...]), from 0.
+        effects: What it declares for this fit.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    place: int
+    effects: Effects
+
+    def label(self, *effects: str) -> str:
+        """Return its name with the arguments that have these effects."""
+        options = [self.effects.options[one] for one in effects if one in self.effects.options]
+        return f"{self.name}({', '.join(options)})" if options else self.name
+
+    def label_beside(self, other: Technique, *effects: str) -> str:
+        """Return its label, with the settings in which it differs from another technique of its class."""
+        if other.name != self.name:
+            return self.label(*effects)
+        differing = [name for name in self.settings if self.settings[name] != other.settings.get(name)]
+        shown = ", ".join(f"{name}={self.settings[name]!r}" for name in differing[:_SHOWN])
+        return f"{self.name}({shown})" if shown else self.name
 
 
 @dataclass(frozen=True, kw_only=True)

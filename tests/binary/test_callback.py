@@ -346,7 +346,7 @@ def test_pruning_by_values_that_are_all_the_same_is_refused(order: int) -> None:
 
 
 def test_what_does_not_go_with_binary_weights_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"IterativePruningCallback\(regrow=True\) trains hidden weights"):
+    with pytest.raises(ValueError, match=r"IterativePruningCallback\(regrow=True\) trains latent values"):
         run(IterativePruningCallback(0.5, regrow=True), BinaryWeightsCallback())
     with pytest.raises(ValueError, match=r"GroupLassoCallback pulls groups of net\.conv\.weight"):
         run(BinaryWeightsCallback(), GroupLassoCallback(0.1, proximal=True))
@@ -358,7 +358,7 @@ def test_what_does_not_go_with_binary_weights_is_refused() -> None:
 @pytest.mark.parametrize("order", [1, -1])
 def test_clustering_the_same_weights_is_refused_and_others_are_not(order: int) -> None:
     with pytest.raises(
-        ValueError, match=r"\w+Callback and \w+Callback both set the values of net\.head\.weight: give them targets"
+        ValueError, match=r"\w+Callback and \w+Callback both set the values of net\.head\.weight: use one of them"
     ):
         run(*[WeightClusteringCallback(3, target="net.head"), BinaryWeightsCallback()][::order])
     callbacks = [
@@ -555,5 +555,5 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_binarizing_the_same_weights_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Binary.* and Binary.* both set the values of net\.head\.weight: give"):
+    with pytest.raises(ValueError, match=r"Binary.* and Binary.* both set the values of net\.head\.weight: use"):
         run(BinaryWeightsCallback(target="net.head"), BinaryWeightsCallback())

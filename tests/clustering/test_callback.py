@@ -225,11 +225,11 @@ def test_pruned_weights_do_not_pull_at_their_former_cluster() -> None:
 
 
 def test_what_trains_behind_a_mask_or_shrinks_apart_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"IterativePruningCallback\(regrow=True\) trains hidden weights"):
+    with pytest.raises(ValueError, match=r"IterativePruningCallback\(regrow=True\) trains latent values"):
         run(IterativePruningCallback(0.5, regrow=True), WeightClusteringCallback(4))
     with pytest.raises(
         ValueError,
-        match=r"\(proximal=True\) shrinks .* off the values that WeightClustering",
+        match=r"\(proximal=True\) shrinks .* would change the values that WeightClustering",
     ):
         run(WeightClusteringCallback(4), GroupLassoCallback(0.1, proximal=True))
     module = run(WeightClusteringCallback(4), GroupLassoCallback(0.01))
@@ -441,7 +441,7 @@ def test_weights_that_are_no_numbers_name_their_layer() -> None:
 
 
 def test_clustering_the_same_weights_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Weight.* and Weight.* both set the values of net\.head\.weight: give"):
+    with pytest.raises(ValueError, match=r"Weight.* and Weight.* both set the values of net\.head\.weight: use"):
         run(WeightClusteringCallback(4), WeightClusteringCallback({"net.head": 2, "net.conv": 0}))
 
 

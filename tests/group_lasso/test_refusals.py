@@ -48,7 +48,7 @@ def test_only_exact_zeros_can_be_cut_out(options: dict[str, Any], message: str) 
 
 def test_averages_are_not_zero_and_cannot_be_cut() -> None:
     lasso = GroupLassoCallback(0.1, granularity="group", proximal=True, shrink="on_fit_end")
-    with pytest.raises(ValueError, match="an average over steps is not"):
+    with pytest.raises(ValueError, match="in an average over steps they are not"):
         fit(EMAWeightAveraging(decay=0.5), lasso)
 
 
@@ -87,12 +87,12 @@ def test_the_same_settings_twice_are_refused() -> None:
 
 
 def test_pruning_stands_before_the_penalty() -> None:
-    with pytest.raises(ValueError, match="IterativePruningCallback must stand before GroupLassoCallback"):
+    with pytest.raises(ValueError, match="put GroupLassoCallback after IterativePruningCallback"):
         fit(GroupLassoCallback(0.1), IterativePruningCallback(0.5))
 
 
 def test_shrinking_beside_regrowth_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(regrow=True\) trains hidden weights.*use regrow=False or proximal=False"):
+    with pytest.raises(ValueError, match=r"\(regrow=True\) trains latent values.*use regrow=False or proximal=False"):
         fit(IterativePruningCallback(0.5, regrow=True), GroupLassoCallback(0.1, proximal=True))
     fit(IterativePruningCallback(0.5, regrow=True), GroupLassoCallback(0.1))
 

@@ -246,7 +246,7 @@ def test_averaged_copies_are_projected(tmp_path: Path) -> None:
 
 
 def test_averaging_that_would_be_missed_is_refused() -> None:
-    with pytest.raises(ValueError, match="EMAWeightAveraging must stand before IterativePruningCallback"):
+    with pytest.raises(ValueError, match="put EMAWeightAveraging before IterativePruningCallback"):
         run(IterativePruningCallback(0.8), EMAWeightAveraging())
     with pytest.raises(ValueError, match="StochasticWeightAveraging"):
         run(StochasticWeightAveraging(swa_lrs=0.1), IterativePruningCallback(0.8))

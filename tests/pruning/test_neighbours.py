@@ -240,7 +240,7 @@ def test_channels_that_share_a_dimension_leave_by_two_callbacks(moment: str) -> 
 @pytest.mark.parametrize("options", [{"shrink": "during_fit"}, {"shrink": "on_fit_end"}])
 def test_going_back_past_a_cut_is_refused(options: dict[str, Any]) -> None:
     stopping = weights(1.0, stop={"monitor": "val_acc", "max_drop": 0.5})
-    with pytest.raises(ValueError, match=r"goes back to an earlier network.*shrink='.*a place after"):
+    with pytest.raises(ValueError, match=r"may restore an earlier network.*shrink='.*put it after"):
         fit(channels(**options), stopping, module=SmallModule())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -253,7 +253,7 @@ def test_clusters_are_put_on_one_grid_and_stay_clusters() -> None:
 @pytest.mark.parametrize(
     ("clustering", "qat", "message"),
     [
-        ({}, {}, "another scale in each channel.*granularity='tensor'"),
+        ({}, {}, "a scale for each channel.*granularity='tensor'"),
         ({"scope": "global"}, {"granularity": "tensor"}, "cluster with scope='layer'"),
         ({"start_epoch": 1.0}, {"granularity": "tensor"}, "a start_epoch that is no later"),
     ],
@@ -266,7 +266,7 @@ def test_clusters_that_would_not_stay_equal_are_refused(clustering: Any, qat: An
 
 def test_what_does_not_go_together_is_refused_and_the_rest_works() -> None:
     qat = QuantizationAwareTrainingCallback
-    with pytest.raises(ValueError, match="put WeightClusteringCallback before it"):
+    with pytest.raises(ValueError, match="put WeightClusteringCallback before QuantizationAwareTrainingCallback"):
         run(qat(granularity="tensor"), WeightClusteringCallback(4))
     with pytest.raises(ValueError, match=r"\w+ and \w+ both set the values of net\.conv\.weight"):
         run(qat(), BinaryWeightsCallback())
@@ -276,9 +276,9 @@ def test_what_does_not_go_together_is_refused_and_the_rest_works() -> None:
         run(qat(8), qat(4))
     with pytest.raises(ValueError, match=r"\(activation_bits=8\) and .*_bits=4\) both set the inputs of net"):
         run(qat(None, 8), qat(None, 4))
-    with pytest.raises(ValueError, match=r"regrow=True\) trains hidden weights"):
+    with pytest.raises(ValueError, match=r"regrow=True\) trains latent values"):
         run(IterativePruningCallback(0.5, regrow=True), qat())
-    with pytest.raises(ValueError, match=r"proximal=True\) shrinks .* off the values that QuantizationAware"):
+    with pytest.raises(ValueError, match=r"proximal=True\) shrinks .* would change the values that QuantizationAware"):
         run(qat(), GroupLassoCallback(0.1, proximal=True))
     with pytest.raises(ValueError, match=r"stop=\) still prunes net"):
         run(IterativePruningCallback(0.5, stop={"monitor": "val_acc", "max_drop": 0.5}), qat())

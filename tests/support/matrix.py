@@ -25,7 +25,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_compress.trainer.compatibility import PAIR_RULES, TRAINER_RULES, IncompatibleError, Rule
+from lightning_compress.trainer.compatibility import IncompatibleError
+from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES, Rule
 from support.ranks import TESTS, RankPair
 from support.registry import Entry, binary, clustering, distillation, lasso, pruning, qat
 from support.small import ManualModule, SmallModule, plain, quiet_trainer, shuffled

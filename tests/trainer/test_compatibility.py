@@ -13,8 +13,9 @@ from support.ranks import RankPair
 from support.small import SmallModule, plain, quiet_trainer, shuffled
 
 from lightning_compress import BinaryWeightsCallback, IterativePruningCallback, WeightClusteringCallback
-from lightning_compress.trainer.compatibility import PAIR_RULES, TRAINER_RULES, IncompatibleError
+from lightning_compress.trainer.compatibility import IncompatibleError
 from lightning_compress.trainer.effects import DeclaresEffects, Effects
+from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES
 
 TEXT = README.read_text()
 
@@ -88,7 +89,7 @@ def test_a_callback_of_the_users_is_not_asked() -> None:
 def test_a_pair_is_refused_before_the_first_step_however_late_the_second_begins(start: float) -> None:
     counts = Counts()
     stopping = IterativePruningCallback(0.5, stop={"monitor": "val_acc", "max_drop": 0.5}, criterion="taylor")
-    with pytest.raises(IncompatibleError, match=r"\(stop=\) still prunes .* and may want pruned weights back"):
+    with pytest.raises(IncompatibleError, match=r"\(stop=\) still prunes .* and may restore earlier weights"):
         fit(counts, stopping, BinaryWeightsCallback(start_epoch=start))
     assert counts.steps == 0
 

@@ -74,13 +74,13 @@ def fit_with(criterion: str, options: dict[str, Any], **settings: Any) -> dict[s
 @pytest.mark.parametrize(
     ("criterion", "options", "settings", "message"),
     [
-        ("fisher", {"static_graph": True}, {}, "goes back from the loss once more"),
-        ("obd", {"static_graph": True}, {}, "goes back from the loss once more"),
+        ("fisher", {"static_graph": True}, {}, "runs a second backward pass in every step"),
+        ("obd", {"static_graph": True}, {}, "runs a second backward pass in every step"),
         (
             "taylor",
             {"static_graph": True},
             {"granularity": "neuron", "shrink": "during_fit"},
-            "changes the network's shapes during the fit, which DDPStrategy(static_graph=...) does not survive",
+            "changes the network's shapes during the fit, but DDPStrategy(static_graph=True) keeps",
         ),
         ("magnitude", {"model_averaging_period": 2}, {}, "needs equal weights on all ranks after every step"),
         ("magnitude", {"mixed_precision": None}, {}, "is not tested with DDPStrategy(mixed_precision=...)"),

@@ -384,7 +384,7 @@ def test_two_that_are_the_same_are_two() -> None:
 def test_what_trains_beside_the_network_would_be_lost_in_a_fork() -> None:
     module = Wrapper(SmallModule(), objective=Beside())
     trainer = quiet_trainer(strategy="ddp_fork", devices=2, max_epochs=1)
-    with pytest.raises(Exception, match=r"trains parameters beside the network.* can't bring back to the main process"):
+    with pytest.raises(Exception, match=r"trains parameters of its own.* can't bring back to the main process"):
         trainer.fit(module, shuffled())
 
 
