@@ -53,7 +53,7 @@ class Plan:
         returned = programs[0].graph_signature.output_specs
         if not any(one.kind == OutputKind.USER_OUTPUT and isinstance(one.arg, TensorArgument) for one in returned):
             raise ValueError(f"{type(model).__name__} returns no tensor, so that no cut of it could be checked.")
-        places = Places(model)
+        places, modules = Places(model), dict(model.named_modules(remove_duplicate=False))
         candidates: dict[tuple[object, ...], ChannelGroup] = {}
         axis_orders: dict[tuple[object, ...], set[int]] = {}
         halved: set[tuple[object, ...]] = set()
@@ -68,6 +68,7 @@ class Plan:
                     units.freeze(place.nodes, "it is not used in the forward pass of the example inputs")
                 middle = torch.cat([torch.zeros(0, dtype=torch.long), *units.halved])
                 nodes = {(place.tensor, place.dim): place.nodes for place in places.all()}
+                units.attributes = [one for one in units.attributes if _counts(modules.get(one[0]), *one[1:])]
                 for group in _groups(places, units):
                     if any(bool(torch.isin(nodes[one.tensor, one.dim], middle).any()) for one in group.members):
                         halved.add(identity(group))
@@ -107,6 +108,14 @@ class Plan:
             units = torch.arange(group.size)[:, None].expand_as(member.index)
             found[nodes[member.tensor, member.dim][member.index]] = units
         return found
+
+
+def _counts(module: nn.Module | None, name: str, place: int | None, nodes: Tensor) -> bool:
+    """Return whether a module has a number of this name that counts these nodes; its name alone proves nothing."""
+    value = getattr(module, name, None)
+    if place is not None:
+        value = value[place] if isinstance(value, tuple) and place < len(value) else None
+    return isinstance(value, int) and value == len(nodes)
 
 
 def _along_one(value: Value) -> dict[int, Tensor]:

@@ -66,12 +66,14 @@ class Reference(fx.Interpreter):
         full: Tensor | None = None
         thin: dict[int, Tensor] = {}
         for average in averages:
-            value = arguments[average.argument]
+            name, _, place = average.argument.partition(".")  # "tensors.1" is the second of a list
+            value = arguments[name][int(place)] if place else arguments[name]
             dropped = self._removed[average.axis_order][average.nodes.reshape(-1)]
             if average.zero:
                 shape = [1] * value.dim()
                 shape[average.dim] = -1
-                arguments[average.argument] = value * (~dropped).reshape(shape)
+                value = value * (~dropped).reshape(shape)
+                arguments[name] = _with(arguments[name], int(place), value) if place else value
             elif bool(dropped.any()):
                 full = value
                 before = thin.get(average.dim, torch.arange(len(dropped)))
@@ -87,6 +89,10 @@ class Reference(fx.Interpreter):
             }
         result = n.target(**arguments)
         return _widen(result, thin, full) if n.target._schema.name.endswith(("norm", "softmax")) else result
+
+
+def _with(values: Sequence[Any], place: int, value: Any) -> list[Any]:
+    return [value if at == place else one for at, one in enumerate(values)]
 
 
 def _narrow(value: Any, dim: int, kept: Tensor, full: Tensor, name: str) -> Any:

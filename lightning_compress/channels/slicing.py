@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_compress.channels.attention import SliceableMultiheadAttention
 from lightning_compress.channels.optimizer_state import slice_state
+from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.records import RecordError
 from lightning_compress.core.tensors import Kept, select
 
@@ -59,7 +61,7 @@ class Slices:
                 elif attribute in modules[module]._non_persistent_buffers_set:
                     self._remember(modules[module], attribute, dims)
                 self._slice(tensor, dims)
-            for module in dict.fromkeys(name.rpartition(".")[0] for name in kept):
+            for module in dict.fromkeys(map(_owner, kept)):
                 self._refresh(modules[module])
             for one in modules.values():
                 if isinstance(one, SliceableMultiheadAttention):
@@ -126,6 +128,12 @@ class Slices:
                 self.set(module, name, value)
 
 
+def _owner(name: str) -> str:
+    """Return the path of the module whose tensor this is, or whose parametrized tensor is made from it."""
+    path, parametrized, _ = f".{name}".partition(".parametrizations.")
+    return (path if parametrized else path.rpartition(".")[0])[1:]
+
+
 def _set_dense(module: nn.Module, known: dict[str, _Cut]) -> None:
     if known:
         vars(module)[_DENSE] = known
@@ -177,7 +185,8 @@ def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequenc
 
 def sizes(module: nn.Module) -> dict[str, Any]:
     """What a module's size attributes should be, by the shapes of its tensors."""
-    weight = getattr(module, "weight", None)
+    with evaluating(module) if is_parametrized(module, "weight") else nullcontext():  # it computes the weight anew
+        weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return {}
     if isinstance(module, nn.Linear):

@@ -114,7 +114,7 @@ _FACTORS = (
 )
 
 
-@rule("matmul mm bmm mv dot addmm baddbmm addmv")
+@rule("matmul mm bmm mv dot vdot addmm baddbmm addmv")
 def matmul(call: Call) -> Value:
     names = next(pair for pair in _FACTORS if all(isinstance(call[name], Value) for name in pair))
     a, b = (call[name] for name in names)
@@ -139,7 +139,7 @@ def einsum(call: Call) -> Any:
     if "->" not in equation:
         both = equation.replace(",", "")
         equation += "->" + "".join(sorted(letter for letter in set(both) if both.count(letter) == 1))
-    return contract(call, equation, *operands)
+    return contract(call, equation, *operands, arguments=("tensors.0", "tensors.1"))
 
 
 @rule("scaled_dot_product_attention")
@@ -153,7 +153,9 @@ def attention(call: Call) -> Value:
     scores = contract(call, f"{batch}xe,{batch}ye->{batch}xy", q, k, arguments=("query", "key"))
     if mask is not None:
         scores = combine(call, [scores, mask], lambda states: False)
-    weights = Value(scores.shape, tuple(Layer(layer.nodes, False) for layer in scores.layers))
+    keys = scores.along(-1)
+    call.freeze(keys, f"{call.where} divides by a sum over channels")
+    weights = Value(scores.shape, tuple(Layer(one.nodes, False) for one in scores.layers if one not in keys))
     return contract(call, f"{batch}xy,{batch}ye->{batch}xe", weights, v, arguments=("", "value"))
 
 

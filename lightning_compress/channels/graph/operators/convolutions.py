@@ -48,6 +48,9 @@ def _grouped(call: Call, x: Value, weight: Value, groups: int, *, transposed: bo
     channel = len(x.shape) - 1
     why = f"{call.where} has groups of one size"
     rows, columns = weight.along(0), weight.along(1)
+    if not rows:
+        call.freeze(x.layers, f"{call.where} has a weight whose channels are not known")
+        return Value((*x.shape[:channel], groups * (weight.shape[1] if transposed else weight.shape[0] // groups)))
     n_in, n_out = x.shape[channel] // groups, (weight.shape[1] if transposed else weight.shape[0] // groups)
     dim_rows = n_in if transposed else n_out  # what the weight's first dimension holds of every block
     blocks = rows[0].nodes.reshape(groups, dim_rows)

@@ -44,6 +44,15 @@ def batch_norm(call: Call) -> Any:
     return result
 
 
+@rule("_weight_norm")
+def weight_norm(call: Call) -> Value:
+    """Return the labels of g * v / |v|: g alone makes a channel zero, because zeros in place of v have no direction."""
+    v, dim = call["v"], call["dim"] or 0
+    if dim >= 0:  # else the norm is that of all of v
+        call.units.consumed += [layer.nodes for layer in v.along(dim)]
+    return replace(combine(call, [v, call["g"]], any), parameter=False)  # zeros where a channel is read change the norm
+
+
 @rule("layer_norm rms_norm")
 def layer_norm(call: Call) -> Value:
     x: Value = call["input"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from lightning_compress.channels.graph.operators.call import Call, rule
 from lightning_compress.channels.graph.operators.elementwise import combine
 from lightning_compress.channels.graph.units import Layer, Value
 
 _EXACT_SUMS = {"sum", "linalg_vector_norm", "norm", "any"}
+_SPREADS = {"var", "std", "var_mean", "std_mean"}
 
 
 @rule(
@@ -32,6 +37,8 @@ def reduce(call: Call) -> Any:
         if reduced and len(reduced) < len(layer.dims):
             call.freeze([layer], f"{call.where} mixes channels with places")
         elif reduced:
+            if call.name in _SPREADS and _one_would_be_left(call, source, layer, dims):
+                call.freeze([layer], f"{call.where} needs more than one value, and one would be left")
             if not (call.name in _EXACT_SUMS and layer.silent):
                 for dim in reduced:
                     call.inexact("self", dim, [layer], f"{call.where} averages over channels")
@@ -42,6 +49,13 @@ def reduce(call: Call) -> Any:
             layers.append(Layer(nodes, layer.silent and call.name not in ("logsumexp", "argmax", "argmin", "all")))
     results = [Value(tuple(shape), tuple(layers)) for shape in shapes]
     return results if isinstance(call.shape, list) else results[0]
+
+
+def _one_would_be_left(call: Call, source: Value, layer: Layer, dims: Sequence[int]) -> bool:
+    """Return whether a single channel is a single value, of which the unbiased variance is not a number."""
+    divides_by_less = call["unbiased"] is not False and call["correction"] != 0  # neither is given: n - 1
+    values = math.prod(source.shape[dim] for dim in dims)
+    return divides_by_less and torch.unique(layer.nodes).numel() == values
 
 
 @rule("softmax log_softmax _softmax _log_softmax")

@@ -16,7 +16,7 @@ from lightning_compress.channels.graph.units import FIXED, Layer, Value, compres
 @rule(
     "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T squeeze unsqueeze expand expand_as "
     "movedim moveaxis swapaxes swapdims flip repeat tile repeat_interleave "
-    "pixel_shuffle pixel_unshuffle channel_shuffle unfold select diagonal view_as reshape_as mT"
+    "pixel_shuffle pixel_unshuffle channel_shuffle unfold select diagonal view_as reshape_as mT mH matrix_H adjoint"
 )
 def structure(call: Call) -> Value:
     source = next(iter(values_in(call.arguments)))
