@@ -31,7 +31,7 @@ from lightning_compress import GroupLassoCallback, IterativePruningCallback
 from lightning_compress.baselines import MNIST, Classifier, ResNet20
 from lightning_compress.channels.cut import shrink
 from lightning_compress.channels.find import channel_groups
-from lightning_compress.group_lasso.penalty import unit_groups
+from lightning_compress.group_lasso.penalty import producer_groups
 from lightning_compress.measure.footprint import compare_latency
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.report.figure import new_figure, tidy
@@ -102,7 +102,7 @@ def by_criterion(dense: nn.Module, name: str, amount: float, setting: Setting) -
 
 def by_group_lasso(dense: nn.Module, medians: float, setting: Setting) -> Classifier:
     network, first = copy.deepcopy(dense), setting.epochs // 2
-    groups, _ = unit_groups(network, channel_groups(network, torch.zeros(2, *SHAPE)))
+    groups, _ = producer_groups(network, channel_groups(network, torch.zeros(2, *SHAPE)))
     norm = medians * float(torch.cat([one.norms() for one in groups]).median())
     steps = first * -(-IMAGES // BATCH)
     lasso = GroupLassoCallback(norm / (setting.lr * steps), granularity="group", proximal=True)

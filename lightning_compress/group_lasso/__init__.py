@@ -6,9 +6,9 @@ from lightning_compress.group_lasso.penalty import (
     WeightGroups,
     add_gradient,
     penalty,
+    producer_groups,
     shrink_groups,
-    unit_groups,
     weight_groups,
 )
 
-__all__ = ["WeightGroups", "add_gradient", "penalty", "shrink_groups", "unit_groups", "weight_groups"]
+__all__ = ["WeightGroups", "add_gradient", "penalty", "producer_groups", "shrink_groups", "weight_groups"]

@@ -18,10 +18,16 @@ from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroups, positions_kept
 from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients, select_parameters
 from lightning_compress.core.tensors import Kept, named_tensors
-from lightning_compress.group_lasso.penalty import WeightGroups, add_gradient, shrink_groups, unit_groups, weight_groups
+from lightning_compress.group_lasso.penalty import (
+    WeightGroups,
+    add_gradient,
+    producer_groups,
+    shrink_groups,
+    weight_groups,
+)
 from lightning_compress.trainer.callback import techniques
 from lightning_compress.trainer.effects import Effects, Progress
-from lightning_compress.trainer.inputs import traced_network
+from lightning_compress.trainer.inputs import resolve_network, traced_network
 from lightning_compress.trainer.settings import settings_of
 from lightning_compress.trainer.surgery import CuttingCallback
 from lightning_compress.trainer.targets import refuse_average_in_forward
@@ -118,15 +124,20 @@ class GroupLassoCallback(CuttingCallback):
         self.group_sparsity = 0.0
         self._begun = self._ended = False
         self._groups: list[WeightGroups] = []
+        self._found: list[WeightGroups] | None = None  # by `effects`, which needs the groups before `prepare` does
+        self._channels = ChannelGroups()  # of the network, with "group"
+        self._inputs: Any = None  # with which the network was traced
         self._left_out: dict[str, str] = {}
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        self._found = None
         if self.strength == 0:
             return Effects()
         names = set(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
         if self.granularity == "group" and trainer is not None and len(techniques(trainer)) > 1:
-            # Biases and norms are in a channel's group as well, and other layers that make the channel.
-            ids = {id(part.parameter) for one in self._find(trainer, pl_module) for part in one.parts}
+            # A channel's group holds biases and norms as well, and other layers that make the channel.
+            self._found = self._find(trainer, pl_module)
+            ids = {id(part.parameter) for one in self._found for part in one.parts}
             names |= {name for name, parameter in pl_module.named_parameters() if id(parameter) in ids}
         return Effects(
             values=dict.fromkeys(names, "penalty"),
@@ -144,7 +155,8 @@ class GroupLassoCallback(CuttingCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._begun, self._ended = True, False
-        self._groups = self._find(trainer, pl_module)
+        found, self._found = self._found, None
+        self._groups = found or self._find(trainer, pl_module)
         names = [name for name, one in pl_module.named_parameters() if self._penalizes(one)]
         refuse_complex(pl_module, names, self.name)
         if not self.proximal:
@@ -161,33 +173,31 @@ class GroupLassoCallback(CuttingCallback):
         self._refresh(trainer, pl_module)
 
     def technique_state(self) -> dict[str, Any]:
-        return {}  # the weights are all there is
+        return {}  # the penalty depends on the weights alone
 
     def project_copy(self, module: nn.Module) -> None:
         pass  # an average of shrunk weights stays an average
 
     def _refresh(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(one.stale for one in self._groups):  # channels were cut out of the network
+        """Find the groups anew if channels have been cut out of the network."""
+        if any(one.stale for one in self._groups):
             self._groups = self._find(trainer, pl_module)
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> list[WeightGroups]:
+        target = self.patterns(pl_module)
         if self.granularity != "group":
-            return weight_groups(pl_module, self.granularity, target=self.patterns(pl_module), exclude=self.exclude)
-        found, left_out = unit_groups(
-            pl_module, self._channels(trainer, pl_module), target=self.patterns(pl_module), exclude=self.exclude
-        )
+            return weight_groups(pl_module, self.granularity, target=target, exclude=self.exclude)
+        refuse_average_in_forward(pl_module, self.network)
+        network, self._inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
+        self._channels = channel_groups(network, self._inputs)
+        named = self._channels.prefixed(self.network)
+        found, left_out = producer_groups(pl_module, named, target=target, exclude=self.exclude)
         if left_out and left_out != self._left_out:
             rank_zero_info(f"Channels without a penalty: {_listed(left_out)}.")
         self._left_out = left_out
         return found
 
-    def _channels(self, trainer: Trainer, pl_module: LightningModule) -> ChannelGroups:
-        """The network's channel groups, with names as the LightningModule has them."""
-        refuse_average_in_forward(pl_module, self.network)
-        network, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
-        return channel_groups(network, inputs).prefixed(self.network)
-
-    # ------------------------------------------------------------------ what is zero leaves
+    # ------------------------------------------------------------------ the cut of what is zero
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = True
@@ -201,19 +211,12 @@ class GroupLassoCallback(CuttingCallback):
                 stacklevel=2,
             )
         if self.shrink == "on_fit_end" and self.strength > 0:
-            self.cut_in_fit(trainer, partial(self._cut, trainer, pl_module), at_end=True)
-            self._refresh(trainer, pl_module)
+            self.cut_in_fit(trainer, partial(self._cut, pl_module), at_end=True)
 
     def _cut(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        *,
-        optimizers: list[torch.optim.Optimizer],
-        copies: list[nn.Module],
+        self, pl_module: LightningModule, *, optimizers: list[torch.optim.Optimizer], copies: list[nn.Module]
     ) -> Kept:
-        network, inputs = traced_network(trainer, pl_module, self.network, self.example_inputs)
-        groups = channel_groups(network, inputs)
+        network, groups = resolve_network(pl_module, self.network), self._channels
         mine = {one.name for one in self._groups}
         here = [one for one, its in zip(groups, groups.prefixed(self.network), strict=True) if its.name in mine]
         keep = live_channels(network, here)
@@ -227,7 +230,7 @@ class GroupLassoCallback(CuttingCallback):
         kept = positions_kept(groups, keep, named_tensors(network))
         indices = {name: live.nonzero().squeeze(1) for name, live in keep.items()}
         averages = parts_of(copies, self.network)
-        cut(network, inputs, keep=indices, groups=groups, optimizers=optimizers, copies=averages, owner=pl_module)
+        cut(network, self._inputs, keep=indices, groups=groups, optimizers=optimizers, copies=averages, owner=pl_module)
         return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}
 
     # ------------------------------------------------------------------ around every optimizer step

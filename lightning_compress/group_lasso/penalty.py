@@ -146,7 +146,7 @@ def weight_groups(
     return found
 
 
-def unit_groups(
+def producer_groups(
     model: nn.Module,
     channels: Iterable[ChannelGroup],
     *,
@@ -169,7 +169,7 @@ def unit_groups(
     Example:
         >>> from lightning_compress.channels.find import channel_groups
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10))
-        >>> groups, left_out = unit_groups(net, channel_groups(net, torch.zeros(2, 1, 4, 4)))
+        >>> groups, left_out = producer_groups(net, channel_groups(net, torch.zeros(2, 1, 4, 4)))
         >>> [(one.name, len(one.parts), len(one.norms())) for one in groups], left_out
         ([('0', 4, 4)], {'4': 'it is an output of the network'})
     """
@@ -225,7 +225,7 @@ def add_gradient(
     none.
 
     Args:
-        groups: From `weight_groups` or `unit_groups`.
+        groups: From `weight_groups` or `producer_groups`.
         strength: Factor of the penalty.
         optimizer: Only its parameters get the gradient; by default all do.
 
@@ -261,7 +261,7 @@ def shrink_groups(groups: Iterable[WeightGroups], strength: float, optimizer: to
     ||w_g|| <= lr * strength.
 
     Args:
-        groups: From `weight_groups` or `unit_groups`. Where two of them share weights, they shrink one after the other.
+        groups: From `weight_groups` or `producer_groups`. Groups that share weights shrink one after the other.
         strength: Factor of the penalty.
         optimizer: The one that has stepped; only its parameters are shrunk.
 

@@ -16,6 +16,7 @@ from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.core.tensors import Kept, sliced
 from lightning_compress.pruning.backtracker import Backtracker
+from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria.choose import (
     STATIC,
     Criterion,
@@ -29,7 +30,7 @@ from lightning_compress.pruning.criteria.choose import (
 from lightning_compress.pruning.criterion_hooks import CriterionHooks
 from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
 from lightning_compress.pruning.masked import MaskedParameters
-from lightning_compress.pruning.masks import Scope, least_left, prune_neurons, prune_weights
+from lightning_compress.pruning.masks import Scope, least_left, prune_channels, prune_weights
 from lightning_compress.pruning.remover import ChannelRemover
 from lightning_compress.pruning.stopping import StopRule
 from lightning_compress.trainer.callback import latent_values, take_writes, techniques
@@ -44,48 +45,49 @@ from lightning_compress.trainer.surgery import CuttingCallback
 
 
 class IterativePruningCallback(CuttingCallback):
-    """Prunes a growing fraction of the weights or neurons while the network trains, and keeps them at zero.
+    """Prunes a growing fraction of the weights or channels while the network trains, and keeps them at zero.
 
-    At every event the entries with the lowest score s are masked, so that a fraction a(p) of the ORIGINAL entries is
-    zero, with p the progress from `start_epoch` to `end_epoch` and a the schedule; after every optimizer step
-    w <- m * w, with m the mask. What follows `end_epoch` is recovery with the final mask.
+    At every event the entries with the lowest scores are masked, so that a fraction a(p) of the ORIGINAL entries is
+    zero, where p is the progress from `start_epoch` to `end_epoch` and a is the schedule. After every optimizer step
+    w <- m * w, where m is the mask. After `end_epoch` the network recovers with the final mask.
 
     Args:
-        amount: Final fraction of the targeted entries (weights), or of the channels of the targeted layers (neurons),
-            that is removed; 0 to 1.
+        amount: Fraction of the targeted entries (weights), or of the channels of the targeted layers, that is removed
+            in the end; 0 to 1.
         granularity: "weight" masks single weights; "neuron" masks, and then removes, whole channels with everything
             that makes them (weights, biases, scale and shift of norms). The output layer's channels always stay.
-        criterion: What makes an entry important; the method card has the formulas. All but magnitude, l2 and random
-            watch the training since the event before.
+        criterion: Measure of an entry's importance; the method card has the formulas. All criteria but magnitude, l2
+            and random watch the training steps since the previous event.
         scope: "global" compares all entries, "layer" removes the same fraction of each layer.
         schedule: Shape of the ramp.
-        start_epoch: Where the ramp begins, in epochs, which may be fractions.
-        end_epoch: Where the ramp ends; by default after two thirds of the planned steps, so that recovery follows.
+        start_epoch: Begin of the ramp, in epochs, which may be fractions.
+        end_epoch: End of the ramp; by default after two thirds of the planned steps, so that recovery follows.
         every_n_steps: Optimizer steps between events; by default one epoch.
         target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
             an optimizer trains when the fit begins and that the code of `forward` (or `network`) reaches. Packed
             weights that are no layer of their own, such as `in_proj_weight` of `nn.MultiheadAttention`, are pruned when
             a pattern names them.
         exclude: Patterns to leave out.
-        regrow: Pruned entries go on training behind the mask and come back when they have grown (dynamic network
-            surgery, Guo et al. 2016) until the ramp ends.
+        regrow: Whether pruned entries train on behind the mask and come back when they have grown, until the ramp ends
+            (dynamic network surgery, Guo et al. 2016).
         stop: `{"monitor": "val_acc", "max_drop": 0.01}` prunes on only while the metric stays that close to the dense
-            network's, then goes back to the largest amount that kept it and ends the fit. The dense network is the one
-            that the fit begins with, validated before the first step, or a better one of before `start_epoch`; amount
-            0 gives it back. Further keys: `mode` ("max" or "min"), `baseline` (the dense metric, if it is known) and
-            `recovery` (how many more validations an amount gets before its failure counts, 1).
-        shrink: When masked neurons leave the network for good, for granularity="neuron": "on_fit_end"; "during_fit", at
-            once, so that the rest of the training gets faster; or "never". Only channels are cut whose removal changes
-            nothing. Masks that another callback holds on the same tensors are cut with them. A loss that is kept from
-            before a cut cannot be back-propagated after it.
-        cost: What the scores of neurons are divided by before groups are compared (scope="global"): the "parameters",
-            "macs" or "latency" (measured) of one channel.
-        min_left: Fraction of the entries of each weight that stays at least, so that scope="global" empties no layer;
-            at most half of what stays of all. A warning names the weights where it acts.
-        min_channels: How many channels of each group stay at least.
-        round_to: The number of channels that stay is rounded up to a multiple of it, such as 8 for tensor cores.
-        network: Dotted path of the submodule whose output is the prediction, for neurons and for ewc and mas.
-        example_inputs: What the network is traced with, for neurons: a tensor, a tuple of positional arguments, or a
+            network's; then the fit returns to the largest amount that kept the metric, and ends. The dense network is
+            the one that the fit begins with, validated before the first step, or a better one of before `start_epoch`;
+            amount 0 restores it. Further keys: `mode` ("max" or "min"), `baseline` (the dense metric, if it is known)
+            and `recovery` (how many more validations an amount gets before its failure counts, 1).
+        shrink: When masked channels leave the network for good, for granularity="neuron": "on_fit_end"; "during_fit",
+            at once, so that the rest of the training gets faster; or "never". Only channels are cut whose removal
+            changes nothing. Masks that another callback holds on the same tensors are cut with them. A loss that was
+            computed before a cut cannot be back-propagated after it.
+        cost: Divides the scores of channels before groups are compared (scope="global"): the "parameters", "macs" or
+            "latency" (measured) of one channel.
+        min_left: Smallest fraction of the entries of each weight that stays, so that scope="global" empties no layer;
+            it is at most half of the fraction that stays of all weights. A warning names the weights that it protects.
+        min_channels: Smallest number of channels of each group that stay.
+        round_to: The number of channels that stay is rounded up to a multiple of this number, such as 8 for tensor
+            cores.
+        network: Dotted path of the submodule whose output is the prediction, for channels and for ewc and mas.
+        example_inputs: Inputs to trace the network with, for channels: a tensor, a tuple of positional arguments, or a
             dict of keyword arguments, batch first. By default `example_input_array`, else one peeked batch.
 
     Raises:
@@ -154,10 +156,11 @@ class IterativePruningCallback(CuttingCallback):
         self.removes = granularity == "neuron" and shrink != "never"
 
         self._criterion = CriterionHooks(criterion, granularity)
-        self._masked = MaskedParameters(nn.Module())  # without any, until a fit begins
-        self._remover = ChannelRemover(network, exclude=exclude, example_inputs=example_inputs)
+        self._masked = MaskedParameters(nn.Module())  # without parameters, until a fit begins
+        self._remover: ChannelRemover | None = None  # for channels, once a fit has begun
+        self._traced: ChannelRemover | None = None  # found by `effects`, which needs it before `prepare` does
         rule = None if stop is None else StopRule.from_dict(stop)
-        self._backtracker: Backtracker | None = None  # None too when a fit has decided it
+        self._backtracker: Backtracker | None = None  # also None when an earlier fit has decided the amount
         if rule is not None and amount > 0:
             self._backtracker = Backtracker(rule, trains_densely=start_epoch > 0)
 
@@ -165,7 +168,8 @@ class IterativePruningCallback(CuttingCallback):
         self._stopped = False
         self._ramp: Ramp | None = None
         self._targets: list[str] = []
-        self._entries: dict[str, int] = {}  # of each targeted tensor, before any channel left
+        self._entries: dict[str, int] = {}  # of each targeted weight, before any channel left
+        self._costs: dict[str, float] | None = None  # of a channel of each group, in the dense network
         self._emptied: set[str] = set()
 
     # ------------------------------------------------------------------ what has been reached
@@ -178,22 +182,32 @@ class IterativePruningCallback(CuttingCallback):
     @property
     def sparsity(self) -> float:
         """Fraction of the original entries, or channels, that has left, or is masked and zero in the module now."""
-        keep, kept = self._keep, self._remover.kept
+        keep = self._keep
         if keep is None:
             return 0.0
-        zeros = sum(self._masked.count_zeros().values())
-        there = sum(mask.numel() if kept is None else int(mask.sum()) for mask in keep.values())
+        there = sum(mask.numel() if self._left is None else int(mask.sum()) for mask in keep.values())
         total = sum(self._entries.values()) or sum(mask.numel() for mask in keep.values())
+        zeros = sum(self._masked.count_zeros().values())
         return 1.0 - (there - zeros) / total if total else 0.0
 
     @property
+    def _channels(self) -> list[Channels] | None:
+        """The channels that may be removed; None where single weights are pruned."""
+        return None if self._remover is None else self._remover.channels
+
+    @property
+    def _left(self) -> dict[str, Tensor] | None:
+        """The dense network's channels that are left, once some have been removed; else None."""
+        return None if self._remover is None else self._remover.left
+
+    @property
     def _keep(self) -> dict[str, Tensor] | None:
-        """What stays of the entries that are there, or of the dense network's channels; None before the first event."""
-        return self._remover.kept or self._masked.keep
+        """The entries, or the dense network's channels, that stay; None before the first event."""
+        return self._left or self._masked.keep
 
     @property
     def finished(self) -> bool:
-        """Whether the mask is final, so that what follows is recovery."""
+        """Whether the mask is final, so that the rest of the fit is recovery."""
         return self._stopped or (self._ramp is not None and self._ramp.finished)
 
     def progress(self) -> Progress:
@@ -202,17 +216,19 @@ class IterativePruningCallback(CuttingCallback):
         return Progress(fraction=fraction, finished=finished, ramp=True, numbers={"sparsity": lambda: self.sparsity})
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
+        self._traced = None
         if self.amount == 0:
             return Effects()
+        state = self.loaded_state
         names = set(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
         if self.granularity == "neuron" and self.regrow and trainer is not None and len(techniques(trainer)) > 1:
             # The hidden values of biases and norms come back with the channel's weights.
-            channels = self._remover.trace(trainer, pl_module, names)
-            names |= {member.tensor for layer in channels.neurons for member in layer.members}
-        ramp = None if trainer is None else self._planned(trainer, self.loaded_state)
-        stopped = self._stopped if self.loaded_state is None else self.loaded_state["stopped"]
+            self._traced = self._trace(trainer, pl_module, list(names), state)
+            names |= {member.tensor for group in self._traced.channels for member in group.members}
+        ramp = None if trainer is None else self._planned(trainer, state)
+        stopped = self._stopped if state is None else state["stopped"]
         finished = stopped or (ramp is not None and ramp.finished)
-        rewinds = self._backtracker is not None and not self._has_decided(self.loaded_state)
+        rewinds = self._backtracker is not None and not self._has_decided(state)
         return Effects(
             values=dict.fromkeys(names, "zeros"),
             revives=self.regrow,
@@ -235,58 +251,72 @@ class IterativePruningCallback(CuttingCallback):
         self._targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude))
         if self.granularity == "weight":
             refuse_complex(pl_module, self._targets, f"{self.name}(granularity='weight')")
-        resolve_network(pl_module, self.network)  # or say that there is none
+        resolve_network(pl_module, self.network)  # raises an error where there is none
         if state is not None:
-            self._entries = dict(state["entries"])
+            self._entries, self._costs = dict(state["entries"]), state["costs"]
             self.current_amount, self._stopped = state["amount"], state["stopped"]
-            self._remover.costs, self._remover.kept = state["costs"], state["keep"] if state["thin"] else None
             if self._backtracker is not None and state["stop"] is not None:
                 self._backtracker.state.load_state_dict(state["stop"])
+        left = self._left
         if self.granularity == "neuron":
-            cost, during_fit = self.cost if self.scope == "global" else None, self.shrink == "during_fit"
-            self._remover.find(trainer, pl_module, self._targets, cost=cost, during_fit=during_fit)
+            traced, self._traced = self._traced, None
+            self._remover = traced or self._trace(trainer, pl_module, self._targets, state)
+            self._remover.check(trainer, during_fit=self.shrink == "during_fit")
+            if self.scope == "global" and self._costs is None:
+                self._costs = self._remover.costs(self.cost)
         elif not self._entries:
             self._entries = {name: pl_module.get_parameter(name).numel() for name in self._targets}
         if self._has_decided(state):
-            self._backtracker = None  # so that what this fit trains is kept
+            self._backtracker = None  # so that later fits keep what they train
         self._ramp = self._planned(trainer, state)
-        self._continue_masks(pl_module, state)
+        self._continue_masks(pl_module, state, left)
         self._criterion.stop()
         if self.amount > 0 and not self.finished:
             self._watch(pl_module)
         if state is not None:
             self._criterion.resume(state["statistic"])
 
-    def _continue_masks(self, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        """Put the masks of a checkpoint, or of an earlier fit, in force again."""
+    def _trace(
+        self, trainer: Trainer, pl_module: LightningModule, weights: list[str], state: dict[str, Any] | None
+    ) -> ChannelRemover:
+        """Find the channels of the network; a checkpoint, or an earlier fit, knows which of them have left."""
+        keep = self._left if state is None else state["keep"] if state["thin"] else None
+        return ChannelRemover.in_fit(
+            trainer,
+            pl_module,
+            weights,
+            network=self.network,
+            exclude=self.exclude,
+            example_inputs=self.example_inputs,
+            keep=keep,
+        )
+
+    def _continue_masks(
+        self, pl_module: LightningModule, state: dict[str, Any] | None, left: dict[str, Tensor] | None
+    ) -> None:
+        """Put the masks of a checkpoint, or of an earlier fit that ended with the channels `left`, in force again."""
         earlier = self._masked  # perhaps on another device
-        dense = self._remover.take_back()
-        self._masked = MaskedParameters(pl_module, neurons=self._remover.neurons, regrow=self.regrow)
+        self._masked = MaskedParameters(pl_module, channels=self._channels, regrow=self.regrow)
         if state is not None:
-            self._mask(None if self._remover.kept is not None else state["keep"], latent=state["latent"])
-        elif dense is not None:
-            self._mask(dense)
+            self._mask(None if self._left is not None else state["keep"], latent=state["latent"])
+        elif left is not None and self._left is None:  # the dense network has been loaded back
+            self._mask(left)
         else:
             self._masked.check_masked(earlier.masks)
             self._mask(earlier.keep, latent=earlier.latent)
 
     def _has_decided(self, state: dict[str, Any] | None) -> bool:
-        """Whether an earlier fit has decided what `stop` asks."""
+        """Whether an earlier fit has decided the amount that `stop` asks for."""
         return self.finished if state is None else state["stop"] is None
 
     def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> Ramp:
-        """The ramp of a resumed fit, of an earlier fit, or of this one."""
+        """Return the ramp of a resumed fit, of an earlier fit, or of this one."""
         if state is not None and state["ramp"] is not None:
             return Ramp(**state["ramp"])
         if state is None and self._ramp is not None:
             return self._ramp
-        at_once = self.schedule == "one_shot"
-        return Ramp.plan(
-            trainer,
-            start_epoch=self.start_epoch,
-            end_epoch=self.start_epoch if at_once else self.end_epoch,
-            every_n_steps=self.every_n_steps,
-        )
+        end_epoch = self.start_epoch if self.schedule == "one_shot" else self.end_epoch
+        return Ramp.plan(trainer, start_epoch=self.start_epoch, end_epoch=end_epoch, every_n_steps=self.every_n_steps)
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
         assert self._ramp is not None
@@ -304,7 +334,7 @@ class IterativePruningCallback(CuttingCallback):
             return
         self._prune(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
         if self._ramp.finished:
-            if self._remover.neurons is not None and self._keep is not None:
+            if self._remover is not None and self._keep is not None:
                 warn_of_rounding(self._keep, self.amount, self.round_to)
             self._criterion.stop()
             if self._backtracker is None:
@@ -315,14 +345,15 @@ class IterativePruningCallback(CuttingCallback):
         assert self._ramp is not None
         backtracker = self._backtracker
         if backtracker is not None and (self._stopped or backtracker.state.must_go_back(self.current_amount)):
-            self._go_back(backtracker, pl_module)  # even if it has: min_epochs and min_steps let a stopped fit train on
+            # A fit that has stopped may have trained on because of min_epochs or min_steps, so it goes back again.
+            self._go_back(backtracker, pl_module)
         elif self.amount > 0 and not self.finished:
             warnings.warn(
                 f"The fit ended at step {self._steps}, before the pruning ramp did at step {self._ramp.end}: sparsity "
                 f"is {self.sparsity:.4g}, not {self.amount}.",
                 stacklevel=2,
             )
-        masks = None if self._remover.kept is not None else self._keep
+        masks = self._masked.keep if self._left is None else None
         if self.granularity == "neuron" and self.shrink == "on_fit_end" and self.finished and masks is not None:
             self._criterion.stop()
             self._cut(trainer, pl_module, masks)
@@ -335,7 +366,7 @@ class IterativePruningCallback(CuttingCallback):
         super().before_first_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        before_fit = trainer.sanity_checking and self._ramp is None  # as Lightning's own sanity check of a first fit
+        before_fit = trainer.sanity_checking and self._ramp is None  # Lightning's own sanity check of a first fit
         if self._backtracker is None or self._stopped or trainer.state.fn != "fit" or before_fit:
             return
         outcome = self._backtracker.judge(trainer, pl_module, self._masked, self.current_amount)
@@ -347,7 +378,7 @@ class IterativePruningCallback(CuttingCallback):
             count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {monitor}")
 
     def _go_back(self, backtracker: Backtracker, pl_module: LightningModule) -> None:
-        """Restore the newest network that kept the metric; it is final."""
+        """Restore the newest network that kept the metric; its amount is final."""
         kept = backtracker.go_back(pl_module, again=self._stopped)
         self._stopped = True
         self.current_amount = kept["amount"]
@@ -359,7 +390,7 @@ class IterativePruningCallback(CuttingCallback):
         if amount > 0:
             if self._backtracker is not None:
                 self._backtracker.state.pruned()
-            if self._remover.neurons != []:  # else one channel is left of every group
+            if self._channels != []:  # else one channel is left of every group
                 keep = self._decide(trainer, pl_module, amount)
                 if self.granularity == "neuron" and self.shrink == "during_fit":
                     self._cut(trainer, pl_module, keep)
@@ -368,31 +399,32 @@ class IterativePruningCallback(CuttingCallback):
                     for other in techniques(trainer):
                         other.zero_latent(self.masks)
             self.current_amount = amount
-            counted = self._remover.neurons is None and self.scope == "global"
-            least = least_left(self._entries, amount, self.min_left) if counted else {}
+            limited = self.granularity == "weight" and self.scope == "global"
+            least = least_left(self._entries, amount, self.min_left) if limited else {}
             warn_of_thin_layers(self.masks, least, self.min_left, self._emptied)
         self._criterion.reset()
 
     @torch.no_grad()
     def _decide(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> dict[str, Tensor]:
+        """Return the masks of this event, the same on all ranks: over weights, or over the dense network's channels."""
         alive = None if self.regrow else self._keep
         take_writes(trainer)
         weights = {name: self._masked.value(name) for name in self._targets}
         latent = latent_values(techniques(trainer))  # values of few bits rank nothing: the real ones behind them do
         weights |= {name: latent[name] for name in weights.keys() & latent.keys()}
         if self.projection is not None:
-            self.projection.open()  # what may grow back is scored by what it has grown to
-        scores, absolute = self._criterion.score(weights, self._remover.neurons, self.generator)
+            self.projection.open()  # so that the latent values of masked entries are scored
+        scores, absolute = self._criterion.score(weights, self._channels, self.generator)
         if self.projection is not None:
             self.projection.settle()
-        if self.granularity == "neuron":
+        if self._remover is not None:
             device = next(iter(scores.values())).device
-            keep = prune_neurons(
-                self._remover.channels.of_dense(scores),
+            keep = prune_channels(
+                self._remover.of_dense(scores),
                 amount,
                 scope=self.scope,
                 alive=None if alive is None else {name: mask.to(device) for name, mask in alive.items()},
-                costs=self._remover.costs,
+                costs=self._costs,
                 min_channels=self.min_channels,
                 round_to=self.round_to,
             )
@@ -414,9 +446,9 @@ class IterativePruningCallback(CuttingCallback):
     def technique_state(self) -> dict[str, Any]:
         return {
             "keep": self._keep,
-            "thin": self._remover.kept is not None,
+            "thin": self._left is not None,
             "entries": self._entries,
-            "costs": self._remover.costs,
+            "costs": self._costs,
             "latent": self._masked.latent,
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),
@@ -438,7 +470,8 @@ class IterativePruningCallback(CuttingCallback):
         self._masked.mask_copy(module)
 
     def _cut(self, trainer: Trainer, pl_module: LightningModule, keep: dict[str, Tensor]) -> None:
-        """Take channels out for good: of the module, the optimizers' state, averages, and the ranks' wrapper."""
+        """Remove channels for good: from the module, the optimizers' state, averages, and the ranks' wrapper."""
+        assert self._remover is not None
         self._mask(None)
         self.cut_in_fit(trainer, partial(self._remover.cut, keep), at_end=self.shrink == "on_fit_end")
         if self._criterion.statistic is not None:
@@ -449,12 +482,12 @@ class IterativePruningCallback(CuttingCallback):
             return
         self._criterion.end()  # before anything else: it may have changed how torch.compile behaves
         keep, latent = self._masked.keep, sliced(self._masked.latent, kept)
-        if self.granularity == "weight":
+        if self._remover is None:
             keep = keep and sliced(keep, kept)
         elif stayed := self._remover.follow(kept):  # channels of its own, at the fit's end
             keep = keep and {name: mask[stayed[name]] if name in stayed else mask for name, mask in keep.items()}
             self._criterion.stop()
-        self._masked = MaskedParameters(pl_module, neurons=self._remover.neurons, regrow=self.regrow)
+        self._masked = MaskedParameters(pl_module, channels=self._channels, regrow=self.regrow)
         self._mask(keep, latent=latent)
         if (seen := self._criterion.state_dict()) is not None:
             self._watch(pl_module)
@@ -463,7 +496,7 @@ class IterativePruningCallback(CuttingCallback):
     # ------------------------------------------------------------------ a training step
 
     def _watch(self, pl_module: LightningModule) -> None:
-        targets = self._targets if self._remover.neurons is None else self._remover.neurons
+        targets = self._targets if self._channels is None else self._channels
         network = resolve_network(pl_module, self.network)
         self._criterion.watch(pl_module, targets, network=network, generator=self.generator)
 
@@ -477,19 +510,14 @@ class IterativePruningCallback(CuttingCallback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.precision == "16-mixed":
-            self._mask_gradients()  # before the scaler looks for what is not finite, and skips the step
+            self._masked.mask_gradients()  # before the scaler looks for infinite gradients, and skips the step
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._criterion.step.before_step(optimizer if len(trainer.optimizers) > 1 else None)
-        self._mask_gradients()
-
-    def _mask_gradients(self) -> None:
-        # What is masked for good must not count where clipping, or an optimizer, takes entries together, as in a norm.
-        if not self.regrow:
-            self._masked.mask_gradients()
+        self._masked.mask_gradients()
 
     def after_optimizer_step(self) -> None:
         self._criterion.step.after_step()

@@ -1,177 +1,144 @@
-"""The channels of a network in training: which of the original ones are left, and how the others leave for good."""
+"""The channels that pruning may remove: channel groups, seen from the layers whose weights make the channels."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.channels.costs import Cost, channel_costs
-from lightning_compress.channels.cut import cut, parts_of
 from lightning_compress.channels.find import channel_groups
-from lightning_compress.channels.groups import ChannelGroups, positions_kept, thinned
+from lightning_compress.channels.groups import ChannelGroups, Member
 from lightning_compress.core.example_inputs import ExampleInputs
-from lightning_compress.core.tensors import Kept, named_tensors
-from lightning_compress.pruning.groups import Neurons
-from lightning_compress.pruning.neurons import find_neurons
+from lightning_compress.core.select import is_transposed_linear, is_weight_layer
+from lightning_compress.core.tensors import saved_tensors
 
 
-class PrunableChannels:
-    """The channels that the named weights make, counted as the dense network had them.
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The channels of one group: `size` units, each a slice of every member.
+
+    Attributes:
+        name: The group's name.
+        size: How many there are.
+        members: The slices that make the channels; with zeros in all of them a channel is silent.
+        frozen: None, or why none of them may be removed, in words.
+        weights: The slices of layers' weights among them, by which criteria score; by default the first member.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    frozen: str | None = None
+    weights: tuple[Member, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            object.__setattr__(self, "weights", self.members[:1])
+
+
+def channel_sums(score: Tensor, member: Member) -> Tensor:
+    """Sum, for every channel, the entries of `score` that belong to it: shape (size,).
+
+    `score` has the shape of the member's tensor.
+
+    Example:
+        >>> import torch
+        >>> score = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> channel_sums(score, Member("fc.weight", dim=0, index=torch.tensor([[0], [1]])))
+        tensor([3., 7.])
+        >>> channel_sums(score, Member("fc.weight", dim=0, index=torch.tensor([[0, 1]])))  # one unit of two rows
+        tensor([10.])
+    """
+    positions = score.movedim(member.dim, 0).flatten(1).sum(1) if score.dim() > 1 else score
+    return positions[member.index.to(score.device)].sum(1)
+
+
+def find_channels(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    weights: Collection[str],
+    *,
+    exclude: Collection[str] = (),
+    network: str = "",
+    groups: ChannelGroups | None = None,
+) -> list[Channels]:
+    """Find the channels that the named weights make, with all that makes them; frozen ones say why.
+
+    Channels that several layers make together, as those of a residual stream, are one group. It is free if all the
+    layers' weights in it are named, if it is a free group of the network, and if cutting it is exact.
+    Buffers, such as those of frozen norms, are masked like parameters. Tensors go by their first name in the model.
 
     Args:
         model: The module that the names are relative to.
-        network: Dotted path of the submodule that makes the prediction.
-        example_inputs: What it takes; batch first.
-        weights: Qualified names of the weights whose channels may go.
-        exclude: Names of parameters that must not be touched.
-        keep: What is left of the dense network's channels, where the network has been cut already.
-
-    Attributes:
-        neurons: The free ones, as they are in the network now.
-        reasons: Why others have to stay, in words.
-        keep: By name a mask over the dense network's channels: those that are left.
+        example_inputs: As for `channel_groups`.
+        weights: Qualified names of parameters.
+        exclude: Qualified names of parameters that must not be touched, whoever else makes their channels.
+        network: Dotted path of the submodule that takes the inputs and makes the prediction.
+        groups: What `channel_groups` says of the network, to save the time of asking again.
 
     Raises:
-        ValueError: There are none, or not those that `keep` says.
+        ValueError: A name is no parameter's, or the network cannot be exported.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10))
+        >>> for found in find_channels(net, torch.zeros(2, 1, 4, 4), ["0.weight", "4.weight"]):
+        ...     print(found.name, found.size, [member.tensor for member in found.members], found.frozen)
+        0 4 ['0.weight', '0.bias', '1.weight', '1.bias'] None
+        4 10 ['4.weight', '4.bias'] it is an output of the network
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = saved_tensors(model)
+    first_names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    for name in weights:
+        if name not in parameters:
+            raise ValueError(
+                f"{name!r} is no parameter of {type(model).__name__}: name the weights that make the channels, such as "
+                f"{next(iter(parameters), 'none')!r}."
+            )
+    named = {first_names[id(parameters[name])] for name in weights}
+    if groups is None:
+        groups = channel_groups(model.get_submodule(network), example_inputs)
+    found = []
+    for group in groups.prefixed(network):
+        makers = [one for one in group.members if one.produces]
+        members = [replace(one, tensor=first_names[id(tensors[one.tensor])]) for one in makers if one.tensor in tensors]
+        scored = _scored(model, [one for one in members if one.tensor in parameters])
+        unsaved = [one.tensor for one in makers if one.tensor not in tensors]
+        others = [one.tensor for one in scored if one.tensor not in named]
+        if len(others) == len(scored):
+            continue
+        frozen = group.frozen
+        if frozen is None and not group.exact:
+            frozen = f"without them the network computes something else: {group.note}"
+        elif frozen is None and unsaved:
+            frozen = f"the buffer {unsaved[0]} makes them as well, which is not saved, so that its mask would be lost"
+        elif frozen is None and (kept := [one.tensor for one in members if one.tensor in exclude]):
+            frozen = f"{kept[0]} makes them as well, which is excluded"
+        elif frozen is None and others:
+            frozen = f"they are those of {others[0]} as well, which is no target"
+        found.append(Channels(group.name, group.size, tuple(members), frozen, tuple(scored)))
+    return found
 
-    def __init__(
-        self,
-        model: nn.Module,
-        network: str,
-        example_inputs: ExampleInputs,
-        weights: Collection[str],
-        *,
-        exclude: Collection[str] = (),
-        keep: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._exclude = exclude
-        self._model, self._network, self._inputs, self._weights = model, network, example_inputs, weights
-        found = self.find_again()
-        self.reasons = [f"{layer.name}: {layer.frozen}" for layer in found if layer.frozen is not None]
-        met = {one.tensor for layer in found for one in layer.weights}
-        self.reasons += [f"{name}: its channels are not used as such" for name in weights if name not in met]
-        if not self.neurons and keep is None:
-            raise ValueError(f"No targeted layer has channels that may be pruned ({'; '.join(self.reasons)}).")
-        self.keep = {layer.name: torch.ones(layer.size, dtype=torch.bool) for layer in self.neurons}
-        if keep is not None and not self.is_dense(keep):
-            self._resume(keep)
 
-    def find_again(self) -> list[Neurons]:
-        """Find the channels anew, after another technique has cut the network."""
-        self._groups: ChannelGroups = channel_groups(self._model.get_submodule(self._network), self._inputs)
-        return self._find()
+def _scored(model: nn.Module, members: Sequence[Member]) -> list[Member]:
+    """The layers' weights among the members; where there are none, all matrices, or the first vector."""
+    layers, others = [], []
+    for member in members:
+        module, _, name = member.tensor.rpartition(".")
+        layer = model.get_submodule(module)
+        if name != "weight" or not is_weight_layer(layer):
+            others.append(member)
+        elif member.dim in _output_dims(layer):  # the other side belongs to another layer's channels
+            layers.append(member)
+    matrices = [one for one in others if model.get_parameter(one.tensor).dim() > 1]
+    return layers or matrices or others[:1]
 
-    def follow(self, kept: Kept) -> dict[str, Tensor]:
-        """Find the channels anew after the cut of another technique, and drop from `keep` those that have left.
 
-        Args:
-            kept: By tensor and dimension the positions that stayed.
-
-        Returns:
-            By name, for channels of which some have left, a mask over those that were there: those that stayed.
-        """
-        stayed = {}
-        for layer in self.neurons:
-            cuts = [(one.index[:, 0], kept.get(one.tensor, {}).get(one.dim)) for one in layer.members]
-            index, positions = next(((at, left) for at, left in cuts if left is not None), (None, None))
-            if index is not None and positions is not None:
-                stayed[layer.name] = torch.isin(index.cpu(), positions.cpu())
-                mask = self.keep[layer.name].clone()
-                mask[self.keep[layer.name]] = stayed[layer.name]
-                self.keep[layer.name] = mask
-        self.find_again()
-        return stayed
-
-    def _find(self) -> list[Neurons]:
-        found = find_neurons(
-            self._model,
-            self._inputs,
-            self._weights,
-            exclude=self._exclude,
-            network=self._network,
-            groups=self._groups,
-        )
-        self.neurons = [layer for layer in found if layer.frozen is None]
-        return found
-
-    @property
-    def cut_parameters(self) -> list[str]:
-        """The parameters that get thinner where these channels go."""
-        mine = {layer.name for layer in self.neurons}
-        cut = {
-            member.tensor
-            for group in self._groups.prefixed(self._network)
-            if group.name in mine
-            for member in group.members
-        }
-        return [name for name, _ in self._model.named_parameters() if name in cut]
-
-    def is_dense(self, keep: Mapping[str, Tensor]) -> bool:
-        """Whether the network has all the channels that `keep` masks, those that it drops too."""
-        return all(layer.size == keep[layer.name].numel() for layer in self.neurons) and len(self.neurons) == len(keep)
-
-    def _resume(self, keep: Mapping[str, Tensor]) -> None:
-        sizes = {layer.name: layer.size for layer in self.neurons}
-        for name, mask in keep.items():
-            left = int(mask.sum())
-            if sizes.get(name, 1) != left:  # a group with one channel is no longer free
-                raise ValueError(
-                    f"The checkpoint has {left} of {mask.numel()} channels of {name!r}, the network {sizes[name]}."
-                )
-        self.keep = {name: mask.cpu() for name, mask in keep.items()}
-
-    def of_dense(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Lay the scores of the channels that are left out over the dense network's channels; others score zero."""
-        laid = {}
-        for name, mask in self.keep.items():
-            score = scores.get(name)
-            laid[name] = torch.zeros(mask.numel()) if score is None else score.new_zeros(mask.numel())
-            if score is not None:
-                laid[name][mask.to(score.device)] = score
-        return laid
-
-    def costs(self, cost: Cost) -> dict[str, float]:
-        """Return what one channel of each group costs."""
-        start = f"{self._network}." if self._network else ""
-        mine = {layer.name.removeprefix(start) for layer in self.neurons}
-        groups = [group for group in self._groups if group.name in mine]
-        found = channel_costs(self._model.get_submodule(self._network), groups, self._inputs, cost=cost)
-        return {start + name: value for name, value in found.items()}
-
-    def cut(
-        self,
-        keep: Mapping[str, Tensor],
-        *,
-        optimizers: Iterable[torch.optim.Optimizer] = (),
-        copies: Iterable[nn.Module] = (),
-    ) -> Kept:
-        """Take channels out of the network: `keep` masks the dense network's channels, by name.
-
-        Returns:
-            By tensor and dimension the positions that stayed.
-
-        Raises:
-            ValueError: As `cut`; the network is as it was then.
-        """
-        start = f"{self._network}." if self._network else ""
-        here = {name.removeprefix(start): mask.cpu()[self.keep[name]] for name, mask in keep.items()}
-        here = {name: mask for name, mask in here.items() if not bool(mask.all())}
-        groups = self._groups.prefixed(self._network)
-        sliced = {start + name: mask for name, mask in here.items()}
-        kept = positions_kept(groups, sliced, named_tensors(self._model))
-        cut(
-            self._model.get_submodule(self._network),
-            self._inputs,
-            keep={name: mask.nonzero().squeeze(1) for name, mask in here.items()},
-            groups=self._groups,
-            optimizers=optimizers,
-            copies=parts_of(copies, self._network),
-            owner=self._model,
-        )
-        self._groups = thinned(self._groups, here)
-        self.keep = {name: keep[name].cpu() if name in keep else mask for name, mask in self.keep.items()}
-        self._find()
-        return kept
+def _output_dims(layer: nn.Module) -> tuple[int, ...]:
+    """The dimensions of a layer's weight that hold its output channels: with groups, those of a transposed one both."""
+    if isinstance(layer, _ConvNd) and layer.transposed:
+        return (1,) if layer.groups == 1 else (0, 1)
+    return (1,) if is_transposed_linear(layer) else (0,)

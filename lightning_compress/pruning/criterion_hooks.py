@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.tensors import Kept, select, sliced
+from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria.choose import (
     DIFFERENTIATING,
     STATIC,
@@ -17,7 +18,6 @@ from lightning_compress.pruning.criteria.choose import (
     static_scores,
 )
 from lightning_compress.pruning.criteria.statistic import Statistic
-from lightning_compress.pruning.groups import Neurons
 from lightning_compress.trainer.distributed import all_reduce_sum, rank
 from lightning_compress.trainer.effects import Sight
 
@@ -33,7 +33,7 @@ class CriterionHooks:
 
     Args:
         criterion: The criterion's name.
-        granularity: Whether weights or neurons are scored.
+        granularity: Whether weights or channels are scored.
 
     Attributes:
         statistic: What the criterion has seen since the last event, or None.
@@ -61,13 +61,13 @@ class CriterionHooks:
         return frozenset(found)
 
     def watch(
-        self, model: nn.Module, targets: list[str] | list[Neurons], *, network: nn.Module, generator: torch.Generator
+        self, model: nn.Module, targets: list[str] | list[Channels], *, network: nn.Module, generator: torch.Generator
     ) -> None:
         """Make a new statistic of the targets as they are now; of no targets there is none.
 
         Args:
             model: The module that the targets' names are relative to.
-            targets: Names of parameters, or neurons.
+            targets: Names of parameters, or channels.
             network: The submodule whose output is the prediction.
             generator: What random draws come from.
         """
@@ -96,9 +96,9 @@ class CriterionHooks:
             self.statistic.end()
 
     def score(
-        self, weights: dict[str, Tensor], neurons: list[Neurons] | None, generator: torch.Generator
+        self, weights: dict[str, Tensor], channels: list[Channels] | None, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], bool]:
-        """Score the targets by what all ranks have seen, or else weights, or neurons where they are given.
+        """Score the targets by what all ranks have seen, or else weights, or channels where they are given.
 
         Returns:
             The scores, and whether their absolute values are the importance.
@@ -106,9 +106,9 @@ class CriterionHooks:
         if self.statistic is not None:
             self.statistic.reduce(all_reduce_sum)  # `reset` follows
             return self.statistic.scores(), False
-        if self._criterion in ("magnitude", "l2") and neurons is None:
+        if self._criterion in ("magnitude", "l2") and channels is None:
             return weights, True  # |w| and w^2 have one order: no copy of the weights is made
-        return static_scores(self._criterion, weights, neurons, generator), False
+        return static_scores(self._criterion, weights, channels, generator), False
 
     def reset(self) -> None:
         """Forget what has been seen, at the start of a new interval."""

@@ -10,8 +10,7 @@ from torch import nn
 
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.select import select_parameters
-from lightning_compress.pruning.groups import Neurons
-from lightning_compress.pruning.neurons import find_neurons
+from lightning_compress.pruning.channels import Channels, find_channels
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def inspect_weights(
     ]
 
 
-def inspect_neurons(
+def inspect_channels(
     module: nn.Module,
     example_inputs: ExampleInputs,
     target: str | Sequence[str] | None = None,
@@ -79,18 +78,18 @@ def inspect_neurons(
 
     Args:
         module: The network, or the LightningModule that holds it.
-        example_inputs: As for `find_neurons`.
+        example_inputs: As for `find_channels`.
         target: As for `select_parameters`.
         exclude: As for `select_parameters`.
-        network: As for `find_neurons`.
+        network: As for `find_channels`.
 
     Raises:
-        ValueError: As `select_parameters` and `find_neurons`.
+        ValueError: As `select_parameters` and `find_channels`.
 
     Example:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> for verdict in inspect_neurons(net, torch.zeros(5, 3)):
+        >>> for verdict in inspect_channels(net, torch.zeros(5, 3)):
         ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
         0.weight 4 pruned | -
         0.bias 0 follows | with 0.weight
@@ -100,8 +99,8 @@ def inspect_neurons(
     chosen = select_parameters(module, target, exclude=exclude)
     skipped = _reasons_to_skip(module, target, exclude)
     pruned, frozen = _Channels(), _Channels()
-    for neurons in find_neurons(module, example_inputs, chosen, network=network):
-        (pruned if neurons.frozen is None else frozen).add(neurons, chosen)
+    for channels in find_channels(module, example_inputs, chosen, network=network):
+        (pruned if channels.frozen is None else frozen).add(channels, chosen)
 
     def verdict(name: str, shape: tuple[int, ...]) -> Verdict:
         if name in pruned.units:
@@ -127,11 +126,11 @@ class _Channels:
         self.reasons: dict[str, str] = {}
         self.followed: dict[str, str] = {}
 
-    def add(self, neurons: Neurons, targets: Collection[str]) -> None:
-        first = next(one.tensor for one in neurons.weights if one.tensor in targets)
-        self.units[first] = self.units.get(first, 0) + neurons.size
-        self.reasons.setdefault(first, neurons.frozen or "")
-        for member in neurons.members:
+    def add(self, channels: Channels, targets: Collection[str]) -> None:
+        first = next(one.tensor for one in channels.weights if one.tensor in targets)
+        self.units[first] = self.units.get(first, 0) + channels.size
+        self.reasons.setdefault(first, channels.frozen or "")
+        for member in channels.members:
             self.followed.setdefault(member.tensor, first)
 
 

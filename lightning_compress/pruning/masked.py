@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.masking import bit_mask, keep_
 from lightning_compress.core.projection import Projection
-from lightning_compress.pruning.groups import Neurons, channel_sums
+from lightning_compress.pruning.channels import Channels, channel_sums
 from lightning_compress.pruning.masks import expand
 
 
@@ -19,11 +19,11 @@ class MaskedParameters:
 
     Args:
         model: The module that the names are relative to.
-        neurons: The layers' channels, where masks are over channels; None where they are over single entries.
+        channels: The layers' channels, where masks are over channels; None where they are over single entries.
         regrow: Whether masked entries keep a latent value that goes on training.
 
     Attributes:
-        keep: What stays (True), per parameter entry or, with neurons, per channel; None before the first mask.
+        keep: What stays (True), per parameter entry or, with channels, per channel; None before the first mask.
         masks: The masks over parameters that follow from it, by parameter name.
         projection: What masks the module around optimizer steps; None before the first mask.
 
@@ -36,9 +36,9 @@ class MaskedParameters:
         tensor([[1., 0., 3.]])
     """
 
-    def __init__(self, model: nn.Module, *, neurons: Sequence[Neurons] | None = None, regrow: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, channels: Sequence[Channels] | None = None, regrow: bool = False) -> None:
         self._parameters = dict(model.named_parameters()) | dict(model.named_buffers())  # of frozen norms, for one
-        self._neurons = neurons
+        self._channels = channels
         self._regrow = regrow
         self.keep: dict[str, Tensor] | None = None
         self.masks: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ class MaskedParameters:
             self.projection.take_writes()  # while the masks are those that the module was written with
         self._bits = {}  # the old ones go before the new ones are made
         self.keep = {name: mask.to(self._device_of(name)) for name, mask in keep.items()}
-        self.masks = self.keep if self._neurons is None else expand(self._neurons, self.keep, self._parameters)
+        self.masks = self.keep if self._channels is None else expand(self._channels, self.keep, self._parameters)
         self._bits = {name: bit_mask(mask, self._parameters[name].dtype) for name, mask in self.masks.items()}
         if self.projection is None or latent is not None:
             masked: Any = {name: self._parameters[name] for name in self.masks}  # no optimizer steps the buffers
@@ -95,13 +95,13 @@ class MaskedParameters:
                 )
 
     def count_zeros(self) -> dict[str, int]:
-        """Count what is masked and zero in the module: entries per parameter or, with neurons, channels per layer."""
+        """Count what is masked and zero in the module: entries per parameter or, with channels, channels per layer."""
         keep = self.keep or {}
-        if self._neurons is None:
+        if self._channels is None:
             held = {name: self._parameters[name].detach() for name in keep}
             return {name: int(((held[name] == 0) & ~mask.to(held[name].device)).sum()) for name, mask in keep.items()}
         counts = {}
-        for layer in self._neurons:
+        for layer in self._channels:
             if layer.name in keep:
                 live = keep[layer.name].cpu()
                 for member in layer.members:
@@ -110,8 +110,11 @@ class MaskedParameters:
         return counts
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of what is masked."""
-        for name, bits in self._bits.items():
+        """Zero the gradients of masked entries, unless they train on behind the mask.
+
+        They must not count where clipping or an optimizer takes entries together, as in a norm.
+        """
+        for name, bits in self._bits.items() if not self._regrow else ():
             gradient = self._parameters[name].grad
             if gradient is not None:
                 keep_(gradient, bits)
@@ -128,5 +131,5 @@ class MaskedParameters:
             keep_(tensor, self._bits[name])
 
     def _device_of(self, name: str) -> torch.device:
-        parameter = self._parameters.get(name)  # a layer's name, with neurons
+        parameter = self._parameters.get(name)  # a layer's name, with channels
         return next(iter(self._parameters.values())).device if parameter is None else parameter.device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.keep_largest import keep_largest
-from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.channels import Channels
 
 Scope = Literal["global", "layer"]
 
@@ -116,7 +116,7 @@ def _drops(
     return max(_count(amount, sum(scores[name].numel() for name in names) + gone) - gone, dropped)
 
 
-def prune_neurons(
+def prune_channels(
     scores: Mapping[str, Tensor],
     amount: float,
     *,
@@ -142,9 +142,9 @@ def prune_neurons(
 
     Example:
         >>> scores = {"conv1": torch.tensor([1.0, 2.0, 3.0]), "conv2": torch.tensor([0.1, 0.2, 9.0])}
-        >>> {name: mask.int().tolist() for name, mask in prune_neurons(scores, 0.5).items()}
+        >>> {name: mask.int().tolist() for name, mask in prune_channels(scores, 0.5).items()}
         {'conv1': [0, 1, 1], 'conv2': [0, 0, 1]}
-        >>> {name: mask.int().tolist() for name, mask in prune_neurons(scores, 0.5, min_channels=2).items()}
+        >>> {name: mask.int().tolist() for name, mask in prune_channels(scores, 0.5, min_channels=2).items()}
         {'conv1': [0, 1, 1], 'conv2': [0, 1, 1]}
     """
     guarded, protected = {}, {}
@@ -179,16 +179,16 @@ def _rounded_up(mask: Tensor, score: Tensor, alive: Tensor | None, multiple: int
     return mask
 
 
-def expand(neurons: Sequence[Neurons], keep: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def expand(channels: Sequence[Channels], keep: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the masks over parameters that silence the dropped channels in everything that the channels own.
 
     Args:
-        neurons: The layers' channels and their members.
+        channels: The layers' channels and their members.
         keep: For each layer a mask over its channels, True stays.
         shapes: The parameters, by name, whose shapes and devices the masks get.
     """
     masks: dict[str, Tensor] = {}
-    for layer in neurons:
+    for layer in channels:
         if layer.name not in keep:
             continue
         gone = ~keep[layer.name]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lightning_compress.core.select import exact_patterns
 from lightning_compress.pruning.callback import IterativePruningCallback
-from lightning_compress.pruning.inspection import Verdict, inspect_neurons, inspect_weights
+from lightning_compress.pruning.inspection import Verdict, inspect_channels, inspect_weights
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.trainer.effects import DeclaresEffects, Kind
 from lightning_compress.trainer.inputs import resolve_network
@@ -32,7 +32,7 @@ STYLES = {"pruned": "bold", "follows": "", "frozen": "yellow", "skipped": "dim"}
 def inspect_pruning(
     callback: IterativePruningCallback, module: LightningModule, datamodule: LightningDataModule
 ) -> list[Verdict]:
-    """Return what the callback would do with every parameter; the data is read only where neurons are traced.
+    """Return what the callback would do with every parameter; the data is read only where channels are traced.
 
     Raises:
         ValueError: The callback's patterns or its network don't fit the module.
@@ -48,7 +48,7 @@ def inspect_pruning(
         datamodule.setup("fit")
         inputs = example_inputs(module, datamodule, batch_size=2)
     resolve_network(module, callback.network)
-    return inspect_neurons(module, inputs, target, exclude=callback.exclude, network=callback.network)
+    return inspect_channels(module, inputs, target, exclude=callback.exclude, network=callback.network)
 
 
 def inspection_table(name: str, callback: IterativePruningCallback, verdicts: list[Verdict]) -> Table:

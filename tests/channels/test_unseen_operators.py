@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.cut import cut
 from lightning_compress.channels.find import channel_groups
-from lightning_compress.pruning.neurons import find_neurons
+from lightning_compress.pruning.channels import find_channels
 
 IMAGE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 SIGNAL = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_only_buffers_that_lift_a_channel_make_it(kind: str, buffers: list[str])
     before = {name: value.clone() for name, value in net.named_buffers()}
     check(net, IMAGE, "a", [("a.weight", 0), ("a.bias", 0), *((name, 0) for name in buffers)], [0, 2, 7])
     net = Buffers(kind)
-    found = find_neurons(net, IMAGE.float(), ["a.weight", "b.weight"])
+    found = find_channels(net, IMAGE.float(), ["a.weight", "b.weight"])
     assert [(one.name, one.frozen) for one in found] == [("a", None), ("b", None)]
     assert {one.tensor for one in found[0].members} == {"a.weight", "a.bias", *buffers}
     assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())

@@ -21,6 +21,7 @@ from lightning_compress import GroupLassoCallback, IterativePruningCallback
 from lightning_compress.channels.cut import cut, shrink
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.coding import load_compressed
+from lightning_compress.group_lasso import callback as lasso_callback
 
 EPOCH = SAMPLES // BATCH
 STRENGTH = 0.03
@@ -337,6 +338,15 @@ def test_masks_of_a_pruning_callback_go_with_what_is_zero() -> None:
     for name, mask in pruning.masks.items():
         assert mask.shape == module.get_parameter(name).shape
         assert not module.get_parameter(name)[~mask].any()
+
+
+def test_the_network_is_planned_once_in_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The effects that are declared before the fit need the channels, and so do the fit and the cut at its end."""
+    planned: list[Any] = []
+    monkeypatch.setattr(lasso_callback, "channel_groups", lambda *args: planned.append(args) or channel_groups(*args))
+    module = fit(IterativePruningCallback(0.5, end_epoch=1.5, target="net.conv"), shrinking(), max_epochs=8)
+    assert len(planned) == 1
+    assert module.net.hidden.out_features < 16
 
 
 def test_a_layer_that_is_zero_as_a_whole_stays() -> None:

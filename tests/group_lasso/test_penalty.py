@@ -14,8 +14,8 @@ from lightning_compress.group_lasso.penalty import (
     WeightGroups,
     add_gradient,
     penalty,
+    producer_groups,
     shrink_groups,
-    unit_groups,
     weight_groups,
 )
 
@@ -91,7 +91,7 @@ def test_groups_are_the_weights_that_belong_to_an_output_an_input_or_a_place(kin
 def test_a_unit_is_everything_that_produces_a_channel() -> None:
     net = Normed()
     nn.init.normal_(net.norm.bias)
-    (conv, hidden), left_out = unit_groups(net, channel_groups(net, torch.zeros(2, 2, 6)))
+    (conv, hidden), left_out = producer_groups(net, channel_groups(net, torch.zeros(2, 2, 6)))
     rows = [
         torch.cat([p.detach()[i].flatten() for p in (*net.conv.parameters(), *net.norm.parameters())]) for i in range(5)
     ]
@@ -103,7 +103,7 @@ def test_a_unit_is_everything_that_produces_a_channel() -> None:
 
 def test_a_unit_may_own_several_positions_of_a_tensor() -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.Unflatten(1, (-1, 2)), nn.Conv1d(4, 2, 1), nn.Flatten(), nn.Linear(4, 1))
-    groups, _ = unit_groups(net, channel_groups(net, torch.zeros(2, 3)))
+    groups, _ = producer_groups(net, channel_groups(net, torch.zeros(2, 3)))
     first = groups[0]
     pairs = torch.cat([net[0].weight, net[0].bias[:, None]], 1).detach().view(4, -1)  # a unit is two rows
     torch.testing.assert_close(first.norms(), pairs.norm(dim=1))
@@ -121,14 +121,14 @@ def test_a_unit_may_own_several_positions_of_a_tensor() -> None:
 )
 def test_units_are_chosen_by_what_produces_them(patterns: dict[str, str], names: list[str]) -> None:
     net = Normed()
-    groups, left_out = unit_groups(net, channel_groups(net, torch.zeros(2, 2, 6)), **patterns)
+    groups, left_out = producer_groups(net, channel_groups(net, torch.zeros(2, 2, 6)), **patterns)
     assert [one.name for one in groups] == names
     assert bool(left_out) == ("head" in patterns.get("target", "head"))
 
 
 def test_units_whose_cut_is_inexact_are_left_out_with_the_reason() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    groups, left_out = unit_groups(net, channel_groups(net, torch.zeros(2, 3)))
+    groups, left_out = producer_groups(net, channel_groups(net, torch.zeros(2, 3)))
     assert [one.name for one in groups] == ["2"]
     assert left_out["0"].startswith("cutting it is inexact, because ")
 
@@ -148,7 +148,7 @@ def test_the_penalty_is_the_sum_of_norms() -> None:
 def test_the_added_gradient_is_that_of_the_norms_by_finite_differences(granularity: Any) -> None:
     net = Normed().double()
     if granularity == "group":
-        groups, _ = unit_groups(net, channel_groups(net, torch.zeros(2, 2, 6)))
+        groups, _ = producer_groups(net, channel_groups(net, torch.zeros(2, 2, 6)))
     else:
         groups = weight_groups(net, granularity)
     for parameter in net.parameters():
@@ -244,7 +244,7 @@ def test_every_parameter_shrinks_with_its_own_learning_rate() -> None:
 
 def test_positions_outside_of_the_units_are_not_shrunk() -> None:
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
-    (groups,), _ = unit_groups(net, channel_groups(net, torch.zeros(1, 2)))
+    (groups,), _ = producer_groups(net, channel_groups(net, torch.zeros(1, 2)))
     before = net[2].weight.detach().clone()
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)

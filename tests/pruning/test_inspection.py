@@ -7,7 +7,7 @@ from support.small import CLASSES, FEATURES, SmallModule, quiet_trainer, shuffle
 from torch import Tensor, nn
 
 from lightning_compress import IterativePruningCallback
-from lightning_compress.pruning.inspection import inspect_neurons, inspect_weights
+from lightning_compress.pruning.inspection import inspect_channels, inspect_weights
 
 PATTERNS = [
     {"target": None, "exclude": ()},
@@ -49,7 +49,7 @@ class StreamsModule(SmallModule):
 @pytest.mark.parametrize("patterns", PATTERNS)
 def test_the_same_for_neurons(patterns: dict) -> None:
     module = SmallModule()
-    verdicts = inspect_neurons(module, torch.zeros(2, FEATURES), **patterns)
+    verdicts = inspect_channels(module, torch.zeros(2, FEATURES), **patterns)
     said = {verdict.name for verdict in verdicts if verdict.action in ("pruned", "follows")}
     callback = IterativePruningCallback(0.5, schedule="one_shot", granularity="neuron", shrink="never", **patterns)
     quiet_trainer(callbacks=[callback], max_epochs=1).fit(module, shuffled())
@@ -57,7 +57,7 @@ def test_the_same_for_neurons(patterns: dict) -> None:
 
 
 def test_units_are_channels() -> None:
-    verdicts = inspect_neurons(SmallModule(), torch.zeros(2, FEATURES))
+    verdicts = inspect_channels(SmallModule(), torch.zeros(2, FEATURES))
     units = {verdict.name: verdict.units for verdict in verdicts if verdict.units}
     assert units == {"net.conv.weight": 6, "net.hidden.weight": 16, "net.head.weight": 3}
     assert [verdict.name for verdict in verdicts if verdict.action == "frozen"] == ["net.head.weight"]
@@ -67,7 +67,7 @@ def test_units_are_channels() -> None:
 def test_neurons_of_groups(network: str) -> None:
     """6 channels of the sum feed 2 blocks of 3, which make 2 each: 3 columns and 2 blocks there, 2 columns behind."""
     module = StreamsModule()
-    verdicts = inspect_neurons(module, torch.zeros(2, FEATURES), network=network)
+    verdicts = inspect_channels(module, torch.zeros(2, FEATURES), network=network)
     assert [(one.name.removeprefix("net."), one.units, one.action, one.reason) for one in verdicts] == [
         ("stem.weight", 5, "pruned", ""),
         ("stem.bias", 0, "follows", "with net.stem.weight"),
@@ -90,7 +90,7 @@ def test_neurons_of_groups(network: str) -> None:
 
 
 def test_an_excluded_layer_freezes_those_that_make_the_same_channels() -> None:
-    verdicts = inspect_neurons(
+    verdicts = inspect_channels(
         StreamsModule(), torch.zeros(2, FEATURES), ["net.*", "net.head.bias", "net.branch.bias"], exclude="net.stem"
     )
     found = {one.name.removeprefix("net."): (one.units, one.action, one.reason) for one in verdicts}
@@ -113,7 +113,7 @@ def test_an_excluded_layer_freezes_those_that_make_the_same_channels() -> None:
 
 def test_a_target_that_names_no_channels() -> None:
     net = nn.Sequential(nn.Linear(FEATURES, 4), nn.ReLU(), nn.Linear(4, 1))
-    verdicts = inspect_neurons(net, torch.zeros(2, FEATURES), ["0.bias", "2"])
+    verdicts = inspect_channels(net, torch.zeros(2, FEATURES), ["0.bias", "2"])
     assert [(one.name, one.action, one.reason) for one in verdicts] == [
         ("0.weight", "skipped", "not targeted"),
         ("0.bias", "frozen", "no channels go by its name"),
@@ -126,7 +126,7 @@ def test_every_parameter_is_spoken_of_in_the_modules_order() -> None:
     module = SmallModule()
     names = [name for name, _ in module.named_parameters()]
     assert [verdict.name for verdict in inspect_weights(module)] == names
-    assert [verdict.name for verdict in inspect_neurons(module, torch.zeros(2, FEATURES))] == names
+    assert [verdict.name for verdict in inspect_channels(module, torch.zeros(2, FEATURES))] == names
 
 
 def test_what_is_left_out_says_why() -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_compress.channels.groups import Member
-from lightning_compress.pruning.groups import Neurons
-from lightning_compress.pruning.masks import expand, prune_neurons
+from lightning_compress.pruning.channels import Channels
+from lightning_compress.pruning.masks import expand, prune_channels
 
 Scores = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ def draw(seed: int, *, dead: bool) -> tuple[Scores, Scores, dict[str, float]]:
 def pruned(scores: Scores, amount: float, *, warns: bool, **options: Any) -> Scores:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        masks = prune_neurons(scores, amount, **options)
+        masks = prune_channels(scores, amount, **options)
     assert bool(caught) == warns
     assert all("some channels of every layer stay" in str(one.message) for one in caught)
     return masks
@@ -159,16 +159,16 @@ def test_a_score_that_is_no_number_is_refused(scope: Any, place: int) -> None:
     scores = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.rand(3)}
     scores["a"][place] = float("nan")
     with pytest.raises(ValueError, match="Scores are NaN: 1 of 3 in a"):
-        prune_neurons(scores, 0.4, scope=scope)
+        prune_channels(scores, 0.4, scope=scope)
 
 
 def test_masks_of_channels_cover_all_that_makes_them() -> None:
     """Groups that cross share a tensor: what one of them drops is gone."""
-    columns = Neurons(
+    columns = Channels(
         "w", 3, (Member("w", 0, torch.tensor([[0, 3], [1, 4], [2, 5]])), Member("v", 1, torch.tensor([[2], [1], [0]])))
     )
-    blocks = Neurons("w#2", 2, (Member("w", 0, torch.tensor([[0, 1, 2], [3, 4, 5]])),))
-    other = Neurons("u", 2, (Member("u", 0, torch.tensor([[0], [1]])),))
+    blocks = Channels("w#2", 2, (Member("w", 0, torch.tensor([[0, 1, 2], [3, 4, 5]])),))
+    other = Channels("u", 2, (Member("u", 0, torch.tensor([[0], [1]])),))
     keep = {"w": torch.tensor([True, False, True]), "w#2": torch.tensor([False, True])}
     shapes = {"w": torch.zeros(6, 2), "v": torch.zeros(2, 3), "u": torch.zeros(2)}
     masks = expand([columns, blocks, other], keep, shapes)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from lightning_compress import IterativePruningCallback
 from lightning_compress.channels.cut import shrink
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.pruning import remover
 from lightning_compress.pruning.masks import prune_weights
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).double()
@@ -278,3 +280,13 @@ def test_a_fit_goes_on_when_every_group_has_one_channel_left(criterion: Any, tmp
     assert sum("one channel left" in str(one.message) for one in said) == 1
     assert (resumed.net.conv.out_channels, resumed.net.hidden.out_features) == (1, 1)
     assert not torch.equal(resumed.net.head.weight, trained.net.head.weight)
+
+
+def test_the_network_is_planned_once_in_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The effects that are declared before the fit need the channels, and so do the fit and the cut at its end."""
+    planned: list[Any] = []
+    monkeypatch.setattr(remover, "channel_groups", lambda *args: planned.append(args) or channel_groups(*args))
+    regrown = channels("net.hidden", 0.0, regrow=True, shrink="on_fit_end")
+    module = fit(regrown, weights(0.0, target=["net.head"]), max_epochs=1)
+    assert len(planned) == 1
+    assert module.net.hidden.out_features == 8

@@ -97,11 +97,13 @@ def test_a_backtracker_restores_the_newest_network_that_kept_the_metric() -> Non
 
 
 def test_a_remover_remembers_which_of_the_dense_networks_channels_are_left() -> None:
-    module, remover = SmallModule().eval(), ChannelRemover("", exclude=(), example_inputs=torch.randn(4, 12))
-    assert remover.neurons is None
-    remover.find(quiet_trainer(), module, ["net.hidden.weight"], cost="parameters", during_fit=True)
-    (name,) = [layer.name for layer in remover.neurons or []]
-    assert remover.costs == {name: 6 * 12 + 1 + 3}  # a row, a bias, and a column of the head
+    module, inputs = SmallModule().eval(), torch.randn(4, 12)
+    options: dict[str, Any] = {"network": "", "exclude": (), "example_inputs": inputs}
+    remover = ChannelRemover.in_fit(quiet_trainer(), module, ["net.hidden.weight"], keep=None, **options)
+    remover.check(quiet_trainer(), during_fit=True)
+    (name,) = [group.name for group in remover.channels]
+    assert remover.costs("parameters") == {name: 6 * 12 + 1 + 3}  # a row, a bias, and a column of the head
+    assert remover.left is None
     keep = torch.arange(16) % 4 != 0
     with torch.no_grad():
         module.net.hidden.weight[~keep], module.net.hidden.bias[~keep] = 0.0, 0.0
@@ -110,16 +112,16 @@ def test_a_remover_remembers_which_of_the_dense_networks_channels_are_left() -> 
     before = module(x)
     positions = remover.cut({name: keep}, optimizers=[], copies=[])
     assert positions["net.head.weight"][1].tolist() == keep.nonzero().flatten().tolist()
-    assert remover.kept is not None
-    assert torch.equal(remover.kept[name], keep)
+    assert remover.left is not None
+    assert torch.equal(remover.left[name], keep)
     assert module.net.hidden.out_features == 12
     torch.testing.assert_close(module(x), before)
-    assert remover.take_back() is None  # the network is still thin
 
+    again = ChannelRemover(module, "", inputs, ["net.hidden.weight"], keep=remover.left)
+    assert again.left is not None  # the network is still thin
+    assert torch.equal(again.left[name], keep)
     wide = SmallModule().eval()
     wide.load_state_dict(dense)
-    remover.find(quiet_trainer(), wide, ["net.hidden.weight"], cost="parameters", during_fit=True)
-    mask = remover.take_back()
-    assert mask is not None
-    assert torch.equal(mask[name], keep)
-    assert remover.kept is None
+    assert ChannelRemover(wide, "", inputs, ["net.hidden.weight"], keep=remover.left).left is None
+    with pytest.raises(ValueError, match="The checkpoint has 7 of 16 channels"):
+        ChannelRemover(module, "", inputs, ["net.hidden.weight"], keep={name: torch.arange(16) < 7})

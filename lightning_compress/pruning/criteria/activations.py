@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_compress.channels.groups import Member
+from lightning_compress.pruning.channels import Channels, channel_sums
 from lightning_compress.pruning.criteria.activation_trace import Activation, ActivationTrace
 from lightning_compress.pruning.criteria.statistic import Statistic
-from lightning_compress.pruning.groups import Neurons, channel_sums
 
 
 class ActivationStatistic(Statistic):
@@ -25,17 +25,17 @@ class ActivationStatistic(Statistic):
 
     Args:
         model: the module that the layers' names are relative to.
-        neurons: the layers' channels; frozen ones are left out.
+        channels: the layers' channels; frozen ones are left out.
     """
 
     needs: ClassVar[str] = "activations"
 
-    def __init__(self, model: nn.Module, neurons: Sequence[Neurons]) -> None:
+    def __init__(self, model: nn.Module, channels: Sequence[Channels]) -> None:
         super().__init__()
-        self._neurons = [layer for layer in neurons if layer.frozen is None]
+        self._channels = [layer for layer in channels if layer.frozen is None]
         sizes = {
             _layer(model, layer, member): int(model.get_parameter(member.tensor).shape[member.dim])
-            for layer in self._neurons
+            for layer in self._channels
             for member in layer.weights
         }
         self._trace = ActivationTrace(model, list(sizes), on_activation=self.observe)
@@ -50,7 +50,7 @@ class ActivationStatistic(Statistic):
             layer.name: torch.stack(
                 [channel_sums(of_channels[one.tensor.removesuffix(".weight")], one) for one in layer.weights]
             ).sum(0)
-            for layer in self._neurons
+            for layer in self._channels
         }
 
     def observe(self, activation: Activation) -> None:
@@ -84,29 +84,29 @@ class Apoz(ActivationStatistic):
 
         score_c = 1 - #{(n, p) : a_cnp = 0} / (B P)
 
-    with a_cnp the activation of channel c for sample n at position p, after the non-linearity. It tells neurons apart
+    with a_cnp the activation of channel c for sample n at position p, after the non-linearity. It tells channels apart
     only behind a non-linearity that makes zeros, such as relu; a warning names the layers where none was seen.
 
     Args:
         model: the module that the layers' names are relative to.
-        neurons: the layers' channels; frozen ones are left out.
+        channels: the layers' channels; frozen ones are left out.
 
     References:
         Hu et al. 2016, "Network Trimming", section 3.1.
 
-    >>> from lightning_compress.pruning.neurons import find_neurons
+    >>> from lightning_compress.pruning.channels import find_channels
     >>> from lightning_compress.pruning.criteria.statistic import estimate
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
     >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
     >>> x = torch.tensor([[1.0], [2.0], [3.0], [-4.0]])
-    >>> estimate(Apoz(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
+    >>> estimate(Apoz(net, find_channels(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
     {'0': tensor([0.7500, 0.2500])}
     """
 
     criterion: ClassVar[str] = "apoz"
 
-    def __init__(self, model: nn.Module, neurons: Sequence[Neurons]) -> None:
-        super().__init__(model, neurons)
+    def __init__(self, model: nn.Module, channels: Sequence[Channels]) -> None:
+        super().__init__(model, channels)
         self._warned = False
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class Apoz(ActivationStatistic):
             self._warned = True
             warnings.warn(
                 f"criterion 'apoz' counts zeros, but no activation of {', '.join(dense)} was ever zero, so that all "
-                "their neurons look equally important: use a criterion such as 'mean_activation' or 'taylor' behind "
+                "their channels look equally important: use a criterion such as 'mean_activation' or 'taylor' behind "
                 "non-linearities that make no zeros",
                 stacklevel=2,
             )
@@ -137,17 +137,17 @@ class MeanActivation(ActivationStatistic):
 
     Args:
         model: the module that the layers' names are relative to.
-        neurons: the layers' channels; frozen ones are left out.
+        channels: the layers' channels; frozen ones are left out.
 
     References:
         Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.
 
-    >>> from lightning_compress.pruning.neurons import find_neurons
+    >>> from lightning_compress.pruning.channels import find_channels
     >>> from lightning_compress.pruning.criteria.statistic import estimate
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1))
     >>> net[0].weight.data = torch.tensor([[1.0], [-1.0]])
     >>> x = torch.tensor([[1.0], [2.0], [3.0], [-4.0]])
-    >>> estimate(MeanActivation(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
+    >>> estimate(MeanActivation(net, find_channels(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
     {'0': tensor([1.5000, 1.0000])}
     """
 
@@ -163,7 +163,7 @@ class MeanActivation(ActivationStatistic):
         return self.of_units(self.means())
 
 
-class TaylorNeuron(ActivationStatistic):
+class TaylorChannel(ActivationStatistic):
     """First-order estimate of how much the loss changes when a neuron is silenced.
 
         theta_c = 1/B sum_n | 1/P sum_p a_cnp dL/da_cnp |        score_c = theta_c / ||theta||_2, layer by layer
@@ -173,7 +173,7 @@ class TaylorNeuron(ActivationStatistic):
 
     Args:
         model: the module that the layers' names are relative to.
-        neurons: the layers' channels; frozen ones are left out.
+        channels: the layers' channels; frozen ones are left out.
 
     Raises:
         ValueError: in the backward pass, if an activation was modified in place after the non-linearity.
@@ -181,12 +181,12 @@ class TaylorNeuron(ActivationStatistic):
     References:
         Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.
 
-    >>> from lightning_compress.pruning.neurons import find_neurons
+    >>> from lightning_compress.pruning.channels import find_channels
     >>> from lightning_compress.pruning.criteria.statistic import estimate
     >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
     >>> net[0].weight.data, net[2].weight.data = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 2.0]])
     >>> x = torch.tensor([[1.0], [2.0]])
-    >>> estimate(TaylorNeuron(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
+    >>> estimate(TaylorChannel(net, find_channels(net, x, ["0.weight"])), net, lambda net, x: net(x).mean(), [x])
     {'0': tensor([0.6000, 0.8000])}
     """
 
@@ -212,14 +212,14 @@ class TaylorNeuron(ActivationStatistic):
         return self.of_units({name: theta / theta.norm().clamp_min(tiny) for name, theta in self.means().items()})
 
 
-def _layer(model: nn.Module, neurons: Neurons, member: Member) -> str:
+def _layer(model: nn.Module, channels: Channels, member: Member) -> str:
     """The name of the layer whose activation shows the channels."""
     name = member.tensor.removesuffix(".weight")
     layer = model.get_submodule(name) if name != member.tensor else None
     plain = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not (layer.transposed and layer.groups > 1))
     if not plain:
         raise ValueError(
-            f"The channels of {neurons.name!r} are made by {member.tensor}, and no activation shows them one by one: "
+            f"The channels of {channels.name!r} are made by {member.tensor}, and no activation shows them one by one: "
             f"that is known for linear layers, and for convolutions that are not both transposed and grouped. Choose "
             f"magnitude, l2 or random, or exclude it."
         )

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.costs import Cost
-from lightning_compress.pruning.criteria.activations import Apoz, MeanActivation, TaylorNeuron
+from lightning_compress.pruning.channels import Channels
+from lightning_compress.pruning.criteria.activations import Apoz, MeanActivation, TaylorChannel
 from lightning_compress.pruning.criteria.samples import Ewc, Fisher, Mas
 from lightning_compress.pruning.criteria.statistic import Statistic
-from lightning_compress.pruning.criteria.weights import Obd, Si, Taylor, l2, magnitude, neuron_norm, random
-from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.criteria.weights import Obd, Si, Taylor, channel_norm, l2, magnitude, random
 
 Criterion = Literal[
     "magnitude", "l2", "random", "apoz", "mean_activation", "taylor", "obd", "fisher", "ewc", "si", "mas"
@@ -24,9 +24,9 @@ Granularity = Literal["weight", "neuron"]
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STATIC: tuple[Criterion, ...] = ("magnitude", "l2", "random")
 DIFFERENTIATING: tuple[Criterion, ...] = ("obd", "fisher")  # the loss, which the training does a second time
-_NEURONS_ONLY = ("apoz", "mean_activation")
+_CHANNELS_ONLY = ("apoz", "mean_activation")
 # A masked channel is silent, so what these measure of it stays zero and it would never come back.
-_BLIND_TO_MASKED_NEURONS = ("apoz", "mean_activation", "taylor", "fisher")
+_BLIND_TO_MASKED_CHANNELS = ("apoz", "mean_activation", "taylor", "fisher")
 
 
 def check_criterion(criterion: str, granularity: str, scope: str, *, regrow: bool) -> None:
@@ -37,9 +37,9 @@ def check_criterion(criterion: str, granularity: str, scope: str, *, regrow: boo
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}.")
     if granularity not in get_args(Granularity):
         raise ValueError(f"granularity must be 'weight' or 'neuron'; got {granularity!r}.")
-    if granularity == "weight" and criterion in _NEURONS_ONLY:
+    if granularity == "weight" and criterion in _CHANNELS_ONLY:
         raise ValueError(f"criterion={criterion!r} scores channels: it needs granularity='neuron', got 'weight'.")
-    if regrow and granularity == "neuron" and criterion in _BLIND_TO_MASKED_NEURONS:
+    if regrow and granularity == "neuron" and criterion in _BLIND_TO_MASKED_CHANNELS:
         raise ValueError(
             f"criterion={criterion!r} sees nothing of a masked channel, so regrow=True could bring none back: use "
             f"'magnitude', 'l2', 'obd', 'ewc' or 'mas', or regrow=False."
@@ -87,7 +87,7 @@ def check_widths(cost: Cost, min_left: float, min_channels: int, round_to: int) 
 def make_statistic(
     criterion: Criterion,
     model: nn.Module,
-    targets: Sequence[str] | Sequence[Neurons],
+    targets: Sequence[str] | Sequence[Channels],
     *,
     granularity: Granularity,
     network: nn.Module,
@@ -102,7 +102,7 @@ def make_statistic(
     kinds: dict[str, Callable[..., Statistic]] = {
         "apoz": Apoz,
         "mean_activation": MeanActivation,
-        "taylor": TaylorNeuron if granularity == "neuron" else Taylor,
+        "taylor": TaylorChannel if granularity == "neuron" else Taylor,
         "obd": Obd,
         "fisher": Fisher,
         "ewc": Ewc,
@@ -113,15 +113,15 @@ def make_statistic(
 
 
 def static_scores(
-    criterion: Criterion, weights: Mapping[str, Tensor], neurons: Sequence[Neurons] | None, generator: torch.Generator
+    criterion: Criterion, weights: Mapping[str, Tensor], channels: Sequence[Channels] | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Score weights, or whole neurons where they are given, by a criterion that needs no data."""
+    """Score weights, or whole channels where they are given, by a criterion that needs no data."""
     assert criterion in STATIC, f"{criterion} needs a statistic"
-    if neurons is not None:
+    if channels is not None:
         if criterion == "random":
-            return {unit.name: torch.rand(unit.size, generator=generator) for unit in neurons}
+            return {unit.name: torch.rand(unit.size, generator=generator) for unit in channels}
         order = 1 if criterion == "magnitude" else 2
-        return {unit.name: neuron_norm(weights, unit, order) for unit in neurons}
+        return {unit.name: channel_norm(weights, unit, order) for unit in channels}
     if criterion == "random":
         return {name: random(weight, generator) for name, weight in weights.items()}
     score = magnitude if criterion == "magnitude" else l2

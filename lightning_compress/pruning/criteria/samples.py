@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.groups import Member
 from lightning_compress.core.precision import widened
+from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria.predictions import OutputCapture
 from lightning_compress.pruning.criteria.sample_gradients import Call, SampleGradients
 from lightning_compress.pruning.criteria.statistic import WeightStatistic
-from lightning_compress.pruning.groups import Neurons
 
 
 class SampleStatistic(WeightStatistic):
@@ -38,7 +38,7 @@ class SampleStatistic(WeightStatistic):
     power: ClassVar[Callable[[Tensor], Tensor]]
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[str] | Sequence[Neurons], *, keep_products: bool = False
+        self, model: nn.Module, targets: Sequence[str] | Sequence[Channels], *, keep_products: bool = False
     ) -> None:
         super().__init__(model, targets)
         self.layers = SampleGradients(model, self.parameters, criterion=self.criterion, keep_products=keep_products)
@@ -76,30 +76,30 @@ class Fisher(SampleStatistic):
 
     Args:
         model: The network, in training.
-        targets: Qualified parameter names, or `Neurons`.
+        targets: Qualified parameter names, or `Channels`.
     """
 
     criterion = "fisher"
     power = torch.square
 
-    def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Neurons]) -> None:
-        super().__init__(model, targets, keep_products=any(isinstance(target, Neurons) for target in targets))
+    def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Channels]) -> None:
+        super().__init__(model, targets, keep_products=any(isinstance(target, Channels) for target in targets))
 
     def summed(self) -> Mapping[str, Tensor]:
-        if not self.neurons:
+        if not self.channels:
             return self.parameters
-        return {layer.name: self.parameters[layer.weights[0].tensor].new_zeros(layer.size) for layer in self.neurons}
+        return {layer.name: self.parameters[layer.weights[0].tensor].new_zeros(layer.size) for layer in self.channels}
 
     def before_backward(self, loss: Tensor) -> None:
         self.differentiate(loss, loss=loss)
 
     def see(self, calls: Sequence[Call], *, n_samples: int) -> dict[str, Tensor]:
         # In a mean over the batch a sample has a share of 1 / n_samples, which its own gradient has not.
-        if not self.neurons:
+        if not self.channels:
             return {name: total.mul_(n_samples**2) for name, total in self.layers.sums(calls, torch.square).items()}
         products = self.layers.channel_products(calls)
         totals = {}
-        for layer in self.neurons:
+        for layer in self.channels:
             changes = [
                 n_samples * self._by_row(products[one.tensor], one)[:, one.index.to(calls[0].x.device)].sum(2)
                 for one in layer.weights
@@ -123,7 +123,7 @@ class Fisher(SampleStatistic):
         )
 
     def scores(self) -> dict[str, Tensor]:
-        if self.neurons:
+        if self.channels:
             return self.means()
         return {name: score.div_(2) for name, score in self.times_square(self.means()).items()}
 
@@ -133,7 +133,7 @@ class OutputStatistic(SampleStatistic):
 
     Args:
         model: The network, in training.
-        targets: Qualified parameter names, or `Neurons`.
+        targets: Qualified parameter names, or `Channels`.
         network: The submodule whose output is the prediction; `model` itself where that is called.
         output: Key, attribute or index of the prediction in that output, if it is not a tensor and has no `.logits`.
     """
@@ -141,7 +141,7 @@ class OutputStatistic(SampleStatistic):
     def __init__(
         self,
         model: nn.Module,
-        targets: Sequence[str] | Sequence[Neurons],
+        targets: Sequence[str] | Sequence[Channels],
         *,
         network: nn.Module,
         output: str | int | None = None,
@@ -179,7 +179,7 @@ class Ewc(OutputStatistic):
 
     Args:
         model: The network, in training.
-        targets: Qualified parameter names, or `Neurons`.
+        targets: Qualified parameter names, or `Channels`.
         network: The submodule whose output is the logits, (B, C) or (B, C, positions...).
         output: Key, attribute or index of the logits in that output, if it is not a tensor and has no `.logits`.
         generator: Draws the labels, on the CPU.
@@ -191,7 +191,7 @@ class Ewc(OutputStatistic):
     def __init__(
         self,
         model: nn.Module,
-        targets: Sequence[str] | Sequence[Neurons],
+        targets: Sequence[str] | Sequence[Channels],
         *,
         network: nn.Module,
         output: str | int | None = None,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.pruning.groups import Neurons, channel_sums
+from lightning_compress.pruning.channels import Channels, channel_sums
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 BatchT = TypeVar("BatchT")
@@ -187,17 +187,17 @@ class WeightStatistic(Statistic):
 
     Args:
         model: The network, in training.
-        targets: Qualified parameter names, to score weights, or `Neurons`, to score output channels.
+        targets: Qualified parameter names, to score weights, or `Channels`, to score output channels.
 
     Raises:
         ValueError: A targeted parameter does not exist or is frozen.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Neurons]) -> None:
+    def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Channels]) -> None:
         super().__init__()
-        self.neurons = [target for target in targets if isinstance(target, Neurons)]
-        names = [target for target in targets if not isinstance(target, Neurons)]
-        names += [member.tensor for layer in self.neurons for member in layer.weights]
+        self.channels = [target for target in targets if isinstance(target, Channels)]
+        names = [target for target in targets if not isinstance(target, Channels)]
+        names += [member.tensor for layer in self.channels for member in layer.weights]
         self.parameters = {name: self._parameter(model, name) for name in names}
         for name, like in self.summed().items():
             self.track(name, like)
@@ -220,11 +220,11 @@ class WeightStatistic(Statistic):
 
     def collect(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn scores of weights into scores of the targets: themselves, or their sums over channels."""
-        if not self.neurons:
+        if not self.channels:
             return dict(scores)
         return {
             layer.name: torch.stack([channel_sums(scores[one.tensor], one) for one in layer.weights]).sum(0)
-            for layer in self.neurons
+            for layer in self.channels
         }
 
     def times_square(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:

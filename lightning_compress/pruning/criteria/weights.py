@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.pruning.channels import Channels, channel_sums
 from lightning_compress.pruning.criteria.statistic import WeightStatistic
-from lightning_compress.pruning.groups import Neurons, channel_sums
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -49,24 +49,24 @@ def random(weight: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
-def neuron_norm(weights: Mapping[str, Tensor], neurons: Neurons, order: int) -> Tensor:
+def channel_norm(weights: Mapping[str, Tensor], channels: Channels, order: int) -> Tensor:
     """Score channels by the l1 or l2 norm (`order` 1 or 2) of all weights that make them: shape (size,).
 
     Li et al. 2017, "Pruning Filters for Efficient ConvNets", section 3.1, for the l1 norm.
 
     Args:
         weights: The layers' weights, by name.
-        neurons: The channels.
+        channels: The channels.
         order: 1 or 2.
 
     Example:
         >>> from lightning_compress.channels.groups import Member
-        >>> layer = Neurons("fc", 2, (Member("fc.weight", 0, torch.tensor([[0], [1]])),))
-        >>> neuron_norm({"fc.weight": torch.tensor([[3.0, -4.0], [1.0, 0.0]])}, layer, 2)
+        >>> layer = Channels("fc", 2, (Member("fc.weight", 0, torch.tensor([[0], [1]])),))
+        >>> channel_norm({"fc.weight": torch.tensor([[3.0, -4.0], [1.0, 0.0]])}, layer, 2)
         tensor([5., 1.])
     """
     sums = [
-        channel_sums(_norms(weights[one.tensor].detach(), one.dim, order).pow(order), one) for one in neurons.weights
+        channel_sums(_norms(weights[one.tensor].detach(), one.dim, order).pow(order), one) for one in channels.weights
     ]
     return torch.stack(sums).sum(0).pow(1 / order)
 
@@ -83,7 +83,7 @@ class Taylor(WeightStatistic):
     """First-order change of the loss when a weight goes: the mean over optimizer steps of |g w|.
 
     The absolute value is taken in every step, so that gradients whose sign alternates do not cancel. g is what the
-    optimizer sees, before clipping. (Neurons are scored by their activations instead.)
+    optimizer sees, before clipping. (Channels are scored by their activations instead.)
 
     Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.2.
     """
@@ -118,7 +118,7 @@ class Obd(WeightStatistic):
 
     Args:
         model: The network, in training.
-        targets: Qualified parameter names, or `Neurons`.
+        targets: Qualified parameter names, or `Channels`.
         generator: Draws the probes, on the CPU.
     """
 
@@ -127,7 +127,7 @@ class Obd(WeightStatistic):
     def __init__(
         self,
         model: nn.Module,
-        targets: Sequence[str] | Sequence[Neurons],
+        targets: Sequence[str] | Sequence[Channels],
         *,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -209,7 +209,7 @@ class Si(WeightStatistic):
 
     Args:
         model: The network, in training.
-        targets: Qualified parameter names, or `Neurons`.
+        targets: Qualified parameter names, or `Channels`.
         xi: Keeps the score of a weight that hardly moved finite; in units of w^2.
 
     Example:
@@ -231,7 +231,7 @@ class Si(WeightStatistic):
     rank_local = False
     needs_training = True
 
-    def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Neurons], *, xi: float = 1e-3) -> None:
+    def __init__(self, model: nn.Module, targets: Sequence[str] | Sequence[Channels], *, xi: float = 1e-3) -> None:
         super().__init__(model, targets)
         if not xi > 0:
             raise ValueError(f"xi must be > 0; got {xi!r}.")

@@ -17,10 +17,9 @@ from support.ranks import RankPair
 from torch import Tensor, nn
 
 from lightning_compress.channels.groups import Member
-from lightning_compress.pruning.criteria.activations import ActivationStatistic, Apoz, MeanActivation, TaylorNeuron
+from lightning_compress.pruning.channels import Channels, find_channels
+from lightning_compress.pruning.criteria.activations import ActivationStatistic, Apoz, MeanActivation, TaylorChannel
 from lightning_compress.pruning.criteria.statistic import estimate
-from lightning_compress.pruning.groups import Neurons
-from lightning_compress.pruning.neurons import find_neurons
 from lightning_compress.trainer.distributed import all_reduce_sum
 
 Batch = tuple[Tensor, Tensor]
@@ -84,13 +83,13 @@ def untouched(name: str, activation: Tensor) -> Tensor:
     return activation
 
 
-def of_layer(net: nn.Module, name: str) -> Neurons:
+def of_layer(net: nn.Module, name: str) -> Channels:
     """The channels of one layer alone, each a unit."""
     size = net.get_submodule(name).weight.shape[0]
-    return Neurons(name, size, (Member(f"{name}.weight", 0, torch.arange(size)[:, None]),))
+    return Channels(name, size, (Member(f"{name}.weight", 0, torch.arange(size)[:, None]),))
 
 
-def make(kind: type[Net], dtype: torch.dtype = torch.float32) -> tuple[Net, list[Neurons], list[Batch]]:
+def make(kind: type[Net], dtype: torch.dtype = torch.float32) -> tuple[Net, list[Channels], list[Batch]]:
     """A network, the channels of every layer whose activation the hand-written pass knows, and unequal batches."""
     torch.manual_seed(0)
     net = kind().to(dtype)
@@ -118,16 +117,16 @@ def pooled(net: Net, batches: Iterable[Batch]) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def statistics(net: nn.Module, neurons: list[Neurons]) -> list[ActivationStatistic]:
-    return [Apoz(net, neurons), MeanActivation(net, neurons), TaylorNeuron(net, neurons)]
+def statistics(net: nn.Module, channels: list[Channels]) -> list[ActivationStatistic]:
+    return [Apoz(net, channels), MeanActivation(net, channels), TaylorChannel(net, channels)]
 
 
 # ------------------------------------------------------------------ formulas
 
 
 def test_apoz_counts_zeros_behind_the_nonlinearity() -> None:
-    net, neurons, batches = make(ConvNet)
-    scores = estimate(Apoz(net, neurons), net, loss_fn, batches)
+    net, channels, batches = make(ConvNet)
+    scores = estimate(Apoz(net, channels), net, loss_fn, batches)
     for name, rows in pooled(net, batches).items():
         zeros = torch.zeros(rows.shape[1])
         for row in rows.tolist():
@@ -140,20 +139,20 @@ def test_apoz_counts_zeros_behind_the_nonlinearity() -> None:
 
 
 def test_apoz_with_running_statistics_of_a_batch_norm() -> None:
-    net, neurons, batches = make(ConvNet)
+    net, channels, batches = make(ConvNet)
     net.bn1.running_mean.normal_()
     net.bn1.running_var.uniform_(0.5, 2.0)
     net.eval()
     before = net.bn1.running_mean.clone()
-    scores = estimate(Apoz(net, neurons), net, loss_fn, batches)
+    scores = estimate(Apoz(net, channels), net, loss_fn, batches)
     torch.testing.assert_close(scores["conv1"], (pooled(net, batches)["conv1"] != 0).float().mean(0))
     assert torch.equal(net.bn1.running_mean, before)
 
 
 @pytest.mark.parametrize("kind", [ConvNet, Block])
 def test_mean_activation(kind: type[Net]) -> None:
-    net, neurons, batches = make(kind)
-    scores = estimate(MeanActivation(net, neurons), net, loss_fn, batches)
+    net, channels, batches = make(kind)
+    scores = estimate(MeanActivation(net, channels), net, loss_fn, batches)
     expected = {name: rows.abs().mean(0) for name, rows in pooled(net, batches).items()}
     torch.testing.assert_close(scores, expected)
 
@@ -178,21 +177,21 @@ def slope_of_loss(net: Net, x: Tensor, y: Tensor, layer: str, sample: int, chann
 @pytest.mark.parametrize("kind", [ConvNet, Block])
 def test_taylor_is_the_derivative_with_respect_to_a_channels_size(kind: type[Net]) -> None:
     """sum_p a_ncp dL/da_ncp is dL/ds, where channel c of sample n is scaled by 1 + s: central differences."""
-    net, neurons, batches = make(kind, torch.float64)
+    net, channels, batches = make(kind, torch.float64)
     net.eval()
-    expected = {layer.name: torch.zeros(layer.size, dtype=torch.float64) for layer in neurons}
+    expected = {layer.name: torch.zeros(layer.size, dtype=torch.float64) for layer in channels}
     samples = sum(len(x) for x, _ in batches)
     with torch.no_grad():
         for x, y in batches:
             found = net.activations(x, untouched)[0]
-            for layer in neurons:
+            for layer in channels:
                 positions = channels_last(layer.name, found[layer.name]).shape[1]
                 for n in range(len(x)):
                     for c in range(layer.size):
                         slope = slope_of_loss(net, x, y, layer.name, n, c)
                         expected[layer.name][c] += abs(slope) / positions / samples
     expected = {name: theta / theta.square().sum().sqrt() for name, theta in expected.items()}
-    scores = estimate(TaylorNeuron(net, neurons), net, loss_fn, batches)
+    scores = estimate(TaylorChannel(net, channels), net, loss_fn, batches)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-8)
 
 
@@ -200,40 +199,40 @@ def test_taylor_of_a_layer_without_influence_is_zero() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     nn.init.zeros_(net[2].weight)
     x = torch.randn(5, 3)
-    scores = estimate(TaylorNeuron(net, find_neurons(net, x, ["0.weight"])), net, lambda net, x: net(x).sum(), [x])
+    scores = estimate(TaylorChannel(net, find_channels(net, x, ["0.weight"])), net, lambda net, x: net(x).sum(), [x])
     torch.testing.assert_close(scores, {"0": torch.zeros(4)})
 
 
 def test_all_calls_of_a_layer_in_one_step_are_pooled() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 1))
     a, b = torch.randn(4, 3), torch.randn(2, 3)
-    neurons = [of_layer(net, "0")]
+    channels = [of_layer(net, "0")]
 
     def both(net: nn.Module, batch: Any) -> Tensor:
         return net(a).sum() + net(b).sum()
 
     outputs = torch.cat([net[:2](a), net[:2](b)])
     torch.testing.assert_close(
-        estimate(MeanActivation(net, neurons), net, both, [0])["0"], outputs.mean(0).detach(), check_dtype=False
+        estimate(MeanActivation(net, channels), net, both, [0])["0"], outputs.mean(0).detach(), check_dtype=False
     )
     products = (outputs * net[2].weight).abs().mean(0).detach()
-    torch.testing.assert_close(estimate(TaylorNeuron(net, neurons), net, both, [0])["0"], products / products.norm())
+    torch.testing.assert_close(estimate(TaylorChannel(net, channels), net, both, [0])["0"], products / products.norm())
 
 
 def test_one_sample_without_a_batch_dimension() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(3)
-    neurons = find_neurons(net, x, ["0.weight"])
-    for statistic in statistics(net, neurons):
+    channels = find_channels(net, x, ["0.weight"])
+    for statistic in statistics(net, channels):
         alone = estimate(statistic, net, lambda net, x: net(x).sum(), [x])
-        batched = estimate(type(statistic)(net, neurons), net, lambda net, x: net(x).sum(), [x[None]])
+        batched = estimate(type(statistic)(net, channels), net, lambda net, x: net(x).sum(), [x[None]])
         torch.testing.assert_close(alone, batched)
 
 
 def test_frozen_layers_have_no_score() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(5, 3)
-    for statistic in statistics(net, find_neurons(net, x, ["0.weight", "2.weight"])):
+    for statistic in statistics(net, find_channels(net, x, ["0.weight", "2.weight"])):
         assert list(estimate(statistic, net, lambda net, x: net(x).sum(), [x])) == ["0"]
 
 
@@ -251,14 +250,14 @@ def of_groups(scores: dict[str, Tensor], groups: dict[str, list[tuple[str, list[
     return expected
 
 
-KINDS = [Apoz, MeanActivation, TaylorNeuron]
+KINDS = [Apoz, MeanActivation, TaylorChannel]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_score_of_a_group_is_the_sum_over_its_layers(kind: type[ActivationStatistic]) -> None:
     net, by_layer, batches = make(ConvNet)
     net.eval()
-    found = find_neurons(net, batches[0][0], [f"{name}.weight" for name in ("conv1", "conv2", "conv3", "fc", "head")])
+    found = find_channels(net, batches[0][0], [f"{name}.weight" for name in ("conv1", "conv2", "conv3", "fc", "head")])
     each = [[channel] for channel in range(5)]
     # conv2 and conv3 meet in a sum
     groups = {"conv1": [("conv1", each[:3])], "conv2": [("conv2", each[:4]), ("conv3", each[:4])], "fc": [("fc", each)]}
@@ -283,7 +282,7 @@ def test_the_score_of_a_unit_is_the_sum_over_its_channels(kind: type[ActivationS
     torch.manual_seed(0)
     net = Blocks()
     batches = [(torch.randn(n, 2, 5, 5), torch.randint(0, 3, (n,))) for n in (4, 3)]
-    found = find_neurons(net, batches[0][0], ["a.weight", "b.weight"])
+    found = find_channels(net, batches[0][0], ["a.weight", "b.weight"])
     groups = {
         "a": [("a", [[0, 3], [1, 4], [2, 5]])],
         "a#2": [("a", [[0, 1, 2], [3, 4, 5]]), ("b", [[0, 1], [2, 3]])],
@@ -310,7 +309,7 @@ def test_a_weight_that_an_embedding_shares_with_the_head_is_not_watched(head_fir
     torch.manual_seed(0)
     net, batch = Words(), (torch.randint(0, 9, (5, 3)), torch.randint(0, 9, (5,)))
     weight = "head.weight" if head_first else "embedding.weight"
-    (group,) = (one for one in find_neurons(net, batch[0], [weight, "fc.weight"]) if one.frozen is None)
+    (group,) = (one for one in find_channels(net, batch[0], [weight, "fc.weight"]) if one.frozen is None)
     for kind in KINDS:
         (found,) = estimate(kind(net, [group]), net, loss_fn, [batch]).values()
         torch.testing.assert_close(found, estimate(kind(net, [of_layer(net, "fc")]), net, loss_fn, [batch])["fc"])
@@ -335,7 +334,7 @@ UNWATCHED: dict[str, tuple[nn.Module, Tensor, str]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_that_no_activation_shows_are_refused(kind: type[ActivationStatistic], name: str) -> None:
     net, x, weight = UNWATCHED[name]
-    found = [one for one in find_neurons(net, x, [weight]) if one.frozen is None]
+    found = [one for one in find_channels(net, x, [weight]) if one.frozen is None]
     assert found
     with pytest.raises(ValueError, match=rf"channels of .* are made by {weight}, and no activation .*magnitude, l2"):
         kind(net, found)
@@ -344,13 +343,13 @@ def test_channels_that_no_activation_shows_are_refused(kind: type[ActivationStat
 # ------------------------------------------------------------------ over batches, ranks and checkpoints
 
 
-@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorChannel])
 def test_two_halves_together_are_the_whole(kind: type[ActivationStatistic]) -> None:
-    net, neurons, batches = make(ConvNet)
+    net, channels, batches = make(ConvNet)
     net.eval()
-    whole = estimate(kind(net, neurons), net, loss_fn, batches)
+    whole = estimate(kind(net, channels), net, loss_fn, batches)
 
-    ranks = [kind(net, neurons) for _ in range(2)]
+    ranks = [kind(net, channels) for _ in range(2)]
     estimate(ranks[0], net, loss_fn, batches[:1])
     estimate(ranks[1], net, loss_fn, batches[1:])
     other = iter([*ranks[1].sums.values(), torch.tensor(list(ranks[1].counts.values()))])
@@ -363,9 +362,9 @@ def scores_on_a_rank(kind: str) -> dict[str, Tensor]:
     """Score on this rank's half of a batch, with the network wrapped for distributed training."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    net, neurons, batches = make(ConvNet)
+    net, channels, batches = make(ConvNet)
     net.eval()
-    statistic: ActivationStatistic = {k.__name__: k for k in (Apoz, MeanActivation, TaylorNeuron)}[kind](net, neurons)
+    statistic: ActivationStatistic = {k.__name__: k for k in (Apoz, MeanActivation, TaylorChannel)}[kind](net, channels)
     wrapped = nn.parallel.DistributedDataParallel(net)
     half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     x, y = (tensor[half] for tensor in batches[0])
@@ -379,37 +378,37 @@ def scores_on_a_rank(kind: str) -> dict[str, Tensor]:
     return statistic.scores()
 
 
-@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorChannel])
 def test_two_ranks_score_as_one_process(kind: type[ActivationStatistic], rank_pair: RankPair, tmp_path: Path) -> None:
-    net, neurons, batches = make(ConvNet)
+    net, channels, batches = make(ConvNet)
     net.eval()
-    expected = estimate(kind(net, neurons), net, loss_fn, batches[:1])
+    expected = estimate(kind(net, channels), net, loss_fn, batches[:1])
     for scores in rank_pair.run("pruning.criteria.test_activations:scores_on_a_rank", tmp_path, kind=kind.__name__):
         torch.testing.assert_close(scores, expected)
 
 
-@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorChannel])
 def test_saved_and_continued_is_uninterrupted(kind: type[ActivationStatistic]) -> None:
-    net, neurons, batches = make(ConvNet)
+    net, channels, batches = make(ConvNet)
     net.eval()
-    whole = estimate(kind(net, neurons), net, loss_fn, batches)
-    first, second = kind(net, neurons), kind(net, neurons)
+    whole = estimate(kind(net, channels), net, loss_fn, batches)
+    first, second = kind(net, channels), kind(net, channels)
     estimate(first, net, loss_fn, batches[:2])
     second.load_state_dict(first.state_dict())
     continued = estimate(second, net, loss_fn, batches[2:])
     assert all(torch.equal(continued[name], score) for name, score in whole.items())
     second.reset()
     torch.testing.assert_close(
-        estimate(second, net, loss_fn, batches[:1]), estimate(kind(net, neurons), net, loss_fn, batches[:1])
+        estimate(second, net, loss_fn, batches[:1]), estimate(kind(net, channels), net, loss_fn, batches[:1])
     )
 
 
 def test_the_models_gradients_are_not_touched() -> None:
-    net, neurons, batches = make(ConvNet)
+    net, channels, batches = make(ConvNet)
     net.eval()
     loss_fn(net, batches[0]).backward()
     expected = [parameter.grad.clone() for parameter in net.parameters()]
-    for statistic in statistics(net, neurons):
+    for statistic in statistics(net, channels):
         net.zero_grad()
         statistic.begin()
         loss = loss_fn(net, batches[0])
@@ -423,7 +422,7 @@ def test_autocast_sums_in_float32() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(4096, 8)
-    neurons = find_neurons(net, x, ["0.weight"])
+    channels = find_channels(net, x, ["0.weight"])
 
     def autocast_loss(net: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -432,20 +431,20 @@ def test_autocast_sums_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         a = net[:2](x)
     assert a.dtype is torch.bfloat16
-    mean = estimate(MeanActivation(net, neurons), net, autocast_loss, [x])["0"]
+    mean = estimate(MeanActivation(net, channels), net, autocast_loss, [x])["0"]
     torch.testing.assert_close(mean, a.float().mean(0).detach(), rtol=1e-5, atol=0)
-    apoz = estimate(Apoz(net, neurons), net, autocast_loss, [x])["0"]
+    apoz = estimate(Apoz(net, channels), net, autocast_loss, [x])["0"]
     torch.testing.assert_close(apoz, (a != 0).float().mean(0), rtol=1e-6, atol=0)
-    taylor = estimate(TaylorNeuron(net, neurons), net, autocast_loss, [x])["0"]
+    taylor = estimate(TaylorChannel(net, channels), net, autocast_loss, [x])["0"]
     products = a.float().mean(0) * net[2].weight.bfloat16().float().sum(0).abs()
     torch.testing.assert_close(taylor, (products / products.norm()).detach(), rtol=1e-2, atol=1e-3)
 
 
 def test_nothing_is_kept_after_the_step() -> None:
-    net, neurons, batches = make(ConvNet)
+    net, channels, batches = make(ConvNet)
     seen: list[weakref.ref[Tensor]] = []
     net.relu.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
-    for statistic in statistics(net, neurons):
+    for statistic in statistics(net, channels):
         estimate(statistic, net, loss_fn, batches[:1])
         statistic.begin()
         loss = loss_fn(net, batches[0])
@@ -474,7 +473,7 @@ def test_apoz_says_once_which_layers_make_no_zeros() -> None:
         nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)
     )
     x = torch.randn(20, 3)
-    apoz = Apoz(net, find_neurons(net, x, ["0.weight", "2.weight", "4.weight"]))
+    apoz = Apoz(net, find_channels(net, x, ["0.weight", "2.weight", "4.weight"]))
     with pytest.warns(UserWarning, match="no activation of 0, 4 was ever zero"):
         estimate(apoz, net, lambda net, x: net(x).sum(), [x])
     with warnings.catch_warnings():
@@ -482,11 +481,11 @@ def test_apoz_says_once_which_layers_make_no_zeros() -> None:
         apoz.scores()
 
 
-@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorChannel])
 def test_without_data_the_error_says_what_is_missing(kind: type[ActivationStatistic]) -> None:
-    net, neurons, _ = make(ConvNet)
+    net, channels, _ = make(ConvNet)
     with pytest.raises(ValueError, match=rf"'{kind.criterion}' needs .*activations.* 'conv1' and 3 more"):
-        kind(net, neurons).scores()
+        kind(net, channels).scores()
 
 
 def test_taylor_without_gradients_is_an_error() -> None:
@@ -499,7 +498,7 @@ def test_taylor_without_gradients_is_an_error() -> None:
         return net[2](hidden).sum()
 
     with pytest.raises(ValueError, match="'taylor' needs gradients of activations, and has seen none of '0'"):
-        estimate(TaylorNeuron(net, find_neurons(net, x, ["0.weight"])), net, detached, [x])
+        estimate(TaylorChannel(net, find_channels(net, x, ["0.weight"])), net, detached, [x])
 
 
 def test_taylor_of_an_activation_that_is_overwritten_is_an_error() -> None:
@@ -514,21 +513,21 @@ def test_taylor_of_an_activation_that_is_overwritten_is_an_error() -> None:
             return self.head(y)
 
     net, x = Overwrites(), torch.randn(5, 3)
-    neurons = find_neurons(net, x, ["fc.weight"])
+    channels = find_channels(net, x, ["fc.weight"])
     with pytest.raises(ValueError, match=r"activation of 'fc', a tensor of shape \(5, 4\), was modified in place"):
-        estimate(TaylorNeuron(net, neurons), net, lambda net, x: net(x).sum(), [x])
+        estimate(TaylorChannel(net, channels), net, lambda net, x: net(x).sum(), [x])
     assert all(parameter.grad is None for parameter in net.parameters())
-    mean = estimate(MeanActivation(net, neurons), net, lambda net, x: net(x).sum(), [x])
+    mean = estimate(MeanActivation(net, channels), net, lambda net, x: net(x).sum(), [x])
     torch.testing.assert_close(mean["fc"], F.gelu(net.fc(x)).abs().mean(0).detach())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorNeuron])
+@pytest.mark.parametrize("kind", [Apoz, MeanActivation, TaylorChannel])
 def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(kind: type[ActivationStatistic], value: float) -> None:
-    net, neurons, batches = make(ConvNet)
-    expected = estimate(kind(net, neurons), net, loss_fn, batches)
+    net, channels, batches = make(ConvNet)
+    expected = estimate(kind(net, channels), net, loss_fn, batches)
     bad = (torch.full_like(batches[0][0], value), *batches[0][1:])
-    statistic = kind(net, neurons)
+    statistic = kind(net, channels)
     with pytest.warns(UserWarning, match="leaves out what it sees of a batch"):
         scores = estimate(statistic, net, loss_fn, [batches[0], bad, *batches[1:]])
     assert statistic.n_left_out == 1

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.channels.groups import Member
+from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria import samples, weights
 from lightning_compress.pruning.criteria.predictions import OutputCapture, select_output
 from lightning_compress.pruning.criteria.samples import Ewc, Fisher, Mas, draw_labels
 from lightning_compress.pruning.criteria.statistic import Statistic, estimate
-from lightning_compress.pruning.criteria.weights import Obd, Si, Taylor, l2, magnitude, neuron_norm, random
-from lightning_compress.pruning.groups import Neurons
+from lightning_compress.pruning.criteria.weights import Obd, Si, Taylor, channel_norm, l2, magnitude, random
 
 torch.set_num_threads(1)
 
@@ -68,26 +68,26 @@ def assert_equal(scores: dict[str, Tensor], expected: dict[str, Tensor], **toler
         torch.testing.assert_close(scores[name], expected[name], **tolerance)
 
 
-def one_channel_each(name: str, weight: Tensor, dim: int = 0) -> Neurons:
+def one_channel_each(name: str, weight: Tensor, dim: int = 0) -> Channels:
     index = torch.arange(weight.shape[dim])[:, None]
-    return Neurons(name, len(index), (Member(f"{name}.weight", dim, index),))
+    return Channels(name, len(index), (Member(f"{name}.weight", dim, index),))
 
 
-def make_neurons(model: nn.Sequential) -> list[Neurons]:
+def make_channels(model: nn.Sequential) -> list[Channels]:
     """A grouped convolution whose channels go in pairs (0, 2) and (1, 3), a transposed one, a linear layer, and units
     that both convolutions make."""
     pairs = Member("0.weight", 0, torch.tensor([[0, 2], [1, 3]]))
     bias = Member("3.bias", 0, torch.tensor([[1], [0]]))
     turned = Member("3.weight", 1, torch.tensor([[1], [0]]))
     return [
-        Neurons("0", 2, (pairs,)),
+        Channels("0", 2, (pairs,)),
         one_channel_each("3", model[3].weight, dim=1),
         one_channel_each("5", model[5].weight),
-        Neurons("0#2", 2, (bias, turned, pairs), weights=(turned, pairs)),
+        Channels("0#2", 2, (bias, turned, pairs), weights=(turned, pairs)),
     ]
 
 
-def channels_of(layer: Neurons, values: Mapping[str, Tensor]) -> list[Tensor]:
+def channels_of(layer: Channels, values: Mapping[str, Tensor]) -> list[Tensor]:
     """The entries of every unit in all weights that score it, by a loop."""
     return [
         torch.cat(
@@ -101,7 +101,7 @@ def channels_of(layer: Neurons, values: Mapping[str, Tensor]) -> list[Tensor]:
     ]
 
 
-def channel_sums(layers: list[Neurons], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def channel_sums(layers: list[Channels], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {layer.name: torch.stack([entries.sum() for entries in channels_of(layer, scores)]) for layer in layers}
 
 
@@ -144,12 +144,12 @@ def test_random_is_uniform_and_the_generators_own():
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_neuron_norm(order):
+def test_channel_norm(order):
     model = make_model()
     weights = dict(model.named_parameters())
-    for layer in make_neurons(model):
+    for layer in make_channels(model):
         expected = torch.stack([torch.linalg.vector_norm(entries, order) for entries in channels_of(layer, weights)])
-        scores = neuron_norm(weights, layer, order)
+        scores = channel_norm(weights, layer, order)
         assert not scores.requires_grad
         torch.testing.assert_close(scores, expected.detach())
 
@@ -326,7 +326,7 @@ def test_fisher_equals_a_loop_over_samples():
 
 def test_fisher_of_a_neuron_lets_all_its_weights_go_together():
     model, batches = make_model(), make_batches(3, 5)
-    layers = make_neurons(model)
+    layers = make_channels(model)
     scores = estimate(Fisher(model, layers), model, loss_fn, batches)
     samples = per_sample(model, batches, F.cross_entropy)
     changes = [
@@ -344,7 +344,7 @@ def test_fisher_of_a_transposed_convolution_with_groups():
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(96, CLASSES))
     model = model.double()
     batch = torch.randn(3, 4, 3, 3, dtype=torch.double), torch.tensor([0, 2, 1])
-    columns = Neurons("0", 3, (Member("0.weight", 1, torch.arange(3)[:, None]),))
+    columns = Channels("0", 3, (Member("0.weight", 1, torch.arange(3)[:, None]),))
     expected = torch.zeros(3, dtype=torch.double)
     for n in range(3):
         (g,) = torch.autograd.grad(loss_fn(model, (batch[0][n : n + 1], batch[1][n : n + 1])), model[0].weight)
@@ -459,7 +459,7 @@ def test_criteria_differ_from_each_other():
 @pytest.mark.parametrize("kind", [Taylor, Obd, Ewc, Mas])
 def test_a_neuron_is_the_sum_over_its_weights(kind):
     model, batches = make_model(), make_batches(3, 5)
-    layers, options = make_neurons(model), outputs_of(model)[kind]
+    layers, options = make_channels(model), outputs_of(model)[kind]
     scores = estimate(kind(model, layers, **options), model, loss_fn, batches)
     per_weight = estimate(kind(model, WEIGHTS, **options), model, loss_fn, batches)
     assert_equal(scores, channel_sums(layers, per_weight))
@@ -525,18 +525,18 @@ def test_si_forgets_nothing_at_an_event_and_ignores_what_the_mask_moves():
 
 def test_si_of_a_neuron_is_the_sum_over_its_weights():
     model, (batch,) = make_model(), make_batches(4)
-    layers = make_neurons(model)
-    of_weights, of_neurons = Si(model, WEIGHTS), Si(model, layers)
+    layers = make_channels(model)
+    of_weights, of_channels = Si(model, WEIGHTS), Si(model, layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         of_weights.before_step()
-        of_neurons.before_step()
+        of_channels.before_step()
         optimizer.step()
         of_weights.after_step()
-        of_neurons.after_step()
-    assert_equal(of_neurons.scores(), channel_sums(layers, of_weights.scores()))
+        of_channels.after_step()
+    assert_equal(of_channels.scores(), channel_sums(layers, of_weights.scores()))
 
 
 # ---------------------------------------------------------------------- state, ranks, hooks
@@ -567,11 +567,11 @@ def step(statistics: list[Statistic], model: nn.Module, batch) -> None:
         statistic.after_step()
 
 
-@pytest.mark.parametrize("targets", ["weights", "neurons"])
+@pytest.mark.parametrize("targets", ["weights", "channels"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_continues_identically(kind, targets):
     model, (first, second) = make_model(), make_batches(3, 5)
-    names = WEIGHTS if targets == "weights" else make_neurons(model)
+    names = WEIGHTS if targets == "weights" else make_channels(model)
     original = make(kind, model, names)
     step([original], model, first)
     file = io.BytesIO()
@@ -828,7 +828,7 @@ def skip(statistic: Statistic, model: nn.Module, batch, value: float, place: str
 
 @pytest.mark.parametrize("place", ["loss", "input"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("targets", ["weights", "neurons"])
+@pytest.mark.parametrize("targets", ["weights", "channels"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(kind, targets, value, place, monkeypatch):
     monkeypatch.setattr(samples, "draw_labels", lambda logits, generator: logits.argmin(1))
@@ -837,7 +837,7 @@ def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(kind, targets, valu
     scores = []
     for batches in (good, [good[0], None, good[1]]):
         model = make_model()
-        statistic = make(kind, model, WEIGHTS if targets == "weights" else make_neurons(model))
+        statistic = make(kind, model, WEIGHTS if targets == "weights" else make_channels(model))
         for batch in batches:
             model.zero_grad()
             if batch is not None:

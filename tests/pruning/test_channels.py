@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_compress.channels.find import channel_groups
-from lightning_compress.pruning import neurons as module_under_test
-from lightning_compress.pruning.groups import Neurons
-from lightning_compress.pruning.neurons import find_neurons
+from lightning_compress.pruning import channels as module_under_test
+from lightning_compress.pruning.channels import Channels, find_channels
 
 
 class Plain(nn.Module):
@@ -33,27 +32,27 @@ class Plain(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
-def find(net: nn.Module, inputs: Any, weights: Collection[str] | None = None, **options: Any) -> dict[str, Neurons]:
+def find(net: nn.Module, inputs: Any, weights: Collection[str] | None = None, **options: Any) -> dict[str, Channels]:
     """By name; for all weights of layers if none are named."""
     if weights is None:
         layers = (nn.Linear, nn.modules.conv._ConvNd)
         weights = [f"{name}.weight".lstrip(".") for name, layer in net.named_modules() if isinstance(layer, layers)]
-    return {found.name: found for found in find_neurons(net, inputs, weights, **options)}
+    return {found.name: found for found in find_channels(net, inputs, weights, **options)}
 
 
-def tensors(found: Neurons) -> list[str]:
+def tensors(found: Channels) -> list[str]:
     return [member.tensor for member in found.members]
 
 
-def scored(found: Neurons) -> list[str]:
+def scored(found: Channels) -> list[str]:
     return [member.tensor for member in found.weights]
 
 
-def free(found: dict[str, Neurons]) -> list[str]:
+def free(found: dict[str, Channels]) -> list[str]:
     return [name for name, one in found.items() if one.frozen is None]
 
 
-def silence(net: nn.Module, found: Neurons, unit: int) -> None:
+def silence(net: nn.Module, found: Channels, unit: int) -> None:
     parameters = dict(net.named_parameters())
     with torch.no_grad():
         for member in found.members:
@@ -521,7 +520,7 @@ def test_a_layer_that_reads_by_the_weight_of_an_embedding_makes_none_of_its_chan
     parts = {"head": head, "embedding": embedding} if layer_comes_first else {"embedding": embedding, "head": head}
     net = Plain(lambda self, x: self.head(F.relu(self.fc(self.embedding(x)))), **parts, fc=nn.Linear(6, 6))
     weight = f"{next(iter(parts))}.weight"
-    found = find_neurons(net, torch.tensor([[1, 8, 2], [3, 0, 1]]), [weight, "fc.weight"])
+    found = find_channels(net, torch.tensor([[1, 8, 2], [3, 0, 1]]), [weight, "fc.weight"])
     (stream,) = (one for one in found if one.size == 6)
     assert stream.frozen is None
     assert [(one.tensor, one.dim) for one in stream.members] == [(weight, 1), ("fc.weight", 0), ("fc.bias", 0)]
@@ -552,11 +551,11 @@ def test_where_no_layer_makes_the_channels_all_matrices_score_them() -> None:
     net = Plain(lambda self, x: self.head(F.relu(self.shift + x @ self.one + x @ self.two)), head=nn.Linear(6, 2))
     for name, shape in {"shift": (6,), "one": (4, 6), "two": (4, 6)}.items():
         net.register_parameter(name, nn.Parameter(torch.randn(shape)))
-    (found,) = find_neurons(net, SEQUENCE, ["one", "two"])
+    (found,) = find_channels(net, SEQUENCE, ["one", "two"])
     assert found.frozen is None
     assert [(one.tensor, one.dim) for one in found.members] == [("shift", 0), ("one", 1), ("two", 1)]
     assert scored(found) == ["one", "two"]
-    (found,) = find_neurons(net, SEQUENCE, ["two"])
+    (found,) = find_channels(net, SEQUENCE, ["two"])
     assert found.frozen == "they are those of one as well, which is no target"
 
 
@@ -566,7 +565,7 @@ def test_where_no_layer_makes_the_channels_all_matrices_score_them() -> None:
 def test_names_are_those_of_the_model_and_follow_the_networks_order() -> None:
     inner = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(6, 2))
     net = nn.ModuleDict({"unused": nn.Linear(2, 2), "backbone": inner})
-    found = find_neurons(
+    found = find_channels(
         net,
         SEQUENCE,
         ["backbone.3.weight", "unused.weight", "backbone.0.weight", "backbone.0.weight"],
@@ -579,7 +578,7 @@ def test_names_are_those_of_the_model_and_follow_the_networks_order() -> None:
 
 def test_reasons_are_told_with_the_models_names() -> None:
     net = nn.ModuleDict({"backbone": residual_net()})
-    (found,) = find_neurons(net, IMAGE, ["backbone.conv2.weight"], network="backbone")
+    (found,) = find_channels(net, IMAGE, ["backbone.conv2.weight"], network="backbone")
     assert found.frozen == "they are those of backbone.conv1.weight as well, which is no target"
 
 
@@ -588,7 +587,7 @@ def test_a_network_that_shares_parts_with_the_model_has_the_first_name_of_every_
     """As `named_parameters` and so `select_parameters` tell them."""
     trunk = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
     net = nn.ModuleDict({"trunk": trunk, "net": nn.Sequential(trunk, nn.Linear(6, 2))})
-    (found,) = find_neurons(net, SEQUENCE, [named], network="net")
+    (found,) = find_channels(net, SEQUENCE, [named], network="net")
     assert found.name == "net.0.0"
     assert found.frozen is None
     assert tensors(found) == ["trunk.0.weight", "trunk.0.bias"]
@@ -773,7 +772,7 @@ def test_nothing_is_changed(fail: bool, dtype: torch.dtype) -> None:
     identities = {name: (id(one), one.data_ptr()) for name, one in [*net.named_parameters(), *net.named_buffers()]}
     random_state = torch.get_rng_state()
     with pytest.raises(ValueError, match="user's model") if fail else nullcontext():
-        find_neurons(net, torch.ones(3, 4, dtype=dtype), ["fc.weight"])
+        find_channels(net, torch.ones(3, 4, dtype=dtype), ["fc.weight"])
     assert torch.equal(torch.get_rng_state(), random_state)
     after = net.state_dict()
     assert after.keys() == before.keys()
@@ -848,13 +847,13 @@ class Prediction:
 def test_bad_input() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
     with pytest.raises(ValueError, match=r"'0' is no parameter of Sequential: .* such as '0.weight'"):
-        find_neurons(net, SEQUENCE, ["0.weight", "0"])
+        find_channels(net, SEQUENCE, ["0.weight", "0"])
     with pytest.raises(ValueError, match="'backbone' is no parameter of ModuleDict"):
-        find_neurons(nn.ModuleDict({"backbone": net}), SEQUENCE, ["backbone"], network="backbone")
+        find_channels(nn.ModuleDict({"backbone": net}), SEQUENCE, ["backbone"], network="backbone")
 
 
 @pytest.mark.parametrize("output", [lambda y: float(y.sum()), Prediction], ids=["a number", "a class of its own"])
 def test_a_network_that_cannot_be_exported(output: Any) -> None:
     net = Plain(lambda self, x: output(self.fc(x)), fc=nn.Linear(4, 6))
     with pytest.raises(ValueError, match="Plain cannot be exported, so its channel groups cannot be found: "):
-        find_neurons(net, SEQUENCE, ["fc.weight"])
+        find_channels(net, SEQUENCE, ["fc.weight"])
