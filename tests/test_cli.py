@@ -611,7 +611,7 @@ def test_weights_of_another_network_are_refused(
 ) -> None:
     error = failure(command, capsys, f"weights={finished / 'dense.ckpt'}", "model.network.width=4")
     assert "dense.ckpt does not fit Classifier: " in error
-    assert "network.conv1.weight is (8, 1, 3, 3) in it and (4, 1, 3, 3) in the module" in error
+    assert "network.conv1.weight is (8, 1, 3, 3) in the file and (4, 1, 3, 3) in the module" in error
 
 
 def test_a_checkpoint_goes_on_in_no_other_folder(

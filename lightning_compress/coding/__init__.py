@@ -1,4 +1,4 @@
-"""A network as one small file: see README.md for what is in it."""
+"""Saves a network in one small file and loads it; README.md describes the format."""
 
 from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.files import load_compressed, save_compressed

@@ -1,7 +1,7 @@
-"""The stream of coder="ans": one stack of asymmetric numeral systems for all tensors, by constriction.
+"""The stream of coder="ans": one stack of asymmetric numeral systems (ANS) for all tensors, by constriction.
 
-Models go to constriction as frequencies minus 1, floats without a fraction that add up to 2^24 minus their number. It
-scales them by (2^24 - k) / sum = 1.0 and adds 1 to each: no step rounds, so that no machine can differ.
+constriction gets the k frequencies of a model minus 1, as whole floats with the sum 2^24 - k. It scales them by
+(2^24 - k) / sum = 1.0 and adds 1 to each. No step rounds, so every machine gets the same model.
 """
 
 from __future__ import annotations
@@ -22,21 +22,29 @@ from lightning_compress.coding.streams import PIECE, Array, Reader, Writer, coun
 AnsCoder = constriction_stream.stack.AnsCoder
 Categorical, Uniform = constriction_stream.model.Categorical, constriction_stream.model.Uniform
 
-_GROUPED = 4096  # symbols of a large tensor are taken in groups, of which there are at most so many
-_GROUP_FROM = 1 << 18  # symbols; below, building the table takes longer
-_PACK_FROM = 1 << 12  # symbols; below, a byte that is not full costs more
-_FEW = 8  # values: their steps are made once, for headers repeat them
-_PACKED, _UNIFORM = len(tables.RESOLUTIONS), len(tables.RESOLUTIONS) + 1  # kinds of tables beside the resolutions
+_GROUPED = 4096  # most different groups; symbols of a large tensor are coded in groups
+_GROUP_FROM = 1 << 18  # fewest symbols coded in groups; for fewer, building the table takes too long
+_PACK_FROM = 1 << 12  # fewest symbols that are packed; for fewer, a partly filled last byte costs too much
+_FEW = 8  # most values of a step that is cached, because headers repeat it
+_PACKED, _UNIFORM = len(tables.RESOLUTIONS), len(tables.RESOLUTIONS) + 1  # kinds of tables after the resolutions
 _KINDS = len(tables.RESOLUTIONS) + 2
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Symbols to be coded, one by one or several in a row as one, with an alphabet of this size."""
+    """Symbols that are coded together.
+
+    Attributes:
+        symbols: The symbols.
+        model: constriction's model of a symbol, or of a group of symbols.
+        chances: The probability that each symbol is 1, in 2^-24, if every symbol has its own.
+        group: How many symbols are coded as one.
+        size: The size of the alphabet; only needed for groups.
+    """
 
     symbols: Array
     model: Any
-    chances: Array | None = None  # of each symbol its own
+    chances: Array | None = None
     group: int = 1
     size: int = 1
 
@@ -47,7 +55,7 @@ def _few(values: tuple[int, ...], size: int) -> _Step:
 
 
 class AnsWriter(Writer):
-    """Codes symbols at their entropy."""
+    """Writes symbols at their entropy."""
 
     adaptive = True
 
@@ -105,7 +113,7 @@ class AnsWriter(Writer):
 
     def finish(self) -> bytes:
         coder = AnsCoder()
-        for step in reversed(self._steps):  # a stack: what is read first is written last
+        for step in reversed(self._steps):  # ANS is a stack: the symbols to be read first are written last
             piece = PIECE * step.group
             for start in reversed(range(0, len(step.symbols), piece)):
                 symbols = _joined(step.symbols[start : start + piece], step.group, step.size)
@@ -115,11 +123,11 @@ class AnsWriter(Writer):
                     coder.encode_reverse(symbols, step.model, _pairs(step.chances[start : start + piece]))
         octets: Array = coder.get_compressed().astype("<u4", copy=False).view(np.uint8)
         end = len(octets) - 4 + len(octets[-4:].tobytes().rstrip(b"\0")) if len(octets) else 0
-        return octets[:end].tobytes()  # zeros of the last word only: a stack never ends in a zero word
+        return octets[:end].tobytes()  # without the zero bytes of the last word, which is never zero itself
 
 
 class AnsReader(Reader):
-    """Reads what an `AnsWriter` wrote."""
+    """Reads the content that an `AnsWriter` wrote."""
 
     def __init__(self, stream: memoryview, raw: memoryview) -> None:
         super().__init__(stream, raw)
@@ -182,7 +190,7 @@ class AnsReader(Reader):
     def finish(self) -> None:
         self._finish_raw()
         if not self._coder.is_empty():
-            self.fail("its stream goes on after its end")
+            self.fail("its stream continues after the last tensor")
 
 
 def _model(frequencies: Array) -> Any:
@@ -190,17 +198,17 @@ def _model(frequencies: Array) -> Any:
 
 
 def _pairs(chances: Array) -> Array:
-    pairs = np.empty((len(chances), 2), np.float32)  # exact: below 2^24
+    pairs = np.empty((len(chances), 2), np.float32)  # float32 is exact below 2^24
     pairs[:, 1] = chances - 1
     pairs[:, 0] = tables.TOTAL - 1 - chances
     return pairs
 
 
 def _joined(symbols: Array, group: int, size: int) -> Array:
-    """Join each group of symbols into one, the first the most significant, as constriction takes them."""
+    """Return each group of symbols as one int32 number, its first symbol the most significant digit."""
     if group == 1:
         return symbols.astype(np.int32, copy=False)
-    joined = symbols[::group].astype(np.uint16)  # groups are below `_GROUPED`
+    joined = symbols[::group].astype(np.uint16)  # numbers are below `_GROUPED`
     for place in range(1, group):
         joined *= np.uint16(size)
         joined += symbols[place::group]
@@ -214,7 +222,7 @@ def _group(count: int, size: int) -> int:
 
 
 def _group_lookup(lookup: Array, group: int) -> Array:
-    """The entries of all groups of symbols, each group as one item."""
+    """Return the entries of each possible group of symbols as one item."""
     places = np.indices((len(lookup),) * group).reshape(group, -1).T
     entries = np.ascontiguousarray(lookup[places])
     return entries.view(f"V{group * lookup.itemsize}").reshape(-1)

@@ -1,6 +1,7 @@
-"""The streams of coder="huffman" and coder="none": whole bits, the first of each byte the highest.
+"""The streams of coder="huffman" and coder="none": whole bits, the highest bit of each byte first.
 
-Huffman-coded symbols stand among the raw bytes, in pieces of 2^23: of each lane its bits as 3 bytes, then the codes.
+Huffman-coded symbols are part of the raw bytes, in pieces of 2^23 symbols. A piece has the number of bits of each lane
+in 3 bytes, then the codes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from lightning_compress.coding import huffman
 from lightning_compress.coding.packing import packed_bytes
 from lightning_compress.coding.streams import PIECE, Array, Reader, Writer, count
 
-_PIECE = 1 << 23  # symbols: enough lanes for a step to be worth its overhead
+_PIECE = 1 << 23  # symbols; it has so many lanes that the overhead of decoding them together pays off
 _LANE_BYTES = 3
 
 
 class BitWriter(Writer):
-    """Writes symbols in a fixed number of bits."""
+    """Writes each symbol in a fixed number of bits."""
 
     relative = True
 
@@ -46,7 +47,7 @@ class BitWriter(Writer):
 
 
 class HuffmanWriter(BitWriter):
-    """Writes symbols in Huffman codes, where those are shorter."""
+    """Writes symbols in Huffman codes where these are shorter than a fixed number of bits."""
 
     def coded(self, symbols: Array, size: int) -> None:
         if size == 1 or not len(symbols):
@@ -79,7 +80,7 @@ def _huffman_pieces(symbols: Array, lengths: list[int]) -> Iterator[bytes]:
 
 
 class BitReader(Reader):
-    """Reads what a `BitWriter` wrote."""
+    """Reads the content that a `BitWriter` wrote."""
 
     def __init__(self, stream: memoryview, raw: memoryview) -> None:
         super().__init__(stream, raw)
@@ -118,11 +119,11 @@ class BitReader(Reader):
         self._finish_raw()
         left = bytes(self._stream)[self._place // 8 :]
         if len(left) > 1 or (left and (not self._place % 8 or left[0] << self._place % 8 & 0xFF)):
-            self.fail("its stream goes on after its end")
+            self.fail("its stream continues after the last tensor")
 
 
 class HuffmanReader(BitReader):
-    """Reads what a `HuffmanWriter` wrote."""
+    """Reads the content that a `HuffmanWriter` wrote."""
 
     def coded(self, count: int, lookup: Array) -> Iterator[Array]:
         size = len(lookup)

@@ -1,14 +1,14 @@
 """The container of a compressed file: magic bytes, version, raw bytes, stream and checksum.
 
-    89 4C 43       "LC" after a byte that no text has
-    02             version of the format: 1 had the same container, and several contents
+    89 4C 43       "LC" after a byte that no text starts with
+    02             version of the format; version 1 had the same container, with several layouts of the content
     varint         4 * (number of raw bytes) + coder; coder: 0 ans, 1 huffman, 2 none
     raw bytes
     stream         up to the checksum
-    4 bytes        CRC-32 of all before, the lowest byte first
+    4 bytes        CRC-32 of all bytes before it, lowest byte first
 
-Both parts are read from their beginning: the header (`header.py`), then tensor after tensor
-(`encodings/tensor.py`).
+The raw bytes and the stream are read side by side from their beginnings: first the header (`header.py`), then each
+tensor (`encodings/tensor.py`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from lightning_compress.core.files import replacing
 
 Coder = Literal["ans", "huffman", "none"]
 MAGIC = b"\x89LC"
-_VERSION = 2  # raise it with every change of what the bytes mean; tests/coding/test_format.py has some of each
-_UNSURE = 1  # the content changed between commits that wrote this version
+_VERSION = 2  # increase it whenever the meaning of the bytes changes; tests/coding/test_format.py has files of each
+_UNSURE = 1  # the layout of the content changed while files had this version
 _CHECKSUM = 4  # bytes
 _LEAST = len(MAGIC) + 1 + 1 + _CHECKSUM
 _CODERS: dict[str, tuple[type[Writer], type[Reader]]] = {
@@ -40,21 +40,21 @@ _CODERS: dict[str, tuple[type[Writer], type[Reader]]] = {
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins with the magic bytes of a compressed file.
+    """Return whether a file begins with the magic bytes of a compressed file.
 
     Example:
         >>> is_compressed(__file__)
         False
     """
     with Path(path).open("rb") as file:
-        return MAGIC.startswith(file.read(len(MAGIC)))  # one that ends within them was truncated
+        return MAGIC.startswith(file.read(len(MAGIC)))  # a file that ends within them was truncated
 
 
 def make_writer(coder: Coder) -> Writer:
     """Return an empty writer.
 
     Raises:
-        ValueError: There is no such coder.
+        ValueError: `coder` is unknown.
     """
     if coder not in _CODERS:
         raise ValueError(f"coder={coder!r} is unknown; expected one of {', '.join(map(repr, _CODERS))}.")
@@ -64,13 +64,13 @@ def make_writer(coder: Coder) -> Writer:
 def write_file(
     path: str | os.PathLike[str], writer: Writer, coder: Coder, *, check: Callable[[int], None] = lambda size: None
 ) -> int:
-    """Write the content of a writer, whole or not at all, and return the file's size.
+    """Write the content of a writer to a file, and return the file's size; an error leaves the old file unchanged.
 
     Args:
-        path: Where it goes.
-        writer: What was collected.
-        coder: The writer's.
-        check: Takes the size before the file is in its place; an error leaves what was there.
+        path: The file.
+        writer: The writer that collected the content.
+        coder: The writer's coder.
+        check: A function that gets the file's size before the file is put in its place, and may raise.
     """
     prefix = MAGIC + bytes([_VERSION]) + varint(4 * writer.raw_bytes + list(_CODERS).index(coder))
     checksum = 0
@@ -90,15 +90,15 @@ def _pieces(writer: Writer, prefix: bytes) -> Iterator[bytes]:
 
 
 def explained(error: BaseException, data: memoryview) -> str:
-    """Describe what is wrong with a file; one of version 1 may be intact, but of a commit with another layout."""
+    """Describe what is wrong with a file; a file of version 1 may be intact, but have another layout."""
     problem = str(error) or "its tensors do not fit into memory"
     whole = len(data) >= _LEAST and zlib.crc32(data[:-_CHECKSUM]) == int.from_bytes(data[-_CHECKSUM:], "little")
     if not whole or data[len(MAGIC)] != _UNSURE or "max_bytes" in problem:
         return problem
     return (
-        f"it has version {_UNSURE} of the format, whose content changed while it kept that number, and is damaged or "
-        f"of a commit that wrote it otherwise ({problem}): load it with the version of lightning_compress that wrote "
-        f"it, and save it anew"
+        f"it has version {_UNSURE} of the format, whose layout changed while it kept that number; it is damaged, or "
+        f"has an older layout ({problem}). Load it with the version of lightning_compress that wrote it, and save it "
+        f"again with this one"
     )
 
 
@@ -106,26 +106,29 @@ def open_reader(data: memoryview) -> tuple[Reader, str]:
     """Return the reader of a file's content, and the name of its coder.
 
     Raises:
-        CorruptFileError: It is truncated, damaged, of another version or no compressed network.
+        CorruptFileError: The file is truncated, damaged, of another version, or not a compressed network.
     """
     if len(data) < _LEAST:
-        raise CorruptFileError(f"it has {len(data)} bytes, less than the {_LEAST} of an empty one")
+        raise CorruptFileError(f"it has {len(data)} bytes, fewer than the {_LEAST} of an empty network")
     if data[: len(MAGIC)] != MAGIC:
         raise CorruptFileError(f"it starts with {bytes(data[: len(MAGIC)])!r}, not {MAGIC!r}")
     if data[len(MAGIC)] not in (_UNSURE, _VERSION):
         raise CorruptFileError(
-            f"it has version {data[len(MAGIC)]} of the format, and only {_UNSURE} and {_VERSION} can be read: load it "
+            f"it has version {data[len(MAGIC)]} of the format, and only {_UNSURE} and {_VERSION} can be read. Load it "
             f"with the version of lightning_compress that wrote it"
         )
     content = data[:-_CHECKSUM]
     if zlib.crc32(content) != int.from_bytes(data[-_CHECKSUM:], "little"):
-        raise CorruptFileError("it is truncated or damaged: its checksum does not fit its content")
+        raise CorruptFileError("it is truncated or damaged: its checksum does not match its content")
     try:
         number, start = read_varint(content, len(MAGIC) + 1)
     except ValueError as error:
         raise CorruptFileError(str(error)) from error
     raw, coder = divmod(number, 4)
     if coder >= len(_CODERS) or start + raw > len(content):
-        raise CorruptFileError(f"it announces {raw} raw bytes and coder {coder}, and has {len(content) - start} bytes")
+        raise CorruptFileError(
+            f"it announces {raw} raw bytes and coder {coder}; it has {len(content) - start} bytes, and coders are "
+            f"0 to {len(_CODERS) - 1}"
+        )
     name = list(_CODERS)[coder]
     return _CODERS[name][1](content[start + raw :], content[start : start + raw]), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class CorruptFileError(ValueError):
-    """A compressed file is truncated, damaged or crafted; the message names it and says what is wrong.
+    """A compressed file is truncated, damaged or crafted; the message names the file and the fault.
 
     Example:
         >>> import tempfile
@@ -14,5 +14,5 @@ class CorruptFileError(ValueError):
         >>> _ = path.write_bytes(bytes([0x89]) + b"LC")
         >>> load_compressed(path)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        lightning_compress.coding.errors.CorruptFileError: ...network.lcz is corrupt: it has 3 bytes, less than ...
+        lightning_compress.coding.errors.CorruptFileError: ...network.lcz is corrupt: it has 3 bytes, fewer than ...
     """

@@ -1,4 +1,4 @@
-"""Save a network in one small file, and load it again."""
+"""Saves a network in one small file, and loads it."""
 
 from __future__ import annotations
 
@@ -25,28 +25,27 @@ from lightning_compress.core.records import RecordError
 def save_compressed(
     model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str], *, coder: Coder = "ans", half: bool = False
 ) -> CompressedSize:
-    """Write a network's state dict into one file, every tensor in the way that takes the fewest bytes.
+    """Write a network's state dict into one file, with the encoding that takes the fewest bytes for each tensor.
 
-    What a tensor is like is seen from its values alone: zeros (a map of them, coded), few distinct values (a codebook
-    of k values and coded indices: n H + k b bits at entropy H), signs and grids of a few bits (integers times a
-    scale per tensor or channel), floats that are float16, integers of a few bits; else as it is. Everything comes back
-    bit for bit, but that -0.0 comes back as 0.0. The file appears whole or not at all.
+    Encodings are chosen from the values alone: a coded map of the zeros; a codebook of k values with coded indices
+    (n H + k b bits at entropy H); small integers times a scale per tensor or channel (signs, grids of a few bits);
+    floats that float16 represents exactly; integers of a few bits; else raw bytes. All values are restored bit for bit,
+    except that -0.0 becomes 0.0. If saving fails, an existing file stays unchanged.
 
     Args:
-        model: A module, or tensors by name: any device, any order in memory, tied ones stored once. What a cut network
-            needs to be rebuilt (the metadata of its state dict) goes into the file as well.
-        path: The file, in an existing folder; an old one is replaced.
-        coder: "ans": at the entropy; "huffman": Deep Compression's way, relative indices and Huffman codes, in whole
-            bits per symbol; "none": fixed widths.
-        half: Whether values and codebooks that would be float32 or float64 are rounded to float16; they come back in
-            their dtype.
+        model: A module, or tensors by name, on any device and with any strides. A tied tensor is stored once. The
+            metadata of a state dict, which a cut network needs to be rebuilt, are saved as well.
+        path: The file, in an existing folder; an existing file is replaced.
+        coder: "ans" codes at the entropy; "huffman" uses Deep Compression's relative indices and Huffman codes, with
+            whole bits per symbol; "none" uses fixed widths.
+        half: Whether float32 and float64 values and codebooks are rounded to float16; they are loaded in their dtype.
 
     Returns:
-        What each tensor costs; print it.
+        The bytes of each tensor and of the file; `print` shows them as a table.
 
     Raises:
-        ValueError: `coder` is unknown, or the state dict holds something that a file can't: an entry that is no
-            tensor, an unknown dtype or layout, or metadata that are no plain values.
+        ValueError: `coder` is unknown, or a file can't hold the state dict: an entry is not a tensor or has an unknown
+            dtype or layout, or the metadata hold something other than plain values.
 
     Paper:
         Han et al., Deep Compression (1510.00149).
@@ -74,9 +73,9 @@ def save_compressed(
     def check(size: int) -> None:
         if memory > memory_limit(size):
             raise ValueError(
-                f"The names of {len(header.names):,} tensors, and what the metadata say beside them, take {memory:,} "
-                f"bytes of memory: load_compressed reads at most {memory_limit(size):,} from a file of {size:,} bytes, "
-                f"so that nobody can craft one that takes all there is. Use shorter names, or stack small tensors."
+                f"The names of {len(header.names):,} tensors and the state dict's metadata take {memory:,} bytes of "
+                f"memory. From a file of {size:,} bytes load_compressed reads at most {memory_limit(size):,}, so that "
+                f"no crafted file can exhaust the memory. Use shorter names, or stack small tensors."
             )
 
     return CompressedSize(write_file(path, writer, coder, check=check), coder, tuple(sizes))
@@ -85,20 +84,23 @@ def save_compressed(
 def load_compressed(
     path: str | os.PathLike[str], model: nn.Module | None = None, *, max_bytes: int | None = None
 ) -> Any:
-    """Load a network that was compressed: a file of `save_compressed`, a Lightning checkpoint, or a state dict.
+    """Load a compressed network: a file of `save_compressed`, a Lightning checkpoint, or a state dict.
 
     Args:
-        path: The file; what it is, its first bytes tell.
-        model: A network of the user's own class, dense where the file's was cut. It gets the file's shapes and
-            weights, and is returned; without it the state dict is: dense tensors on the CPU, tied names sharing one.
-        max_bytes: How much memory the tensors of a compressed file may take; None: 1 GiB, or 256
-            times the file where that is more.
+        path: The file. Its first bytes decide which of the three it is.
+        model: A network of the user's own class; dense, even if the saved network was cut. It gets the file's shapes
+            and weights.
+        max_bytes: How much memory the tensors of a compressed file may take. None: 1 GiB, or 256 times the size of the
+            file if that is more.
+
+    Returns:
+        The model; without one, the state dict: dense tensors on the CPU, where tied names share one tensor.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CorruptFileError: A compressed file is truncated, damaged, crafted, of an unknown version, or too large.
-        UnknownRecordError: A later version saved the network, with something that this one can't rebuild.
-        ValueError: It is no file of tensors, or not of a network of this class; the model is as it was.
+        FileNotFoundError: The file does not exist.
+        CorruptFileError: The compressed file is truncated, damaged, crafted, of an unknown version, or too large.
+        UnknownRecordError: A later version saved the network, with a change that this version can't rebuild.
+        ValueError: The file holds no tensors, or those of another network; the model is unchanged.
 
     Example:
         >>> import tempfile, torch
@@ -124,7 +126,7 @@ def load_compressed(
 
 @dataclass(frozen=True)
 class CompressedFile:
-    """The content of a compressed file: the state dict, and what each tensor costs."""
+    """The content of a compressed file: the state dict, and the size of each tensor."""
 
     state: dict[str, Tensor]
     size: CompressedSize
@@ -135,15 +137,15 @@ def read_compressed(path: str | os.PathLike[str], *, max_bytes: int | None = Non
 
     Args:
         path: The file.
-        max_bytes: How much memory its tensors may take; None: as `default_limit` says.
+        max_bytes: How much memory its tensors may take; None: `default_limit` of the file's size.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        CorruptFileError: It is truncated, damaged, crafted, of an unknown version, too large, or something else.
+        FileNotFoundError: The file does not exist.
+        CorruptFileError: The file is truncated, damaged, crafted, of an unknown version, too large, or of another kind.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {path} (looked for in {Path(path).absolute().parent}).")
-    data = np.fromfile(path, np.uint8).data  # into memory that costs less than what read_bytes() takes
+    data = np.fromfile(path, np.uint8).data  # numpy's memory is cheaper than that of read_bytes()
     try:
         return _read(data, default_limit(len(data)) if max_bytes is None else max_bytes)
     except (CorruptFileError, MemoryError) as error:
@@ -156,8 +158,8 @@ def _read(data: memoryview, limit: int) -> CompressedFile:
     announced = sum(entry.bytes for entry in header.entries)
     if announced > limit:
         reader.fail(
-            f"its tensors take {announced} bytes, more than the {limit} that max_bytes allows a file of {len(data)} "
-            f"bytes: if it comes from someone you trust, pass max_bytes={announced}"
+            f"its tensors take {announced} bytes, more than the {limit} that max_bytes allows for a file of "
+            f"{len(data)} bytes. If you trust its source, pass max_bytes={announced}"
         )
     tensors: dict[str, Tensor] = {}
     sizes = []
@@ -179,7 +181,7 @@ def _state(header: Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def default_limit(file_bytes: int) -> int:
-    """Return how many bytes the tensors of a file may take: 1 GiB, or 256 times the file, if there is that memory.
+    """Return how many bytes the tensors of a file may take: 1 GiB or 256 times the file, at most the machine's memory.
 
     Example:
         >>> default_limit(1000) == 1 << 30
@@ -187,6 +189,6 @@ def default_limit(file_bytes: int) -> int:
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not everywhere
+    except (AttributeError, OSError, ValueError):  # not every system has sysconf and these names
         memory = 1 << 46
     return min(memory, max(1 << 30, 256 * file_bytes))

@@ -1,4 +1,4 @@
-"""The footprint of a network, with the bytes of its compressed file."""
+"""Measures the footprint of a network, with the bytes of its compressed file."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_compress.measure.footprint import Footprint, measure
 
 
 def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 30) -> Footprint:
-    """Measure parameters, MACs, latency and memory as `measure.footprint.measure` does, and bytes by `save_compressed`.
+    """Measure parameters, MACs, latency and memory with `measure.footprint.measure`, and bytes with `save_compressed`.
 
     Args:
-        model: Any module; parameters, gradients, buffers, modes, hooks and torch's random state stay as they are.
+        model: Any module. Its parameters, gradients, buffers, modes and hooks, and torch's random state, do not change.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first, on the
             model's device.
-        repeats: How many forward passes the latency is the median of.
+        repeats: The number of forward passes of which the latency is the median.
 
     Raises:
-        ValueError: As for `measure`, or the state dict holds what a file can't.
-        RuntimeError: The file did not give back what was written.
+        ValueError: `measure` refuses the arguments, or a file can't hold the state dict.
+        RuntimeError: The loaded tensors differ from the saved ones.
 
     Example:
         >>> import torch
@@ -36,11 +36,11 @@ def footprint(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int =
 
 
 def file_bytes(model: nn.Module) -> int:
-    """Return the size of the network's compressed file, which is read back and compared.
+    """Return the size of the network's compressed file, after loading it and comparing all values.
 
     Raises:
-        ValueError: The state dict holds what a file can't.
-        RuntimeError: The file did not give back what was written.
+        ValueError: A file can't hold the state dict.
+        RuntimeError: The loaded tensors differ from the saved ones.
 
     Example:
         >>> file_bytes(nn.Linear(10, 10)) < 10 * 11 * 4 + 30
@@ -54,7 +54,10 @@ def file_bytes(model: nn.Module) -> int:
     changed = [name for name, one in state.items() if isinstance(one, Tensor) and not _same(one, loaded[name])]
     changed += [name for name, one in state.items() if not isinstance(one, Tensor) and one != loaded[name]]
     if changed:
-        raise RuntimeError(f"These tensors came back from the file other than they were written: {changed}.")
+        raise RuntimeError(
+            f"{type(model).__name__}: after save_compressed and load_compressed these entries differ: {changed}. "
+            f"Please report this."
+        )
     return size
 
 

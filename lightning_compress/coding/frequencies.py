@@ -1,7 +1,8 @@
-"""Probabilities as integers, so that every machine rebuilds the same ones.
+"""Probabilities as integers, so that every machine computes the same ones.
 
-A model of k symbols is k integers f_i >= 1 that add up to 2^24: symbol i costs 24 - log2(f_i) bits. A file holds only
-levels: l_i = 0 for a symbol that never comes, else f_i is proportional to 2^((l_i - 1) / r): r steps per factor of 2.
+A model of k symbols has k integer frequencies f_i >= 1 with the sum 2^24: symbol i costs 24 - log2(f_i) bits. A file
+stores only levels l_i: 0 for a symbol that does not occur; otherwise f_i is proportional to 2^((l_i - 1) / r), where
+the resolution r is the number of levels per factor of 2.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-PRECISION = 24  # bits; that of constriction
+PRECISION = 24  # bits, as constriction has them
 TOTAL = 1 << PRECISION
-RESOLUTIONS = (1, 2, 4, 8)  # steps per factor of 2: what a finer table saves in the stream, it costs itself
-MAX_LEVEL = 1 + 8 * 48  # counts are below 2^48
+RESOLUTIONS = (1, 2, 4, 8)  # a finer table makes the stream shorter and is longer itself
+MAX_LEVEL = 1 + 8 * 48  # at the finest resolution, for counts below 2^48
 
 
 def to_levels(counts: Array, resolution: int) -> Array:
-    """Return the levels of symbols that came so many times.
+    """Return the levels of symbols with the given counts.
 
     Example:
         >>> to_levels(np.array([1, 0, 2, 8]), 1).tolist()
@@ -35,7 +36,7 @@ def to_levels(counts: Array, resolution: int) -> Array:
 
 
 def from_levels(levels: Sequence[int], resolution: int) -> Array:
-    """Return the frequencies that levels stand for, by integer arithmetic alone.
+    """Return the frequencies of levels, by integer arithmetic.
 
     Example:
         >>> from_levels([1, 0, 2, 4], 1).tolist(), 2**24
@@ -45,7 +46,7 @@ def from_levels(levels: Sequence[int], resolution: int) -> Array:
 
 
 def normalised(weights: Sequence[int]) -> Array:
-    """Return frequencies in proportion to integer weights, none below 1; the largest takes what rounding leaves.
+    """Return frequencies in proportion to integer weights, at least 1 each; the largest gets the rounding remainder.
 
     Example:
         >>> normalised([3, 1]).tolist(), normalised([0, 0]).tolist()
@@ -60,7 +61,7 @@ def normalised(weights: Sequence[int]) -> Array:
 
 
 def of_groups(frequencies: Array, size: int) -> Array:
-    """Return the frequencies of `size` symbols in a row taken as one, the first the most significant.
+    """Return the frequencies of groups of `size` symbols; the first symbol of a group is the most significant digit.
 
     Example:
         >>> of_groups(np.array([3 << 22, 1 << 22]), 2).tolist()
@@ -74,13 +75,13 @@ def of_groups(frequencies: Array, size: int) -> Array:
 
 
 def cost(counts: Array, frequencies: Array) -> float:
-    """Return the bits of symbols that came so many times."""
+    """Return the bits that symbols with the given counts cost."""
     return float(counts @ (PRECISION - np.log2(frequencies)))
 
 
 @cache
 def _power(level: int, resolution: int) -> int:
-    """2^((level - 1) / resolution) in units of 2^-16, rounded down; 0 for level 0."""
+    """Return 2^((level - 1) / resolution) in units of 2^-16, rounded down; 0 for level 0."""
     if level == 0:
         return 0
     whole, part = divmod(level - 1, resolution)

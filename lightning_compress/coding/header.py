@@ -1,4 +1,4 @@
-"""The header of a compressed file: names, dtypes and shapes of all tensors, and the state dict's metadata."""
+"""Writes and reads the header: names, dtypes and shapes of all tensors, and the state dict's metadata."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lightning_compress.coding.names import memory_of_names, read_text, write_te
 from lightning_compress.coding.patterns import DTYPES
 from lightning_compress.coding.streams import Reader, Writer
 
-_DIMENSIONS = 64
-_SIZE = 1 << 48  # of a dimension; torch takes larger ones where another is zero
-_ALLOWANCE = 1 << 24  # bytes of memory that names and records may take, beside 16 times the file's own
+_DIMENSIONS = 64  # most dimensions of a tensor
+_SIZE = 1 << 48  # the size of a dimension is smaller; torch allows larger sizes if another is zero
+_ALLOWANCE = 1 << 24  # bytes of memory that names and records may take in addition to 16 times the file's size
 _EXTRAS = "lightning_compress.extra_state"  # a key in the root module's metadata
-_ASSIGN = "assign_to_params_buffers"  # torch leaves it in the metadata; a load that finds it replaces parameters
+_ASSIGN = "assign_to_params_buffers"  # torch leaves this key in metadata; with it a load would replace parameters
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its names (several for a tied one), dtype and shape."""
+    """The names of one tensor (several if it is tied), its dtype and its shape."""
 
     names: tuple[str, ...]
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """The bytes that the tensor takes in memory."""
+        """The bytes of the tensor in memory."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -45,7 +45,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """All tensors in order, all names in order, the metadata, or None where there is none, and extra states by name."""
+    """The content of a header.
+
+    Attributes:
+        entries: All tensors, in order.
+        names: All names, in the order of the state dict.
+        metadata: The metadata of the state dict, or None.
+        extras: Extra states that are not tensors, by name.
+    """
 
     entries: tuple[Entry, ...]
     names: tuple[str, ...]
@@ -62,13 +69,13 @@ def write_header(writer: Writer, header: Header) -> int:
     """Write a header, and return how many bytes of memory a reader needs for its names and plain values.
 
     Raises:
-        ValueError: The metadata, or an extra state, holds something other than plain values, or a tensor has a shape
-            that no reader takes.
+        ValueError: The metadata or an extra state hold something other than plain values, or a reader would refuse the
+            shape of a tensor.
     """
     if unreadable := [entry for entry in header.entries if not entry.possible]:
         raise ValueError(
-            f"{unreadable[0].names[0]!r} has the shape {unreadable[0].shape}; a compressed file holds tensors of at "
-            f"most {_DIMENSIONS} dimensions below {_SIZE}, whose product fits into memory."
+            f"{unreadable[0].names[0]!r} has the shape {unreadable[0].shape}; a tensor of a compressed file has at "
+            f"most {_DIMENSIONS} dimensions, each below {_SIZE}, and fewer than 2^63 bytes. Reshape it before saving."
         )
     owner = {name: i for i, entry in enumerate(header.entries) for name in entry.names}
     firsts = {entry.names[0] for entry in header.entries}
@@ -102,7 +109,7 @@ def write_header(writer: Writer, header: Header) -> int:
 
 
 def _unusual(header: Header) -> dict[str, Any] | None:
-    """Return the metadata that can't be derived from the names."""
+    """Return the metadata that can't be derived from the names; None if the state dict has neither these nor extras."""
     if header.metadata is None and not header.extras:
         return None
     usual = _usual(header.names)
@@ -112,7 +119,9 @@ def _unusual(header: Header) -> dict[str, Any] | None:
     }
     for path, entry in metadata.items():
         if not isinstance(entry.get("version"), int | None):
-            raise ValueError(f"The metadata of {path!r} have the version {entry['version']!r}; expected an integer.")
+            raise ValueError(
+                f"The state dict's metadata of {path!r} have the version {entry['version']!r}; it must be an integer."
+            )
     for name, value in header.extras.items():
         plain_values.to_bytes(value, f"{name!r}, an extra state,")
     if header.extras:
@@ -121,31 +130,31 @@ def _unusual(header: Header) -> dict[str, Any] | None:
 
 
 def read_header(reader: Reader, file_bytes: int) -> Header:
-    """Read what `write_header` wrote; all of it is checked but the size of the tensors."""
+    """Read a header that `write_header` wrote, and check everything except the total size of the tensors."""
     limit = memory_limit(file_bytes)
     count = reader.number()
     if count * memory_of_names([""]) > limit:
-        reader.fail(f"{count} names are announced, more than the {limit // memory_of_names(['']):,} it may have")
+        reader.fail(f"it announces {count} names, more than the {limit // memory_of_names(['']):,} that it may have")
     try:
         text = read_text(reader, limit).decode()
     except UnicodeDecodeError as error:
-        reader.fail(f"its names are no text ({error})")
+        reader.fail(f"its names are not text ({error})")
     found = text.count("\0") + 1 if count else 0
     if found != count or (text and not count):
-        reader.fail(f"it has {found} names, and {count} are announced")
+        reader.fail(f"it has {found} names, but announces {count}")
     names = text.split("\0") if count else []
     if len(set(names)) != count:
-        reader.fail(f"it has {len(set(names))} different names, and {count} are announced")
+        reader.fail(f"it has {len(set(names))} different names, but announces {count}")
     limit -= memory_of_names(names)
     if limit < 0:
-        reader.fail(f"its names are longer, or have more parts, than those of a file of {file_bytes} bytes may")
+        reader.fail(f"its names are longer, or have more parts, than a file of {file_bytes} bytes may have")
     owner = {}
     for _ in range(reader.number(count + 1)):
         place = reader.number(count)
         owner[place] = reader.number(count)
     firsts = [name for place, name in enumerate(names) if place not in owner]
     if any(tensor >= len(firsts) for tensor in owner.values()):
-        reader.fail("a name belongs to a tensor that is not there")
+        reader.fail("a name belongs to a tensor that it does not have")
     groups = [[name] for name in firsts]
     for place, tensor in owner.items():
         groups[tensor].append(names[place])
@@ -158,11 +167,11 @@ def read_header(reader: Reader, file_bytes: int) -> Header:
             place = reader.number(len(recent.sizes) + 1)
             shape.append(recent.taken(place) if place else reader.number(_SIZE))
             if not place and shape[-1] in recent.known:
-                reader.fail(f"a size of {shape[-1]} is told anew")
+                reader.fail(f"a size of {shape[-1]} is written out, though it was used before")
             recent.add(shape[-1])
         entries.append(Entry(tuple(group), dtype, tuple(shape)))
         if not entries[-1].possible:
-            reader.fail(f"a tensor has the shape {tuple(shape[:8])}, and no machine has memory for it")
+            reader.fail(f"a tensor has the shape {tuple(shape[:8])}, for which no machine has memory")
     if not reader.uniform(1, 2)[0]:
         return Header(tuple(entries), tuple(names), None)
     metadata, extras = _read_metadata(reader, names, limit)
@@ -182,23 +191,26 @@ def _read_metadata(reader: Reader, names: list[str], limit: int) -> tuple[Mappin
         isinstance(path, str) and isinstance(entry, dict) and isinstance(entry.get("version"), int | None)
         for path, entry in unusual.items()
     ):
-        reader.fail("its metadata is no dict of dicts with integer versions")
+        reader.fail("its metadata are not a dict of dicts with integer versions")
     for entry in unusual.values():
         entry.pop(_ASSIGN, None)
     root = unusual.get("", {})
     extras = root.pop(_EXTRAS, {})
     if not isinstance(extras, dict) or not all(isinstance(name, str) and is_extra(name) for name in extras):
-        reader.fail("its extra states are no dict by name")
+        reader.fail("its extra states are not a dict by name")
     if set(extras) & set(names):
         reader.fail("an extra state has the name of a tensor")
-    if extras and not root:  # there was nothing else
+    if extras and not root:  # the state dict had no metadata
         return None, extras
     metadata.update(unusual)
     return metadata, extras
 
 
 class _Recent:
-    """Sizes in the order of their last use: a size that was used before is written as its place, 1 for the last."""
+    """The sizes of dimensions so far, in the order of their last use; a known size is written as its place.
+
+    Place 1 is the size that was used last; place 0 stands for a new size.
+    """
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -216,7 +228,7 @@ class _Recent:
 
 
 def _usual(names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return the metadata that torch writes for the modules of these tensors: versions."""
+    """Return the metadata that torch writes for the modules of these tensors: only versions."""
     found: dict[str, dict[str, int]] = {"": {"version": 1}}
     for name in names:
         path, _, own = name.rpartition(".")

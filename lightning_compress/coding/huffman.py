@@ -1,7 +1,7 @@
-"""Huffman codes: canonical, so that a file holds lengths alone, and decoded many at a time.
+"""Canonical Huffman codes, for which a file stores only the lengths, and their fast decoding.
 
-Of two symbols the shorter code is the smaller number, of equally long ones that of the smaller symbol. A large row of
-symbols is cut into lanes that start at known bits; all lanes take a step at once, each by one look into a table.
+Codes are assigned in ascending order to symbols sorted by code length, then by symbol. A long sequence of symbols is
+cut into lanes that start at known bits; the decoder advances all lanes together by one table look-up per symbol.
 
 Paper: Huffman, A method for the construction of minimum-redundancy codes (1952).
 """
@@ -17,13 +17,15 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_LENGTH = 16  # bits of a code
-LANE = 1 << 13  # symbols
-_FEW = 1 << 16  # symbols, decoded one by one
-_PAIRED = 128  # symbols of an alphabet
+LANE = 1 << 13  # symbols per lane
+_FEW = 1 << 16  # most symbols that are decoded one by one
+_PAIRED = 128  # largest alphabet whose symbols are encoded in pairs
 
 
 def code_lengths(counts: Sequence[int]) -> list[int]:
-    """Return the bits of each symbol's code, 0 for one that never comes; counts are flattened until `MAX_LENGTH` do.
+    """Return the bits of each symbol's code, at most `MAX_LENGTH`; 0 for a symbol that does not occur.
+
+    If a code is longer, the counts are halved until it is not.
 
     Example:
         >>> code_lengths([5, 0, 2, 1, 1])
@@ -51,10 +53,10 @@ def _unlimited(counts: Sequence[int]) -> list[int]:
 
 
 def codes(lengths: Sequence[int]) -> list[int]:
-    """Return the canonical codes.
+    """Return the canonical codes with the given lengths.
 
     Raises:
-        ValueError: No code has these lengths, or only one that leaves bit patterns without a meaning.
+        ValueError: No complete code has these lengths.
 
     Example:
         >>> codes([1, 0, 2, 3, 3])
@@ -72,7 +74,7 @@ def codes(lengths: Sequence[int]) -> list[int]:
 
 
 def encode(symbols: Array, lengths: Sequence[int]) -> tuple[Array, Array]:
-    """Return the codes of symbols as 32-bit words, the first bit the highest, and the bits of each lane.
+    """Return the codes of symbols as 32-bit words, highest bit first, and the number of bits of each lane.
 
     Example:
         >>> words, lanes = encode(np.array([0, 3, 2]), [1, 0, 2, 3, 3])
@@ -83,7 +85,7 @@ def encode(symbols: Array, lengths: Sequence[int]) -> tuple[Array, Array]:
     lane = LANE // each
     lanes = np.zeros(-(-len(symbols) // lane), np.int64)
     pieces: list[Array] = []
-    carry, filled = np.uint64(0), 0  # the word that is not full yet, and its bits
+    carry, filled = np.uint64(0), 0  # the last word, which is not full yet, and how many of its bits are used
     for start in range(0, len(symbols), lane * 8):
         piece = symbols[start : start + lane * 8]
         width = widths.take(piece)
@@ -94,7 +96,7 @@ def encode(symbols: Array, lengths: Sequence[int]) -> tuple[Array, Array]:
         shifted = table.take(piece) << (64 - width - (first & 31)).astype(np.uint64)
         word = first >> 5
         heads = np.flatnonzero(np.diff(word, prepend=-1))
-        summed = np.add.reduceat(shifted, heads)  # no two codes share a bit: a sum is an or
+        summed = np.add.reduceat(shifted, heads)  # codes share no bits, so their sum joins them
         total = int(ends[-1]) + filled
         words = np.zeros((total >> 5) + 2, np.uint64)
         words[word[heads]] += summed >> np.uint64(32)
@@ -108,11 +110,14 @@ def encode(symbols: Array, lengths: Sequence[int]) -> tuple[Array, Array]:
 
 
 def _in_pairs(symbols: Array, lengths: Sequence[int]) -> tuple[Array, Array, Array, int]:
-    """Two symbols as one, where a table of all pairs is small: pairs, their codes and lengths, and how many are one."""
+    """Join symbols to pairs if a table of all pairs is small.
+
+    Return the symbols or pairs, the code and the length of each possible one, and how many symbols one has (1 or 2).
+    """
     table, widths = np.array(codes(lengths), np.uint64), np.array(lengths, np.int64)
     if len(lengths) > _PAIRED:
         return symbols, table, widths, 1
-    table, widths = np.append(table, table[:1] * 0), np.append(widths, 0)  # what fills the last pair has no bits
+    table, widths = np.append(table, table[:1] * 0), np.append(widths, 0)  # a filler of 0 bits for the last pair
     size = len(widths)
     first = symbols[::2].astype(np.uint16) * np.uint16(size)
     first[: len(symbols) // 2] += symbols[1::2].astype(np.uint16)
@@ -123,20 +128,26 @@ def _in_pairs(symbols: Array, lengths: Sequence[int]) -> tuple[Array, Array, Arr
 
 
 def decode(words: Array, lanes: Array, count: int, lengths: Sequence[int]) -> Array:
-    """Return the symbols that `encode` made the words of.
+    """Return the symbols from the result of `encode`.
+
+    Args:
+        words: The codes, as 32-bit words.
+        lanes: The number of bits of each lane.
+        count: The number of symbols.
+        lengths: The bits of each symbol's code.
 
     Raises:
-        ValueError: The words hold something else.
+        ValueError: The words are not the codes of so many symbols.
     """
     longest = max(lengths)
     table = _table(lengths, longest)
     starts = np.cumsum(lanes) - lanes
     if count <= _FEW:
         return _one_by_one(words, starts, lanes, count, table, longest)
-    wide = np.zeros(len(words), np.uint64)  # each word with the next one behind it
+    wide = np.zeros(len(words), np.uint64)  # each word, followed by the next word
     wide |= words.astype(np.uint64) << np.uint64(32)
     wide[:-1] |= words[1:].astype(np.uint64)
-    last = count - (len(lanes) - 1) * LANE  # symbols of the last lane
+    last = count - (len(lanes) - 1) * LANE  # number of symbols of the last lane
     found = np.empty((LANE, len(lanes)), np.uint16)
     position, ends = starts.copy(), starts + lanes
     shift = 64 - longest
@@ -159,7 +170,7 @@ def _check(position: Array, end: Array) -> None:
 
 
 def _table(lengths: Sequence[int], longest: int) -> Array:
-    """By the next `longest` bits: 32 * symbol + length of its code."""
+    """Return a table that maps the next `longest` bits to 32 * symbol + length of its code."""
     table = np.zeros(1 << longest, np.int32)
     for symbol, (code, length) in enumerate(zip(codes(lengths), lengths, strict=True)):
         if length:
@@ -178,7 +189,7 @@ def _one_by_one(words: Array, starts: Array, lanes: Array, count: int, table: Ar
     for lane, (start, size) in enumerate(zip(starts.tolist(), lanes.tolist(), strict=True)):
         if start + size > have:
             raise ValueError("a lane of Huffman codes ends after the last byte")
-        # the lane alone, with zeros behind it: shifting the whole row for every symbol would take quadratic time
+        # Only this lane, with zeros appended: shifting all words for each symbol would take quadratic time.
         rest = (bits >> (have - start - size) & ((1 << size) - 1)) << longest
         position = size
         symbols = []

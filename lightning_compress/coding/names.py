@@ -1,4 +1,4 @@
-"""Text and records, deflated with a dictionary of the words that are frequent in state dicts."""
+"""Writes and reads text and records, deflated with a dictionary of words that are frequent in state dicts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from lightning_compress.coding.streams import Reader, Writer
 
-_EACH = 1024  # bytes that a name and its tensor take in memory, beside the values
+_EACH = 1024  # bytes that a name and its tensor take in memory, values not counted
 
-# What is likeliest stands last: its distance is the shortest. A change makes old files unreadable.
+# The likeliest words are last, where their distance is shortest. Any change makes old files unreadable.
 _USUAL = (
     b"d\x01s\x07versioni\x01\x02lightning_compressd\x04s\x07numbersdense_shapesdense_numbers buffers out_channels "
     b"in_channels num_features out_features in_features num_heads groups attention.self.query key value output.dense "
@@ -23,7 +23,7 @@ _USUAL = (
 
 
 def memory_of_names(names: Iterable[str]) -> int:
-    """Return about how much memory tensors of these names take without their values, and their modules' metadata.
+    """Estimate how many bytes of memory the names, their tensors without values, and the modules' metadata take.
 
     Example:
         >>> memory_of_names(["a.b.c"]) - memory_of_names(["a"])
@@ -33,14 +33,14 @@ def memory_of_names(names: Iterable[str]) -> int:
     for name in names:
         total += _EACH + len(name) - 1
         place = name.find(".")
-        while place >= 0:  # each part is the end of a module's path, which the metadata spell out
+        while place >= 0:  # the metadata have an entry for each module on the path
             total += place
             place = name.find(".", place + 1)
     return total
 
 
 def write_text(writer: Writer, data: bytes) -> None:
-    """Write bytes, deflated where that is shorter."""
+    """Write bytes, deflated if that is shorter."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, _USUAL)
     deflated = packer.compress(data) + packer.flush()
     shorter = len(deflated) < len(data)
@@ -50,7 +50,7 @@ def write_text(writer: Writer, data: bytes) -> None:
 
 
 def read_text(reader: Reader, limit: int) -> bytes:
-    """Read what `write_text` wrote, at most `limit` bytes."""
+    """Read the bytes that `write_text` wrote, at most `limit` of them."""
     deflated = reader.uniform(1, 2)[0]
     data = bytes(reader.raw(reader.number()))
     if not deflated:
@@ -59,7 +59,7 @@ def read_text(reader: Reader, limit: int) -> bytes:
     try:
         found = unpacker.decompress(data, limit)
     except zlib.error as error:
-        reader.fail(f"its names can't be inflated ({error})")
+        reader.fail(f"its names or metadata can't be inflated ({error})")
     if not unpacker.eof or unpacker.unused_data:
-        reader.fail("its names are cut off, or too long")
+        reader.fail(f"its names or metadata are truncated, or take more than the {limit} bytes that they may")
     return found

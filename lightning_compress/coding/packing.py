@@ -1,4 +1,4 @@
-"""Integers of a few bits, packed without gaps, the first in the highest bits."""
+"""Packs integers of a few bits without gaps; the first integer is in the highest bits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_AT_ONCE = 1 << 18  # integers; a multiple of 8, so that every piece ends at a byte's end
+_AT_ONCE = 1 << 18  # integers per piece; a multiple of 8, so every piece ends at a whole byte
 
 
 def packed_bytes(count: int, width: int) -> int:
-    """Return how many bytes `pack` makes of `count` integers of `width` bits.
+    """Return the number of bytes into which `pack` puts `count` integers of `width` bits.
 
     Example:
         >>> packed_bytes(3, 3), packed_bytes(0, 7)
@@ -34,7 +34,7 @@ def pack(values: Array, width: int) -> Iterator[bytes]:
 
 
 def unpack(data: bytes | memoryview, count: int, width: int) -> Array:
-    """Return the integers that `pack` made the bytes of.
+    """Return the integers from the bytes that `pack` made.
 
     Example:
         >>> unpack(bytes.fromhex("1234"), 4, 4).tolist()

@@ -1,4 +1,4 @@
-"""Tensors as rows of bit patterns: unsigned integers that encode their values, for every dtype."""
+"""Converts tensors of every dtype to bit patterns, which are unsigned integers, and back."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 Words = np.ndarray[Any, np.dtype[Any]]  # unsigned integers, one dimension
 
-DTYPES = (  # a dtype's place is its number in the file
+DTYPES = (  # a file stores a dtype as its position here
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.complex64, torch.complex128),
 )
-_AT_ONCE = 1 << 18  # patterns that are looked at together
+_AT_ONCE = 1 << 18  # patterns per piece
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 def part_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the real numbers that a dtype is made of.
+    """Return the dtype of the real numbers of which the numbers of a dtype consist.
 
     Example:
         >>> part_dtype(torch.complex64), part_dtype(torch.int8)
@@ -33,7 +33,7 @@ def part_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def part_shape(dtype: torch.dtype, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of the real numbers that a tensor consists of.
+    """Return the shape of the real numbers of which a tensor consists.
 
     Example:
         >>> part_shape(torch.complex64, [3, 4]), part_shape(torch.int8, [3, 4])
@@ -49,13 +49,15 @@ def to_words(tensor: Tensor) -> Words:
         >>> [hex(word) for word in to_words(torch.tensor([1.0, -0.0, -2.0]))]
         ['0x3f800000', '0x80000000', '0xc0000000']
     """
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()  # an expanded vector stays so
+    flat = (
+        tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous()
+    )  # reshape alone keeps an expanded vector expanded
     words: Words = flat.view(torch.uint8).numpy().view(_UNSIGNED[part_dtype(tensor.dtype).itemsize])
     return words
 
 
 def one_zero(words: Words, dtype: torch.dtype) -> Words:
-    """Return the patterns with 0.0 in place of -0.0; the same memory, if there is none.
+    """Return the patterns with -0.0 replaced by 0.0; without a -0.0 it is the same array.
 
     Example:
         >>> one_zero(to_words(torch.tensor([-0.0, -2.0])), torch.float32).tolist() == [0, 0xC0000000]

@@ -1,8 +1,8 @@
-"""Plain Python values as bytes, for the metadata of a state dict.
+"""Converts plain Python values to bytes and back, for the metadata of a state dict.
 
-One byte says what follows: N none, T true, F false, i an integer (its length, then its bytes), f a float of 8 bytes,
-s a string and b bytes (length first), l a list, t a tuple, d a dict (number of items first). Lengths and numbers are
-7 bits to the byte, the lowest first, the eighth bit saying that more follow.
+The first byte is the kind of the value: N None, T True, F False, i an integer (its length, then its bytes), f a float
+of 8 bytes, s a string and b bytes (length first), l a list, t a tuple, d a dict (number of items first). Lengths and
+numbers of items have 7 bits in each byte, lowest first; the eighth bit is set if another byte follows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-_DEPTH = 32  # values within values; a reader takes no more
-_EACH = 64  # bytes that a value takes in memory, beside its length
+_DEPTH = 32  # deepest nesting that a reader accepts
+_EACH = 64  # bytes that a value takes in memory, its content not counted
 
 
 def to_bytes(value: Any, where: str = "the metadata", depth: int = _DEPTH) -> bytes:
@@ -20,19 +20,22 @@ def to_bytes(value: Any, where: str = "the metadata", depth: int = _DEPTH) -> by
 
     Args:
         value: The value.
-        where: Its name, for the message.
+        where: What holds the value, for the message.
         depth: How deep values may be nested in it.
 
     Raises:
-        ValueError: It is, or holds, something other than None, bool, int, float, str, bytes, list, tuple and mapping,
-            or is nested deeper than `from_bytes` reads.
+        ValueError: The value is or contains something other than None, bool, int, float, str, bytes, list, tuple and
+            mapping, or is nested deeper than `from_bytes` reads.
 
     Example:
         >>> to_bytes({"num_heads": 2})
         b'd\\x01s\\tnum_headsi\\x01\\x02'
     """
     if not depth:
-        raise ValueError(f"{where} holds values that are nested more than {_DEPTH} deep, or in themselves.")
+        raise ValueError(
+            f"{where} holds values that are nested more than {_DEPTH} deep, or in themselves; a compressed file takes "
+            f"no deeper ones. Flatten them."
+        )
     if value is None or isinstance(value, bool):
         return {None: b"N", True: b"T", False: b"F"}[value]
     if isinstance(value, int):
@@ -49,11 +52,14 @@ def to_bytes(value: Any, where: str = "the metadata", depth: int = _DEPTH) -> by
     if isinstance(value, Mapping):
         items = (to_bytes(one, where, depth - 1) for pair in value.items() for one in pair)
         return b"d" + varint(len(value)) + b"".join(items)
-    raise ValueError(f"{where} holds a {type(value).__name__}; a compressed file takes plain values only.")
+    raise ValueError(
+        f"{where} holds a {type(value).__name__}; a compressed file takes only None, bool, int, float, str, bytes, "
+        f"list, tuple and dict. Convert it, or leave it out."
+    )
 
 
 def memory(value: Any) -> int:
-    """Return about how much memory `from_bytes` needs for a value.
+    """Estimate how many bytes of memory `from_bytes` needs for a value.
 
     Example:
         >>> memory([1, "xy"])
@@ -69,14 +75,14 @@ def memory(value: Any) -> int:
 
 
 def from_bytes(data: bytes, limit: int | None = None) -> Any:
-    """Return the value that `to_bytes` made the bytes of.
+    """Return the value from the bytes that `to_bytes` made.
 
     Args:
         data: The bytes.
-        limit: How much memory it may take, as `memory` counts; None: any.
+        limit: How much memory the value may take, as `memory` counts it; None: any amount.
 
     Raises:
-        ValueError: The bytes are something else, or take more.
+        ValueError: `to_bytes` did not make these bytes, or the value takes more memory.
 
     Example:
         >>> from_bytes(to_bytes({"scale": {0: [0, 3]}}))
@@ -90,7 +96,7 @@ def from_bytes(data: bytes, limit: int | None = None) -> Any:
 
 
 def varint(number: int) -> bytes:
-    """Return a number in 7 bits to the byte.
+    """Return a number as bytes of 7 bits each, lowest first; the eighth bit is set if another byte follows.
 
     Example:
         >>> varint(300)
@@ -104,10 +110,10 @@ def varint(number: int) -> bytes:
 
 
 def read_varint(data: bytes | memoryview, position: int) -> tuple[int, int]:
-    """Return the number at a position, and the position behind it.
+    """Return the number that starts at a position, and the position after it.
 
     Raises:
-        ValueError: It has no end, or more than 64 bits.
+        ValueError: The number has no end, or more than 64 bits.
     """
     number = shift = 0
     while position < len(data) and shift < 64:
@@ -124,6 +130,8 @@ def _sized(data: bytes) -> bytes:
 
 
 class _Bytes:
+    """Reads values from bytes, and counts the memory that they take."""
+
     def __init__(self, data: bytes, limit: int | None) -> None:
         self.data = data
         self.limit = limit
@@ -133,7 +141,7 @@ class _Bytes:
     def use(self, size: int) -> None:
         self.used += size
         if self.limit is not None and self.used > self.limit:
-            raise ValueError(f"its values take more than the {self.limit} bytes of memory that they may")
+            raise ValueError(f"its values take more than the {self.limit} bytes of memory that they may take")
 
     def take(self, count: int) -> bytes:
         taken = self.data[self.position : self.position + count]
@@ -164,7 +172,7 @@ class _Bytes:
             if kind == b"i":
                 return int.from_bytes(taken, "little", signed=True)
             return taken.decode() if kind == b"s" else taken
-        if length > len(self.data) - self.position:  # an item takes a byte at least
+        if length > len(self.data) - self.position:  # an item takes at least a byte
             raise ValueError(f"{length} items expected in {len(self.data) - self.position} bytes")
         if kind == b"d":
             pairs = [(self.value(depth - 1), self.value(depth - 1)) for _ in range(length)]

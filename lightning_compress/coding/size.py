@@ -1,4 +1,4 @@
-"""The size of a compressed file, tensor by tensor."""
+"""Reports the size of a compressed file, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class TensorSize:
     """The size of one tensor in a compressed file.
 
     Attributes:
-        names: Its names; several where it is tied.
-        shape: Its shape.
-        dtype: Its dtype, without "torch.".
-        encoding: How it is stored.
-        bytes: Its share of the file, with its codebook and frequency table. A stream has no byte limits between
-            tensors, so that this is a fraction.
-        dense_bytes: What it takes uncompressed.
-        distinct: How many values its codebook or grid has; None where they are stored one by one.
+        names: The names of the tensor; several if it is tied.
+        shape: The shape of the tensor.
+        dtype: The dtype of the tensor, without "torch.".
+        encoding: How the tensor is stored, in words.
+        bytes: The tensor's share of the file, with its codebook and frequency table. It may be a fraction, because
+            tensors do not start at whole bytes of the stream.
+        dense_bytes: The bytes of the uncompressed tensor.
+        distinct: The number of values of the tensor's codebook or grid; None without one.
     """
 
     names: tuple[str, ...]
@@ -41,18 +41,18 @@ class TensorSize:
 
     @classmethod
     def of(cls, entry: Entry, encoding: Encoding, bits: float) -> TensorSize:
-        """Return what a tensor of this header entry costs."""
+        """Return the size of the tensor that a header entry describes."""
         kind = str(entry.dtype).removeprefix("torch.")
         return cls(entry.names, entry.shape, kind, encoding.name, bits / 8, entry.bytes, encoding.distinct)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of the file per entry; 0 for a tensor without entries."""
+        """The bits of the file per entry; 0 for a tensor without entries."""
         return 8 * self.bytes / prod(self.shape) if prod(self.shape) else 0.0
 
     @property
     def formula_bits(self) -> float:
-        """Bits by Deep Compression's formula: n log2 k + k b with a codebook, n b without."""
+        """The bits by Deep Compression's formula: n log2 k + k b with a codebook, n b without."""
         entries, bits = prod(self.shape), 8 * self.dense_bytes
         if self.distinct is None or not entries:
             return bits
@@ -61,12 +61,12 @@ class TensorSize:
 
 @dataclass(frozen=True)
 class CompressedSize:
-    """What a compressed file costs; `print` shows it as a table.
+    """The size of a compressed file; `print` shows it as a table.
 
     Attributes:
-        bytes: Size of the file.
-        coder: How its symbols are coded.
-        tensors: What each tensor costs, in the file's order; the rest of the bytes are names, shapes and checksum.
+        bytes: The size of the file.
+        coder: The coder of its symbols.
+        tensors: The size of each tensor, in the file's order; the other bytes are names, shapes and checksum.
 
     Example:
         >>> import tempfile, torch
@@ -83,7 +83,7 @@ class CompressedSize:
 
     @property
     def dense_bytes(self) -> int:
-        """What the tensors take uncompressed, tied ones once."""
+        """The bytes of the uncompressed tensors; a tied tensor counts once."""
         return sum(tensor.dense_bytes for tensor in self.tensors)
 
     @property
@@ -95,8 +95,8 @@ class CompressedSize:
     def formula_rate(self) -> float:
         """Deep Compression's r = n b / (n log2 k + k b), over all tensors.
 
-        n entries of b bits, k shared values; what has no codebook counts n b on both sides. It knows neither the
-        entropy of the indices nor where zeros are cheap, and nothing of names, shapes and biases.
+        A tensor of n entries of b bits shares k values; a tensor without a codebook counts n b on both sides. The
+        formula ignores entropy coding, the encoding of zeros, names and shapes, so the file may be smaller or larger.
         """
         bits = sum(tensor.formula_bits for tensor in self.tensors)
         return 8 * self.dense_bytes / bits if bits else 1.0
@@ -104,15 +104,15 @@ class CompressedSize:
     def __rich__(self) -> Table:
         caption = Text(
             f"{self.bytes:,} bytes, coder {self.coder}: {self.rate:.1f}x smaller than {self.dense_bytes:,} in memory; "
-            f"by the formula n b / (n log2 k + k b), without a file, it would be {self.formula_rate:.1f}x."
+            f"the formula n b / (n log2 k + k b), without entropy coding, gives {self.formula_rate:.1f}x."
         )
-        table = Table(title="What each tensor costs", title_style="bold", caption=caption, caption_justify="left")
+        table = Table(title="Size of each tensor", title_style="bold", caption=caption, caption_justify="left")
         for heading in ("tensor", "shape, stored as"):
             table.add_column(heading, overflow="fold")
         for heading in ("bytes", "bits per\nweight", "share"):
-            table.add_column(heading, justify="right", no_wrap=True)  # a number in two lines is none
+            table.add_column(heading, justify="right", no_wrap=True)  # numbers must not wrap
         for row in self._rows():
-            table.add_row(*map(Text, row))  # Text: names may hold what is markup in a plain string
+            table.add_row(*map(Text, row))  # in a plain string, brackets of a name would be markup
         return table
 
     def _rows(self) -> Iterator[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The parts of a state dict that are written into a file: every tensor once, the metadata, and extra states."""
+"""Splits a state dict into the parts that a file stores: each tensor once, the metadata, and extra states."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_compress.coding.patterns import DTYPES
 
 
 def describe(state: Mapping[str, Any]) -> tuple[Header, list[Tensor]]:
-    """Return the header of a state dict, and each tensor once, whatever the number of its names.
+    """Return the header of a state dict, and each tensor once, even if it has several names.
 
     Raises:
-        ValueError: An entry is no tensor, not strided, without data, or of a dtype that a file can't hold.
+        ValueError: An entry is not a tensor, or is a tensor whose layout, dtype or missing data a file can't hold.
     """
     groups: dict[tuple[object, ...], tuple[list[str], Tensor]] = {}
     extras, names = {}, []
@@ -37,10 +37,14 @@ def describe(state: Mapping[str, Any]) -> tuple[Header, list[Tensor]]:
 
 
 def with_values(name: str, tensor: Any) -> Tensor:
-    """Return a tensor as one of torch's own class, whose memory holds its values.
+    """Return a tensor as a plain `torch.Tensor` whose memory holds its values.
+
+    Args:
+        name: The name of the tensor, for messages.
+        tensor: The tensor.
 
     Raises:
-        ValueError: It has none, or a file can't hold them.
+        ValueError: The tensor has no values, or a file can't hold them.
 
     Example:
         >>> with_values("bias", torch.nn.Parameter(torch.ones(2)))
@@ -49,34 +53,42 @@ def with_values(name: str, tensor: Any) -> Tensor:
     try:
         text = name.encode()
     except (AttributeError, UnicodeEncodeError) as error:
-        raise ValueError(f"{name!r} is no text that UTF-8 can write, as names in a compressed file are.") from error
+        raise ValueError(f"The name {name!r} is not UTF-8 text, as a compressed file needs it: rename it.") from error
     if b"\0" in text:
-        raise ValueError(f"{name!r} has a NUL character, which ends names in a compressed file: rename it.")
+        raise ValueError(f"The name {name!r} has a NUL character, which ends names in a compressed file: rename it.")
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name!r} is a {type(tensor).__name__}; a compressed file holds tensors only: leave it out.")
+        raise ValueError(f"{name!r} is a {type(tensor).__name__}; a compressed file holds only tensors. Leave it out.")
     if is_lazy(tensor):
-        raise ValueError(f"{name!r} has no values yet: run a batch through the model before it is saved.")
+        raise ValueError(f"{name!r} has no values yet. Run a batch through the model before you save it.")
     if tensor.is_nested:
-        raise ValueError(f"{name!r} is a nested tensor; a compressed file holds strided ones: unbind() it.")
+        raise ValueError(
+            f"{name!r} is a nested tensor; a compressed file holds only strided ones. Call unbind() on it."
+        )
     kind = type(tensor)
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # it computes its values when it is asked
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:  # such a tensor may have no memory of its own
         found = _dequantized(tensor)
         if found is None:
             raise ValueError(
                 f"{name!r} is a {kind.__name__}, which keeps its values in other tensors and has no dequantize() that "
-                f"returns them as {tensor.dtype}: put a plain tensor in its place before saving, such as "
-                f"full_tensor() of a DTensor."
+                f"returns them as {tensor.dtype}. Replace it by a plain tensor before saving, such as full_tensor() of "
+                f"a DTensor."
             )
         tensor = found
     if tensor.layout != torch.strided or tensor.is_meta:
-        raise ValueError(f"{name!r} has layout {tensor.layout} on {tensor.device}; expected strided, with data.")
+        raise ValueError(
+            f"{name!r} has layout {tensor.layout} on device {tensor.device}; a compressed file holds strided tensors "
+            f"with data. Convert it, for example with to_dense()."
+        )
     if tensor.dtype not in DTYPES:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{name!r} has dtype {tensor.dtype}; a compressed file holds {kinds}.")
+        raise ValueError(f"{name!r} has dtype {tensor.dtype}; a compressed file holds {kinds}. Convert it.")
     with torch._C.DisableTorchFunctionSubclass():
         plain: Tensor = tensor.detach().as_subclass(Tensor)
     if plain.numel() and not _has_memory(plain):
-        raise ValueError(f"{name!r} has no memory behind its {plain.numel()} entries: it was freed, or is not here.")
+        raise ValueError(
+            f"{name!r} has {plain.numel()} entries but no memory: its storage was freed, or never allocated. Restore "
+            f"its values before saving."
+        )
     return plain
 
 
@@ -84,7 +96,7 @@ def _dequantized(tensor: Tensor) -> Tensor | None:
     try:
         with torch.no_grad():
             found = tensor.dequantize()
-    except Exception:  # whatever its class raises
+    except Exception:  # a tensor subclass may raise anything
         return None
     same = type(found) is Tensor and (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
     return found if same and found.layout == torch.strided and not found.is_meta else None
@@ -93,5 +105,5 @@ def _dequantized(tensor: Tensor) -> Tensor | None:
 def _has_memory(tensor: Tensor) -> bool:
     try:
         return tensor.data_ptr() != 0
-    except RuntimeError:  # of a transform of torch.func
+    except RuntimeError:  # as for tensors within a transform of torch.func
         return False

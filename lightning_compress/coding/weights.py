@@ -1,4 +1,4 @@
-"""Weights from a file into a module, strictly."""
+"""Loads weights from a file strictly into a module."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning_compress.core.structure import following
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint, a state dict or a compressed file into the module, on the CPU; every name and shape must fit.
+    """Load a checkpoint, a state dict or a compressed file into a module; every name and shape must fit.
 
     Args:
         module: A LightningModule, or any module.
         path: A file that `Trainer`, `torch.save` or `save_compressed` wrote.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no file of tensors, or not of this module.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds no tensors, or they do not fit the module.
 
     Example:
         >>> import tempfile

@@ -183,7 +183,7 @@ def test_a_file_for_another_architecture_is_refused_with_what_does_not_fit(tmp_p
     save_compressed(build(), tmp_path / "f")
     other = nn.Sequential(nn.Conv2d(1, 3, 3))
     before = other[0].weight.clone()
-    with pytest.raises(ValueError, match=r"f does not fit Sequential: it has 1\.bias, .*0\.weight is \(4, 1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"f does not fit Sequential: the file has 1\.bias, .*0\.weight is \(4, 1, 3, 3\)"):
         load_compressed(tmp_path / "f", other)
     assert torch.equal(other[0].weight, before)
 
@@ -216,7 +216,7 @@ class _WithExtraState(nn.Linear):
     [
         (nn.Sequential(nn.ReLU(), _WithExtraState(2, 2)), r"'1\._extra_state', an extra state, holds a object"),
         ({"w": torch.eye(3).to_sparse()}, "'w' has layout torch.sparse_coo"),
-        ({"w": torch.empty(3, device="meta")}, "'w' has layout torch.strided on meta"),
+        ({"w": torch.empty(3, device="meta")}, "'w' has layout torch.strided on device meta"),
         ({"w": torch.empty(3, dtype=torch.uint4)}, "'w' has dtype torch.uint4"),
         ({"a\0b": torch.ones(1)}, "NUL character"),
     ],
@@ -442,8 +442,8 @@ def _deep(levels: int) -> Any:
 @pytest.mark.parametrize(
     ("state", "problem"),
     [
-        ({3: torch.ones(2)}, "3 is no text"),
-        ({"\ud800": torch.ones(2)}, r"'\\ud800' is no text"),
+        ({3: torch.ones(2)}, "The name 3 is not UTF-8 text"),
+        ({"\ud800": torch.ones(2)}, r"'\\ud800' is not UTF-8 text"),
         ({"x": torch.ones([1] * 65)}, "'x' has the shape .* at most 64 dimensions"),
         ({"x": torch.empty(2**50, 0)}, "'x' has the shape .* below 281474976710656"),
         ({"_extra_state": _in_itself()}, "an extra state, holds values that are nested"),

@@ -103,7 +103,7 @@ def test_a_file_of_the_first_version_is_read_or_its_version_named(coder: str, tm
     check(tmp_path / "f")  # the last commits of that version
     content[-20] ^= 0x55  # an older one: it means something else
     (tmp_path / "f").write_bytes(sealed(bytes(content)))
-    with pytest.raises(CorruptFileError, match=r"f is corrupt: it has version 1 of the format, whose content changed"):
+    with pytest.raises(CorruptFileError, match=r"f is corrupt: it has version 1 of the format, whose layout changed"):
         load_compressed(tmp_path / "f")
 
 

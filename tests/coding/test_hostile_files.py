@@ -141,7 +141,7 @@ def test_what_does_not_begin_as_ours_is_read_as_a_checkpoint(tmp_path: Path) -> 
     path = tmp_path / "f"
     for content in (b"\x89PNG", b"PK", b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="f is damaged, or holds objects beside tensors"):
+        with pytest.raises(ValueError, match="f is damaged, or holds objects besides tensors"):
             load_compressed(path)
 
 
@@ -153,7 +153,7 @@ def test_another_version_is_named(tmp_path: Path) -> None:
         load_compressed(tmp_path / "f")
 
 
-@pytest.mark.parametrize(("rows", "problem"), [(1 << 23, "have a learned zero map"), (1 << 20, "has 1048576 steps")])
+@pytest.mark.parametrize(("rows", "problem"), [(1 << 23, "has a learned zero map"), (1 << 20, "has 1048576 steps")])
 def test_a_learned_map_that_would_take_hours_is_refused(rows: int, problem: str) -> None:
     from lightning_compress.coding.ans import AnsReader, AnsWriter
     from lightning_compress.coding.encodings.tensor import read_tensor

@@ -32,9 +32,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"other\.pt does not fit Sequential") as error:
         load_weights(module, tmp_path / "other.pt")
     message = str(error.value)
-    assert "it has no 1.running_mean" in message
-    assert "it has head.weight, which the module has not" in message
-    assert "0.weight is (4, 2) in it and (3, 2) in the module" in message
+    assert "the file has no 1.running_mean" in message
+    assert "the file has head.weight, which the module does not have" in message
+    assert "0.weight is (4, 2) in the file and (3, 2) in the module" in message
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
 
 
@@ -48,7 +48,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither a Lightning checkpoint nor a state dict; it holds a list"):
         load_weights(net(), tmp_path / "list.ckpt")
     torch.save(net(), tmp_path / "pickled.ckpt")
-    with pytest.raises(ValueError, match="save the state_dict alone"):
+    with pytest.raises(ValueError, match="Save only the state_dict"):
         load_weights(net(), tmp_path / "pickled.ckpt")
 
 

@@ -1,1 +1,1 @@
-"""Ways to store a tensor: the positions of its nonzero entries, and their values."""
+"""Encodings of a tensor: the positions of its nonzero entries, and their values."""

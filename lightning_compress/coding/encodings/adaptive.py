@@ -1,16 +1,20 @@
-"""A zero map whose probabilities are learned while it is coded, because pruned rows and columns are uneven.
+"""A zero map whose probabilities are learned during coding, because pruned rows and columns are unevenly full.
 
     step t:   x x . . x . x .     one slice of the tensor, along its first dimension or across it
-              ^ block  ^          lanes are coded in blocks; what the blocks before held is known
+              ^ block  ^          lanes are coded in blocks; a block is predicted from all blocks before it
 
-The log-odds that an entry is not zero are a weighted sum of those of all entries so far and, each less these, those of
-its lane; of its step; of entries whose neighbours 1, 2, lag - 1, lag and lag + 1 steps before are as its own (lag is
-28, if the lanes' inputs are the pixels of MNIST); and of entries whose inputs are as full, for units that lost their
-inputs in one layer lose their outputs in the next. After each block the weights follow the gradient of the code length:
+Entries are predicted by logistic mixing. The log-odds that an entry is nonzero are a weighted sum of features. The
+first feature is the log-odds over all entries so far. The others are differences to it, of the log-odds over
+- the entries of the same lane,
+- the entries of the same step,
+- the entries with the same pattern of neighbours 1, 2, lag - 1, lag and lag + 1 steps before (the lag is 28 if the
+  steps are the pixels of MNIST),
+- the entries whose input is about as full: a unit that lost its inputs in one layer loses its outputs in the next.
+After each block the weights w follow the gradient of the code length, for entries x with the probability p:
 
     w <- w + 2^-rate * sum over the block of features * (x - p)
 
-All of it is integer arithmetic, tables too, so that every machine has the same probabilities.
+All computations, tables included, use integers, so every machine gets the same probabilities.
 
 Paper: Mahoney, Adaptive weighing of context models for lossless data compression (2005).
 """
@@ -29,31 +33,31 @@ from lightning_compress.coding.frequencies import PRECISION, TOTAL
 from lightning_compress.coding.streams import Array, Reader, Writer
 
 RATES = (9, 7)
-MOST_STEPS = 1 << 14  # more take too long
-_LAGS = 64  # the largest is one less
+MOST_STEPS = 1 << 14  # with more steps coding takes too long
+_LAGS = 64  # the largest lag is one less
 SETTINGS = math.log2(2 * len(RATES) * _LAGS)  # bits of axis, rate and lag
-_ODDS = 8  # bits of the fraction of log-odds
-_WEIGHT = 16  # of weights
-_ERROR = 12  # of p - x
+_ODDS = 8  # fractional bits of log-odds
+_WEIGHT = 16  # fractional bits of weights
+_ERROR = 12  # fractional bits of x - p
 _FIRST_WEIGHTS = (65536, 32768, 32768, 13107, 32768)
-_LANE_PRIOR, _STEP_PRIOR, _CONTEXT_PRIOR = 3, 20, 2  # entries that log-odds start with
+_LANE_PRIOR, _STEP_PRIOR, _CONTEXT_PRIOR = 3, 20, 2  # prior counts, in entries
 _NEIGHBOURS = 5
-_FULLNESS = np.array([1, *(digit << i for i in range(24) for digit in (2, 3))])  # entries of a row: half octaves
-_LIMIT = 12 << _ODDS  # of log-odds
-_MANTISSA = 10  # bits of a logarithm's argument that its table has
-_BLOCK, _BLOCKS = 16, 1 << 11  # lanes at least, blocks at most
+_FULLNESS = np.array([1, *(digit << i for i in range(24) for digit in (2, 3))])  # nonzero entries, by half octaves
+_LIMIT = 12 << _ODDS  # largest magnitude of log-odds
+_MANTISSA = 10  # bits of a mantissa that the table of logarithms resolves
+_BLOCK, _BLOCKS = 16, 1 << 11  # fewest lanes of a block, and about the most blocks
 
 
 def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: int, inputs: Array | None) -> None:
     """Write the map of nonzero entries.
 
     Args:
-        writer: What they are written to.
-        present: Whether each entry is not zero.
-        rows: Size of the tensor's first dimension.
-        axis: Steps go along the first dimension (0), or across it (1).
-        rate: Index into `RATES`.
-        inputs: How full the input of each column is, which the reader knows too; or None.
+        writer: The writer.
+        present: For each entry whether it is nonzero.
+        rows: The size of the tensor's first dimension.
+        axis: 0 if the steps go along the first dimension, 1 if they go across it.
+        rate: The index of the learning rate in `RATES`.
+        inputs: For each column the number of nonzero entries of its input, which the reader knows as well; or None.
     """
     map_TJ = _steps(present, rows, axis)
     lag = _best_lag(map_TJ)
@@ -71,7 +75,7 @@ def write_adaptive(writer: Writer, present: Array, rows: int, axis: int, rate: i
 
 
 def least_bits(present: Array, rows: int, axis: int, inputs: Array | None) -> float:
-    """Return the least number of bits that `write_adaptive` takes at any rate: the settings and the first block."""
+    """Return a lower bound of the bits of `write_adaptive` at any rate: those of the settings and the first block."""
     map_TJ = _steps(present, rows, axis)
     bits = 0.0
 
@@ -87,15 +91,15 @@ def least_bits(present: Array, rows: int, axis: int, inputs: Array | None) -> fl
 
 
 def read_adaptive(reader: Reader, out: Array, rows: int, inputs: Array | None) -> None:
-    """Set the entries that are not zero to true."""
+    """Read a map that `write_adaptive` wrote, and set `out` to true where entries are nonzero."""
     axis = int(reader.uniform(1, 2)[0])
     rate = int(reader.uniform(1, len(RATES))[0])
     lag = int(reader.uniform(1, _LAGS)[0])
     if lag < 2:
-        reader.fail(f"its zero map looks {lag} steps back")
+        reader.fail(f"its zero map has a lag of {lag} steps, where at least 2 are expected")
     out_TJ = _steps(out, rows, axis)
     if len(out_TJ) > MOST_STEPS:
-        reader.fail(f"its zero map has {len(out_TJ)} steps")
+        reader.fail(f"its zero map has {len(out_TJ)} steps, more than {MOST_STEPS}")
 
     def read(step: int, lanes: slice, chances: Array) -> Array:
         bits = reader.binary(chances)
@@ -106,13 +110,13 @@ def read_adaptive(reader: Reader, out: Array, rows: int, inputs: Array | None) -
 
 
 def _steps(entries: Array, rows: int, axis: int) -> Array:
-    """The entries as steps x lanes, a view."""
+    """Return a view of the entries in the shape steps x lanes."""
     matrix = entries.reshape(rows, -1)
     return matrix.T if axis else matrix
 
 
 def _classes(inputs: Array | None, axis: int) -> Array | None:
-    """Classes of inputs that are about as full, as steps x 1 or 1 x lanes."""
+    """Return a class for each input, by its number of nonzero entries, in the shape steps x 1 or 1 x lanes."""
     if inputs is None:
         return None
     classes = np.searchsorted(_FULLNESS, inputs, side="right")
@@ -120,7 +124,7 @@ def _classes(inputs: Array | None, axis: int) -> Array | None:
 
 
 def _best_lag(map_TJ: Array) -> int:
-    """The distance of steps at which most entries agree in being there."""
+    """Return the distance in steps at which most pairs of entries are both nonzero."""
     most = min(_LAGS, len(map_TJ))
     shares = {lag: np.mean(map_TJ[lag:] & map_TJ[:-lag]) for lag in range(2, most)}
     return max(shares, key=shares.__getitem__, default=2)
@@ -129,13 +133,22 @@ def _best_lag(map_TJ: Array) -> int:
 def _walk(
     shape: tuple[int, ...], lag: int, rate: int, classes: Array | None, code: Callable[[int, slice, Array], Array]
 ) -> None:
-    """Predict block after block; `code` takes the chances of a block and returns its entries."""
+    """Predict block after block.
+
+    Args:
+        shape: The numbers of steps and lanes.
+        lag: The distance in steps of the far neighbours.
+        rate: The learning rate is 2^-rate.
+        classes: The classes of the inputs, or None.
+        code: A function that gets the step, the lanes and the probabilities of a block, in 2^-24, and returns which
+            entries are nonzero.
+    """
     steps, lanes = shape
     block = max(_BLOCK, -(-steps * lanes // _BLOCKS))
     weights = np.array(_FIRST_WEIGHTS[: 4 if classes is None else 5], np.int64)
     past = [np.zeros(lanes, np.int64)] * (lag + 1)  # the last steps
-    rates: list[int] = []  # of the steps so far: share of entries that are there, in 2^-24
-    of_lane = np.zeros((2, lanes), np.int64)  # entries that are missing, and that are there
+    shares: list[int] = []  # the fraction of nonzero entries of each step so far, in 2^-24
+    of_lane = np.zeros((2, lanes), np.int64)  # the numbers of zero and of nonzero entries
     contexts = (1 << _NEIGHBOURS) + (0 if classes is None else len(_FULLNESS) + 1)
     of_context = np.zeros((2, contexts), np.int64)
     table = _chances()
@@ -173,22 +186,22 @@ def _walk(
             in_step, there, seen, start = in_step + count, there + count, seen + size, here.stop
         of_lane += (1 - newest, newest)
         past = [*past[1:], newest]
-        rates.append((in_step << PRECISION) // lanes)
-        expected = (5 * rates[-1] + 3 * expected) >> 3 if step else rates[-1]
+        shares.append((in_step << PRECISION) // lanes)
+        expected = (5 * shares[-1] + 3 * expected) >> 3 if step else shares[-1]
         if step >= lag:
-            expected = (11 * expected + 5 * rates[step + 1 - lag]) >> 4
+            expected = (11 * expected + 5 * shares[step + 1 - lag]) >> 4
         expected = min(max(expected, 1 << 11), TOTAL - (1 << 11))
 
 
 def _odds(entries: Array, prior: int, share: int) -> Array:
-    """Log-odds after entries that are missing and that are there, and `prior` more with the share of all."""
+    """Return the log-odds from the numbers of zero and nonzero entries, plus `prior` entries with the overall share."""
     missing, there = _logs((entries << PRECISION) + prior * np.array([[TOTAL - share], [share]]))
     found: Array = there - missing
     return found
 
 
 def _logs(numbers: Array) -> Array:
-    """Natural logarithms of integers below 2^53, in 2^-8; frexp takes a float apart without rounding."""
+    """Return the natural logarithms of integers below 2^53, in 2^-8; frexp splits a float without rounding."""
     mantissas, exponents = np.frexp(numbers.astype(np.float64))
     places = (mantissas * (2 << _MANTISSA)).astype(np.int64) - (1 << _MANTISSA)
     tables = _log_tables()
@@ -197,7 +210,7 @@ def _logs(numbers: Array) -> Array:
 
 
 def _log(number: int) -> int:
-    """As `_logs`, of one."""
+    """Return the natural logarithm of one integer, exactly as `_logs` does."""
     mantissa, exponent = math.frexp(number)
     mantissas, exponents = _log_lists()
     return mantissas[int(mantissa * (2 << _MANTISSA)) - (1 << _MANTISSA)] + exponents[exponent]
@@ -211,7 +224,7 @@ def _log_lists() -> tuple[list[int], list[int]]:
 
 @cache
 def _log_tables() -> tuple[Array, Array]:
-    """ln(1/2 + i / 2^11) and i ln 2, in 2^-8, by decimal arithmetic, which is the same everywhere."""
+    """Return tables of ln(1/2 + i / 2^11) and i ln 2, in 2^-8; decimal arithmetic is the same on every machine."""
     size = 1 << _MANTISSA
     unit = 1 << _ODDS
     mantissas = [round((Decimal(size + i) / (2 * size)).ln() * unit) for i in range(size)]
@@ -220,7 +233,7 @@ def _log_tables() -> tuple[Array, Array]:
 
 @cache
 def _chances() -> Array:
-    """1 / (1 + e^-x) in 2^-24, for x from -12 to 12 in steps of 1 / 64."""
+    """Return a table of 1 / (1 + e^-x) in 2^-24, for x from -12 to 12 in steps of 1 / 64."""
     half = _LIMIT >> 2
     odds = [Decimal(i - half) / (1 << _ODDS - 2) for i in range(2 * half + 1)]
     return np.array([round(TOTAL / (1 + (-one).exp())) for one in odds])

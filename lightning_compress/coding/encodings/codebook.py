@@ -1,6 +1,6 @@
-"""Weight clustering: a table of the distinct values, and an index into it for every entry.
+"""The encoding of clustered weights: a table of the distinct values, and for each entry an index into it.
 
-entry i is table[index_i]; the table is written as plain values, the indices are entropy-coded
+Entry i is table[index_i]. The table is written as plain values; the indices are entropy-coded.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lightning_compress.coding.encodings.plain import read_plain, write_plain
 from lightning_compress.coding.patterns import Words, one_zero
 from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
 
-_HASHED = 512  # distinct values that are looked up by a perfect hash; more are searched
-_STEP = 1 << 16  # patterns that are looked up at once, so that they stay in the cache
-_SAMPLE = 1 << 18
-_GLANCE = 1 << 13  # of the sample: enough to see that values are all different
+_HASHED = 512  # most distinct values that a perfect hash looks up; for more, binary search is used
+_STEP = 1 << 16  # patterns that are looked up together; they fit into the cache
+_SAMPLE = 1 << 18  # patterns from which the first table is made
+_GLANCE = 1 << 13  # patterns of the sample that suffice to see that nearly all values differ
 
 
 def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
-    """Return the distinct patterns in ascending order, -0.0 as 0.0, and the index of each entry.
+    """Return the distinct patterns in ascending order, with -0.0 as 0.0, and the index of each entry.
 
-    None if there are more than `MAX_SYMBOLS`.
+    The result is None if there are more than `MAX_SYMBOLS` distinct patterns.
 
     Example:
         >>> table, index = distinct(np.array([7, 3, 7, 7], np.uint32), torch.int32)
@@ -46,7 +46,7 @@ def distinct(words: Words, dtype: torch.dtype) -> tuple[Words, Array] | None:
             piece = words[start : start + _STEP]
             index[start : start + _STEP] = places = find(piece)
             unknown = table.take(places, mode="clip") != piece
-            if unknown.any():  # the sample did not have them
+            if unknown.any():  # the sample did not contain all patterns
                 table = np.union1d(table, piece[unknown])
                 break
         else:
@@ -59,7 +59,7 @@ def _index_kind(table: Words) -> type[np.unsignedinteger[Any]]:
 
 
 def _with_one_zero(table: Words, index: Array, dtype: torch.dtype) -> tuple[Words, Array]:
-    """The same entries with 0.0 in place of -0.0."""
+    """Return a table and an index of the same entries, with -0.0 replaced by 0.0."""
     one = one_zero(table, dtype)
     if one is table:
         return table, index
@@ -68,7 +68,7 @@ def _with_one_zero(table: Words, index: Array, dtype: torch.dtype) -> tuple[Word
 
 
 def entries(table: Array, index: Array) -> Array:
-    """Return table[index]; piece by piece, for numpy would make 64-bit integers of the whole index."""
+    """Return table[index]; working in pieces saves memory, because numpy converts indices to 64 bits."""
     found = np.empty(len(index), table.dtype)
     for start in range(0, len(index), _STEP):
         table.take(index[start : start + _STEP], out=found[start : start + _STEP], mode="clip")
@@ -76,7 +76,7 @@ def entries(table: Array, index: Array) -> Array:
 
 
 def without_zero(found: tuple[Words, Array] | None, present: Array) -> tuple[Words, Array] | None:
-    """Return table and indices of the entries that are not zero, where zero is the first of the table."""
+    """Return the table and the indices of the nonzero entries; the first value of the given table must be zero."""
     if found is None:
         return None
     table, index = found
@@ -84,7 +84,7 @@ def without_zero(found: tuple[Words, Array] | None, present: Array) -> tuple[Wor
 
 
 class _Finder:
-    """Finds values in a table by a hash without collisions: the high bits of a product."""
+    """Finds values in a table by a hash without collisions, which is the high bits of a product."""
 
     def __init__(self, table: Words) -> None:
         self._bits = max(4, 2 * int(len(table) - 1).bit_length() + 1)
@@ -99,7 +99,7 @@ class _Finder:
         self._slots[slots] = np.arange(len(table))
 
     def __call__(self, words: Words) -> Array:
-        slots = (words * self._factor >> self._shift).astype(np.intp)  # numpy below 2 takes no uint64 as an index
+        slots = (words * self._factor >> self._shift).astype(np.intp)  # numpy 1 does not index with uint64
         found: Array = self._slots.take(slots, mode="clip")
         return found
 
@@ -109,13 +109,13 @@ def _finder(table: Words, count: int) -> Callable[[Words], Array]:
         slots = np.zeros(256, np.uint8)
         slots[table] = np.arange(len(table))
         return slots.take
-    if len(table) <= _HASHED and table.dtype.itemsize >= 4 and count > 8 * len(table):  # else it takes longer to make
+    if len(table) <= _HASHED and table.dtype.itemsize >= 4 and count > 8 * len(table):
         return _Finder(table)
     return lambda words: np.minimum(np.searchsorted(table, words), len(table) - 1)
 
 
 def write_codebook(writer: Writer, table: Words, index: Array, dtype: torch.dtype, *, half: bool) -> None:
-    """Write distinct patterns and the index of each entry, unless the patterns alone take more than is of use."""
+    """Write distinct patterns and the index of each entry; stop when the writer's limit is reached."""
     writer.number(len(table) - 1)
     write_plain(writer, table, dtype, half=half)
     if writer.bits < writer.limit:
@@ -125,7 +125,7 @@ def write_codebook(writer: Writer, table: Words, index: Array, dtype: torch.dtyp
 def read_codebook(
     reader: Reader, count: int, dtype: torch.dtype, kind: np.dtype[np.generic]
 ) -> tuple[int, Iterator[Words]]:
-    """Read what `write_codebook` wrote: the size of the table, and the values piece by piece."""
+    """Read what `write_codebook` wrote; return the size of the table, and an iterator over pieces of the values."""
     size = 1 + reader.number(MAX_SYMBOLS)
     table = np.concatenate(list(read_plain(reader, size, dtype, kind)[1]))
     return size, reader.coded(count, table)

@@ -1,6 +1,6 @@
-"""Quantized weights: small integers times a scale, one for all entries or one for every channel.
+"""The encoding of quantized weights: small integers times a scale, one for all entries or one per channel.
 
-    entry i is q_i * scale[channel of i], as torch multiplies in its dtype; q_i is one of least, least + step, ...
+    entry i is q_i * scale[channel of i], multiplied by torch in the tensor's dtype; q_i is least, least + step, ...
 
 Signs with a scale, as in XNOR-Net, are the grid of -1 and 1.
 """
@@ -20,34 +20,34 @@ from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
 
 SCALED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST = MAX_SYMBOLS // 2 - 1
-_LIKELY = (1, 127, 128, 7, 8, 15, 3)  # the integer of a channel's largest magnitude
-_POSSIBLE = tuple(range(1, 129))
-_ULPS = (0, 1, -1, 2, -2)
-_ROUNDS = ((_LIKELY, 16), (_POSSIBLE, 64))  # integers to try, and the entries of a channel that they are tried on first
-_FEW = 4  # entries of a channel that rule out most integers
-_PROBED = 16  # channels that are looked at quickly first
-_CHANNELS = 64  # that are tried together
-_AT_ONCE = 1 << 18  # entries that are tried together
+_LIKELY = (1, 127, 128, 7, 8, 15, 3)  # likely integers of a channel's largest magnitude
+_POSSIBLE = tuple(range(1, 129))  # all integers of a channel's largest magnitude that are tried
+_ULPS = (0, 1, -1, 2, -2)  # distances of a scale from a quotient, in units in the last place
+_ROUNDS = ((_LIKELY, 16), (_POSSIBLE, 64))  # integers to try, and the number of entries on which they are tried first
+_FEW = 4  # entries of a channel that suffice to exclude most scales
+_PROBED = 16  # most channels for which a quick test comes first
+_CHANNELS = 64  # channels that are solved together
+_AT_ONCE = 1 << 18  # entries that are solved together
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The scale of every channel, and the integer of every entry; see `find_grid`."""
+    """The scale of each channel, and the integer of each entry, as `find_grid` returns them."""
 
     scales: Words
     integers: Array
 
 
 def find_grid(words: Words, dtype: torch.dtype, starts: Array) -> Grid | None:
-    """Return the grid that gives back every value bit for bit, or None.
+    """Return the grid that reproduces all values bit for bit, or None if none is found.
 
-    A channel's scale is its least magnitude other than zero, or that over 2 or 3, or its largest over 1, 2, ... 128, up
-    to two units in the last place away: what symmetric quantization leaves.
+    Each scale is searched among the values that symmetric quantization produces: the least nonzero magnitude of the
+    channel over 1, 2 or 3, or its largest magnitude over 1 to 128, up to two units in the last place away.
 
     Args:
-        words: Bit patterns, channel after channel.
-        dtype: What they stand for: one of `SCALED`.
-        starts: Where each channel starts; none is empty.
+        words: The bit patterns of the values, channel after channel.
+        dtype: The dtype of the values, one of `SCALED`.
+        starts: The position at which each channel starts; no channel is empty.
 
     Example:
         >>> from lightning_compress.coding.patterns import to_words
@@ -58,7 +58,7 @@ def find_grid(words: Words, dtype: torch.dtype, starts: Array) -> Grid | None:
     scales, integers = [], []
     ends = np.append(starts[1:], len(words))
     first = 0
-    while first < len(starts):  # the first channels alone tell of most tensors that they are on no grid
+    while first < len(starts):  # the first channels suffice to exclude most tensors without a grid
         last = first + 4 if first == 0 else int(np.searchsorted(ends, starts[first] + _AT_ONCE, side="right"))
         last = min(max(first + 1, last), len(starts))
         block = words[starts[first] : ends[last - 1]]
@@ -74,7 +74,7 @@ def find_grid(words: Words, dtype: torch.dtype, starts: Array) -> Grid | None:
 
 
 def write_grid(writer: Writer, grid: Grid, dtype: torch.dtype) -> int:
-    """Write the scales and the integers, and return how many of these there may be."""
+    """Write the scales and the integers; return the number of points of the grid."""
     least, step, size = _levels(grid.integers)
     writer.signed(least)
     writer.number(step - 1)
@@ -87,17 +87,17 @@ def write_grid(writer: Writer, grid: Grid, dtype: torch.dtype) -> int:
 def read_grid(
     reader: Reader, count: int, dtype: torch.dtype, kind: np.dtype[np.generic], channels: int
 ) -> tuple[Words, int, Iterator[Array]]:
-    """Read what `write_grid` wrote: the scales, how many integers there may be, and these piece by piece."""
+    """Read what `write_grid` wrote; return the scales, the number of points, and an iterator over the integers."""
     least, step = reader.signed(), 1 + reader.number(2 * _LARGEST + 1)
     size = 1 + reader.number(MAX_SYMBOLS)
     if not -_LARGEST <= least <= least + step * (size - 1) <= _LARGEST:
-        reader.fail(f"its grid goes from {least} to {least + step * (size - 1)}")
+        reader.fail(f"its grid goes from {least} to {least + step * (size - 1)}, beyond +-{_LARGEST}")
     scales = np.concatenate([np.empty(0, kind), *read_plain(reader, channels, dtype, kind)[1]])
     return scales, size, reader.coded(count, least + step * np.arange(size, dtype=np.int32))
 
 
 def scaled(integers: Array, scales: Words, dtype: torch.dtype) -> Words:
-    """Return the bit patterns of integers times scales, one for each or one for all."""
+    """Return the bit patterns of integers times scales: one scale per integer, or one for all."""
     product = torch.from_numpy(integers).to(dtype) * _values(scales, dtype)
     return product.view(torch.uint8).numpy().view(scales.dtype)
 
@@ -117,10 +117,10 @@ def _levels(integers: Array) -> tuple[int, int, int]:
 
 
 def _solve(words: Words, dtype: torch.dtype, starts: Array, lengths: Array) -> Tensor | None:
-    """The scale of each channel."""
+    """Return the scale of each channel, or None if a channel has none."""
     magnitudes = _magnitudes(words, dtype)
     tops = np.maximum.reduceat(magnitudes, starts)
-    if not np.isfinite(tops).all():  # a NaN is the maximum, too
+    if not np.isfinite(tops).all():  # the maximum of values with a NaN is NaN
         return None
     bottoms = np.minimum.reduceat(np.where(magnitudes > 0, magnitudes, np.inf), starts)
     if len(starts) <= _PROBED and not _promising(magnitudes, starts, lengths, bottoms, tops, dtype):
@@ -134,10 +134,10 @@ def _solve(words: Words, dtype: torch.dtype, starts: Array, lengths: Array) -> T
         for some in torch.split(torch.nonzero(unsolved)[:, 0], _CHANNELS):
             candidates = _candidates(least[some], largest[some], integers, dtype)
             probes = values[places[some]]
-            fits = _exact(probes[:, None, :_FEW], candidates[:, :, None]).all(2)  # next to none does
+            fits = _exact(probes[:, None, :_FEW], candidates[:, :, None]).all(2)
             left = fits.any(0).nonzero()[:, 0]
             fits[:, left] &= _exact(probes[:, None, :], candidates[:, left, None]).all(2)
-            scales[some] = candidates.gather(1, fits.byte().argmax(1, keepdim=True))[:, 0]  # the first that fits
+            scales[some] = candidates.gather(1, fits.byte().argmax(1, keepdim=True))[:, 0]  # the first scale that fits
         unsolved = torch.zeros(len(starts), dtype=torch.bool)
         unsolved[owner[~_exact(values, scales[owner])]] = True
         if not unsolved.any():
@@ -146,9 +146,9 @@ def _solve(words: Words, dtype: torch.dtype, starts: Array, lengths: Array) -> T
 
 
 def _magnitudes(words: Words, dtype: torch.dtype) -> Array:
-    if dtype == torch.bfloat16:  # numpy has none
+    if dtype == torch.bfloat16:  # numpy does not have this dtype
         return _values(words, dtype).abs().double().numpy()
-    with np.errstate(invalid="ignore"):  # NaNs that signal
+    with np.errstate(invalid="ignore"):  # signalling NaNs
         found: Array = np.abs(words.view(f"f{dtype.itemsize}")).astype(np.float64)
     return found
 
@@ -156,10 +156,11 @@ def _magnitudes(words: Words, dtype: torch.dtype) -> Array:
 def _promising(
     magnitudes: Array, starts: Array, lengths: Array, least: Array, largest: Array, dtype: torch.dtype
 ) -> bool:
-    """Whether the first entries of every channel are, but for rounding, multiples of one scale that will be tried.
+    """Return whether the first entries of each channel are, up to rounding, multiples of one of the scales to be tried.
 
-    Let s be a scale before rounding, and r = v / s. Where fl(q s') = v for an s' up to two units in the last place from
-    fl(s), |q - r| <= 3.1 eps r, as long as nothing is subnormal: a channel without an s of |q - r| <= 8 eps r has none.
+    Let s be a scale before rounding, v a value and r = v / s. If fl(q s') = v for an s' at most two units in the last
+    place from fl(s), and nothing is subnormal, then |q - r| <= 3.1 eps r. So no scale fits a channel that has no s with
+    |q - r| <= 8 eps r.
     """
     used = largest > 0
     info = torch.finfo(dtype)
@@ -173,7 +174,7 @@ def _promising(
 
 
 def _candidates(least: Tensor, largest: Tensor, integers: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The scales to try, channels x scales: the likeliest first."""
+    """Return the scales to try, in the shape channels x scales, likeliest first."""
     quotients = torch.cat([least[:, None] / _divisors((2, 3)), largest[:, None] / _divisors(integers)], 1).to(dtype)
     moved = {0: quotients}
     for sign, end in ((1, torch.inf), (-1, 0.0)):

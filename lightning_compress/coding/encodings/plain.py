@@ -1,4 +1,4 @@
-"""Values without a table, in as few bits as the largest of them needs."""
+"""The encoding of values without a table: raw, as float16, or in as few bits as all of them fit into."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_compress.coding.streams import PIECE, Reader, Writer
 RAW, HALF, SHORT = range(3)
 NAMES = ("raw", "float16", "packed")
 _WITHOUT_SIGN = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-_HALVED = {torch.float32: (1 << 13) - 1, torch.float64: (1 << 42) - 1}  # the bits that a float16 does not have
+_HALVED = {torch.float32: (1 << 13) - 1, torch.float64: (1 << 42) - 1}  # the mantissa bits that float16 lacks
 
 
 def write_plain(writer: Writer, words: Words, dtype: torch.dtype, *, half: bool) -> int:
-    """Write bit patterns in the cheapest of three ways, and return which.
+    """Write bit patterns with the cheapest of three encodings, and return its number.
 
-    RAW: all of their bits. HALF: as float16, where that gives back the same bits. SHORT: floats without the low bits
-    that are zero in all of them, integers minus the least.
+    RAW stores all bits. HALF stores values as float16, if that is exact. SHORT stores floats without the low bits that
+    are zero in all of them, and integers minus the least one.
 
     Args:
-        writer: What they are written to.
-        words: The patterns.
-        dtype: What they stand for.
-        half: Whether to round float32 and float64 to float16 first; not where that makes a number infinite.
+        writer: The writer.
+        words: The bit patterns of the values.
+        dtype: The dtype of the values.
+        half: Whether float32 and float64 are rounded to float16 first; they are not if a number would become infinite.
     """
     if half and dtype in _HALVED:
         words = _rounded(words, dtype)
@@ -34,7 +34,7 @@ def write_plain(writer: Writer, words: Words, dtype: torch.dtype, *, half: bool)
     used = int(np.bitwise_or.reduce(words[:256])) if len(words) else 0
     if dtype in _HALVED and not used & _HALVED[dtype] and _is_half(words[:256], dtype) and _is_half(words, dtype):
         ways.append(lambda one: _write_half(one, words, dtype))
-    if not dtype.is_floating_point or not used & 1:  # else all bits are needed
+    if not dtype.is_floating_point or not used & 1:  # otherwise SHORT saves no bits
         ways.append(lambda one: _write_short(one, words, dtype))
     return writer.cheapest(ways)
 
@@ -42,13 +42,13 @@ def write_plain(writer: Writer, words: Words, dtype: torch.dtype, *, half: bool)
 def read_plain(
     reader: Reader, count: int, dtype: torch.dtype, kind: np.dtype[np.generic]
 ) -> tuple[int, Iterator[Words]]:
-    """Read what `write_plain` wrote: in which way, and the patterns piece by piece.
+    """Read what `write_plain` wrote; return the number of the encoding, and an iterator over pieces of the patterns.
 
     Args:
-        reader: What they are read from.
-        count: How many.
-        dtype: What they stand for.
-        kind: The unsigned integers to return.
+        reader: The reader.
+        count: The number of values.
+        dtype: The dtype of the values.
+        kind: The unsigned integer type of the patterns.
     """
     way = int(reader.uniform(1, 3)[0])
     bits = 8 * kind.itemsize
@@ -57,7 +57,7 @@ def read_plain(
     if way == SHORT and not dtype.is_floating_point:
         least = reader.number() if dtype in _WITHOUT_SIGN else reader.signed()
     if way == HALF and dtype not in _HALVED:
-        reader.fail(f"it stores {dtype} as float16")
+        reader.fail(f"it stores {dtype} as float16, which is for float32 and float64")
     return way, _pieces(reader, count, dtype, kind, way, width, least)
 
 
@@ -119,7 +119,7 @@ def _from_half(halves: Words, kind: np.dtype[np.generic]) -> Words:
 
 
 def _is_half(words: Words, dtype: torch.dtype) -> bool:
-    halves = _to_half(words, dtype)  # of NaNs a machine may keep other bits than the next
+    halves = _to_half(words, dtype)  # the bits of a converted NaN depend on the machine
     return not np.isnan(halves).any() and np.array_equal(_from_half(halves, words.dtype), words)
 
 

@@ -1,9 +1,9 @@
-"""The positions of nonzero entries: zero maps and relative indices.
+"""The encodings of the positions of nonzero entries.
 
-DENSE      everywhere
+DENSE      all entries are stored, zeros included
 MAP        one bit per entry, entropy-coded
-RELATIVE   Deep Compression: the number of zeros before each, in k bits; where 2^k - 1 do not suffice, a zero is
-           stored as if it were none
+RELATIVE   Deep Compression's relative indices: the number of zeros before each stored entry, in k bits; if there are
+           more than 2^k - 1, a zero is stored as well
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from lightning_compress.coding.streams import Array, Reader, Writer
 W = TypeVar("W", bound=Writer)
 DENSE, MAP, RELATIVE = range(3)
 _MOST_BITS = 12  # of a gap
-_LEAST_LEARNED, _MOST_LEARNED, _ALL_RATES = 256, 1 << 22, 1 << 19  # entries: where learning pays, and the time is there
+_LEAST_LEARNED, _MOST_LEARNED = 256, 1 << 22  # entries; with fewer, learning saves nothing; with more, it is too slow
+_ALL_RATES = 1 << 19  # most entries for which all learning rates are tried
 
 
 def write_map(writer: Writer, present: Array, shape: tuple[int, ...], limit: float = math.inf) -> None:
-    """Write the map of nonzero entries, with one probability for all, or with learned ones.
+    """Write the map of nonzero entries, with one probability for all entries or with learned ones.
 
     Args:
-        writer: What they are written to.
-        present: Whether each entry is not zero.
-        shape: That of the tensor.
-        limit: Of no use is what takes more bits; nothing is learned then.
+        writer: The writer.
+        present: For each entry whether it is nonzero.
+        shape: The shape of the tensor.
+        limit: Learning is skipped if the map would take more bits in any case.
     """
     if writer.adaptive and shape and _LEAST_LEARNED <= len(present) <= _MOST_LEARNED:
         _write_cheapest(writer, present, shape, limit)
@@ -76,10 +77,10 @@ def _learned(writer: W, present: Array, shape: tuple[int, ...], axis: int, rate:
 
 
 def read_map(reader: Reader, out: Array, shape: tuple[int, ...]) -> int:
-    """Set the entries that are not zero to true, and return how many there are."""
+    """Read a map that `write_map` wrote: set `out` to true where entries are nonzero, and return their number."""
     if reader.uniform(1, 2)[0]:
-        if not shape or len(out) > _MOST_LEARNED:  # it would take hours
-            reader.fail(f"{len(out)} entries of shape {shape} have a learned zero map")
+        if not shape or len(out) > _MOST_LEARNED:  # a crafted map could take hours
+            reader.fail(f"a tensor of shape {shape} has a learned zero map, which is for 1 to {_MOST_LEARNED} entries")
         read_adaptive(reader, out, shape[0], _inputs(reader.filled, shape))
     else:
         position = 0
@@ -91,20 +92,23 @@ def read_map(reader: Reader, out: Array, shape: tuple[int, ...]) -> int:
 
 
 def _filled(present: Array, shape: tuple[int, ...], before: Array | None) -> Array | None:
-    """Return the number of nonzero entries of each row; vectors, such as biases between matrices, change nothing."""
+    """Return the number of nonzero entries of each row; for a vector, such as a bias, return the earlier numbers."""
     if len(shape) < 2:
         return before
     return np.count_nonzero(present.reshape(shape[0], -1), axis=1) if len(present) <= _MOST_LEARNED else None
 
 
 def _inputs(filled: Array | None, shape: tuple[int, ...]) -> Array | None:
-    """Of each column, how full the row of the matrix before is that its input comes from, if the sizes fit."""
+    """Return for each column the number of nonzero entries in the row of the earlier matrix that computes its input.
+
+    The result is None if the sizes do not match.
+    """
     columns = prod(shape[1:])
     return None if filled is None or columns % len(filled) else np.repeat(filled, columns // len(filled))
 
 
 def padded(present: Array, width: int) -> tuple[Array, Array]:
-    """Return the positions that gaps of so many bits lead to, and the gaps.
+    """Return the positions of the stored entries, padding zeros included, and the gaps before them in `width` bits.
 
     Example:
         >>> positions, gaps = padded(np.array([1, 0, 0, 0, 0, 0, 1], bool), 2)
@@ -122,14 +126,14 @@ def padded(present: Array, width: int) -> tuple[Array, Array]:
 
 
 def write_relative(writer: Writer, gaps: Array, width: int) -> None:
-    """Write gaps of so many bits."""
+    """Write gaps of `width` bits."""
     writer.number(width - 1)
     writer.number(len(gaps))
     writer.coded(gaps, 1 << width)
 
 
 def read_relative(reader: Reader, out: Array) -> int:
-    """Set the entries at the ends of gaps to true, and return their number."""
+    """Read gaps that `write_relative` wrote: set `out` to true where an entry is stored, and return their number."""
     width = 1 + reader.number(_MOST_BITS)
     count = reader.number(len(out) + 1)
     position = -1
@@ -143,7 +147,7 @@ def read_relative(reader: Reader, out: Array) -> int:
 
 
 def best_width(present: Array) -> int:
-    """Return the bits of a gap that take the least room for gaps and padding, counted at the entropy.
+    """Return the number of bits of a gap for which gaps and padding together take the fewest bits, by their entropy.
 
     Example:
         >>> best_width(np.arange(4000) % 16 == 15)

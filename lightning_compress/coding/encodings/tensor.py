@@ -1,4 +1,4 @@
-"""One tensor in the form of the fewest bits: first the positions of its entries, then their values."""
+"""Writes and reads one tensor with the encoding of the fewest bits: first the positions of its entries, then values."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_compress.coding.streams import PIECE, Array, Reader, Writer
 _PLACES = ("dense", "zero map", "relative index")
 _PLAIN, _CODEBOOK, _GRID = range(3)
 _VALUES = 3
-_FEW_ZEROS = 0.01  # share of zeros in a large tensor, below which a map of them saves next to nothing
-_LARGE = 1 << 20  # entries; what can't win is not tried for more
-_SMALL = 1 << 22  # entries; what is slow is tried for no more
-_AXES = 3  # of a grid's scales: one for all, one for each index of the first or of the second dimension
+_FEW_ZEROS = 0.01  # fraction of zeros in a large tensor below which a zero map saves next to nothing
+_LARGE = 1 << 20  # entries; for larger tensors, encodings that can't win are not tried
+_SMALL = 1 << 22  # entries; for larger tensors, slow encodings are not tried
+_AXES = 3  # a grid has one scale in all (0), or one for each index of the first (1) or the second dimension (2)
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Encoding:
     """How a tensor is stored.
 
     Attributes:
-        name: In words.
-        distinct: How many values its table has, or its grid; None where they are stored one by one.
+        name: The encoding in words.
+        distinct: The number of values of the codebook or the grid; None without one.
     """
 
     name: str
@@ -40,23 +40,21 @@ class Encoding:
         return replace(self, name=f"{_PLACES[places]}, {self.name}") if places else self
 
 
-_WritePlaces = Callable[[Writer, float], None]  # takes the bits that are left, of which more are of no use
+_WritePlaces = Callable[[Writer, float], None]  # gets a writer, and the most bits that are still of use
 _EMPTY, _ALL_ZERO = Encoding("empty"), Encoding("all zero", 1)
 
 
 def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
-    """Write the entries of a tensor in the way that takes the fewest bits, and return that."""
+    """Write the entries of a tensor with the encoding of the fewest bits, and return the encoding."""
     words = patterns.to_words(tensor)
     if not len(words):
         return _EMPTY
     dtype, shape = patterns.part_dtype(tensor.dtype), patterns.part_shape(tensor.dtype, tensor.shape)
     table = codebook.distinct(words, dtype)
-    if table is None or len(words) <= _LARGE:  # with a table nobody looks at the zeros of a large tensor
+    if table is None or len(words) <= _LARGE:  # a large tensor with a table is encoded from the table
         words = patterns.one_zero(words, dtype)
 
-    def at(
-        places: int, write_places: Callable[[Writer, float], None], values: _Content
-    ) -> Callable[[Writer], Encoding]:
+    def at(places: int, write_places: _WritePlaces, values: _Content) -> Callable[[Writer], Encoding]:
         def write(one: Writer) -> Encoding:
             one.uniform([places], len(_PLACES))
             rest = one.scratch()
@@ -88,7 +86,7 @@ def write_tensor(writer: Writer, tensor: Tensor, *, half: bool) -> Encoding:
 
 
 def _present(words: Words, table: tuple[Words, Array] | None) -> Array:
-    """Return which entries are nonzero, from the codebook's index where there is one, because that is faster."""
+    """Return which entries are nonzero; with a codebook its index decides, which is faster."""
     if table is not None and table[0][0] != 0:
         return np.ones(len(words), np.bool_)
     found: Array = (words if table is None else table[1]) != 0
@@ -97,7 +95,13 @@ def _present(words: Words, table: tuple[Words, Array] | None) -> Array:
 
 @dataclass(frozen=True)
 class _Content:
-    """Values, their codebook and indices if there are few enough, and where they are, None for everywhere."""
+    """Values to be written.
+
+    Attributes:
+        words: The bit patterns of the values.
+        table: The codebook and the index of each value; None if there are too many distinct values.
+        present: Which entries of the tensor the values are; None: all.
+    """
 
     words: Words
     table: tuple[Words, Array] | None
@@ -105,12 +109,12 @@ class _Content:
 
 
 def read_tensor(reader: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[Tensor, Encoding]:
-    """Read what `write_tensor` wrote."""
+    """Read a tensor that `write_tensor` wrote; return it and its encoding."""
     words = patterns.zero_words(dtype, shape)
     if not len(words):
         return patterns.to_tensor(words, dtype, shape), _EMPTY
     places = int(reader.uniform(1, len(_PLACES))[0])
-    present = words.view(np.bool_)[-len(words) :]  # in the last bytes, which values overwrite after it was looked at
+    present = words.view(np.bool_)[-len(words) :]  # saves memory: values overwrite these bytes after use
     if places == positions.DENSE:
         count = len(words)
     else:
@@ -132,12 +136,16 @@ def read_tensor(reader: Reader, dtype: torch.dtype, shape: tuple[int, ...]) -> t
             piece[:] = 0
             piece[where] = values.take(start + where if values.scaled else None, len(where))
     if dtype == torch.bool and words.max() > 1:
-        reader.fail("a truth value is neither true nor false")
+        reader.fail("a bool is neither true nor false")
     return patterns.to_tensor(words, dtype, shape), encoding.at(places)
 
 
 class _Values:
-    """Hands out values in portions other than those that they are read in."""
+    """Returns values in portions of any size, whatever the size of the pieces that are read.
+
+    Attributes:
+        scaled: Whether `take` needs the positions of the values, to look up their scales.
+    """
 
     scaled = False
 
@@ -146,7 +154,7 @@ class _Values:
         self._left: Array = np.empty(0, kind)
 
     def take(self, places: Array | None, count: int) -> Words:
-        """Return the next values; `places` are their positions in the tensor, which only a scale asks for."""
+        """Return the next `count` values; `places` are their positions in the tensor, needed if `scaled`."""
         found = [self._left]
         missing = count - len(self._left)
         while missing > 0:
@@ -167,7 +175,7 @@ class _ScaledValues(_Values):
         self._scales, self._dtype, self._shape, self._axis = scales, dtype, shape, axis
 
     def take(self, places: Array | None, count: int) -> Words:
-        assert places is not None, "a scale asks for them"
+        assert places is not None, "the scales depend on the positions"
         channel = _channel(places, self._shape, self._axis)
         return grid.scaled(super().take(None, count), self._scales[channel], self._dtype)
 
@@ -184,7 +192,7 @@ def _write_values(
         return Encoding(plain.NAMES[plain.write_plain(one, words, dtype, half=half)])
 
     ways: list[Callable[[Writer], Encoding]] = [plainly]
-    if values.table is not None and len(words) > _LARGE:  # its table costs nothing beside the indices
+    if values.table is not None and len(words) > _LARGE:  # next to so many indices a table costs nothing
         ways = []
     if values.table is not None:
         table, index = values.table
@@ -194,7 +202,7 @@ def _write_values(
             codebook.write_codebook(one, table, index, dtype, half=half)
             return _by_codebook(len(table))
 
-        if len(table) < len(words):  # else the table alone takes as much
+        if len(table) < len(words):  # otherwise the table takes as much as the plain values
             ways.append(by_table)
         if dtype in grid.SCALED and (one_scale := grid.find_grid(table, dtype, np.zeros(1, np.int64))) is not None:
             ways.append(_on_grid(one_scale.scales, codebook.entries(one_scale.integers, index), dtype, 0))
@@ -206,7 +214,7 @@ def _write_values(
 
 
 def _channel_grid(values: _Content, dtype: torch.dtype, shape: tuple[int, ...], axis: int) -> grid.Grid | None:
-    """The grid with a scale for each index of a dimension."""
+    """Return the grid with a scale for each index of the first (axis 1) or second dimension (axis 2), or None."""
     entries, channels = prod(shape), shape[axis - 1]
     if entries // channels < 2 or (axis > 1 and entries > _SMALL):
         return None
@@ -234,7 +242,10 @@ def _channel_grid(values: _Content, dtype: torch.dtype, shape: tuple[int, ...], 
 
 
 def _second_axis_grid(words: Words, dtype: torch.dtype) -> grid.Grid | None:
-    """The grid with a scale for each index of the second of three dimensions; a few of them rule most tensors out."""
+    """Return the grid with a scale for each index of the second of three dimensions, or None.
+
+    The first four channels are tried alone, because they suffice to exclude most tensors.
+    """
     by_channel = words.transpose(1, 0, 2)
 
     def find(some: Words) -> grid.Grid | None:
