@@ -299,10 +299,10 @@ def test_names_that_the_reader_would_refuse_are_refused_by_the_writer(names: lis
 def test_metadata_that_the_reader_would_refuse_are_refused_by_the_writer(tmp_path: Path) -> None:
     state = nn.Linear(1, 1).state_dict()
     state._metadata[""]["kept"] = [None] * 300_000
-    with pytest.raises(ValueError, match="tensors and the state dict.s metadata take"):
+    with pytest.raises(ValueError, match=r"tensors and the state dict.s metadata take"):
         save_compressed(state, tmp_path / "f")
     state._metadata[""] = {"version": "new"}
-    with pytest.raises(ValueError, match="have the version .new.; it must be an integer"):
+    with pytest.raises(ValueError, match=r"have the version .new.; it must be an integer"):
         save_compressed(state, tmp_path / "f")
 
 
