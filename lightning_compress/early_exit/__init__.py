@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_compress.early_exit.network import EarlyExitNetwork
 from lightning_compress.early_exit.rules import ExitRule, exit_costs, leaves, score, streak
 
-__all__ = ["ExitRule", "exit_costs", "leaves", "score", "streak"]
+__all__ = ["EarlyExitNetwork", "ExitRule", "exit_costs", "leaves", "score", "streak"]

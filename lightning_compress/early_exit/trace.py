@@ -1,0 +1,211 @@
+"""A network as one graph of ATen operators in which the ends of named layers are known."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from lightning_compress.core.axes import BATCH, Axes, exported
+from lightning_compress.core.evaluation import caches_off, entries_restored, evaluating
+from lightning_compress.core.outputs import select_output
+
+_SAMPLES = 3  # in the traced batch: torch.export makes constants of sizes 0 and 1
+
+
+class SplitError(ValueError):
+    """A network that cannot be split into stages, with the reason and, where it is one exit's, the exit."""
+
+
+@torch.library.custom_op("lightning_compress::layer_end", mutates_args=())
+def _layer_end(x: Tensor, layer: str) -> Tensor:
+    """Mark the end of a layer in a graph; the graph that is run has no such mark."""
+    return x.clone()
+
+
+@_layer_end.register_fake
+def _(x: Tensor, layer: str) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+_LAYER_END = torch.ops.lightning_compress.layer_end.default
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a layer ends: the node of what it returns, and how many nodes of the graph come before its end."""
+
+    node: fx.Node
+    position: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of a network, for batches of any size.
+
+    Attributes:
+        module: Has the graph.
+        nodes: Of the graph, in order, without its output.
+        names: The nodes of parameters, buffers and constants, and their names.
+        constants: Tensors that belong to the network's code, by name.
+        inputs: The nodes of the example inputs' leaves, in order.
+        answer: The node of the network's output.
+        ends: Of the layers that ended in the graph and returned a tensor; those that ran twice have two.
+        symbol: Stands for the number of samples in the sizes of tensors.
+    """
+
+    module: fx.GraphModule
+    nodes: list[fx.Node]
+    names: dict[fx.Node, str]
+    constants: dict[str, Tensor]
+    inputs: list[fx.Node]
+    answer: fx.Node
+    ends: dict[str, list[End]]
+    symbol: Any
+
+    def affine(self, size: Any) -> tuple[int, int] | None:
+        """Return (a, b) of a size that is a times the number of samples plus b, and None for any other."""
+        if isinstance(size, int):
+            return 0, size
+        expression = size.node.expr
+        try:
+            one, two, *more = (int(expression.xreplace({self.symbol: n})) for n in (1, 2, 3, 8, 61))
+        except TypeError:  # other symbols
+            return None
+        a, b = two - one, 2 * one - two
+        return (a, b) if more == [a * n + b for n in (3, 8, 61)] else None
+
+
+def trace(
+    network: nn.Module, axes: Axes, layers: Iterable[str], output: str | int | None, *, functional: bool = False
+) -> Trace:
+    """Export a network in evaluation mode, with marks where layers end.
+
+    Args:
+        network: Stays as it is.
+        axes: Of its example inputs.
+        layers: Qualified names of modules.
+        output: Which tensor of the network's output is the answer, as for `select_output`.
+        functional: Replace operators that write into their inputs by others that do not.
+
+    Raises:
+        SplitError: The network cannot be exported for batches of any size.
+    """
+    try:
+        with ExitStack() as back:
+            back.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for context in (evaluating(network), entries_restored(network), caches_off(network)):
+                back.enter_context(context)
+            back.enter_context(torch.compiler.set_stance("force_eager"))
+            back.enter_context(_answering(network, output))
+            back.enter_context(_marking(network, layers))
+            program = exported(network, axes.resized({BATCH: _SAMPLES}), axes, {BATCH: Dim(BATCH)})
+            if functional:
+                program = program.run_decompositions({})
+    except Exception as error:  # whatever the network's code or torch.export raises
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        raise SplitError(
+            f"torch.export cannot trace {type(network).__name__} for batches of any size: "
+            f"{' '.join(lines[:2])[:300] or type(error).__name__}"
+        ) from error
+    return _read(program, axes)
+
+
+@contextmanager
+def _answering(network: nn.Module, output: str | int | None) -> Iterator[None]:
+    """Have the network return the one tensor that is its answer."""
+    own, forward = vars(network).get("forward"), network.forward
+
+    @wraps(forward)
+    def answer(*args: Any, **kwargs: Any) -> Tensor:
+        return select_output(forward(*args, **kwargs), output, type(network).__name__)
+
+    vars(network)["forward"] = answer
+    try:
+        yield
+    finally:
+        del vars(network)["forward"]
+        if own is not None:
+            vars(network)["forward"] = own
+
+
+@contextmanager
+def _marking(network: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    def marker(name: str) -> Any:
+        def mark(_module: nn.Module, _args: Any, output: Any) -> Any:
+            return _LAYER_END(output, name) if isinstance(output, Tensor) else None
+
+        return mark
+
+    handles = [network.get_submodule(name).register_forward_hook(marker(name)) for name in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read(program: ExportedProgram, axes: Axes) -> Trace:
+    signature = program.graph_signature
+    if any(one.kind != OutputKind.USER_OUTPUT for one in signature.output_specs):
+        raise SplitError("The network writes into its buffers or inputs.")
+    graph = program.graph
+    for node in list(graph.nodes):
+        _tidy(graph, node)
+    ends: dict[str, list[End]] = {}
+    nodes: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node.target is _LAYER_END:
+            source, layer = node.args
+            ends.setdefault(layer, []).append(End(source, len(nodes)))
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif node.op != "output":
+            nodes.append(node)
+    by_name = {node.name: node for node in nodes if node.op == "placeholder"}
+    specs = [(by_name[spec.arg.name], spec) for spec in signature.input_specs if spec.arg.name in by_name]
+    inputs = [node for node, spec in specs if spec.kind is InputKind.USER_INPUT]
+    names = {node: str(spec.target) for node, spec in specs if spec.kind is not InputKind.USER_INPUT}
+    first = next(i for i, named in enumerate(axes.named) if BATCH in named.values())
+    dim = next(dim for dim, name in axes.named[first].items() if name == BATCH)
+    output = next(node for node in graph.nodes if node.op == "output")
+    return Trace(
+        module=program.graph_module,
+        nodes=nodes,
+        names=names,
+        constants={
+            str(spec.target): program.constants[str(spec.target)]
+            for _, spec in specs
+            if spec.kind is InputKind.CONSTANT_TENSOR
+        },
+        inputs=inputs,
+        answer=output.args[0][0],
+        ends=ends,
+        symbol=inputs[first].meta["val"].shape[dim].node.expr,
+    )
+
+
+def _tidy(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase checks and dropout, which do nothing, and have the parts of a list follow it at once."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return
+    name = target._schema.name.partition("::")[2]
+    if ("_assert_" in name or "sym_constrain" in name) and not node.users:
+        graph.erase_node(node)
+    elif name in ("dropout", "feature_dropout", "alpha_dropout") and node.args[2] is False:
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # the tensor
+        graph.erase_node(node)
+    elif isinstance(node.meta.get("val"), (list, tuple)):
+        for part in reversed([user for user in node.users if user.target is operator.getitem]):
+            node.append(part)
