@@ -19,6 +19,7 @@ from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import TOLERANCE, compare, run
+from lightning_compress.core.side_outputs import side_outputs
 from lightning_compress.core.tensors import named_tensors
 from lightning_compress.core.undo import forget_graphs
 
@@ -129,6 +130,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for device in {tensor.device.type for tensor in named_tensors(model).values()} & {"cpu", "cuda", "mps", "xpu"}:
             stack.enter_context(torch.autocast(device, enabled=False))  # it would go on with the weights of before
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(side_outputs(model))
         stack.enter_context(entries_restored(model))
         stack.enter_context(evaluating(model))
         take_rounding_away(model)
@@ -160,7 +162,7 @@ def _try(model: nn.Module, groups: ChannelGroups, drop: Drop) -> None:
     assert groups.plan is not None, "channel_groups made them"
     slices = Slices(sparing=True)
     inputs = groups.plan.inputs
-    with sandbox(model):
+    with side_outputs(model), sandbox(model):
         with_factors(model, groups.plan.factors)
         try:
             expected = dense_without(model, inputs, drop, groups.plan)

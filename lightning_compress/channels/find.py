@@ -21,6 +21,7 @@ from lightning_compress.channels.sandbox import sandbox
 from lightning_compress.channels.trial import Trial
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.memory import shared_memory
+from lightning_compress.core.side_outputs import side_outputs
 from lightning_compress.core.tensors import named_tensors
 
 __all__ = ["ChannelGroup", "ChannelGroups", "Member", "channel_groups"]
@@ -50,7 +51,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     """
     _check(model)
     shared = shared_memory(named_tensors(model))
-    with sandbox(model):
+    with side_outputs(model), sandbox(model):
         plan = Plan.make(model, example_inputs)
         groups = _named(_frozen_by_memory(Trial(model, plan).survivors(), shared))
     groups.plan = plan

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,11 @@ class Structure:
     def when_lost(cls, model: nn.Module, names: list[str]) -> str | None:
         """Return the warning for a load that has ignored the records of these modules; None for no warning."""
         return None
+
+    @classmethod
+    def own_keys(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return beginnings of names, within the module, of tensors that a network without the structure has not."""
+        return ()
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
         """Return the record: plain values, from which `rebuild` changes another module alike; None if none is needed.
@@ -306,13 +312,15 @@ def _warn_of_lost_records() -> None:
 
     @wraps(load)
     def load_and_look(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = load(module, state_dict, *args, **kwargs)
         try:
             found = records(getattr(state_dict, "_metadata", None))
         except (RecordError, UnknownRecordError) as error:
+            result = load(module, state_dict, *args, **kwargs)
             warnings.warn(f"{type(module).__name__} has loaded tensors alone. {error}", stacklevel=2)
             return result
-        layers = dict(module.named_modules())
+        extra = tuple(_keys_without_place(module, found)) if found else ()
+        result = load(module, _without(state_dict, extra) if extra else state_dict, *args, **kwargs)
+        layers = dict(module.named_modules()) if found else {}
         lost: dict[type[Structure], list[str]] = {}
         for kind, given in found.items():
             for name in given:
@@ -324,6 +332,25 @@ def _warn_of_lost_records() -> None:
         return result
 
     nn.Module.load_state_dict = load_and_look  # type: ignore[assignment,method-assign]
+
+
+def _keys_without_place(module: nn.Module, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
+    """Beginnings of the names of tensors that belong to structures which a module neither has nor will be given."""
+    hooks = _hooks_of(module)
+    if hooks is not None and hooks.follows:
+        return
+    layers = dict(module.named_modules())
+    for kind, given in found.items():
+        for name, record in given.items():
+            if name in layers and all(one.kind != kind for one in structures(layers[name])):
+                yield from (f"{name}.{key}" if name else key for key in kind_class(kind).own_keys(record))
+
+
+def _without(state_dict: Mapping[str, Any], beginnings: tuple[str, ...]) -> dict[str, Any]:
+    """Return a state dict, with its metadata, without the tensors whose names begin so."""
+    kept = OrderedDict((name, value) for name, value in state_dict.items() if not name.startswith(beginnings))
+    kept._metadata = state_dict._metadata  # type: ignore[attr-defined]
+    return kept
 
 
 _warn_of_lost_records()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any
@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.trainer.effects import Effects, Progress
+from lightning_compress.trainer.replay import Replica
 from lightning_compress.trainer.resume import ResumableCallback
 from lightning_compress.trainer.unwrap import LOGGED, SLOT, innermost
 
@@ -30,6 +31,7 @@ class Objective:
             its state dict, no target of a pattern.
         depth: How many wrappers are inside this one.
         fitting: Whether a fit goes on, in which `auxiliary` is among the wrapper's parameters.
+        replicas: What the replays of a step have to themselves, by the folder of what they log: see `trainer.replay`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -37,16 +39,32 @@ class Objective:
         self.auxiliary = nn.ModuleDict()
         self.depth = 0
         self.fitting = False
+        self.replicas: dict[str, Replica] = {}
 
     def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what `training_step` returns; `run(*args, **kwargs)` is the step without this wrapper."""
         raise NotImplementedError
 
+    def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what `validation_step` or `test_step` returns; `run(*args, **kwargs)` is the step without this."""
+        return run(*args, **kwargs)
+
+    def at_epoch_hook(self, module: LightningModule, run: Callable[[], Any]) -> Any:
+        """Run the module's own hook at the beginning or end of an epoch of training, validation or test."""
+        return run()
+
     def configure(self, module: LightningModule) -> None:
-        """Fill `auxiliary` for a fit, before checkpoint, device and optimizer; it may be called more than once."""
+        """Add parameters for a fit, before checkpoint, device and optimizer; it may be called more than once."""
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         """Get ready for the first step: the module is on its device. `state` is from a checkpoint's `state`."""
+
+    def finish(self, module: LightningModule) -> None:
+        """Undo at a fit's end, also after an error, what `configure` has set for the time of the fit."""
+
+    def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
+        """Return by name the parameters that the technique has added, and that an optimizer must train."""
+        return dict(self.auxiliary.named_parameters())
 
     def follow_epochs(self, moment: Callable[[int], int]) -> None:
         """Move planned steps, as `ResumableCallback.follow_epochs` does."""
@@ -72,7 +90,7 @@ class Objective:
 
 
 class CompressionModule(LightningModule):
-    """A wrapper that differs from the module inside only in `training_step`.
+    """A wrapper that differs from the module inside only in what its steps compute.
 
     It is a second object over the `__dict__` of the module inside, of a class that derives from the wrapper's and the
     module's own. So names, state dict, hooks, `hparams`, metrics, `self.trainer` and what the Trainer asks for are the
@@ -129,6 +147,13 @@ class CompressionModule(LightningModule):
                 run = partial(level.objective.step, self, run)
         return run(*args, **kwargs)
 
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        inside = self._lightning_compress
+        inside.logged += 1
+        super().log(f"{inside.label}{name}", *args, **kwargs)
+        if inside.second_label:
+            super().log(f"{inside.label}{inside.second_label}{name}", *args, **kwargs)
+
     def configure_callbacks(self) -> Sequence[Callback]:
         found = super().configure_callbacks()
         others = list(found) if isinstance(found, Sequence) else [found]
@@ -147,6 +172,7 @@ class CompressionModule(LightningModule):
         super().teardown(stage)
         for level in self._lightning_compress.levels:
             level.objective.fitting = False
+            level.objective.finish(self)
         # Lightning leaves it there with DistributedDataParallel; a pickle of the module would hold this wrapper by it.
         if getattr(vars(self).get("forward"), "__self__", None) is self:
             del self.forward
@@ -159,6 +185,17 @@ class CompressionModule(LightningModule):
             if level.objective.fitting:  # what asks is the optimizer, DistributedDataParallel or an average
                 mine = f"{level.callback.name}{level.objective.depth}"  # no name that a module could have
                 yield from level.objective.auxiliary.named_parameters(f"{prefix}.{mine}" if prefix else mine)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        for level in self._lightning_compress.levels:
+            for label, replica in level.objective.replicas.items():
+                for path, metric in replica.metrics.items():  # Lightning, and a resume, look for metrics by their names
+                    name = f"{label}/{path}"
+                    yield from metric.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressionModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -175,10 +212,23 @@ class _Level:
 
 @dataclass
 class _Inside:
-    """The user's module, and the wrappers around it, the innermost first."""
+    """What a wrapper holds.
+
+    Attributes:
+        own: The user's module.
+        levels: The wrappers around it, the innermost first.
+        label: Folder of what is logged now, with a slash at its end.
+        second_label: Another folder, within the first, in which it is logged as well.
+        inside_one: Whether a validation or test step runs, or a hook, which may call another one.
+        logged: How many values have been logged.
+    """
 
     own: LightningModule
     levels: tuple[_Level, ...]
+    label: str = ""
+    second_label: str = ""
+    inside_one: bool = False
+    logged: int = 0
 
 
 @cache
@@ -192,7 +242,9 @@ def _class_over(wrapper: type[CompressionModule], own: type[LightningModule]) ->
     def load_from_checkpoint(cls: type, *args: Any, **kwargs: Any) -> LightningModule:
         return own.load_from_checkpoint(*args, **kwargs)
 
-    namespace: dict[str, Any] = {
+    changed = {name: _evaluated(getattr(own, name)) for name in _EVALUATIONS if _is_own(own, name)}
+    changed |= {name: _at_epoch(getattr(own, name)) for name in _EPOCH_HOOKS if _is_own(own, name)}
+    namespace: dict[str, Any] = changed | {
         "__slots__": (),
         "__module__": wrapper.__module__,
         "__qualname__": f"{wrapper.__name__}[{own.__name__}]",
@@ -206,6 +258,59 @@ def _class_over(wrapper: type[CompressionModule], own: type[LightningModule]) ->
         raise ValueError(
             f"{wrapper.__name__} can't wrap {own.__name__}, whose class nothing derives from: {error}."
         ) from error
+
+
+_EVALUATIONS = ("validation_step", "test_step")
+_EPOCH_HOOKS = [f"on_{what}_epoch_{when}" for what in ("train", "validation", "test") for when in ("start", "end")]
+
+
+def _is_own(own: type[LightningModule], name: str) -> bool:
+    return getattr(own, name) is not getattr(LightningModule, name)
+
+
+def _evaluated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a validation or test step that the objectives see."""
+
+    @wraps(method)  # Lightning reads its signature
+    def step(self: CompressionModule, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
+        evaluates = trainer is not None and (trainer.validating or trainer.testing or trainer.sanity_checking)
+        around = [level.objective.evaluate for level in self._lightning_compress.levels] if evaluates else []
+        return _run_once(self, method, around, *args, **kwargs)
+
+    return step
+
+
+def _at_epoch(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook at an epoch's beginning or end that the objectives see."""
+
+    @wraps(method)
+    def hook(self: CompressionModule) -> Any:
+        around = [level.objective.at_epoch_hook for level in self._lightning_compress.levels]
+        return _run_once(self, method, around)
+
+    return hook
+
+
+def _run_once(
+    module: CompressionModule,
+    method: Callable[..., Any],
+    around: Sequence[Callable[..., Any]],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a method of the module with others around it, the innermost first; without them if it is called by one."""
+    run: Callable[..., Any] = partial(method, module)
+    inside = module._lightning_compress
+    if inside.inside_one:
+        return run(*args, **kwargs)
+    for one in around:
+        run = partial(one, module, run)
+    inside.inside_one = True
+    try:
+        return run(*args, **kwargs)
+    finally:
+        inside.inside_one = False
 
 
 def _bare(wrapper: type[CompressionModule]) -> CompressionModule:
@@ -278,6 +383,7 @@ class ObjectiveCallback(ResumableCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.objective.fitting = False
+        self.objective.finish(pl_module)
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         return self.objective.effects(trainer, pl_module)
@@ -290,12 +396,12 @@ class ObjectiveCallback(ResumableCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        auxiliary = dict(self.objective.auxiliary.named_parameters())
-        if not auxiliary:
+        added = self.objective.own_parameters(pl_module)
+        if not added:
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = {id(one) for group in groups for one in group["params"]}
-        left = [name for name, parameter in auxiliary.items() if id(parameter) not in trained]
+        left = [name for name, parameter in added.items() if id(parameter) not in trained]
         if left:
             raise ValueError(
                 f"{self.name} has parameters that no optimizer trains: {', '.join(left)}. They are among "

@@ -1,0 +1,440 @@
+"""The objective of early exits: the user's own step, once with the network's output and once with each exit's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_compress.core.evaluation import entries_restored, evaluating, modes_restored, set_mode
+from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
+from lightning_compress.early_exit.heads import ExitHeads, heads_of, layer_of, make_heads, reading
+from lightning_compress.early_exit.record import give_heads, note_heads
+from lightning_compress.trainer.capture import captured, select_output
+from lightning_compress.trainer.effects import Effects
+from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.replay import Before, Replica, replaying, returning, traces, with_output
+from lightning_compress.trainer.scheduled import Scheduled
+from lightning_compress.trainer.unwrap import SLOT, innermost
+from lightning_compress.trainer.wrapper import Objective
+
+Training = Literal["joint", "frozen"]
+Gradient = Literal["full", "equilibrium", "stop"]
+NAMED_WEIGHTS = ("equal", "rising")
+_FIRST_RISING = 0.01  # the weight from which rising weights begin
+
+
+class EarlyExits(Objective):
+    """The objective that `EarlyExitHeads` adds; its arguments are that wrapper's.
+
+    Attributes:
+        collecting: Called in evaluation with the batch and the logits of every exit and of the full network; while it
+            is set, steps are not replayed.
+    """
+
+    def __init__(self, exits: int | Sequence[float] | Sequence[str] | None, *, example_inputs: Any, **settings: Any):
+        self.exits: int | list[float | str] | None = exits if exits is None or isinstance(exits, int) else [*exits]
+        plain = {name: value for name, value in settings.items() if name != "head"}
+        super().__init__(exits=self.exits, **plain)
+        self.example_inputs: ExampleInputs | None = example_inputs
+        self.num_classes: int = settings["num_classes"]
+        self.head: Any = settings["head"]
+        self.weights: Any = settings["weights"]
+        self.train: Training = settings["train"]
+        self.distill: float = float(settings["distill"])
+        self.temperature: float = float(settings["temperature"])
+        self.gradient: Gradient = settings["gradient"]
+        self.network: str = settings["network"]
+        self.output: str | int | None = settings["output"]
+        self.collecting: Callable[[Any, list[Tensor]], None] | None = None
+        self._scheduled: list[Scheduled] = []
+        self._frozen: list[nn.Parameter] = []
+        self._step = 0
+        self._check()
+
+    def _check(self) -> None:
+        if not isinstance(self.num_classes, int) or self.num_classes < 2:
+            raise ValueError(f"num_classes is a whole number of 2 or more; got {self.num_classes!r}.")
+        for name, known in (("train", get_args(Training)), ("gradient", get_args(Gradient))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}.")
+        if not 0.0 <= self.distill <= 1.0:
+            raise ValueError(
+                f"distill is the share of the full network's outputs in an exit's loss, 0 to 1; got {self.distill!r}."
+            )
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature is a number above 0; got {self.temperature!r}.")
+        if isinstance(self.weights, str) and self.weights not in NAMED_WEIGHTS:
+            raise ValueError(
+                f"weights is one of {', '.join(NAMED_WEIGHTS)}, or a number, or a schedule such as {{'start': 0.01, "
+                f"'end': 0.5}}, for each exit and for the full network; got {self.weights!r}."
+            )
+        if self.train == "frozen" and self.gradient != "full":
+            raise ValueError(
+                f"gradient={self.gradient!r} is about gradients into the backbone, which train='frozen' does not "
+                f"train: leave one of them out."
+            )
+
+    # ------------------------------------------------------------------ heads
+
+    def heads(self, module: LightningModule) -> ExitHeads | None:
+        """Return the heads of the module's network; None before they were made."""
+        return heads_of(backbone(resolve_network(module, self.network)))
+
+    def build(self, network: nn.Module, inputs: ExampleInputs) -> None:
+        """Give a network its heads.
+
+        Args:
+            network: The network, or its compiled form.
+            inputs: What it is called with.
+
+        Raises:
+            ValueError: A layer does not exist, does not run, runs twice or returns what no head reads; too few layers
+                to choose from; the number of classes is another.
+        """
+        bare = backbone(network)
+        assert self.exits is not None, "a network without exits= has its heads already"
+        layers = [one for one in self.exits if isinstance(one, str)] if isinstance(self.exits, list) else []
+        if not layers:
+            return
+        twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+        if twice is not None:
+            raise ValueError(f"exits has {twice!r} twice: name each layer once.")
+        features: dict[str, Tensor] = {}
+        with (
+            evaluating(bare),
+            entries_restored(bare),
+            torch.compiler.set_stance("force_eager"),
+            reading(bare, layers, features.__setitem__),
+        ):
+            logits = select_output(call(bare, inputs), self.output, "The network")
+        with torch.random.fork_rng([]):  # the random draws of the fit stay what they are without heads
+            heads = make_heads(
+                layers,
+                features,
+                logits,
+                num_classes=self.num_classes,
+                head=self.head,
+                is_1d=lambda layer: type(bare.get_submodule(layer)).__name__.endswith("1d"),
+            )
+        give_heads(bare, heads)
+
+    def adopt(self, network: nn.Module) -> bool:
+        """Take the heads that a network has already; return whether it has some.
+
+        Raises:
+            ValueError: They are at other layers than `exits` says.
+        """
+        heads = heads_of(backbone(network))
+        if heads is None:
+            return False
+        wanted = self.exits
+        names = [one for one in wanted if isinstance(one, str)] if isinstance(wanted, list) else []
+        if names and set(names) != set(heads.layers):
+            raise ValueError(
+                f"The network has exits at {', '.join(heads.layers)} already, and exits= says {', '.join(names)}."
+            )
+        if isinstance(wanted, int | list) and (wanted if isinstance(wanted, int) else len(wanted)) != len(heads):
+            raise ValueError(f"The network has {len(heads)} exits already, and exits={wanted!r} wants others.")
+        note_heads(backbone(network))
+        return True
+
+    def configure(self, module: LightningModule) -> None:
+        network = resolve_network(module, self.network)
+        if not self.adopt(network) and self.exits:
+            device = next((one.device for one in network.parameters()), torch.device("cpu"))
+            move = partial(to_device, device=device)
+            inputs = move(given_or_peeked(module.trainer, module, network, self.example_inputs, move))
+            self.build(network, inputs)
+        heads = self.heads(module)
+        self.replicas = {} if heads is None else {f"exit{k}": Replica.of(module) for k in range(1, len(heads) + 1)}
+        if heads is not None and self.train == "frozen" and not self._frozen:
+            own = {id(parameter) for parameter in heads.parameters()}
+            self._frozen = [one for one in module.parameters() if id(one) not in own and one.requires_grad]
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+
+    def finish(self, module: LightningModule) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = []
+
+    def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
+        heads = self.heads(module)
+        if heads is None:
+            return {}
+        ids = {id(one) for one in heads.parameters() if one.requires_grad}
+        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+
+    def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
+        own = frozenset(self.own_parameters(module))
+        return replace(
+            super().effects(trainer, module),
+            modules=own,
+            looks_at=frozenset({"layers"}) if own else frozenset(),
+            options={"looks_at": "exits=...", "modules": "exits=..."},
+        )
+
+    # ------------------------------------------------------------------ the fit
+
+    def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
+        heads = self.heads(module)
+        if heads is None:
+            return
+        self._scheduled = self._weights_of(module, heads)
+        for number, weight in enumerate(self._scheduled):
+            weight.plan(trainer, None if state is None else state["weights"][number])
+        for label, values in ({} if state is None else state["values"]).items():
+            self.replicas[label].values |= values
+
+    def _weights_of(self, module: LightningModule, heads: ExitHeads) -> list[Scheduled]:
+        """Return the weight of each exit's loss, and of the full network's."""
+        weights = self.weights
+        if weights == "equal":
+            weights = [1.0] * (len(heads) + 1)
+        elif weights == "rising":
+            shares = [(number + 1) / (len(heads) + 1) for number in range(len(heads))]
+            weights = [{"start": min(_FIRST_RISING, share), "end": share} for share in shares] + [1.0]
+        if not isinstance(weights, Sequence) or len(weights) != len(heads) + 1:
+            raise ValueError(
+                f"weights={self.weights!r} must have a number or a schedule for each of {len(heads)} exits, and one "
+                f"for the full network."
+            )
+        made = [Scheduled.of(weight, f"weights[{number}]") for number, weight in enumerate(weights)]
+        for one in made:
+            if min(one.start, one.end) < 0:
+                raise ValueError(f"weights are 0 or more; got {self.weights!r}.")
+        return made
+
+    def follow_epochs(self, moment: Callable[[int], int]) -> None:
+        for weight in self._scheduled:
+            weight.follow_epochs(moment)
+
+    def at_step(self, step: int) -> None:
+        self._step = step
+
+    def state(self) -> dict[str, Any]:
+        numbers = {
+            label: {name: one for name, one in replica.values.items() if isinstance(one, int | float | str | Tensor)}
+            for label, replica in self.replicas.items()
+        }
+        return {"weights": [weight.state() for weight in self._scheduled], "values": numbers}
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        heads = self.heads(module)
+        if not heads:
+            return run(*args, **kwargs)
+        passed = _Pass(self, module, heads, (args, kwargs))
+        with self._as_trained(module, heads), passed.real_step():
+            result = run(*args, **kwargs)
+        own = loss_of(result)
+        if own is None:  # a step that is skipped; Lightning refuses anything else
+            return result
+        passed.was_called()
+        weights = [one.at(self._step) for one in self._scheduled] or [1.0] * (len(heads) + 1)
+        total = weights[-1] * own if self.train == "joint" else torch.zeros_like(own)
+        for number, (logits, weight) in enumerate(zip(passed.exits(), weights, strict=False), start=1):
+            with passed.replay(number, logits):
+                loss = loss_of(run(*args, **kwargs))
+            if loss is None:
+                continue
+            if self.distill > 0.0:
+                taught = soft_targets(logits, passed.logits.detach(), self.temperature)
+                loss = (1.0 - self.distill) * loss + self.distill * taught
+            total = total + weight * loss
+        return {**result, "loss": total} if isinstance(result, Mapping) else total
+
+    @contextmanager
+    def _as_trained(self, module: LightningModule, heads: ExitHeads) -> Any:
+        """Run a frozen backbone as in evaluation, without gradients; another one as it is."""
+        if self.train != "frozen":
+            yield
+            return
+        network = backbone(resolve_network(module, self.network))
+        with modes_restored(network), torch.no_grad():
+            set_mode(network, False)
+            yield
+
+    def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        heads = self.heads(module)
+        if not heads:
+            return run(*args, **kwargs)
+        passed = _Pass(self, module, heads, (args, kwargs))
+        with passed.real_step():
+            result = run(*args, **kwargs)
+        if not passed.called:  # a step that does not ask the network
+            return result
+        exits = passed.exits()
+        if self.collecting is not None:
+            self.collecting(args[0] if args else next(iter(kwargs.values())), [*exits, passed.logits])
+            return result
+        for number, logits in enumerate(exits, start=1):
+            with passed.replay(number, logits):
+                run(*args, **kwargs)
+        return result
+
+    def at_epoch_hook(self, module: LightningModule, run: Callable[[], Any]) -> Any:
+        heads = self.heads(module)
+        if not heads or self.collecting is not None:
+            return run()
+        network = backbone(resolve_network(module, self.network))
+        before = Before.of(module, network, self.replicas.values(), None)
+        inside: Any = getattr(module, SLOT)
+        was = traces(module, before)
+        with _also(inside, f"exit{len(heads) + 1}/"):
+            result = run()
+        if traces(module, before) != was:  # else it has nothing to do with what the steps have found
+            for number in range(1, len(heads) + 1):
+                label = f"exit{number}"
+                with replaying(module, label, self.replica(module, label), before):
+                    run()
+        return result
+
+    def replica(self, module: LightningModule, label: str) -> Replica:
+        """Return what the replays with this label have to themselves."""
+        if label not in self.replicas:
+            self.replicas[label] = Replica.of(module)
+        return self.replicas[label]
+
+
+class _Pass:
+    """One batch: the real step, in which the network runs, and the replays that get the logits of exits."""
+
+    def __init__(self, objective: EarlyExits, module: LightningModule, heads: ExitHeads, batch: Any) -> None:
+        self.objective, self.module, self.heads = objective, module, heads
+        folder = getattr(module, SLOT).label
+        # Before the real step, in which Lightning looks for metrics by their names.
+        self.replicas = [objective.replica(module, f"{folder}exit{number}") for number in range(1, len(heads) + 1)]
+        self.network = resolve_network(module, objective.network)
+        self.before = Before.of(module, backbone(self.network), objective.replicas.values(), batch)
+        self.features: dict[str, Tensor] = {}
+        self.output: Any = None
+        self.called = False
+        self.was_called: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def real_step(self) -> Any:
+        """Catch the features of exit layers, and the network's output, while the block runs the user's step."""
+        inside: Any = getattr(self.module, SLOT)
+        with ExitStack() as stack:
+            stack.enter_context(_also(inside, f"exit{len(self.heads) + 1}/"))
+            stack.enter_context(reading(backbone(self.network), self.heads.layers, self._read))
+            self.was_called = stack.enter_context(captured(self.module, self.objective.network, self._begin, self._end))
+            yield
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.before.check_batch(self.module)
+
+    def _end(self, output: Any) -> None:
+        self.output, self.called = output, True
+
+    def _read(self, layer: str, features: Tensor) -> Tensor | None:
+        """Keep the features for the exit's head; return what the network goes on with, if that is another tensor."""
+        if self.objective.gradient == "stop":
+            self.features[layer] = features.detach()
+        elif self.objective.gradient == "equilibrium" and features.requires_grad:
+            left = len(self.heads) + 1 - self.heads.layers.index(layer)  # classifiers from here on
+            self.features[layer] = scale_gradient(features, 1.0 / left)
+            return scale_gradient(features, (left - 1.0) / left)
+        else:
+            self.features[layer] = features
+        return None
+
+    @property
+    def logits(self) -> Tensor:
+        """The full network's."""
+        return select_output(self.output, self.objective.output, "The network")
+
+    def exits(self) -> list[Tensor]:
+        """Return the logits of each exit."""
+        found = []
+        for layer, head in self.heads.by_layer().items():
+            if layer not in self.features:
+                raise ValueError(f"The exit layer {layer!r} did not run in the network's forward pass.")
+            found.append(head(self.features[layer]))
+        return found
+
+    @contextmanager
+    def replay(self, number: int, logits: Tensor) -> Any:
+        """Have the user's step see an exit's logits as the network's output, while the block runs it."""
+        replica = self.replicas[number - 1]
+        output = with_output(self.output, self.objective.output, logits, "The network")
+        with replaying(self.module, f"exit{number}", replica, self.before), returning(self.network, output):
+            yield
+
+
+@contextmanager
+def _also(inside: Any, label: str) -> Any:
+    """Log what the block logs under a second folder as well."""
+    before, inside.second_label = inside.second_label, label
+    try:
+        yield
+    finally:
+        inside.second_label = before
+
+
+def backbone(network: nn.Module) -> nn.Module:
+    """Return a network without what torch.compile wraps around it."""
+    found: nn.Module = getattr(network, "_orig_mod", network)
+    return found
+
+
+def loss_of(result: Any) -> Tensor | None:
+    """Return the loss of what a step returns; None if there is none."""
+    loss = result.get("loss") if isinstance(result, Mapping) else result
+    return loss if isinstance(loss, Tensor) else None
+
+
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over samples and positions.
+
+    Example:
+        >>> soft_targets(torch.zeros(2, 3), torch.zeros(2, 3), 4.0).item()
+        0.0
+    """
+    log_student = F.log_softmax(student.float() / temperature, -1).flatten(0, -2)
+    log_teacher = F.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)
+    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Return x, whose gradient is multiplied by `scale` on its way back.
+
+    Paper:
+        Li et al., Improved techniques for training adaptive deep networks (1908.06294), section 3.1.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> scale_gradient(x, 0.25).sum().backward(); x.grad
+        tensor([0.2500, 0.2500])
+    """
+    scaled: Tensor = _ScaledGradient.apply(x, scale)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+def check_layers(network: nn.Module, exits: Any) -> None:
+    """Raise a ValueError for names that are no layers of a network."""
+    if isinstance(exits, list | tuple):
+        for layer in exits:
+            if isinstance(layer, str):
+                layer_of(backbone(network), layer)
