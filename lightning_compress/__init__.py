@@ -9,6 +9,7 @@ from lightning_compress.clustering.callback import WeightClusteringCallback
 from lightning_compress.coding import CompressedSize, CorruptFileError, load_compressed, save_compressed
 from lightning_compress.coding.footprint import footprint
 from lightning_compress.distillation.module import DistillationModule
+from lightning_compress.early_exit.module import EarlyExitHeads
 from lightning_compress.group_lasso.callback import GroupLassoCallback
 from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
@@ -21,6 +22,7 @@ __all__ = [
     "CompressedSize",
     "CorruptFileError",
     "DistillationModule",
+    "EarlyExitHeads",
     "Footprint",
     "GroupLassoCallback",
     "IterativePruningCallback",

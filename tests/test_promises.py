@@ -123,7 +123,8 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
     checkpoint = torch.load(whole(entry)[1] / f"step={4 * EPOCH}.ckpt", weights_only=True)
     assert_compressed(entry, checkpoint["state_dict"])
     module = SmallModule()
-    assert list(checkpoint["state_dict"]) == list(module.state_dict())
+    own = [name for name in checkpoint["state_dict"] if not name.startswith("exit_heads.")]
+    assert own == list(module.state_dict())
     if "during-fit" in entry:  # thinner than the plain class
         adopt_state(module, checkpoint["state_dict"])
         assert module.net.hidden.out_features == module.net.head.in_features < 16
@@ -167,11 +168,11 @@ def test_float16_weights_are_refused_before_the_first_step(entry: str) -> None:
     before = {name: value.half() for name, value in module.state_dict().items() if value.is_floating_point()}
     with pytest.raises(ValueError, match=r"does not train float16 weights, such as net\.conv\.weight.*'bf16-true'"):
         fit(entry, module=module, precision="16-true")
-    after = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    after = {name: value for name, value in module.state_dict().items() if name in before}
     assert differences(before, after) == []
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if "distillation" not in entry])
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if not REGISTRY[entry].wraps])
 def test_manual_optimization_with_two_optimizers(entry: str) -> None:
     assert_compressed(entry, fit(entry, module=ManualModule(**REGISTRY[entry].module))["weights"])
 

@@ -304,7 +304,7 @@ class _Handle:
 
 
 def _warn_of_lost_records() -> None:
-    """Make every load of a state dict warn of records in it that nothing has followed.
+    """Make every load of a state dict warn of records in it that nothing has followed, and skip tensors that they add.
 
     In a user's own class, as in `load_from_checkpoint`, no other code of this package could warn.
     """

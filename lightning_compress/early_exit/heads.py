@@ -91,19 +91,19 @@ class TokenHead(nn.Module):
         return logits
 
 
-class VectorHead(nn.Module):
-    """Map vectors to logits: layer normalisation and one linear layer; for every token, where there are tokens.
+class PerTokenHead(nn.Module):
+    """Map every token to logits: layer normalisation and one linear layer.
 
     Args:
-        width: Numbers per vector.
+        width: Numbers per token.
         num_classes: How many logits.
 
     Shapes:
-        input (N, ..., width), output (N, ..., num_classes).
+        input (N, T, width), output (N, T, num_classes).
 
     Example:
-        >>> VectorHead(16, 10)(torch.zeros(2, 16)).shape
-        torch.Size([2, 10])
+        >>> PerTokenHead(16, 10)(torch.zeros(2, 5, 16)).shape
+        torch.Size([2, 5, 10])
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -145,12 +145,20 @@ def kind_of_head(shape: Sequence[int], logits: Sequence[int], layer: str, *, is_
 
 
 def build_head(kind: Kind, shape: Sequence[int], num_classes: int) -> nn.Module:
-    """Return a head for layers whose output has this shape for one sample."""
+    """Return a head for layers whose output has this shape for one sample.
+
+    A vector gets a linear layer alone: a norm would count the channels that pruning wants to cut.
+    """
     if kind not in get_args(Kind):
         raise ValueError(f"A head is one of {', '.join(get_args(Kind))}; got {kind!r}.")
     if kind == "map":
         return MapHead(shape, num_classes)
-    return (TokenHead if kind == "tokens" else VectorHead)(shape[-1], num_classes)
+    heads: dict[str, Callable[[int, int], nn.Module]] = {
+        "tokens": TokenHead,
+        "per_token": PerTokenHead,
+        "vector": nn.Linear,
+    }
+    return heads[kind](shape[-1], num_classes)
 
 
 class ExitHeads(SideReader):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import entries_restored, evaluating, modes_restored, set_mode
 from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
+from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.heads import ExitHeads, heads_of, layer_of, make_heads, reading
 from lightning_compress.early_exit.record import give_heads, note_heads
-from lightning_compress.trainer.capture import captured, select_output
+from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.replay import Before, Replica, replaying, returning, traces, with_output

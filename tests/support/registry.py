@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,14 +15,19 @@ from examples.own_technique import ClippedWeightsCallback
 from lightning_compress import (
     BinaryWeightsCallback,
     DistillationModule,
+    EarlyExitHeads,
     GroupLassoCallback,
     IterativePruningCallback,
     QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
 )
-from support.small import SmallModule
+from support.small import CLASSES, FEATURES, SmallModule
 
 Wrap = Callable[[LightningModule], LightningModule]
+
+
+def unwrapped(module: LightningModule) -> LightningModule:
+    return module
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,14 @@ class Entry:
 
     callbacks: Callable[[], list[Callback]] = list
     idle: Callable[[], list[Callback]] = list
-    wrap: Wrap = lambda module: module
-    idle_wrap: Wrap = lambda module: module
+    wrap: Wrap = unwrapped
+    idle_wrap: Wrap = unwrapped
     module: dict[str, Any] = field(default_factory=dict)  # options of SmallModule
+
+    @property
+    def wraps(self) -> bool:
+        """Whether it has wrappers, which refuse manual optimization."""
+        return self.wrap is not unwrapped
 
     def with_(self, *others: Entry) -> Entry:
         """These callbacks followed by others, and the wrappers around these wrappers."""
@@ -47,7 +57,9 @@ class Entry:
             return module
 
         return replace(
-            self, callbacks=lambda: [one for entry in (self, *others) for one in entry.callbacks()], wrap=wrap
+            self,
+            callbacks=lambda: [one for entry in (self, *others) for one in entry.callbacks()],
+            wrap=wrap if any(entry.wraps for entry in (self, *others)) else unwrapped,
         )
 
 
@@ -97,6 +109,13 @@ def small_teacher() -> SmallModule:
     with torch.random.fork_rng([]):
         torch.manual_seed(7)
         return SmallModule()
+
+
+def exits(layers: Sequence[str] = ("net.norm", "net.hidden"), **options: Any) -> Entry:
+    def wrap(module: LightningModule, layers: Sequence[str] = layers) -> LightningModule:
+        return EarlyExitHeads(module, layers, num_classes=CLASSES, example_inputs=torch.zeros(2, FEATURES), **options)
+
+    return Entry(wrap=wrap, idle_wrap=partial(wrap, layers=()))
 
 
 def clipped(**options: Any) -> Entry:
@@ -152,6 +171,16 @@ REGISTRY: dict[str, Entry] = {
     ),
     "pruning-clustering-qat": pruning(amount=0.6).with_(
         clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
+    ),
+    "exits": exits(),
+    "exits-frozen": exits(train="frozen"),
+    "exits-rising-equilibrium": exits(weights="rising", gradient="equilibrium", distill=0.5),
+    "distillation-exits": distillation().with_(exits()),
+    "pruning-exits": pruning().with_(exits()),
+    "pruning-neurons-exits": pruning(granularity="neuron", amount=0.5).with_(exits()),
+    "pruning-neurons-during-fit-exits": pruning(granularity="neuron", amount=0.5, shrink="during_fit").with_(exits()),
+    "clustering-qat-exits": clustering(start_epoch=1.0).with_(
+        qat(4, 8, granularity="tensor", start_epoch=2.0), exits()
     ),
     "own-technique": clipped(),
 }
