@@ -1,4 +1,4 @@
-"""The command `lightning-compress`: a config composed by Hydra, and one of five tasks done with it."""
+"""The command `lightning-compress`: Hydra composes a config, and one of five tasks runs with it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch import distributed
@@ -27,10 +26,8 @@ from torch import distributed
 from lightning_compress.coding import load_compressed
 from lightning_compress.coding.files import read_compressed
 from lightning_compress.coding.weights import load_weights
-from lightning_compress.core.files import replacing
 from lightning_compress.deploy import capture, fold_quantized, save_onnx, save_program
 from lightning_compress.hydra import (
-    CONFIG,
     build_datamodule,
     build_module,
     build_named,
@@ -38,19 +35,19 @@ from lightning_compress.hydra import (
     build_wrapped,
     check_choices,
     check_names,
-    home,
-    recorded_settings,
     register_resolvers,
-    resumed_config,
     suggestions,
 )
 from lightning_compress.quantization.input_grids import input_grids
+from lightning_compress.recorded import check_folder, plain, record, recorded_config, resumed_config, working_where
 from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
+from lightning_compress.report.figure import can_draw
 from lightning_compress.report.renamed import refusal
 from lightning_compress.report.write import write_text
 from lightning_compress.tasks.dry_run import inspection_tables
 from lightning_compress.tasks.inputs import example_inputs, samples
-from lightning_compress.tasks.run import COMPRESSED, SMALL, Run, can_draw, dense_files
+from lightning_compress.tasks.run import Run
+from lightning_compress.tasks.run_folder import COMPRESSED, CONFIG, SMALL, dense_files, home
 from lightning_compress.tasks.testing import accuracy, check_tested, finite
 from lightning_compress.tasks.verify import escaped, verify
 from lightning_compress.trainer.callback import CompressionCallback
@@ -58,16 +55,16 @@ from lightning_compress.trainer.compatibility import check_together
 
 log = logging.getLogger(__name__)
 
-CALIBRATION = 256  # samples for the ranges of what a quantized network leaves in float
+CALIBRATION = 256  # samples that set the ranges of those operations that the quantized network computes in float
 
 
 def main() -> None:
     """Run the command."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # model._target_=mine.Module is found in mine.py here, as `python -m` finds it
-    warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated")  # what Lightning asks of torch, at every fit
+        sys.path.append(os.getcwd())  # as for `python -m`: model._target_=mine.Module is found in ./mine.py
+    warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated")  # caused by Lightning, at every fit
     register_resolvers()
-    own_configs = any(word.startswith(("--config", "-c")) for word in sys.argv[1:])  # which may have keys of any name
+    own_configs = any(word.startswith(("--config", "-c")) for word in sys.argv[1:])  # with keys of any name
     if not own_configs and (refused := refusal(sys.argv[1:])):
         raise SystemExit(refused)
     try:
@@ -76,7 +73,7 @@ def main() -> None:
         if error.code and (hint := refusal(sys.argv[1:]) or suggestions(sys.argv[1:])):
             sys.stderr.write(f"{hint}\n")
         raise
-    except OmegaConfBaseException as error:  # Hydra lets some pass
+    except OmegaConfBaseException as error:  # Hydra does not handle all of them
         if hint := suggestions(sys.argv[1:]):
             raise SystemExit(hint) from error
         raise
@@ -93,14 +90,14 @@ def _main(cfg: DictConfig) -> None:
 
 
 def run(cfg: DictConfig) -> None:
-    """Train or load the dense network, compress it, measure both, and write the report into the run's folder."""
+    """Train or load the dense network, compress it, measure both networks, and write the report."""
     resumed = cfg.ckpt_path is not None
     if resumed:
-        _check_folder(cfg)
+        check_folder(cfg)
         ckpt_path = str(Path(cfg.ckpt_path).absolute())
         cfg = resumed_config(home(ckpt_path), cfg, HydraConfig.get().overrides.task)
         cfg.ckpt_path = escaped(ckpt_path)
-    with _working_where(cfg) if resumed else nullcontext():
+    with working_where(cfg) if resumed else nullcontext():
         _run(cfg, resumed=resumed)
 
 
@@ -120,22 +117,22 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         val_metric=cfg.val_metric,
         metric_mode=cfg.metric_mode,
         epochs=cfg.trainer.get("max_epochs") if cfg.trainer.get("enable_progress_bar", True) else None,
-        settings=_for_json(_plain(cfg, resolve=False)),  # as written: a folder's name would differ in every run
+        settings=_for_json(plain(cfg, resolve=False)),  # not resolved: a folder's name would differ in every run
         **cfg.measure,
         **cfg.file,
     )
     if resumed:
-        # A run that can't go on leaves its folder as it was.
-        callbacks["record"] = LambdaCallback(on_train_start=lambda trainer, module: _record(cfg))
+        # The config is written when training starts, so that a run that can't be resumed leaves its folder unchanged.
+        callbacks["record"] = LambdaCallback(on_train_start=lambda trainer, module: record(cfg))
     else:
-        _record(cfg)
+        record(cfg)
     report = job.run(
         modules,
         student=student,
         callbacks=list(callbacks.values()),
         loggers=list(build_named(cfg.logger).values()),
         wrap=partial(build_wrapped, cfg.wrappers),
-        dense=_plain(cfg.dense),
+        dense=plain(cfg.dense),
         weights=_listed(cfg.weights),
         ckpt_path=cfg.ckpt_path,
     )
@@ -151,13 +148,15 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
 
 
 def inspect(cfg: DictConfig) -> None:
-    """Show what is in the compressed file at `path`, or what would be changed, frozen and skipped, and why."""
+    """Show the content of the compressed file at `path`, or the parameters that the techniques would change."""
     if cfg.path is not None:
         Console().print(read_compressed(cfg.path).size)
         return
     module, callbacks = _seeded(cfg, _compressed(cfg), cfg.seed), build_named(cfg.callbacks)
     check_together(module, list(callbacks.values()))
-    if cfg.weights is not None and cfg.student is None:  # dense weights; a student begins with its own
+    if (
+        cfg.weights is not None and cfg.student is None
+    ):  # the weights are the dense network's, and a student does not start from them
         load_weights(module, _listed(cfg.weights)[0])
     console = Console()
     for table in inspection_tables(callbacks, module, build_datamodule(cfg)):
@@ -165,10 +164,10 @@ def inspect(cfg: DictConfig) -> None:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Test the network in the file at `path`, a compressed one or a checkpoint, as its run did, on one device.
+    """Test the network in a compressed file or checkpoint at `path` as its run did, on one device.
 
-    Where the command line names a network or data, all settings are its own, and the file's folder is not read: a file
-    of somebody else is data, but the config beside it would be code.
+    Where the command line names a network or data, all settings come from the command line, and no config in the file's
+    folder is read: a file from someone else is data, but a config is code.
     """
     if cfg.path is None:
         raise ValueError(f"task=test wants path=<run folder>/{SMALL}.")
@@ -179,13 +178,13 @@ def evaluate(cfg: DictConfig) -> None:
         log.info("The network and its data are those of the command line; no config of %s is read.", home(path))
         found = _tested(cfg, path)
     else:
-        recorded = _recorded(home(path))
+        recorded = recorded_config(home(path))
         if recorded is None:
             raise FileNotFoundError(
                 f"There is no {CONFIG} in {home(path)}, which would say what network {path.name} holds, and what it is "
                 f"tested with: task=test wants a file in the folder of a run, or model=... and data=... beside path=."
             )
-        with _working_where(recorded):
+        with working_where(recorded):
             found = _tested(recorded, path)
     result = ", ".join(f"{name} {value:.4f}" for name, value in found.items()) or "loaded; with metric=null not tested"
     Console().print(f"{cfg.path}: {result}", soft_wrap=True, highlight=False)
@@ -197,7 +196,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def compare(cfg: DictConfig) -> None:
-    """Gather the reports below `compare.root` into one table and one figure, which are written there."""
+    """Write a table and a figure of all reports below `compare.root` into that folder."""
     comparison = gather(cfg.compare.root)
     console = Console()
     console.print(runs_table(comparison, width=console.width))
@@ -206,18 +205,18 @@ def compare(cfg: DictConfig) -> None:
 
 
 def export(cfg: DictConfig) -> None:
-    """Write the network of a checkpoint as model.pt2 and model.onnx, which run without this package.
+    """Export the network of a checkpoint as model.pt2 and model.onnx, which run without this package.
 
-    If its weights and inputs are quantized, its batch norms are folded, and model.onnx computes with integers.
+    Where weights and inputs are quantized, batch norms are folded, and model.onnx computes with integers.
     """
     folder = Path(cfg.output_dir).absolute()
     source = Path(cfg.ckpt_path or cfg.weights or folder / COMPRESSED).absolute()
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: task=export wants weights=<run folder>/{COMPRESSED}.")
-    recorded = _recorded(folder)
+    recorded = recorded_config(folder)
     if recorded is not None:
         log.info("The network and its data are those of %s.", folder / CONFIG)
-    with nullcontext() if recorded is None else _working_where(recorded):
+    with nullcontext() if recorded is None else working_where(recorded):
         module, datamodule = _built(cfg if recorded is None else recorded, source)
         datamodule.prepare_data()
         datamodule.setup("fit")
@@ -232,48 +231,14 @@ def export(cfg: DictConfig) -> None:
     Console().print(f"Written: {folder / 'model.pt2'}, {folder / 'model.onnx'}", soft_wrap=True)
 
 
-def _check_folder(cfg: DictConfig) -> None:
-    if not Path(cfg.ckpt_path).is_file():
-        raise FileNotFoundError(f"ckpt_path={cfg.ckpt_path!r} does not exist (looked for in {Path.cwd()}).")
-    folder = home(cfg.ckpt_path)
-    if folder.resolve() != Path(cfg.output_dir).resolve():
-        raise ValueError(
-            f"ckpt_path={cfg.ckpt_path!r} goes on in its own folder, {folder}, but this run was given "
-            f"{cfg.output_dir}: leave out hydra.run.dir, output_dir and -m."
-        )
-
-
 def _names_network(overrides: Iterable[str]) -> bool:
-    """Whether the command line says itself what network is tested, or on what."""
+    """Return whether the command line chooses the network, or the data, of a test."""
     keys = {one.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0] for one in overrides}
     return bool(keys & {"model", "student", "data", "experiment"})
 
 
-def _recorded(folder: Path) -> DictConfig | None:
-    if not (folder / CONFIG).is_file():
-        return None
-    recorded = OmegaConf.create(recorded_settings(folder))
-    log.info("A run folder is code: what %s names as _target_ is called, so it must come from you.", folder / CONFIG)
-    return recorded
-
-
-@contextmanager
-def _working_where(recorded: DictConfig) -> Iterator[None]:
-    """Make the folder in which a run worked the current one: relative paths of its config begin there."""
-    before = Path.cwd()
-    there = recorded.get("cwd", ".")  # runs of before did not say
-    if Path(there).is_dir():
-        os.chdir(there)
-    else:
-        log.warning("The run worked in %s, which is not there: its relative paths begin in %s.", there, before)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 def _tested(cfg: DictConfig, path: Path) -> dict[str, float]:
-    """Return what a config's test finds for the network in a file, by the metric's name; nothing with metric=null."""
+    """Test the network in a file with a config, and return the metric by its name; nothing with metric=null."""
     module, datamodule = _built(cfg, path)
     if cfg.metric is None:
         return {}
@@ -286,7 +251,7 @@ def _tested(cfg: DictConfig, path: Path) -> dict[str, float]:
         build_trainer_factory(cfg),
         cfg.metric,
         callbacks=[one for one in build_named(cfg.callbacks).values() if isinstance(one, CompressionCallback)],
-        devices=devices[:1] if isinstance(devices, ListConfig) else 1,  # of those that the run had
+        devices=devices[:1] if isinstance(devices, ListConfig) else 1,  # one of the run's devices
         num_nodes=1,
         strategy="auto",
     )
@@ -294,18 +259,18 @@ def _tested(cfg: DictConfig, path: Path) -> dict[str, float]:
 
 
 def _built(cfg: DictConfig, path: Path) -> tuple[LightningModule, LightningDataModule]:
-    """Return the network that a file of a run holds, dense or compressed, with its weights, and its data."""
+    """Return the network of a file, dense or compressed, with its weights, and the data module."""
     if str(path) in dense_files(home(path), cfg.teachers):
         module = build_module(cfg)
     else:
         module = build_wrapped(cfg.wrappers, build_module(cfg, _compressed(cfg)), training=False)
-    module.configure_model()  # where layers are made there
+    module.configure_model()  # it may create layers
     load_compressed(path, module)
     return module, build_datamodule(cfg)
 
 
 def _compressed(cfg: DictConfig) -> str:
-    """Return the key below which the config describes the network to compress."""
+    """Return the key of the network to compress in the config."""
     return "model" if cfg.student is None else "student"
 
 
@@ -320,23 +285,8 @@ def _listed(weights: str | ListConfig | None) -> list[str]:
     return [weights] if isinstance(weights, str) else list(weights)
 
 
-@rank_zero_only
-def _record(cfg: DictConfig) -> None:
-    recorded = _plain(cfg) | {"cwd": escaped(os.getcwd()), "ckpt_path": None}
-    folder = Path(cfg.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)  # Hydra makes the folder of the run, which may be another one
-    with replacing(folder / CONFIG) as temporary:
-        OmegaConf.save(OmegaConf.create(recorded), temporary)
-
-
-def _plain(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
-    container = OmegaConf.to_container(cfg, resolve=resolve)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
 def _for_json(value: Any) -> Any:
-    """Return nested settings with NaN and infinity, which JSON has not, as text."""
+    """Return nested settings in which NaN and infinity, which JSON cannot express, are text."""
     if isinstance(value, dict):
         return {key: _for_json(one) for key, one in value.items()}
     if isinstance(value, list):

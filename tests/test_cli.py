@@ -574,7 +574,7 @@ def test_exported_files_run_without_this_package(finished: Path, command: Callab
         (["task=fly"], "task='fly' is unknown; expected run, inspect, test, compare, export"),
         (["model._target_=torch.nn.ReLU"], "model._target_='torch.nn.ReLU' is no LightningModule"),
         (["weights=none.ckpt"], "There are no weights at none.ckpt"),
-        (["weights=none.ckpt", "teachers=2"], "2 dense networks want as many weights, [a.ckpt, ...]; got 1"),
+        (["weights=none.ckpt", "teachers=2"], "2 dense networks need as many files of weights, [a.ckpt, ...]; got 1"),
         (["teachers=0"], "teachers=0 is the number of dense networks"),
         (
             ["model@student=module", "student._target_=torch.nn.ReLU"],

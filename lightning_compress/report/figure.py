@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+
 BLUE, ORANGE, GREY, LIGHT = "#1f5fa8", "#d9822b", "#5c6670", "#e6eaee"
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed; where it is not, a warning says what to install."""
+    found = find_spec("matplotlib") is not None
+    if not found:
+        log.warning("No figure is drawn without matplotlib: pip install 'lightning-compress[figures]'.")
+    return found
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -25,7 +37,7 @@ def new_figure(width: float, height: float) -> Figure:
         height: Inches.
 
     Raises:
-        ImportError: matplotlib is not installed; the message names the extra that brings it.
+        ImportError: matplotlib is not installed; the message names the extra that installs it.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,7 +81,7 @@ def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
         return
     from matplotlib.ticker import MaxNLocator
 
-    numbers = range(1, len(history) + 1)  # counted through, whatever each phase calls its first one
+    numbers = range(1, len(history) + 1)  # through all fits, each of which calls its first epoch 0
     if number is not None:
         _draw_number(axes, number, [entry.numbers.get(number, math.nan) for entry in history])
     validated = [
@@ -85,7 +97,8 @@ def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     phases = [(phase, len(list(members))) for phase, members in groupby(history, key=lambda entry: entry.phase)]
     _mark_phases(axes, phases)
-    # The steep beginning may leave the frame: what pruning costs is a few points, and must be seen.
+    # The dense training begins far below the rest, and may leave the frame: compression costs only a few points, and
+    # they must be visible.
     hidden = phases[0][1] // 2 if len(phases) > 1 else 0
     if shown := [y for i, y in validated if i > hidden]:
         margin = max(0.08 * (max(shown) - min(shown)), 0.2 if metric.share else 1e-3)
@@ -164,7 +177,7 @@ def _draw_layers(axes: Axes, layers: Sequence[Layer]) -> None:
 
 
 def tidy(axes: Axes) -> None:
-    """Give axes the look that all figures of this package share."""
+    """Give axes the style that all figures of this package share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=GREY, labelsize=9)
@@ -173,7 +186,7 @@ def tidy(axes: Axes) -> None:
 
 
 def empty(axes: Axes, reason: str) -> None:
-    """Write into axes why they show nothing."""
+    """Write into empty axes the reason why they are empty."""
     axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", color=GREY)
     axes.set_xticks([])
     axes.set_yticks([])

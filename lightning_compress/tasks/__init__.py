@@ -1,1 +1,1 @@
-"""What `lightning-compress` does, as functions with plain arguments."""
+"""The tasks of the command `lightning-compress`, as functions with plain arguments."""

@@ -1,4 +1,4 @@
-"""The dry run as a table: what every technique would change, what is frozen and skipped, and why."""
+"""The dry run: tables of the parameters that each technique would change, freeze or skip, with the reasons."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ STYLES = {"pruned": "bold", "follows": "", "frozen": "yellow", "skipped": "dim"}
 def inspect_pruning(
     callback: IterativePruningCallback, module: LightningModule, datamodule: LightningDataModule
 ) -> list[Verdict]:
-    """Return what the callback would do with every parameter; the data is read only where channels are traced.
+    """Return the callback's verdict on every parameter. The data are read only where channels are traced.
 
     Raises:
-        ValueError: The callback's patterns or its network don't fit the module.
+        ValueError: The callback's patterns, or its `network`, don't match the module.
     """
     target = callback.target
     if target is None:
@@ -52,7 +52,7 @@ def inspect_pruning(
 
 
 def inspection_table(name: str, callback: IterativePruningCallback, verdicts: list[Verdict]) -> Table:
-    """Return the table for a rich console; its caption says what `amount` comes to."""
+    """Return a table of the verdicts; its caption says how many entries or channels `amount` removes."""
     unit = "entries" if callback.granularity == "weight" else "channels"
     free = sum(verdict.units for verdict in verdicts if verdict.action == "pruned")
     count = Counter(verdict.action for verdict in verdicts)
@@ -72,15 +72,16 @@ def inspection_table(name: str, callback: IterativePruningCallback, verdicts: li
         shape = " x ".join(map(str, verdict.shape))
         units = f"{verdict.units:,}" if verdict.units else ""
         happens = f"{verdict.action}: {verdict.reason}" if verdict.reason else verdict.action
-        cells = map(
-            Text, (verdict.name, shape, units, happens)
-        )  # Text: names may hold what is markup in a plain string
-        table.add_row(*cells, style=STYLES[verdict.action])
+        # rich would read a name such as "[a]" in a plain string as markup.
+        table.add_row(*map(Text, (verdict.name, shape, units, happens)), style=STYLES[verdict.action])
     return table
 
 
 def effects_table(name: str, callback: DeclaresEffects, module: LightningModule) -> Table:
-    """Return a table of what a technique says that it does to every matrix and every other parameter that it takes."""
+    """Return a table of the effects that a technique declares.
+
+    The table lists all tensors with two or more dimensions, and every other parameter that the technique changes.
+    """
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         effects = callback.effects(None, module)

@@ -18,10 +18,10 @@ from lightning_compress.trainer.unwrap import LOGGED
 class Recorder(Callback):
     """Records every epoch, and keeps the weights of the moment when the last technique with a ramp came to its end.
 
-    An epoch is called after the network at its end: `phase` as long as no technique has changed it, "compression" until
-    all techniques that change weights are finished, "recovery" afterwards. Wrappers, which change the loss, do not
-    count. History and weights travel in checkpoints, so that a resumed run knows what happened before. The recorder
-    must come after the techniques in the Trainer's list of callbacks.
+    The phase of an epoch describes the network at the epoch's end: `phase` as long as no technique has changed the
+    network, "compression" until all techniques that change weights are finished, and "recovery" afterwards. Wrappers
+    change the loss, so they do not count here. Checkpoints contain the history and the weights, so that a resumed run
+    has the record of its beginning. The recorder must come after the techniques in the Trainer's list of callbacks.
 
     Args:
         val_metric: Name under which the module logs the metric that is shown over the epochs.
@@ -29,7 +29,7 @@ class Recorder(Callback):
 
     Attributes:
         phase: Phase of the epochs before any technique has changed the network.
-        snapshot: The state dict when the last technique with a ramp had taken its last step; None before.
+        snapshot: The state dict when the last technique with a ramp had reached its end; None before.
 
     Example:
         >>> trainer = Trainer(callbacks=[Recorder("val_acc")], logger=False, enable_checkpointing=False)
@@ -40,17 +40,17 @@ class Recorder(Callback):
         self.phase = "dense"
         self.history = list(history)
         self.snapshot: dict[str, Tensor] | None = None
-        self._reached: list[float] = []  # how far each ramp had come at the snapshot
+        self._reached: list[float] = []  # the fraction that each ramp had reached at the snapshot
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look(trainer, pl_module)
+        self._keep_at_end_of_ramps(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer, pl_module)
+        self._keep_at_end_of_ramps(trainer, pl_module)
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _keep_at_end_of_ramps(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ramps = [] if self.snapshot is not None else _ramps(trainer)
         if all(one.finished for one in ramps) and any(one.fraction > 0 for one in ramps):
             self.snapshot = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
@@ -73,8 +73,8 @@ class Recorder(Callback):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A technique may have gone back to an earlier network, as pruning until a metric drops does. The snapshot is
-        # not the network from which that one recovers.
+        # A technique may have gone back to an earlier network, as pruning with `stop` does. The recovered network does
+        # not come from the snapshot then.
         if self.snapshot is not None and self._reached != [one.fraction for one in _ramps(trainer)]:
             self.snapshot = None
 
@@ -91,13 +91,13 @@ class Recorder(Callback):
             self.snapshot, self._reached = state_dict["snapshot"], state_dict["reached"]
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"The checkpoint's history of the run is not one of this version of lightning_compress ({error}): go "
-                f"on with the version that wrote it, or start a new run from its weights."
+                f"The checkpoint's history of the run was not written by this version of lightning_compress ({error}): "
+                f"resume with the version that wrote it, or start a new run from the checkpoint's weights."
             ) from error
         self.history = history
 
 
 def _ramps(trainer: Trainer) -> list[Progress]:
-    """Return how far the techniques with a ramp have come."""
+    """Return the progress of the techniques that come to their end in the events of a ramp."""
     found = [one.progress() for one in techniques(trainer)]
     return [one for one in found if one.ramp]

@@ -1,4 +1,4 @@
-"""What a network is traced and timed with: its own example, or real data."""
+"""Inputs with which a network is traced and timed: its own example, or training samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def example_inputs(module: LightningModule, datamodule: LightningDataModule, *, 
     The data module must be set up for training.
 
     Raises:
-        ValueError: The network's inputs can't be told from a batch.
+        ValueError: It is not clear which part of a batch is the network's input.
     """
     given: ExampleInputs | None = module.example_input_array
     return samples(module, datamodule, batch_size=batch_size) if given is None else given
@@ -33,7 +33,7 @@ def samples(module: LightningModule, datamodule: LightningDataModule, *, batch_s
     The data module must be set up for training.
 
     Raises:
-        ValueError: The network's inputs can't be told from a batch.
+        ValueError: It is not clear which part of a batch is the network's input.
     """
     loader = datamodule.train_dataloader()
     loader = loader[0] if isinstance(loader, list | tuple) else loader

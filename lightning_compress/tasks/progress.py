@@ -1,4 +1,4 @@
-"""The progress bars of a run: one for the epoch, as Lightning's, and one for the whole run."""
+"""The progress bars of a run: Lightning's bar for the epoch, and one for the whole run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class RunProgress(TQDMProgressBar):
-    """Lightning's bar with short names, and below it how many epochs of the whole run are left.
+    """Lightning's bar with short names, and below it a bar that counts the epochs of the whole run.
 
     Args:
-        before: Epochs that the run has trained when this fit begins.
-        total: Epochs of the whole run.
+        before: Number of epochs that the run has trained before this fit.
+        total: Number of epochs of the whole run.
     """
 
     def __init__(self, before: int, total: int) -> None:
@@ -27,7 +27,10 @@ class RunProgress(TQDMProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what the bar shows: names without a folder that tells none apart, and not the logger's version."""
+        """Return the metrics that the bar shows, without the logger's version number.
+
+        A name is shortened to its part after the last "/" where no other metric has the same last part.
+        """
         metrics = super().get_metrics(trainer, pl_module)
         short = {name: name.rpartition("/")[2] for name in metrics if name != "v_num"}
         often = Counter(short.values())

@@ -1,4 +1,4 @@
-"""What the stages of a run hand on to one another."""
+"""The results that each stage of a run passes to the next one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Dense:
     """The first stage's result: dense networks, trained and tested.
 
     Attributes:
-        modules: The networks; the first is compared with what comes of the compression.
-        metric: What the first one's test logs; None where nothing is tested.
-        history: The epochs of its training; none where it was loaded.
-        epochs: How many epochs all of them have trained in this run.
+        modules: The networks. The report compares the first one with the compressed network.
+        metric: The test's metric of the first network; None where nothing is tested.
+        history: The epochs of the first network's training; empty where its weights were loaded.
+        epochs: Number of epochs that all networks together have trained in this run.
     """
 
     modules: Sequence[LightningModule]
@@ -33,10 +33,10 @@ class Compressed:
 
     Attributes:
         module: The network.
-        trainer: That has fitted it.
-        metric: What its test logs; None where nothing is tested.
+        trainer: The Trainer of its fit.
+        metric: The test's metric of the network; None where nothing is tested.
         before_recovery: The test's metric of the network when the last technique with a ramp had come to its end.
-        history: The epochs, those of the dense network before.
+        history: All epochs, first those of the dense network.
     """
 
     module: LightningModule
@@ -48,12 +48,12 @@ class Compressed:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """The third stage's result: what both networks cost, timed in turns.
+    """The third stage's result: the costs of both networks, which were timed in turns.
 
     Attributes:
-        dense: The dense network's numbers.
-        compressed: The compressed one's, with the bytes of its file.
-        busy: Whether the machine was busy, so that the times mean little.
+        dense: The measurement of the dense network.
+        compressed: The measurement of the compressed network, with the size of its file.
+        busy: Whether other processes kept the machine so busy that the latencies are unreliable.
     """
 
     dense: Measurement

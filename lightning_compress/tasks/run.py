@@ -1,4 +1,4 @@
-"""The main job in stages: a dense network, the compressed one that comes of it, and both measured."""
+"""The main job in stages: train a dense network, compress a copy of it, measure both, and report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +24,39 @@ from lightning_compress.core.example_inputs import to_device
 from lightning_compress.core.files import replacing
 from lightning_compress.measure.footprint import time_in_turns
 from lightning_compress.report import Epoch, Measurement, Report, compare_layers, write_report
+from lightning_compress.report.figure import can_draw
 from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
+from lightning_compress.tasks.run_folder import COMPRESSED, SMALL, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
 from lightning_compress.trainer.distributed import barrier
-
-log = logging.getLogger(__name__)
-
-COMPRESSED, SMALL = "compressed.ckpt", "compressed.lcz"  # in a run's folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run in stages: dense networks, compression with recovery, measurement, report.
 
-    `run` goes through all of them. A search makes the dense network once, and compresses and measures copies of it as
-    often as it likes: `compress` and `measure` train and test no dense network.
+    `run` goes through all stages. A search can call `make_dense` once, and then compress and measure copies of the
+    dense network many times: `compress` and `measure` neither train nor test a dense network.
 
     Attributes:
         datamodule: Training, validation and test data.
-        make_trainer: Makes a Trainer; its keyword arguments stand over the configured ones.
-        folder: Where `dense_files`, compressed.ckpt, compressed.lcz and the report go.
-        seed: Root of everything random.
-        metric: What the networks are compared by, under the name by which `test_step` logs it; None: nothing is tested.
-        val_metric: What is shown over the epochs, under the name by which `validation_step` logs it.
-        metric_mode: "max" or "min", the direction in which both get better, where their names do not say so.
-        batch_size: Samples in the forward pass that is timed.
-        repeats: Forward passes that are timed.
-        coder: Of compressed.lcz, as in `save_compressed`.
-        half: Whether its floats are rounded to float16. The compressed network is then the rounded one, everywhere.
-        settings: What the report says the run was started with.
-        epochs: Of the compression: with them a progress bar shows how much of the whole run is left; None: it does not.
+        make_trainer: Function that makes a Trainer; its keyword arguments replace the configured ones.
+        folder: Folder for the dense checkpoints, compressed.ckpt, compressed.lcz and the report.
+        seed: Seed of all random numbers.
+        metric: Name under which `test_step` logs the metric that compares the networks; with None nothing is tested.
+        val_metric: Name under which `validation_step` logs the metric that is shown over the epochs.
+        metric_mode: "max" or "min", the direction in which both metrics get better, where their names do not say so.
+        batch_size: Number of samples in a forward pass that is timed.
+        repeats: Number of forward passes that are timed.
+        coder: Entropy coder of compressed.lcz, as in `save_compressed`.
+        half: Whether floats in compressed.lcz are rounded to float16. The compressed network is then rounded before its
+            test, and compressed.ckpt contains the rounded weights too.
+        settings: Settings of the run, for the report.
+        epochs: Number of epochs of the compression, for a progress bar over the whole run; with None there is no bar.
     """
 
     datamodule: LightningDataModule
@@ -90,23 +88,23 @@ class Run:
         """Go through all stages.
 
         Args:
-            modules: The untrained networks; they become the dense ones. The first is compared with the compressed
-                one, and all are in the folder when the wrappers are made, which may learn from them.
-            student: The network to compress, untrained; None: a copy of the first dense one.
-            callbacks: As of `compress`.
-            loggers: As of `compress`.
-            wrap: As of `compress`.
+            modules: The untrained networks, which become the dense ones. The report compares the first one with the
+                compressed network. All are saved in the folder before `wrap` is called, so that they can be teachers.
+            student: The untrained network to compress; None stands for a copy of the first dense network.
+            callbacks: Callbacks of the compression.
+            loggers: Loggers of the compression.
+            wrap: Function that puts the network to compress inside its wrappers.
             dense: The Trainer's arguments for the dense training.
-            weights: Files to load instead of the dense training, one for each of `modules`.
-            ckpt_path: A checkpoint of this run's compression to go on with; the dense ones are those in the folder.
+            weights: Files with the weights of `modules`, one for each, which replace the dense training.
+            ckpt_path: Checkpoint of this run's compression that is resumed, with the dense networks in the folder.
 
         Returns:
-            The report on rank 0, None on the others.
+            The report on rank 0, None on the other ranks.
 
         Raises:
-            FileNotFoundError: `weights`, or the folder's dense.ckpt of a run to go on with, does not exist.
-            ValueError: A module has no test_step, or does not log the metric; the weights don't fit, or are more or
-                less than `modules`; no such coder; `repeats` or `batch_size` below 1.
+            FileNotFoundError: A file of `weights`, or dense.ckpt of the run that is resumed, does not exist.
+            ValueError: A module has no test_step or does not log the metric, the weights don't match `modules`, the
+                coder is unknown, or `repeats` or `batch_size` is below 1.
         """
         self._check(modules, student, weights)
         files = dense_files(self.folder, len(modules))
@@ -122,14 +120,16 @@ class Run:
     def _check(
         self, modules: Sequence[LightningModule], student: LightningModule | None, weights: Sequence[str | Path]
     ) -> None:
-        """Refuse now what would show hours later."""
+        """Raise errors before the training that would otherwise come after it."""
         make_writer(self.coder)
         Metric.of(self.metric or "", [], mode=self.metric_mode)
         for name, number in (("repeats", self.repeats), ("batch_size", self.batch_size)):
             if not isinstance(number, int) or number < 1:
                 raise ValueError(f"{name}={number!r} of the measurement must be a whole number, 1 or more.")
         if weights and len(weights) != len(modules):
-            raise ValueError(f"{len(modules)} dense networks want as many weights, [a.ckpt, ...]; got {len(weights)}.")
+            raise ValueError(
+                f"{len(modules)} dense networks need as many files of weights, [a.ckpt, ...]; got {len(weights)}."
+            )
         if self.metric is not None:
             for one in (modules[0], student):
                 if one is not None:
@@ -142,16 +142,16 @@ class Run:
     def make_dense(
         self, modules: Sequence[LightningModule], *, training: Mapping[str, Any], weights: Sequence[str | Path] = ()
     ) -> Dense:
-        """Train networks, or load their weights; test the first, and save all of them in the folder.
+        """Train networks in place, or load their weights; test the first one, and save all of them in the folder.
 
         Args:
-            modules: The untrained networks, which are trained in place.
+            modules: The untrained networks.
             training: The Trainer's arguments.
-            weights: Files to load instead of the training, one for each network.
+            weights: Files with the weights of the networks, one for each, which replace the training.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The weights don't fit.
+            FileNotFoundError: A file does not exist.
+            ValueError: The weights don't match the networks.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         recorder = Recorder(self.val_metric)
@@ -159,12 +159,12 @@ class Run:
             for one, path in zip(modules, weights, strict=True):
                 load_weights(one, path)
         else:
-            self._test(modules[0], limit_test_batches=1)  # what is wrong with data or metric shows before the training
+            self._test(modules[0], limit_test_batches=1)  # an error of the data or the metric comes before the training
             self._train_dense(modules, training, recorder)
         metric = self._test(modules[0])
         for one, file in zip(modules, dense_files(self.folder, len(modules)), strict=True):
             _save_dense(one, file)
-        barrier()  # the wrappers of every rank may read them
+        barrier()  # wrappers on every rank may read the files
         epochs = 0 if weights else len(modules) * int(training.get("max_epochs") or 0)
         return Dense(modules=modules, metric=metric, history=recorder.history, epochs=epochs)
 
@@ -178,21 +178,23 @@ class Run:
         wrap: Callable[[LightningModule], LightningModule] = lambda module: module,
         ckpt_path: str | Path | None = None,
     ) -> Compressed:
-        """Train a copy of the dense network, or a student, with the techniques, and test what comes of it.
+        """Train a copy of the dense network, or a student, with the techniques, and test the compressed network.
 
         Args:
-            dense: The dense networks, which stay as they are.
-            student: The network to compress, untrained; None: a copy of the first dense one.
-            callbacks: Of the compression.
-            loggers: Of the compression.
-            wrap: Gives the network to compress its wrappers.
-            ckpt_path: A checkpoint of this compression to go on with.
+            dense: The dense networks, which are not changed.
+            student: The untrained network to compress; None stands for a copy of the first dense network.
+            callbacks: Callbacks of the compression.
+            loggers: Loggers of the compression.
+            wrap: Function that puts the network to compress inside its wrappers.
+            ckpt_path: Checkpoint of this compression that is resumed.
         """
         recorder = Recorder(self.val_metric, dense.history)
         if student is not None:
             recorder.phase = "student"
         compressed = wrap(copy.deepcopy(dense.modules[0]) if student is None else student)
-        seed_everything(self.seed, workers=True, verbose=False)  # the same, whether the dense network was loaded or not
+        seed_everything(
+            self.seed, workers=True, verbose=False
+        )  # loaded and trained dense networks lead to the same run
         rank_zero_info("Compression.")
         bar = self._bar(dense.epochs, dense.epochs, callbacks)
         trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder, *bar], logger=list(loggers) or False)
@@ -200,7 +202,7 @@ class Run:
         before_recovery = None
         if recorder.snapshot is not None:
             snapshot = copy.deepcopy(compressed)
-            with quietly("lightning_compress.channels.load", logging.ERROR):  # it is wider, of course
+            with quietly("lightning_compress.channels.load", logging.ERROR):  # which warns that the snapshot is wider
                 snapshot.load_state_dict(recorder.snapshot)
             before_recovery = self._test(snapshot)
         if self.half:
@@ -214,7 +216,7 @@ class Run:
         )
 
     def measure(self, dense: Dense, compressed: Compressed, file: Path) -> Costs:
-        """Measure what both networks cost, on one process, and write the compressed one's file."""
+        """Measure the costs of both networks in this process, and write the file of the compressed network."""
         device = compressed.trainer.strategy.root_device
         inputs = to_device(example_inputs(dense.modules[0], self.datamodule, batch_size=self.batch_size), device)
         networks = {"dense": dense.modules[0].to(device), "compressed": compressed.module.to(device)}
@@ -236,7 +238,7 @@ class Run:
         )
 
     def report(self, dense: Dense, compressed: Compressed, costs: Costs) -> Report:
-        """Write the report into the folder, and return it."""
+        """Make the report, and write its files into the folder."""
         report = Report(
             dense=costs.dense,
             compressed=costs.compressed,
@@ -288,7 +290,7 @@ class Run:
         return replace(epoch, val_metric=_number(self.val_metric, epoch.val_metric), numbers=numbers)
 
     def _round(self, module: LightningModule) -> None:
-        """Give the network what its file would give back, on every rank without the others."""
+        """Round the weights as a compressed file does. Every rank writes and loads a file of its own."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / SMALL
             save_compressed(module, path, half=True)
@@ -297,24 +299,6 @@ class Run:
 
 def _number(metric: str | None, value: float | None) -> float | None:
     return finite(metric, value, otherwise="the report leaves it out")
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is there; where it is not, a warning says what to install."""
-    found = find_spec("matplotlib") is not None
-    if not found:
-        log.warning("No figure is drawn without matplotlib: pip install 'lightning-compress[figures]'.")
-    return found
-
-
-def dense_files(folder: str | Path, number: int) -> list[str]:
-    """Return where the dense networks of a run are.
-
-    Example:
-        >>> dense_files("run", 3)
-        ['run/dense.ckpt', 'run/dense-1.ckpt', 'run/dense-2.ckpt']
-    """
-    return [str(Path(folder) / ("dense.ckpt" if i == 0 else f"dense-{i}.ckpt")) for i in range(number)]
 
 
 @rank_zero_only

@@ -1,4 +1,4 @@
-"""The test of a network, and the number that comes of it."""
+"""Testing a network without leaving files behind, and reading its metric."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
 def check_tested(module: LightningModule, metric: str) -> None:
-    """Refuse a module that tests nothing.
+    """Refuse a module that cannot be tested.
 
     Raises:
-        ValueError: It has no test_step.
+        ValueError: The module has no test_step.
     """
     if not is_overridden("test_step", module):
         raise ValueError(
@@ -35,18 +35,18 @@ def accuracy(
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> float:
-    """Return what the module's test logs as `metric`; nothing is written.
+    """Test a module, and return the value that it logs as `metric`. No file is written.
 
     Args:
         module: The network, with its test_step.
-        datamodule: Has the test data.
-        make_trainer: Makes a Trainer; its keyword arguments stand over the configured ones.
-        metric: The name under which `test_step` logs it.
-        callbacks: Of the test.
+        datamodule: The data module with the test data.
+        make_trainer: Function that makes a Trainer; its keyword arguments replace the configured ones.
+        metric: Name under which `test_step` logs the metric.
+        callbacks: Callbacks of the test.
         options: Further arguments of the Trainer.
 
     Raises:
-        ValueError: The metric is not logged.
+        ValueError: The test does not log the metric.
     """
     trainer = trainer_of(
         make_trainer,
@@ -55,7 +55,7 @@ def accuracy(
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        use_distributed_sampler=False,  # Lightning's repeats samples until all ranks have equally many
+        use_distributed_sampler=False,  # it repeats samples until all ranks have the same number
     )
     logged: dict[str, float] = {}
     for of_loader in trainer.test(module, datamodule, verbose=False):
@@ -69,12 +69,12 @@ def accuracy(
 
 
 def finite(metric: str | None, value: float | None, *, otherwise: str) -> float | None:
-    """Return a value that JSON can hold: None for NaN and infinity, which a warning says.
+    """Return the value, or None, with a warning, where it is NaN or infinite, which JSON cannot express.
 
     Args:
-        metric: The value's name.
-        value: What was found.
-        otherwise: What happens to a value that is no number, for the warning.
+        metric: Name of the value.
+        value: The value; None stays None.
+        otherwise: Consequence of a value that is not finite, for the warning.
 
     Example:
         >>> finite("test_acc", 0.5, otherwise="the report leaves it out")
@@ -87,14 +87,14 @@ def finite(metric: str | None, value: float | None, *, otherwise: str) -> float 
 
 
 def trainer_of(make_trainer: Callable[..., Trainer], **options: Any) -> Trainer:
-    """Return a Trainer, without what it tells each time of accelerators, and of what one could install."""
+    """Return a Trainer, without its messages about accelerators and about packages to install."""
     with quietly("lightning.pytorch"):
         return make_trainer(**options)
 
 
 @contextmanager
 def quietly(name: str, level: int = logging.WARNING) -> Iterator[None]:
-    """Have a logger tell nothing below a level."""
+    """Suppress a logger's messages below a level, temporarily."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)

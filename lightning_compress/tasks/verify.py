@@ -1,4 +1,4 @@
-"""A run's file, loaded and tested by a process that knows nothing of the run but its config."""
+"""The check of a run's compressed file: a new process, which has only the run's config, loads and tests it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pathlib import Path
 
 import torch
 
-# What a launcher tells a rank: a process that inherits it would take itself for one, and wait for the others.
+# Variables that launchers set for a rank. A process that inherits them would act as a rank, and wait for the others.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 _OF_LAUNCHERS = ("MASTER_", "ROLE_", "TORCHELASTIC_", "SLURM_", "PL_")
-_ROUNDING = 1e-5  # relative; of float32 means, in another order. One of 10,000 samples is 1e-4
+_ROUNDING = 1e-5  # relative, of float32 means that are summed in another order; one of 10,000 samples makes 1e-4
 
 
 def verify(path: Path, *, metric: str | None, expected: float | None, exact: bool) -> str:
-    """Test a run's file in a new process; return in words that its accuracy is the expected one.
+    """Test a run's file in a new process, and return a sentence that says what was compared.
 
     Args:
-        path: The file, beside the config.yaml of its run.
-        metric: What is compared; None: the file is loaded, and nothing else.
-        expected: Its value in the run.
-        exact: Whether it must be the same float. Other ranks, or a GPU, add up a mean in another order.
+        path: The file, in the same folder as the config.yaml of its run.
+        metric: Name of the metric to compare; with None the file is only loaded.
+        expected: Value of the metric in the run.
+        exact: Whether both values must be the same float. Several ranks, or a GPU, sum a mean in another order.
 
     Raises:
-        ValueError: It is another one, or the process failed.
+        ValueError: The metric has another value, or the process failed.
     """
     found = in_new_process(path)
     start = f"{path.name}, {path.stat().st_size:,} bytes, loaded in a new process"
@@ -42,10 +42,10 @@ def verify(path: Path, *, metric: str | None, expected: float | None, exact: boo
 
 
 def check_same(found: float | None, expected: float, *, what: str, exact: bool) -> None:
-    """Refuse an accuracy that is not the expected one.
+    """Refuse a value that is not the expected one.
 
     Raises:
-        ValueError: They differ, by more than the rounding of a mean where it need not be `exact`.
+        ValueError: The values differ, or, with exact=False, differ by more than the rounding error of a mean.
 
     Example:
         >>> check_same(0.98760003, 0.9876, what="test_acc", exact=False)
@@ -67,12 +67,12 @@ def check_same(found: float | None, expected: float, *, what: str, exact: bool) 
 
 
 def in_new_process(path: Path) -> dict[str, float | None]:
-    """Return what `task=test` finds for a file in a new process, which imports from where this one does.
+    """Run `task=test` on a file in a new process, with the import path of this process, and return the metrics.
 
-    None stands for what is no number.
+    A metric that was NaN or infinite is None.
 
     Raises:
-        ValueError: The process failed; the message has its last words.
+        ValueError: The process failed; the message contains the end of its error output.
     """
     environment = {
         name: value
@@ -81,14 +81,14 @@ def in_new_process(path: Path) -> dict[str, float | None]:
     }
     environment |= {
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-        "PYTHONSAFEPATH": "1",  # and from nowhere else
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # sums are the same
+        "PYTHONSAFEPATH": "1",  # no other folder may come first on the import path
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the order of sums depends on it
     }
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         task = ["task=test", f"path={_quoted(path.absolute())}", f"json={_quoted(answer)}"]
         command = [sys.executable, "-m", "lightning_compress.cli", *task]
-        # Not where this process works: Hydra takes a folder called ${x} for an interpolation.
+        # The new process works in the temporary folder: Hydra reads a folder called ${x} as an interpolation.
         done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
         if done.returncode != 0:
             raise ValueError(f"{path} could not be tested in a new process:\n{done.stderr.strip()[-2000:]}")
@@ -97,7 +97,7 @@ def in_new_process(path: Path) -> dict[str, float | None]:
 
 
 def escaped(text: str) -> str:
-    """Return a string that OmegaConf reads as the given one, where this has what looks like an interpolation.
+    """Return a string that OmegaConf reads as the given text, even where the text looks like an interpolation.
 
     Example:
         >>> print(escaped("runs/${name}"))
@@ -107,6 +107,6 @@ def escaped(text: str) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """As Hydra's command line wants what may hold blanks, commas, brackets and interpolations."""
-    closing = re.compile(r"(\\*)('|\Z)")  # backslashes count before a quote, and only there
+    """Return a path in quotes, so that Hydra's command line accepts blanks, commas, brackets and interpolations."""
+    closing = re.compile(r"(\\*)('|\Z)")  # Hydra reads backslashes as escapes before a quote only
     return "'" + closing.sub(lambda found: 2 * found[1] + ("\\'" if found[2] else ""), escaped(str(path))) + "'"
