@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_compress.channels.load import adopt_state, has_record, is_extra
 from lightning_compress.core.records import kind_class, records
+from lightning_compress.core.structure import added_names
 from lightning_compress.core.tensors import named_tensors
 
 
@@ -85,9 +86,12 @@ def misfits(state: dict[str, Tensor], model: nn.Module, *, thinner: bool) -> str
         RecordError: A record has no form that any version writes.
         UnknownRecordError: This version does not know a record.
     """
-    if any(kind_class(kind).renames for kind in records(getattr(state, "_metadata", None))):
+    found = records(getattr(state, "_metadata", None))
+    if any(kind_class(kind).renames for kind in found):
         return ""  # the strict load checks the names once the network has been rebuilt
     mine = model.state_dict()
+    if added := added_names(found):
+        state = {name: one for name, one in state.items() if name in mine or not name.startswith(added)}
     both = {name for name in mine.keys() & state.keys() if not is_extra(name) and not is_lazy(mine[name])}
     problems = [
         f"the file has no {_some(mine.keys() - state.keys())}" if mine.keys() - state.keys() else "",

@@ -318,7 +318,9 @@ def _warn_of_lost_records() -> None:
             result = load(module, state_dict, *args, **kwargs)
             warnings.warn(f"{type(module).__name__} has loaded tensors alone. {error}", stacklevel=2)
             return result
-        extra = tuple(_keys_without_place(module, found)) if found else ()
+        hooks = _hooks_of(module)
+        rebuilds = hooks is not None and hooks.follows
+        extra = () if rebuilds or not found else added_names(found, having=module)
         result = load(module, _without(state_dict, extra) if extra else state_dict, *args, **kwargs)
         layers = dict(module.named_modules()) if found else {}
         lost: dict[type[Structure], list[str]] = {}
@@ -334,16 +336,23 @@ def _warn_of_lost_records() -> None:
     nn.Module.load_state_dict = load_and_look  # type: ignore[assignment,method-assign]
 
 
-def _keys_without_place(module: nn.Module, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """Beginnings of the names of tensors that belong to structures which a module neither has nor will be given."""
-    hooks = _hooks_of(module)
-    if hooks is not None and hooks.follows:
-        return
-    layers = dict(module.named_modules())
-    for kind, given in found.items():
-        for name, record in given.items():
-            if name in layers and all(one.kind != kind for one in structures(layers[name])):
-                yield from (f"{name}.{key}" if name else key for key in kind_class(kind).own_keys(record))
+def added_names(
+    found: Mapping[str, Mapping[str, Mapping[str, Any]]], having: nn.Module | None = None
+) -> tuple[str, ...]:
+    """Return how the names of tensors begin that belong to recorded structures, and not to the user's class.
+
+    Args:
+        found: The records of a state dict, by kind and by path of the module.
+        having: A module; structures that it has are left out.
+    """
+    layers = {} if having is None else dict(having.named_modules())
+    missing = [
+        (f"{path}." if path else "", kind_class(kind), record)
+        for kind, given in found.items()
+        for path, record in given.items()
+        if having is None or (path in layers and all(one.kind != kind for one in structures(layers[path])))
+    ]
+    return tuple(f"{start}{name}" for start, kind, record in missing for name in kind.own_keys(record))
 
 
 def _without(state_dict: Mapping[str, Any], beginnings: tuple[str, ...]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class ExitStructure(Structure):
             return
         for layer, one in zip(layers, described, strict=True):
             if one is None:
-                raise RecordError(
+                raise ValueError(
                     f"The head of {layer!r} is a module of your own, which no file can rebuild: wrap the module in "
                     f"EarlyExitHeads with the same exits and heads first, then load."
                 )
