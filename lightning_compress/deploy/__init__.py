@@ -1,4 +1,4 @@
-"""A network as a file that runs without this package: a program of torch.export, or ONNX with its integers."""
+"""Writes a network to a file that runs without this package: a program of torch.export, or an ONNX file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Inputs on a grid, as one operator of the program, and that as ONNX has it.
+"""Replaces the rounding of quantized inputs in an exported program by one operator, and translates it to ONNX.
 
-In the exported program a hook's rounding is arithmetic like any other. ONNX says it in two operators, for which
-onnxruntime looks when it chooses integer kernels.
+In the exported program the rounding of a hook consists of ordinary arithmetic nodes. In ONNX it must be QuantizeLinear
+and DequantizeLinear, from which onnxruntime chooses integer kernels.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from lightning_compress.quantization.input_grids import InputGrid
 
 log = logging.getLogger(__name__)
 
-_HOOK = ("div", "round", "add", "clamp", "sub", "mul")  # what `on_grid` computes, in its order
+_HOOK = ("div", "round", "add", "clamp", "sub", "mul")  # the operators of `on_grid`, in their order
 
 torch.library.define("lightning_compress::on_grid", "(Tensor x, float scale, int zero_point, int top) -> Tensor")
 torch.library.register_fake("lightning_compress::on_grid", lambda x, scale, zero_point, top: torch.empty_like(x))
 
 
 def mark_inputs(program: ExportedProgram, grids: Mapping[str, InputGrid]) -> ExportedProgram:
-    """Return the program with one operator for what a hook computes before a layer; a copy, if there are grids.
+    """Return a copy of a program in which one operator replaces the rounding before each quantized layer.
+
+    Without grids, the program itself is returned.
 
     Args:
-        program: It stays as it is.
-        grids: By qualified name of the layer, whose hook rounds to it.
+        program: The exported program, which is not changed.
+        grids: The grid of each quantized input, by the qualified name of the layer.
     """
     if not grids:
         return program
@@ -48,14 +50,18 @@ def mark_inputs(program: ExportedProgram, grids: Mapping[str, InputGrid]) -> Exp
         node.replace_input_with(node.args[0], mark)
         found.add(layer)
     if lost := sorted(grids.keys() - found):
-        log.warning("Not plain linear layers or convolutions in the program, so not in integers: %s.", ", ".join(lost))
+        log.warning(
+            "These layers are not plain linear layers or convolutions in the exported program, so they compute in "
+            "float: %s.",
+            ", ".join(lost),
+        )
     marked.graph.eliminate_dead_code()
     marked.graph_module.recompile()
     return marked
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what the exporter needs to write the operator as ONNX."""
+    """Return the function that writes the operator as ONNX, in the form that the exporter takes."""
     import onnxscript
 
     op: Any = onnxscript.opset18
@@ -64,7 +70,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         step = op.Constant(value_float=scale)
         zero = op.Cast(op.Constant(value_int=zero_point), to=2)  # uint8
         q = op.QuantizeLinear(x, step, zero)
-        if top < 255:  # of a byte; QuantizeLinear clips to its ends
+        if top < 255:  # QuantizeLinear itself clips to 255
             q = op.Min(q, op.Cast(op.Constant(value_int=top), to=2))
         return op.DequantizeLinear(q, step, zero)
 
@@ -72,7 +78,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _entry(layer: fx.Node) -> fx.Node | None:
-    """What the hook before the layer got; None where the layer computes more between it and its product."""
+    """Return the node that the hook before a layer rounds; None if other operators are between hook and product."""
     node = _converted(layer.args[0])
     for operator in reversed(_HOOK):
         if not isinstance(node, fx.Node) or operator_of(node) != operator:
@@ -82,7 +88,7 @@ def _entry(layer: fx.Node) -> fx.Node | None:
 
 
 def _converted(node: Any) -> Any:
-    """What was converted to the dtype that it had: older versions of torch keep such conversions in a program."""
+    """Skip conversions to the same dtype, which older versions of torch leave in a program."""
     while operator_of(node) in ("to", "_to_copy") and node.meta["val"].dtype == node.args[0].meta["val"].dtype:
         node = node.args[0]
     return node

@@ -1,4 +1,4 @@
-"""Batch norm folded into the layer that feeds it: in evaluation mode it is a factor and a shift for every channel.
+"""Folds batch norms into the layers before them: in evaluation mode a batch norm is a factor and a shift per channel.
 
 y = (w x + b - mean) f + beta,  f = gamma / sqrt(var + eps)        w' = f w,  b' = (b - mean) f + beta
 """
@@ -25,18 +25,18 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def fold_batch_norm(
     model: nn.Module, example_inputs: ExampleInputs, *, scales: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Fold each batch norm into the linear layer or convolution that feeds it, in place: evaluation stays as it was.
+    """Fold each batch norm into the linear layer or convolution before it, in place; evaluation results stay the same.
 
-    w' = f w and b' = (b - mean) f + beta for each output channel, with f = gamma / sqrt(var + eps); an `nn.Identity`
-    takes the place of the norm. Folded is what the exported graph of evaluation mode shows to be safe: the layer's
-    output goes to the norm alone, each is called once and shares no tensor, the norm keeps running statistics, and no
-    hook sees what is between them.
+    For each output channel w' = f w and b' = (b - mean) f + beta, with f = gamma / sqrt(var + eps). An `nn.Identity`
+    replaces the norm. A pair is folded if the exported graph of evaluation mode proves it safe: only the norm reads the
+    layer's output, both are called once and share no tensor, the norm keeps running statistics, and no hook reads the
+    value between them.
 
     Args:
         model: The network; a layer without bias gets one.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first.
-        scales: For weights that are integers times a scale, q s: by the layer's name s, one for every output channel.
-            Then w' = q (f s) to the last bit, integers times a scale again.
+        scales: For layers whose weights are integers times a scale, q s: the scales s by the layer's name, one per
+            output channel. Then w' = q (f s) bit for bit, so the weights are again integers times a scale.
 
     Returns:
         The model.
@@ -64,14 +64,14 @@ def fold_batch_norm(
 
 
 def _pairs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[tuple[str, str]]:
-    """The layers and norms that may become one, by name."""
+    """Yield the names of each layer and the norm that can be folded into it."""
     with evaluating(model):
         program = export(model, example_inputs)
     tensor_of = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     uses = _uses(model)
 
     def owns(name: str, nodes: Mapping[str, Any]) -> bool:
-        """Whether the nodes are the module's own tensors, which nothing else reads."""
+        """Return whether the nodes are the module's own tensors and nothing else reads these."""
         module = model.get_submodule(name)
         return uses[id(module)] == 1 and all(
             getattr(module, key) is None
@@ -86,7 +86,7 @@ def _pairs(model: nn.Module, example_inputs: ExampleInputs) -> Iterator[tuple[st
         feed, gamma, beta, mean, var, by_batch = node.args[:6]
         weight, bias = feed.args[1], feed.args[2] if len(feed.args) > 2 else None
         if by_batch or len(feed.users) > 1 or (operator_of(feed) == "linear" and feed.meta["val"].dim() != 2):
-            continue  # of sequences, the norm's channels are the second dimension and the Linear's the last
+            continue  # for sequences, the channels of the norm are dim 1, and those of the linear layer the last dim
         layer_name, norm_name = module_of(feed), module_of(node)
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         if not isinstance(layer, WEIGHT_LAYERS) or type(norm) not in _NORMS:
@@ -106,7 +106,9 @@ def _fold(layer: Any, norm: Any, scale: Tensor | None) -> None:
     if scale is None:
         weight.copy_(weight.double() * _along(layer, factor))
     else:
-        integers = torch.round(weight / _along(layer, scale)).nan_to_num_(0, 0, 0)  # the scale of zeros may be zero
+        integers = torch.round(weight / _along(layer, scale)).nan_to_num_(
+            0, 0, 0
+        )  # the scale of a channel of zeros may be zero
         weight.copy_(integers * _along(layer, (scale.double() * factor).to(weight.dtype)))
     shift = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
     shift = (shift * factor + (0.0 if norm.bias is None else norm.bias.double())).to(weight.dtype)
@@ -117,16 +119,16 @@ def _fold(layer: Any, norm: Any, scale: Tensor | None) -> None:
 
 
 def _along(layer: Any, vector: Tensor) -> Tensor:
-    """One number for each output channel, shaped to multiply the weight."""
+    """Return a vector with one number per output channel, shaped to multiply the layer's weight."""
     tail = [1] * (layer.weight.dim() - 2)
     if not isinstance(layer, _TRANSPOSED):
         return vector.view(-1, 1, *tail)
-    in_channels = layer.weight.shape[0] // layer.groups  # of a group
+    in_channels = layer.weight.shape[0] // layer.groups  # per group
     return vector.view(layer.groups, -1).repeat_interleave(in_channels, 0).view(layer.weight.shape[0], -1, *tail)
 
 
 def _uses(model: nn.Module) -> Counter[int]:
-    """How often the network holds each of its modules and tensors."""
+    """Return how often the network contains each of its modules and tensors, by id."""
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     tensors = [one for module in modules for one in (*module._parameters.values(), *module._buffers.values())]
     return Counter(id(one) for one in (*modules, *tensors))

@@ -1,4 +1,4 @@
-"""Weights as integers times scales, as they are in a quantized network and as an ONNX file stores them."""
+"""Splits quantized weights into integers and scales, as an ONNX file stores them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,30 @@ from lightning_compress.deploy.folding import fold_batch_norm
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_LARGEST_BIAS = 2.0**30  # half of what an int32 holds; the other half is for the sum of products
+_LARGEST_BIAS = 2.0**30  # half of the range of int32; the sum of products needs the other half
 
 
 class IntegerWeight(NamedTuple):
-    """int8 integers, and float32 scales that multiply them along one dimension."""
+    """A weight as int8 integers times float32 scales.
+
+    Attributes:
+        integers: The integers, in the shape of the weight.
+        scales: The scales, one per index of dimension `axis`.
+        axis: The dimension of the output channels.
+    """
 
     integers: Array
     scales: Array
     axis: int
 
     def with_room(self, bias: Array, step: float) -> IntegerWeight:
-        """Return it on a coarser grid in the channels whose bias, counted in step times scale, would not fit an int32.
+        """Return the weight with larger scales in channels whose bias, in units of step times scale, overflows int32.
 
-        Beside such a bias the products of these channels are next to nothing.
+        The rounding error is negligible, because the products of such a channel are tiny compared with its bias.
+
+        Args:
+            bias: The bias of the layer.
+            step: The scale of the layer's input.
         """
         least = (np.abs(bias) / (step * _LARGEST_BIAS)).astype(np.float32)
         if (self.scales >= least).all():
@@ -40,10 +50,10 @@ class IntegerWeight(NamedTuple):
 
 
 def integer_weight(weight: Array, axis: int) -> IntegerWeight | None:
-    """Return the integers and the scales along `axis` whose product is the weight bit for bit, or None.
+    """Return int8 integers and scales along `axis` whose product is the weight bit for bit, or None.
 
     Args:
-        weight: Of any dtype; only float32 has an answer.
+        weight: The weight; for dtypes other than float32 the result is None.
         axis: The dimension of the output channels.
 
     Example:
@@ -58,18 +68,18 @@ def integer_weight(weight: Array, axis: int) -> IntegerWeight | None:
     if grid is None or grid.integers.min() < -128 or grid.integers.max() > 127:
         return None
     scales = grid.scales.view(np.float32).copy()
-    scales[scales == 0] = scales.max()  # of zeros alone, where any number will do
+    scales[scales == 0] = scales.max()  # for channels of zeros any scale is right
     integers = np.moveaxis(grid.integers.astype(np.int8).reshape(rows.shape), 0, axis)
     return IntegerWeight(np.ascontiguousarray(integers), scales, axis)
 
 
 def fold_quantized(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
-    """Fold the batch norms of a quantized network, in place, so that its weights stay integers times scales.
+    """Fold the batch norms of a quantized network, in place; its weights stay integers times scales.
 
-    A network without such weights stays as it is.
+    A network without quantized weights is not changed.
 
     Args:
-        model: On the CPU.
+        model: The network, on the CPU.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first.
 
     Returns:
@@ -90,7 +100,10 @@ def fold_quantized(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module
             continue
         weight, axis = parameter.detach().numpy(), 0
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            weight, axis = np.concatenate(np.split(weight, layer.groups), 1), 1  # output channels, group after group
+            weight, axis = (
+                np.concatenate(np.split(weight, layer.groups), 1),
+                1,
+            )  # dim 1 then has all output channels, group by group
         found = integer_weight(weight, axis)
         if found is not None:
             scales[name] = torch.from_numpy(found.scales)

@@ -1,4 +1,4 @@
-"""A network as an ONNX file, checked by onnxruntime: with integers where its weights and inputs are quantized."""
+"""Writes a network to an ONNX file, with integers for quantized weights and inputs, and checks it with onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_compress.quantization.input_grids import InputGrid
 
 log = logging.getLogger(__name__)
 
-_ROUNDING = {8: 0.1, 4: 0.5, 2: 1.0}  # bits, at least: what integers may change, of the outputs' root mean square
+_ROUNDING = {8: 0.1, 4: 0.5, 2: 1.0}  # fewest bits: largest error, relative to the outputs' root mean square
 
 
 def save_onnx(
@@ -33,30 +33,30 @@ def save_onnx(
     grids: Mapping[str, InputGrid] | None = None,
     calibration: ExampleInputs | None = None,
 ) -> None:
-    """Write the program as ONNX, and compare what onnxruntime computes with it; the file appears whole or not at all.
+    """Write a program to an ONNX file, and compare onnxruntime's results with the program's.
 
-    In a network with quantized inputs, weights of linear layers and convolutions that are integers times a scale, one
-    for every output channel, are stored as int8, and onnxruntime has integer kernels for the layers with both. All else
-    is float, and so is a network of quantized weights alone: it would multiply the scales out in every run.
+    In a network with quantized inputs, the weights of linear layers and convolutions that are integers times a scale
+    per output channel are stored as int8. onnxruntime has integer kernels for layers with both. All other tensors are
+    float, and so are the weights of a network without quantized inputs: onnxruntime would convert int8 weights to float
+    in every run. If writing or the comparison fails, an existing file stays unchanged.
 
     Args:
-        program: Of `capture`; it stays as it is.
-        path: Of the file.
-        grids: Of layers' inputs, as `input_grids(model)` has them.
-        calibration: Some real samples. Where a convolution could compute with integers but for its output, as before an
-            addition, they tell the range of an 8-bit grid for it, and for the sum; without them it computes in float,
-            and more slowly than unquantized.
+        program: The program that `capture` returned, which is not changed.
+        path: The file.
+        grids: The grids of the layers' inputs, as `input_grids(model)` returns them.
+        calibration: Some real samples. A convolution computes with integers only if its output is rounded as well. If
+            no quantizer follows it, as before an addition, the samples determine an 8-bit grid for its output and for
+            the sum. Without samples it computes in float, more slowly than in the unquantized network.
 
     Raises:
         ImportError: The extra `deploy` is not installed.
-        ValueError: onnxruntime computes something else. With integers, outputs may change by a tenth of their root
-            mean square, by half of it where grids have fewer than 8 bits, by all of it with fewer than 4: near a
-            boundary, the least difference in arithmetic moves a value by a whole step, and from layer to layer there
-            are more of these.
+        ValueError: The results differ. With integers, the outputs may differ by a tenth of their root mean square, by
+            half of it if a grid has fewer than 8 bits, and by all of it with fewer than 4: close to a rounding
+            boundary, the slightest difference moves a value by a whole step, and such errors grow from layer to layer.
     """
     if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
         raise ImportError(
-            f"ONNX files need {', '.join(missing)}, which the extra `deploy` brings: pip install "
+            f"save_onnx needs {', '.join(missing)}. Install the extra `deploy`: pip install "
             f"'lightning-compress[deploy]'."
         )
     from lightning_compress.deploy import onnx_graph
@@ -73,10 +73,14 @@ def save_onnx(
         values = _run(onnx_graph.with_outputs(model, names).SerializeToString(), calibration)
         for name, value in zip(names, values, strict=True):
             onnx_graph.round_output(model, name, InputGrid.covering(float(value.min()), float(value.max()), 8))
-        log.info("Rounded to 8 bits, on the range of the samples: %s.", ", ".join(names))
+        log.info("These outputs are rounded to 8 bits, over the range of the samples: %s.", ", ".join(names))
     if is_quantized:
         if names := onnx_graph.float_layers(model):
-            log.warning("Inputs are quantized but weights stay float: %s.", ", ".join(names))
+            log.warning(
+                "The inputs of these layers are quantized, but their weights stay float, because they are not integers "
+                "times a scale per output channel, or because int8 has no form for such a layer: %s.",
+                ", ".join(names),
+            )
         onnx_graph.strip(model)
     network = program.module()
     examples: list[Any] = [program.example_inputs] if calibration is None else [arguments(calibration)]
@@ -91,7 +95,7 @@ def save_onnx(
             found = [torch.from_numpy(value) for value in _run(temporary, (*args, kwargs))]
             with torch.no_grad():
                 expected = network(*args, **kwargs)
-            what = "The ONNX file, run by onnxruntime,"
+            what = "The ONNX file in onnxruntime"
             if is_quantized:
                 fewest = min(grid.bits for grid in (grids or {}).values())
                 allowed = next(part for bits, part in _ROUNDING.items() if fewest >= bits)
@@ -116,15 +120,15 @@ def _compare_rounded(expected: list[Tensor], found: list[Tensor], what: str, *, 
         log.info("Integers change the outputs by %.2g of their root mean square.", error / size if size else 0.0)
         if not error <= allowed * size:
             raise ValueError(
-                f"{what} computes something else than the model: the root mean square of outputs is {size:.3g}, and of "
-                f"their differences {error:.3g}, where integers explain {allowed:g} of it. Are the grids those of the "
-                f"model, and the calibration samples like those that it was trained on?"
+                f"{what} computes something else than the model: the outputs' root mean square is {size:.3g}, and that "
+                f"of the differences {error:.3g}, more than the {allowed * size:.3g} rounding explains. Check that "
+                f"the grids are those of the model, and that the calibration samples resemble its training samples."
             )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # They tell of every optimisation, of torchvision's operators, and of a type that torch is going to rename.
+    """Suppress the exporter's messages about optimisations, torchvision's operators and a deprecated torch type."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Integers in an ONNX graph, where onnxruntime looks for them when it chooses its kernels.
+"""Puts integers into an ONNX graph in the form from which onnxruntime chooses integer kernels.
 
 x -> QuantizeLinear -> DequantizeLinear ---.
 int8 weights, scales -> DequantizeLinear ---> Conv -> Relu -> QuantizeLinear -> DequantizeLinear -> ...
@@ -18,11 +18,29 @@ from lightning_compress.deploy.integers import Array, integer_weight
 from lightning_compress.quantization.input_grids import InputGrid
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_ALONG = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")  # onnxruntime moves the rounding past
+_ALONG = (
+    "MaxPool",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+)  # onnxruntime moves a QuantizeLinear before these
 
 
 class Graph:
-    """An ONNX graph and who makes and reads what in it; rewriting is done by whole nodes."""
+    """An ONNX graph, with the nodes that make and read each tensor.
+
+    Args:
+        model: The ONNX model.
+
+    Attributes:
+        graph: The graph of the model.
+        outputs: The names of the graph's outputs.
+        initializers: The initializers, by name.
+        makers: The node that makes each tensor, by the tensor's name.
+        readers: The nodes that read each tensor, by the tensor's name.
+    """
 
     def __init__(self, model: Any) -> None:
         self.graph = model.graph
@@ -35,7 +53,7 @@ class Graph:
                 self.readers[name].append(node)
 
     def value(self, name: str) -> Array | None:
-        """Return a constant's value, or None."""
+        """Return the value of a tensor, or None if it is not constant."""
         maker = self.makers.get(name)
         if maker is not None and maker.op_type == "Constant":
             value = helper.get_attribute_value(maker.attribute[0])
@@ -43,7 +61,7 @@ class Graph:
         return numpy_helper.to_array(self.initializers[name]) if name in self.initializers else None
 
     def step(self, name: str) -> float | None:
-        """Return the scale of a tensor that was just dequantized, or None."""
+        """Return the scale of a tensor that a DequantizeLinear with one scale makes, else None."""
         maker = self.makers.get(name)
         if maker is None or maker.op_type != "DequantizeLinear":
             return None
@@ -51,20 +69,21 @@ class Graph:
         return float(scale) if scale is not None and scale.size == 1 else None
 
     def replace_initializer(self, name: str, integers: Array, scales: Array, axis: int) -> None:
-        """Have integers and scales in the place of a float tensor, which is now computed from them."""
+        """Replace a float initializer by integers and scales, from which a DequantizeLinear computes it."""
         self.graph.initializer.remove(self.initializers[name])
-        zeros = np.zeros(len(scales), integers.dtype)  # onnxruntime wants them said
+        zeros = np.zeros(len(scales), integers.dtype)  # onnxruntime requires explicit zero points
         parts = self.constants(name, integers=integers, scales=scales, zero_points=zeros)
         self.graph.node.insert(0, helper.make_node("DequantizeLinear", parts, [name], axis=axis))
 
     def constants(self, name: str, **values: Any) -> list[str]:
+        """Add initializers with these values; return their names, which begin with `name`."""
         names = [f"{name}.{key}" for key in values]
         self.graph.initializer.extend(map(numpy_helper.from_array, map(np.asarray, values.values()), names))
         return names
 
 
 def quantize_weights(model: Any) -> None:
-    """Write weights that are on a grid as int8, and the biases beside them, where inputs are quantized, as int32."""
+    """Store quantized weights as int8, and the biases of layers with quantized weights and inputs as int32."""
     graph = Graph(model)
     for name in list(graph.initializers):
         readers = graph.readers[name]
@@ -88,9 +107,10 @@ def quantize_weights(model: Any) -> None:
 
 
 def float_outputs(model: Any) -> list[str]:
-    """Return what keeps onnxruntime from computing with integers although all that goes in is rounded.
+    """Return the names of unrounded outputs that prevent onnxruntime from computing with integers.
 
-    Outputs of convolutions that nothing rounds, and of additions of such; not the network's own outputs.
+    These are outputs of convolutions with quantized weights and inputs, and sums of such or of rounded tensors; not the
+    outputs of the network.
     """
     graph, found = Graph(model), []
     for node in graph.graph.node:
@@ -108,7 +128,7 @@ def float_outputs(model: Any) -> list[str]:
 
 
 def round_output(model: Any, name: str, grid: InputGrid) -> None:
-    """Have all readers of a tensor read its points on a grid: one that some read already, or else this one."""
+    """Round a tensor for all its readers: to the grid to which some of them round it already, or else to `grid`."""
     graph = Graph(model)
     readers, nodes = graph.readers[name], graph.graph.node
     pairs = [(one, graph.readers[one.output[0]]) for one in readers if one.op_type == "QuantizeLinear"]
@@ -133,7 +153,7 @@ def round_output(model: Any, name: str, grid: InputGrid) -> None:
 
 
 def with_outputs(model: Any, names: Sequence[str]) -> Any:
-    """Return a copy whose outputs are these tensors."""
+    """Return a copy of a model whose outputs are the named tensors."""
     copy = type(model).FromString(model.SerializeToString())
     del copy.graph.output[:]
     copy.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
@@ -141,7 +161,7 @@ def with_outputs(model: Any, names: Sequence[str]) -> Any:
 
 
 def float_layers(model: Any) -> list[str]:
-    """Return the weights in float of layers whose input is quantized, with the layers' kind."""
+    """Return the float weights of layers with quantized inputs, as "name (kind of layer)"."""
     graph = Graph(model)
     return [
         f"{node.input[1]} ({node.op_type})"
@@ -151,7 +171,7 @@ def float_layers(model: Any) -> list[str]:
 
 
 def strip(model: Any) -> None:
-    """Take out what the exporter notes about its work: half of a small network's file."""
+    """Remove the exporter's metadata, which take half of a small network's file."""
     del model.metadata_props[:]
     for one in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
         one.doc_string = ""
@@ -169,7 +189,7 @@ def _is_rounded(graph: Graph, name: str) -> bool:
 
 
 def _channels(node: Any, weight: str) -> int | None:
-    """The dimension of a weight that output channels are in, where the node reads it as one."""
+    """Return the dimension of the output channels of a weight; None if the node does not read it as a weight."""
     if len(node.input) < 2 or list(node.input).index(weight) != 1:
         return None
     attributes = {one.name: one.i for one in node.attribute}

@@ -1,4 +1,4 @@
-"""A network as a program of torch.export, which runs without this package."""
+"""Exports a network as a program of torch.export, which runs without this package."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def capture(
     """Return the network's evaluation-mode computation as a program for any batch size.
 
     Args:
-        model: Any module that `torch.export` takes, on the CPU; it stays as it is.
+        model: Any module that `torch.export` accepts, on the CPU. It is not changed.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments. The first dimension of
-            the first tensor is the batch, and so is that of every other that has as many entries there, unless the
-            model then fails, as with a mask of shape (T, T).
-        dynamic: Further dimensions that may have other sizes than in the example, by the input's name or position:
-            {"input_ids": {1: "length"}, "attention_mask": {1: "length"}}. Those of one name have one size.
+            the first tensor is the batch. So is the first dimension of every other tensor of the same batch size,
+            unless the model then fails, as with a mask of shape (T, T).
+        dynamic: Other dimensions whose size may vary, by the input's name or position: {"input_ids": {1: "length"},
+            "attention_mask": {1: "length"}}. Dimensions of the same name have the same size.
 
     Raises:
-        ValueError: The program computes something else than the model, on inputs of other sizes; the model does not run
-            with these; `dynamic` names what is no dimension of an input.
+        ValueError: On inputs of other sizes, the program and the model compute different results, or the model fails;
+            or `dynamic` names something that is not a dimension of an input.
 
     Example:
         >>> program = capture(nn.Linear(4, 2), torch.zeros(3, 4))
@@ -44,13 +44,15 @@ def capture(
         torch.Size([7, 2])
     """
     if empty := next((name for name, one in named_tensors(model).items() if one.is_meta), None):
-        raise ValueError(f"{empty} is on the meta device and has no values: load the model's weights first.")
+        raise ValueError(
+            f"{empty} of {type(model).__name__} is on the meta device and has no values: load the weights first."
+        )
     with evaluating(model), caches_off(model):
         axes = Axes.of(model, example_inputs, dynamic or {})
         small = axes.resized({name: 2 if name == BATCH else max(size, 2) for name, size in axes.sizes.items()})
         try:
             program = exported(model, small, axes, {name: Dim(name) for name in axes.sizes})
-        except torch._dynamo.exc.UserError:  # some have bounds, as a table of positions has, which are then found
+        except torch._dynamo.exc.UserError:  # a size has a bound, as from a table of positions; DYNAMIC finds it
             found = {name: Dim(name) if name == BATCH else Dim.DYNAMIC for name in axes.sizes}
             program = exported(model, small, axes, found)
         other = axes.others(lambda inputs: call(model, inputs))
@@ -59,16 +61,17 @@ def capture(
 
 
 def save_program(program: ExportedProgram, path: str | Path) -> None:
-    """Write what `torch.export.load(path).module()` reads and runs; the file appears whole or not at all."""
+    """Write a program to a file for `torch.export.load(path).module()`; on failure an old file stays unchanged."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.export.save(program, file)
 
 
 def compare(expected: Any, found: Any, what: str) -> None:
-    """Raise a ValueError, of which `what` is the subject, unless the tensors are the same but for rounding."""
+    """Raise a ValueError unless all tensors are equal up to rounding; `what` is the subject of its message."""
     for ours, theirs in zip(tree_leaves(expected), tree_leaves(found), strict=True):
         if isinstance(ours, Tensor) and not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"{what} computes something else than the model: outputs differ by up to "
-                f"{float((ours - theirs).abs().max()):.3g}. Does forward depend on its data, or draw random numbers?"
+                f"{float((ours - theirs).abs().max()):.3g}, more than rounding explains. Check whether forward depends "
+                f"on the values of its inputs, or draws random numbers."
             )

@@ -1,4 +1,4 @@
-"""Measure what a network costs: parameters, multiply-accumulates, time."""
+"""Measures the costs of a network: parameters, multiply-accumulates, latency and memory."""
 
 from __future__ import annotations
 

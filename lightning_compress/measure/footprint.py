@@ -1,4 +1,4 @@
-"""Measure the parameters, multiply-accumulates, file size, latency and memory of a network."""
+"""Measures the parameters, multiply-accumulates, file size, latency and memory of a network."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call, tensors
 from lightning_compress.measure.macs import count_macs
 
-_CALM = 0.15  # spread up to which the median is trusted
-_SAME = 1.1  # ratio of two halves of the passes from which on the machine counts as busy
-_WARM_UP = 3  # forward passes before the clock counts: allocators, kernel choice, compilation
+_CALM = 0.15  # largest spread with which the median is used
+_SAME = 1.1  # largest ratio of two halves of the passes with which the machine does not count as busy
+_WARM_UP = 3  # untimed forward passes at the start, for allocators, kernel choice and compilation
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ class Footprint:
     """The measured costs of a network on given example inputs; see `measure`.
 
     Attributes:
-        parameters: Entries of all parameters; a shared parameter counts once.
-        nonzero: Those of them that are not zero.
-        macs: Multiply-accumulates of a forward pass, per sample; zeros cost as much as other values.
-        bytes: Size of a file that was written, read back and compared.
-        latency: Seconds of a forward pass of the whole batch; see `time_in_turns`.
-        peak_memory: Bytes of parameters and buffers, and of the tensors alive at the worst moment of a forward pass.
-        uncounted: Operators that ran and are missing from `macs`, because torch's counter has no formula for them.
+        parameters: The number of entries of all parameters; a shared parameter counts once.
+        nonzero: The number of these entries that are not zero.
+        macs: The multiply-accumulates of a forward pass, per sample; those with zeros count like all others.
+        bytes: The size of a file of the network, as the given `file_bytes` returned it.
+        latency: The seconds of a forward pass of the whole batch; see `time_in_turns`.
+        peak_memory: The bytes of parameters and buffers, plus the largest number of bytes of tensors that are alive
+            together during a forward pass.
+        uncounted: The operators that ran but are missing from `macs`, because torch's counter has no formula for them.
     """
 
     parameters: int
@@ -53,23 +54,24 @@ class Footprint:
 def measure(
     model: nn.Module, example_inputs: ExampleInputs, *, repeats: int, file_bytes: Callable[[nn.Module], int]
 ) -> Footprint:
-    """Measure what the network costs, in evaluation mode, and leave it as it was.
+    """Measure the costs of a network in evaluation mode, without changing it.
 
-    MACs are those of `count_macs`, latency is that of `compare_latency`, which is the one to use when two networks are
-    to be compared. The peak of memory is p + max_t a(t), with p the bytes of parameters and buffers and a(t) those of
-    the tensors that a forward pass made and that are alive at moment t; the inputs are not in it. On CUDA a(t) is the
-    allocator's (its peak statistics are reset), elsewhere that of the tensors which operators return, without what
-    a kernel needs inside. MACs and memory of a compiled network are those of the network before compilation.
+    `count_macs` counts the MACs, and `compare_latency` measures the latency; to compare two networks, call the latter
+    with both. The peak of memory is p + max_t a(t), where p is the bytes of parameters and buffers, and a(t) is the
+    bytes of the tensors that the forward pass made and that are alive at time t, without the inputs. On CUDA a(t) is
+    the allocator's count (whose peak statistics are reset). On other devices a(t) counts the tensors that operators
+    return, without temporary memory inside kernels. For a compiled network, MACs and memory are those of the network
+    before compilation.
 
     Args:
-        model: Any module; parameters, gradients, buffers, modes, hooks and torch's random state stay as they are.
+        model: Any module. Its parameters, gradients, buffers, modes and hooks, and torch's random state, do not change.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments; batch first, on the
             model's device.
-        repeats: How many forward passes are timed.
-        file_bytes: Writes the network into a file, and returns its size.
+        repeats: The number of forward passes that are timed.
+        file_bytes: A function that writes the network to a file and returns the file's size.
 
     Raises:
-        ValueError: `model` is no module or not built yet, the inputs hold no sample or are on another device, or
+        ValueError: `model` is not a module or has no values yet, the inputs hold no sample or are on another device, or
             `repeats` is below 1.
 
     Example:
@@ -101,9 +103,9 @@ class Latency:
     """The latency of one of several networks that were timed in turns.
 
     Attributes:
-        seconds: Of a forward pass of the whole batch.
-        spread: Width of the middle half of the timed passes, over their median.
-        busy: Whether the machine was too busy for these seconds to be compared with those of the other networks.
+        seconds: The seconds of a forward pass of the whole batch.
+        spread: The interquartile range of the timed passes, divided by their median.
+        busy: Whether the machine was too busy to compare these seconds with those of the other networks.
     """
 
     seconds: float
@@ -114,19 +116,18 @@ class Latency:
 def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, repeats: int = 30) -> dict[str, Latency]:
     """Time the forward passes of several networks in turns, in evaluation mode without gradients.
 
-    In every turn each network runs once, in an order drawn anew, so that all meet the same state of the machine. Each
-    forward pass is timed to the end of the device's work, after three untimed ones. `seconds` is the median where the
-    passes of every network agree (a spread of at most 15 %). Elsewhere other work interrupts some of them, and
-    `seconds` is the lowest decile of each network: what a pass takes that was not interrupted. Where even this differs
-    by more than 10 % between the passes with even and those with odd numbers, or between the first and the second half,
-    in relation to the first network's, `busy` is True.
+    In each turn every network runs once, in a random order, so that all networks meet the same state of the machine.
+    After three untimed passes, each pass is timed until the device has finished. If no network's spread exceeds 15 %,
+    `seconds` is the median. Otherwise other processes interrupt some passes, and `seconds` is the lowest decile, which
+    an uninterrupted pass takes. `busy` is True if the ratio to the first network's seconds (with one network, the
+    seconds) changes by more than 10 % between passes of even and odd numbers, or between the first and second half.
 
     Args:
-        networks: Model and example inputs by name.
-        repeats: Timed forward passes of each network.
+        networks: A model and its example inputs, by name.
+        repeats: The number of timed forward passes of each network.
 
     Raises:
-        ValueError: As for `measure`.
+        ValueError: A model or its inputs are refused as by `measure`, or `repeats` is below 1.
 
     Example:
         >>> net, x = nn.Linear(64, 64), torch.randn(8, 64)
@@ -134,7 +135,7 @@ def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, re
         ['dense', 'compressed']
     """
     if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, for a median needs a value; got {repeats!r}.")
+        raise ValueError(f"repeats is the number of timed forward passes and must be at least 1; got {repeats!r}.")
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     accelerators: set[torch.device] = set()
     with ExitStack() as stack:
@@ -142,7 +143,7 @@ def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, re
             _check(model, example_inputs)
             accelerators |= _accelerators(model, example_inputs)
             stack.enter_context(evaluating(model))
-        shuffled = random.Random(0)  # in one order, another process could interrupt always the same network
+        shuffled = random.Random(0)  # in a fixed order, a periodic process could interrupt the same network each time
         for turn in range(-_WARM_UP, repeats):
             for name, (model, example_inputs) in shuffled.sample(list(networks.items()), len(networks)):
                 elapsed = _forward_seconds(model, example_inputs, accelerators)
@@ -152,10 +153,10 @@ def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, re
 
 
 def summarize_latency(seconds: Mapping[str, Sequence[float]]) -> dict[str, Latency]:
-    """Summarize the seconds of passes that were timed in turns, as `time_in_turns` says.
+    """Summarize the seconds of passes that were timed in turns, as `time_in_turns` describes.
 
     Args:
-        seconds: Of each pass, in order, by network; equally many of each.
+        seconds: The seconds of each pass, in order, by network; all networks have the same number of passes.
 
     Example:
         >>> quiet = summarize_latency({"dense": [2.0, 2.1, 2.0, 2.0], "compressed": [1.0, 1.0, 1.1, 1.0]})
@@ -175,11 +176,11 @@ def compare_latency(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, 
     """Return the seconds of a forward pass of each network, timed in turns; see `time_in_turns`.
 
     Args:
-        networks: Model and example inputs by name.
-        repeats: Timed forward passes of each network.
+        networks: A model and its example inputs, by name.
+        repeats: The number of timed forward passes of each network.
 
     Raises:
-        ValueError: As for `measure`.
+        ValueError: A model or its inputs are refused as by `measure`, or `repeats` is below 1.
 
     Example:
         >>> dense, compressed, x = nn.Linear(1024, 1024), nn.Linear(1024, 256), torch.randn(64, 1024)
@@ -202,7 +203,7 @@ def _low(values: Sequence[float]) -> float:
 def _busy(seconds: Mapping[str, Sequence[float]], estimate: Callable[[Sequence[float]], float]) -> bool:
     length = min(map(len, seconds.values()))
     if length < 4:
-        return False  # too few to tell
+        return False  # too few passes to compare halves
     half = length // 2
     for one, other in [(slice(0, None, 2), slice(1, None, 2)), (slice(0, half), slice(half, None))]:
         ratios = []
@@ -219,14 +220,17 @@ def _check(model: nn.Module, example_inputs: ExampleInputs) -> None:
         raise ValueError(f"model must be a torch.nn.Module; got {type(model).__name__}.")
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
-            raise ValueError(f"{name} has no values yet (lazy, or on the meta device): run or load the model first.")
+            raise ValueError(
+                f"{name} of {type(model).__name__} has no values yet (it is lazy, or on the meta device): run or load "
+                f"the model first."
+            )
     batch_size(example_inputs)
     homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
     places = {tensor.device for tensor in tensors(example_inputs)}
     if homes and homes.isdisjoint(places):  # some inputs, such as lengths, belong on the CPU
         raise ValueError(
             f"example_inputs are on {_names(places)}, but the model is on {_names(homes)}: move them, for instance "
-            "with core.inputs.to_device."
+            f"with lightning_compress.core.example_inputs.to_device."
         )
 
 
@@ -269,7 +273,7 @@ def _forward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that operators make, until they are freed."""
+    """Counts the bytes of the storages that operators make and that have not been freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -278,7 +282,7 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = _storages((args, kwargs))  # views and in-place results live in a storage that was there
+        known = _storages((args, kwargs))  # views and in-place results have the storage of an input
         out = func(*args, **kwargs)
         for address, storage in _storages(out).items():
             if address not in known:

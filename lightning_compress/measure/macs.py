@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of one forward pass, and name the operators that are not counted."""
+"""Counts the multiply-accumulates of one forward pass, and names the operators that are not counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
 
-# What costs no MACs by convention, beyond views and what torch tags as pointwise; without "2d" and the in-place "_".
+# Operators that count as free by convention, besides views and those that torch tags as pointwise. Names are without
+# "1d", "2d" or "3d" and without the "_" of in-place operators.
 _FREE_BY_KIND = {
     "pooling": """_adaptive_avg_pool adaptive_max_pool avg_pool fractional_max_pool max_pool_with_indices max_unpool""",
     "normalisation": """
@@ -48,16 +49,17 @@ _SUFFIXES = re.compile(r"[123]d(?=_|$)|_$")
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[int, tuple[str, ...]]:
     """Return the multiply-accumulates per sample of one forward pass, and the operators that they leave out.
 
-    Half of what torch's flop counter finds: a linear layer of shape (out, in) costs out * in, a convolution
-    out * in / groups * kernel size * output positions. Zeros count as any other value, and attention is counted
-    without regard to masks. Pointwise work, copies, reductions, normalisation and pooling cost nothing by convention.
+    The count is half of the FLOPs that torch's counter finds: a linear layer of shape (out, in) costs out * in, a
+    convolution out * in / groups * kernel size * output positions. Operations with zeros count like all others, and
+    attention counts as if no mask were given. Pointwise operators, copies, reductions, normalisation and pooling are
+    free by convention.
 
     Args:
-        model: In the mode in which it is to be counted. It is run once.
-        example_inputs: Batch first; the count is divided by the batch size and rounded down.
+        model: The network, in the mode in which it is counted. It runs once.
+        example_inputs: The inputs, batch first. The count is divided by the batch size and rounded down.
 
     Returns:
-        The count, and the sorted names of the operators that ran and have neither a formula nor are free by convention.
+        The count, and the sorted names of the operators that ran, have no formula and are not free by convention.
 
     Example:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 10, 10))
@@ -67,7 +69,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[int, tu
     """
     counter = FlopCounterMode(display=False)
     recorder = _Recorder()
-    with torch.no_grad(), _unfused(), recorder, counter:  # the recorder outside: the counter takes composites apart
+    with torch.no_grad(), _unfused(), recorder, counter:  # outermost, the recorder sees what the counter decomposed
         call(model, example_inputs)
     uncounted = {name for name, packet in recorder.costly.items() if packet not in counter.flop_registry}
     return counter.get_total_flops() // 2 // batch_size(example_inputs), tuple(sorted(uncounted))
@@ -95,7 +97,7 @@ def _is_free(func: Any) -> bool:
 
 @contextmanager
 def _unfused() -> Iterator[None]:
-    """Keep attention, transformer and recurrent layers from running as one kernel, into which no counter sees."""
+    """Prevent attention, transformer and recurrent layers from running as fused kernels, which can't be counted."""
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
     enabled = [backend.enabled for backend in backends]
     fast_path = torch.backends.mha.get_fastpath_enabled()

@@ -301,8 +301,10 @@ def test_other_layers_compute_what_the_model_does(tmp_path: Path, caplog: pytest
     with caplog.at_level(logging.WARNING):
         save_onnx(capture(model, x), tmp_path / "model.onnx", grids=grids)
     assert [record.message for record in caplog.records if record.name.startswith("lightning_compress")] == [
-        "Not plain linear layers or convolutions in the program, so not in integers: unused.",
-        "Inputs are quantized but weights stay float: grouped.weight (ConvTranspose).",
+        "These layers are not plain linear layers or convolutions in the exported program, so they compute in float: "
+        "unused.",
+        "The inputs of these layers are quantized, but their weights stay float, because they are not integers times a "
+        "scale per output channel, or because int8 has no form for such a layer: grouped.weight (ConvTranspose).",
     ]
     torch.testing.assert_close(run(tmp_path / "model.onnx", x), model(x), rtol=0, atol=0.02)
     assert operators(tmp_path / "model.onnx")["MatMulIntegerToFloat"] == 2
@@ -351,7 +353,7 @@ def test_grids_of_another_model_are_refused_and_nothing_is_written(tmp_path: Pat
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(16, 8)
     program = capture(quantize(model, x), x)
     wrong = {"0": InputGrid(scale=4 * input_grids(model)["0"].scale, zero_point=0, bits=8)}
-    with pytest.raises(ValueError, match=r"computes something else .* Are the grids those of the model"):
+    with pytest.raises(ValueError, match=r"computes something else .* the grids are those of the model"):
         save_onnx(program, tmp_path / "model.onnx", grids=wrong)
     assert not list(tmp_path.iterdir())
 
@@ -377,5 +379,5 @@ def test_what_a_layer_computes_before_its_product_stays(
     x = torch.randn(8, 1, 4, 4)
     quantize_inputs(model.eval(), {"0": InputGrid(scale=0.03, zero_point=128, bits=8)})
     save_onnx(capture(model, x), tmp_path / "model.onnx", grids=input_grids(model))
-    assert "not in integers: 0" in caplog.text
+    assert "so they compute in float: 0" in caplog.text
     torch.testing.assert_close(run(tmp_path / "model.onnx", x), model(x))
