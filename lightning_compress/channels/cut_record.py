@@ -29,24 +29,45 @@ from lightning_compress.core.tensors import named_tensors, saved_tensors
 
 
 class Shapes:
-    """What is known of a network whose shapes may change: its groups, and its shapes and numbers before any cut."""
+    """The dense network behind one whose shapes may change, as far as it is known.
+
+    A part that was cut by itself has a `Shapes` of its own. The whole and its parts exchange what they know.
+
+    Attributes:
+        groups: Free channel groups of the dense network; None where they are not known.
+        dense_shapes: By name the shape of every tensor in the dense network.
+        dense_numbers: By module the attributes that a cut may change, with their values in the dense network.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.groups: list[ChannelGroup] | None = None  # of the dense network
-        self.dense_shapes = _shapes(model)
+        self.groups: list[ChannelGroup] | None = None
         self.dense_numbers: dict[str, dict[str, Any]] = {}
-        self._names: dict[str, list[str]] = {}  # all names of a tensor, by each of them
-        self._told: dict[str, tuple[int, ...]] = {}  # dense shapes that a record, or a part that was cut, told of
+        self._settled: dict[str, tuple[int, ...]] = {}  # dense shapes that no longer follow changes of the model
+        self.dense_shapes = _shapes(model)
+        self.agree(model)
+
+    def agree(self, model: nn.Module) -> None:
+        """Exchange with the parts that were cut by themselves what the dense network was; the whole knows it best."""
         for path, module in model.named_modules():
-            if module is not model and (inner := shapes_of(module)) is not None:  # a part that was cut by itself
-                self._told |= {f"{path}.{name}": shape for name, shape in inner.dense_shapes.items()}
-                self._add_numbers({f"{path}.{name}".rstrip("."): one for name, one in inner.dense_numbers.items()})
-        self.dense_shapes |= self._told
+            inner = shapes_of(module) if module is not model else None
+            if inner is None:
+                continue
+            start = f"{path}."
+            self._settled = {start + name: shape for name, shape in inner.dense_shapes.items()} | self._settled
+            self._add_numbers({(start + name).rstrip("."): values for name, values in inner.dense_numbers.items()})
+            shapes = {name.removeprefix(start): one for name, one in self._settled.items() if name.startswith(start)}
+            if any(inner.dense_shapes.get(name, shape) != shape for name, shape in shapes.items()):
+                inner.groups = None  # they are those of a thinner network
+            inner.dense_shapes |= shapes
+            inner._settled |= shapes
+            for name, values in self.dense_numbers.items():
+                if f"{name}.".startswith(start):
+                    inner.dense_numbers[f"{name}."[len(start) :].rstrip(".")] = dict(values)
+        self.dense_shapes |= self._settled
 
     def learn(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
-        """Take the groups, once."""
-        if self.groups is not None:
-            return
+        """Note the groups of the model, or of a part of it, before they are cut."""
+        self.agree(model)
         free = [group for group in groups if group.frozen is None]
         noted: dict[str, dict[str, Any]] = {}
         for one in (attribute for group in free for attribute in group.attributes):
@@ -55,13 +76,18 @@ class Shapes:
             if dense is not None or hasattr(module, one.name):
                 noted.setdefault(one.module, {})[one.name] = getattr(module, one.name, dense)
         self._add_numbers(noted)
-        self.dense_shapes = _shapes(model) | self._told  # layers may have come, or changed, since the beginning
-        if self.is_dense(model):  # the groups of a network that was cut before lack what has left
-            self.groups = free
-            names: dict[int, list[str]] = {}
-            for name, tensor in named_tensors(model).items():
-                names.setdefault(id(tensor), []).append(name)
-                self._names[name] = names[id(tensor)]
+        now = _shapes(model)
+        self.dense_shapes = now | self._settled  # layers may have come, or changed, since the beginning
+        self._settled = dict(self.dense_shapes)
+        known = {_axes_of(group) for group in self.groups or ()}
+        new = [group for group in free if _axes_of(group) not in known]
+        whole = self.is_dense(model) or (self.groups is not None and all(self._is_whole(group, now) for group in new))
+        self.groups = [*(self.groups or ()), *new] if whole else None
+
+    def _is_whole(self, group: ChannelGroup, now: Mapping[str, tuple[int, ...]]) -> bool:
+        """Return whether a group has all its channels still."""
+        axes = [one for one in _axes_of(group) if one[0] in now]
+        return all(now[name][dim] == self.dense_shapes[name][dim] for name, dim in axes)
 
     def is_dense(self, model: nn.Module) -> bool:
         """Whether nothing has been cut out of the network."""
@@ -86,6 +112,7 @@ class Shapes:
 
     def record(self, model: nn.Module) -> dict[str, Any] | None:
         """What a state dict needs to say beside its tensors; None for the dense network."""
+        self.agree(model)
         if self.is_dense(model):
             return None
         now = _shapes(model)
@@ -116,6 +143,7 @@ class Shapes:
             RecordError: No cut leaves such a record.
             ValueError: The dense network was not this one, or no cut of it has these shapes.
         """
+        self.agree(model)
         origin, differ = self._origin(incoming, record)
         made_thin = bool(differ) and already(model, incoming)  # by its constructor
         check_record(
@@ -128,14 +156,14 @@ class Shapes:
                 f"arguments, that it was saved from."
             )
         if not made_thin:
-            self.check(incoming)
+            self._check_shapes(model, incoming)
 
     def follow(self, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:
         """Learn what the dense network was from a record that was examined and adopted."""
         origin, differ = self._origin(incoming, record)
         if differ:
             self.groups = None
-        self._told |= origin
+        self._settled |= origin
         self.dense_shapes |= origin
         self._add_numbers(record["dense_numbers"])
 
@@ -157,17 +185,24 @@ class Shapes:
                     known[path] = {name: have[name] for name in values if name in have} | known.get(path, {})
         return known
 
-    def check(self, incoming: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_shapes(self, model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> None:
         """Raise a ValueError if no cut of the dense network, where its groups are known, has these shapes."""
         if self.groups is None:
             return
+        tensors = named_tensors(model)
+        names: dict[int, list[str]] = {}  # all names of a tensor
+        for name, tensor in tensors.items():
+            names.setdefault(id(tensor), []).append(name)
         claims: dict[tuple[str, int], list[tuple[ChannelGroup, int]]] = {}
         for group in self.groups:
-            for member in group.members:
-                for name in self._names.get(member.tensor, ()):
+            for member in (one for one in group.members if one.tensor in tensors):
+                for name in names[id(tensors[member.tensor])]:
                     claims.setdefault((name, member.dim), []).append((group, member.index.shape[1]))
+        parts = tuple(f"{path}." for path, one in model.named_modules() if one is not model and shapes_of(one))
         left: dict[str, tuple[int, str]] = {}
         for name, shape in incoming.items():
+            if name.startswith(parts):  # a part that was cut by itself checks its own
+                continue
             dense = self.dense_shapes.get(name, shape)
             differ = [dim for dim, (a, b) in enumerate(zip(shape, dense, strict=False)) if a != b]
             if len(shape) != len(dense) or any((name, dim) not in claims for dim in differ):
@@ -188,6 +223,11 @@ class Shapes:
                         f"{group.name!r}, whose channels hold {each} each: {where} says that {known} of its "
                         f"{group.size} channels are gone."
                     )
+
+
+def _axes_of(group: ChannelGroup) -> frozenset[tuple[str, int]]:
+    """Return the tensors that a group cuts, with the dimension."""
+    return frozenset((one.tensor, one.dim) for one in group.members)
 
 
 def shapes_of(model: nn.Module) -> Shapes | None:

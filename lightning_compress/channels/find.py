@@ -18,7 +18,7 @@ from torch import nn
 from lightning_compress.channels.candidates import Plan
 from lightning_compress.channels.groups import ChannelGroup, ChannelGroups, Member
 from lightning_compress.channels.sandbox import sandbox
-from lightning_compress.channels.trial import Trial
+from lightning_compress.channels.trial import PlanChecker, Trial
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.memory import shared_memory
 from lightning_compress.core.side_outputs import side_outputs
@@ -54,7 +54,7 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     with side_outputs(model), sandbox(model):
         plan = Plan.make(model, example_inputs)
         groups = _named(_frozen_by_memory(Trial(model, plan).survivors(), shared))
-    groups.plan = plan
+    groups.checker = PlanChecker(plan)
     return groups
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from lightning_compress.channels.candidates import Plan
+from torch import Tensor, nn
 
 SINGLE = "it has a single channel"
 
@@ -76,13 +73,32 @@ class ChannelGroup:
         return list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in self.members))
 
 
-class ChannelGroups(list[ChannelGroup]):
-    """Channel groups that print as a table. `plan` is what a cut needs to check itself."""
+Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the channels that leave
 
-    plan: Plan | None = None
+
+class Checker(Protocol):
+    """Tries a cut on a copy of the weights, in double precision; it knows the dense network that was planned."""
+
+    def difference(self, model: nn.Module, drop: Drop) -> str | None:
+        """Return where the thin network and the dense one without those channels differ, or None."""
+
+
+class ChannelGroups(list[ChannelGroup]):
+    """Channel groups that print as a table.
+
+    Attributes:
+        checker: Tries a cut before it is made. Groups that `prefixed`, `copied` or `thinned` returned have none, since
+            they are not those of the network that was planned: then only exact groups can be cut, and the network's
+            output for the example inputs is the only check.
+    """
+
+    checker: Checker | None = None
 
     def prefixed(self, prefix: str) -> ChannelGroups:
-        """Return the same groups for a module that has the network as its child `prefix`; "": the network itself."""
+        """Return the groups for a module that has the network as its child `prefix`, without a checker.
+
+        An empty prefix stands for the network itself.
+        """
         start = f"{prefix}." if prefix else ""
         return ChannelGroups(
             replace(

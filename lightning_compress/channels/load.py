@@ -49,6 +49,7 @@ class CutNetwork(Structure):
         self.shapes.examine(module, _incoming(module, arriving.state_dict, arriving.prefix), record)
 
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
+        self.shapes.agree(module)
         incoming = _incoming(module, arriving.state_dict, arriving.prefix)
         fails = arriving.strict and _other_names(module, arriving.state_dict, arriving.prefix)  # by itself
         if record is not None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.channels.removal import Drop, silenced, take
+from lightning_compress.channels.groups import Drop
+from lightning_compress.channels.removal import silenced, take
 from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import TOLERANCE, alike, compare, run

@@ -94,7 +94,7 @@ def check_record(
                     _is_sizes(have, least=1) and isinstance(value, Sequence) and len(have) == len(value)
                 ):
                     _fail(f"sets {name!r} of {path!r} to {shown(value)} where {shown(have)} stands")
-                known = noted or (dense or {}).get(path, {}).get(name)
+                known = (dense or {}).get(path, {}).get(name, noted)
                 most = record["dense_numbers"].get(path, {}).get(name, known) if kind == "numbers" else known
                 if kind == "dense_numbers" and dense is not None and known is not None and not _same(value, known):
                     raise RecordError(

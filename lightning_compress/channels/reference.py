@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.channels.candidates import Plan
 from lightning_compress.channels.graph.operators import Average
-from lightning_compress.channels.removal import Drop, silenced
+from lightning_compress.channels.groups import Drop
+from lightning_compress.channels.removal import silenced
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import run
 from lightning_compress.core.tensors import named_tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.attention import make_sliceable
-from lightning_compress.channels.groups import Attribute, ChannelGroup
+from lightning_compress.channels.groups import Attribute, ChannelGroup, Drop
 from lightning_compress.channels.reshapes import prepare
 from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.tensors import named_tensors
-
-Drop = Sequence[tuple[ChannelGroup, Tensor]]  # groups with the units that leave
 
 
 @contextmanager

@@ -15,16 +15,19 @@ from torch.export import ExportedProgram
 
 from lightning_compress.channels.attributes import VARIANTS, with_attributes
 from lightning_compress.channels.candidates import Plan, identity
+from lightning_compress.channels.conditioning import with_factors
 from lightning_compress.channels.factors import without_factors
 from lightning_compress.channels.graph.walk import export
-from lightning_compress.channels.groups import ChannelGroup
+from lightning_compress.channels.groups import ChannelGroup, Drop
 from lightning_compress.channels.module_calls import Calls, without
 from lightning_compress.channels.reference import dense_without
-from lightning_compress.channels.removal import Drop, take
+from lightning_compress.channels.removal import take
 from lightning_compress.channels.reshapes import Solving, attributes_needed, is_reshape
+from lightning_compress.channels.sandbox import sandbox
 from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.evaluation import entries_restored, set_mode
 from lightning_compress.core.outputs import TOLERANCE, compare, run
+from lightning_compress.core.side_outputs import side_outputs
 
 ErrorOf = Callable[[Sequence[ChannelGroup]], str | None]
 Follower = Callable[[ChannelGroup], ChannelGroup]
@@ -189,14 +192,14 @@ class Trial:
         """Cut all groups, several times, and compare; return None, or a description of the error."""
         drops = _drops(groups)
         for drop in drops:
-            error = self._compared(drop)
+            error = self.compared(drop)
             if error is not None:
                 return error
         if self._plan.trains_alike:
             return None
         set_mode(self._model, True)
         try:
-            error = self._compared([(group, units) for group, units in drops[0] if group.exact])
+            error = self.compared([(group, units) for group, units in drops[0] if group.exact])
         finally:
             set_mode(self._model, False)
         return error and f"in training mode {error}"
@@ -216,8 +219,9 @@ class Trial:
         drops = ([(group, torch.arange(group.size // 2))] for group in groups)
         return next(filter(None, map(self._parts.difference, drops)), None)
 
-    def _compared(self, drop: Drop) -> str | None:
-        # first, because code that does not survive says so early, which is what most of it does
+    def compared(self, drop: Drop) -> str | None:
+        """Return where the thin network differs from the dense one without those channels; None if it does not."""
+        # The thin network runs first: most code that does not survive a cut raises an error early.
         got = without(self._model, drop, lambda: run(self._model, self._inputs))
         if isinstance(got, str):
             return got
@@ -226,6 +230,19 @@ class Trial:
         except Exception as error:  # the reference can't say what should come out: nothing is free without it
             return f"there is nothing to compare with ({error})"[:200]
         return compare(got, expected, TOLERANCE)
+
+
+class PlanChecker:
+    """Tries a cut of the network that was planned, in the sandbox."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def difference(self, model: nn.Module, drop: Drop) -> str | None:
+        """Return where the thin network differs from the dense one without those channels; None if it does not."""
+        with side_outputs(model), sandbox(model):
+            with_factors(model, self.plan.factors)
+            return Trial(model, self.plan).compared(drop)
 
 
 def _numbers(group: ChannelGroup) -> frozenset[tuple[str, str, int | None]]:

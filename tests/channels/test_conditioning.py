@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.cut import cut
 from lightning_compress.channels.find import channel_groups
+from lightning_compress.channels.trial import PlanChecker
 
 Make = Callable[..., tuple[nn.Module, Tensor]]
 
@@ -82,6 +83,6 @@ def test_code_that_counts_its_channels_stays_frozen_among_chaos(make: Make) -> N
 
 def test_weights_of_a_well_conditioned_network_are_not_touched() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
-    plan = channel_groups(net, torch.zeros(2, 6)).plan
-    assert plan is not None
-    assert plan.factors == {}
+    checker = channel_groups(net, torch.zeros(2, 6)).checker
+    assert isinstance(checker, PlanChecker)
+    assert checker.plan.factors == {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.cut import cut
+from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.load import adopt_state, follow_checkpoints, follow_leader
 from lightning_compress.coding import CorruptFileError, load_compressed, save_compressed
 from lightning_compress.core.records import KEY, RecordError
@@ -288,3 +289,78 @@ def test_a_record_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
         del state._metadata[""][KEY]["cut"][kind]
         with pytest.raises(RecordError, match="and needs 'numbers', 'buffers', 'dense_shapes', 'dense_numbers'"):
             adopt_state(Net(), state)
+
+
+# ---------------------------------------------------------------------- parts of one network
+
+
+class Heads(nn.Module):
+    """Attention whose code names all sizes, so that the numbers that follow a cut are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(2, 5, 3, 4, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return x + self.out(y.transpose(1, 2).reshape(2, 5, 8))
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Sequential(Heads(), nn.Linear(8, 8)), nn.Sequential(Heads(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+WAYS = {  # by description, the parts that are cut one after the other, and whether the whole network is their owner
+    "two parts of an owner": [("encoder", True), ("decoder", True)],
+    "two parts by themselves": [("encoder", False), ("decoder", False)],
+    "one of each": [("encoder", True), ("decoder", False)],
+    "the other way round": [("encoder", False), ("decoder", True)],
+    "a part twice": [("encoder", True), ("encoder", False)],
+    "a part twice, by itself first": [("encoder", False), ("encoder", True)],
+    "a part and the whole": [("encoder", True), ("", True)],
+    "a part by itself and the whole": [("encoder", False), ("", True)],
+}
+
+
+@pytest.mark.parametrize("follows", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_state_of_parts_that_are_cut_in_turn_is_loaded_into_the_last_and_into_a_new_network(
+    way: str, follows: bool
+) -> None:
+    torch.manual_seed(0)
+    net = Parts()
+    if follows:
+        follow_checkpoints(net)
+    states = [(copy.deepcopy(net.state_dict()), net(X))]
+    for path, owned in WAYS[way]:
+        part = net.get_submodule(path)
+        names = [group.name for group in channel_groups(part, X).free() if group.size == 4]
+        cut(part, X, remove={name: [1] for name in names[-1:]}, owner=net if owned else None)
+        states.append((copy.deepcopy(net.state_dict()), net(X)))
+    for state, expected in [*states, *states[::-1]]:
+        fresh = Parts()
+        adopt_state(fresh, state)
+        torch.testing.assert_close(fresh(X), expected)
+        if any(owned for _, owned in WAYS[way]) or follows:
+            net.load_state_dict(state)
+            torch.testing.assert_close(net(X), expected)
+
+
+def test_a_part_that_was_learned_after_another_is_refused_in_shapes_that_no_cut_has() -> None:
+    net = Parts()
+    for path in ("encoder", "decoder"):
+        part = net.get_submodule(path)
+        names = [group.name for group in channel_groups(part, X).free() if group.size == 4]
+        cut(part, X, remove={names[0]: [1]}, owner=net)
+    state = net.state_dict()
+    state["decoder.1.weight"] = torch.zeros(7, 8)
+    with pytest.raises(ValueError, match=r"decoder\.1\.weight had shape \(7, 8\) before, and that of this network"):
+        net.load_state_dict(state)

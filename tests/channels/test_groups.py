@@ -15,6 +15,7 @@ from lightning_compress.channels.candidates import Plan
 from lightning_compress.channels.cut import cut
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import Attribute, ChannelGroup, ChannelGroups, Member, thinned
+from lightning_compress.channels.trial import PlanChecker
 from lightning_compress.core.example_inputs import tensors
 
 
@@ -158,8 +159,8 @@ def test_three_cuts_are_one(name: str) -> None:
 
 
 def plan_of(groups: ChannelGroups) -> Plan:
-    assert groups.plan is not None
-    return groups.plan
+    assert isinstance(groups.checker, PlanChecker)
+    return groups.checker.plan
 
 
 def test_large_batches_are_planned_with_two_samples() -> None:
@@ -167,6 +168,16 @@ def test_large_batches_are_planned_with_two_samples() -> None:
     groups = channel_groups(net, torch.zeros(500, 3))
     assert [tuple(one.shape) for one in tensors(plan_of(groups).inputs)] == [(2, 3)]
     assert [(group.name, group.size) for group in groups.free()] == [("0", 8)]
+
+
+def test_groups_without_a_checker_are_cut_exactly_or_not_at_all() -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    x = torch.zeros(2, 3)
+    groups = channel_groups(net, x).prefixed("")
+    assert groups.checker is None
+    with pytest.raises(ValueError, match=r"2 of 6 channels of '2' can only be cut with groups that channel_groups"):
+        cut(net, x, remove={"2": [0, 1]}, groups=groups, allow_inexact=True)
+    assert cut(net, x, remove={"0": [0, 1]}, groups=groups)[0].out_features == 6
 
 
 class CentredOnTheBatch(nn.Sequential):
