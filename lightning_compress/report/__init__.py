@@ -1,4 +1,4 @@
-"""Tables, JSON and figures: what a run measured, said so that a person understands it."""
+"""Reports of one run, and comparisons of many: JSON, tables and figures."""
 
 from lightning_compress.report.compare import Comparison, Run, gather, runs_figure, runs_table, write_comparison
 from lightning_compress.report.figure import report_figure

@@ -1,4 +1,4 @@
-"""Many runs in one table and one picture: the report.json files below a folder, as a sweep leaves them."""
+"""A comparison of many runs in one table and one figure, from the report.json files below a folder."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COSTS = ("non-zeros", "bytes", "smaller", "ms", "faster")  # bytes and ms, each followed by what they are to dense
-NARROW = 110  # below this many characters a terminal gets the ratios alone; comparison.md has everything
+COSTS = (
+    "non-zeros",
+    "bytes",
+    "smaller",
+    "ms",
+    "faster",
+)  # bytes and ms are followed by their ratios to the dense network
+NARROW = 110  # characters; a narrower terminal shows only the ratios, and comparison.md shows all columns
 
 
 @dataclass(frozen=True)
 class Run:
-    """A report and the folder it was found in, relative to the one that was searched."""
+    """A report and the name of its folder, relative to the folder that was searched."""
 
     name: str
     report: Report
@@ -37,11 +43,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs below a folder, and the reports there that can't be read.
+    """The runs below a folder, and the reports that can't be read.
 
     Attributes:
-        runs: Ordered by folder name, numbers in it by value.
-        unreadable: One sentence for each report.json that is no complete report, naming it.
+        runs: The runs in the order of their folders' names, in which numbers are ordered by value.
+        unreadable: One sentence for each incomplete report.json, which names the file and the fault.
     """
 
     runs: tuple[Run, ...]
@@ -65,7 +71,7 @@ def gather(folder: str | Path) -> Comparison:
         except ValueError as error:
             unreadable.append(str(error))
             continue
-        settings = translated(report.settings)  # of runs before a key was renamed, and after it: one column
+        settings = translated(report.settings)  # a renamed key has one column for runs before and after
         name = path.parent.relative_to(folder).as_posix()
         runs.append(Run(name=name, report=replace(report, settings=settings)))
     if not runs:
@@ -82,7 +88,7 @@ def varying_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def comparison_cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows for people: run, varying settings, the test's metric, costs, ratios to dense."""
+    """Return the header and the rows of the table: run, varying settings, metric, costs, ratios to the dense costs."""
     varying, metric = varying_settings(runs), common_metric(runs)
     header = ["#", "run", *_short(varying), "metric" if metric is None else metric.name, "change", *COSTS]
     rows = []
@@ -108,7 +114,7 @@ def comparison_cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def common_metric(runs: Sequence[Run]) -> Metric | None:
-    """Return how the metric of the tests is shown, over all runs; None where they have different ones."""
+    """Return the metric that all runs were tested by; None where runs have different metrics."""
     first = runs[0].report
     if any((run.report.metric, run.report.metric_mode) != (first.metric, first.metric_mode) for run in runs):
         return None
@@ -117,17 +123,17 @@ def common_metric(runs: Sequence[Run]) -> Metric | None:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Shorten dotted names to their last parts, where these are all different."""
+    """Shorten dotted names to their last parts, unless two names have the same last part."""
     last = [name.rpartition(".")[2] for name in names]
     return last if len(set(last)) == len(last) else list(names)
 
 
 def runs_table(comparison: Comparison, *, width: int | None = None) -> Table:
-    """Return the table for a rich console; what could not be read stands in its caption.
+    """Return the table for a rich console; its caption lists the reports that can't be read.
 
     Args:
         comparison: The runs.
-        width: Characters of the console. A narrow one gets the ratios without the numbers that they come from.
+        width: Width of the console in characters. A narrow console shows the ratios without the costs themselves.
     """
     header, rows = comparison_cells(comparison.runs)
     left_out = {"non-zeros", "bytes", "ms"} if width is not None and width < NARROW else set()
@@ -135,17 +141,17 @@ def runs_table(comparison: Comparison, *, width: int | None = None) -> Table:
     table = Table(title=f"{len(rows)} runs", title_style="bold", caption=caption, caption_justify="left")
     shown = [column for column, heading in enumerate(header) if heading not in left_out]
     for column in shown:
-        # What follows the settings is a number, which two lines would make unreadable.
+        # Metric and costs follow the settings. A number that is broken into two lines would be unreadable.
         number = column == 0 or column >= len(header) - len(COSTS) - 2
         table.add_column(header[column], justify="left" if column == 1 else "right", overflow="fold", no_wrap=number)
     for row in rows:
-        # Text: a run may be called [a,b], which is markup in a plain string
+        # rich would read a run's name such as "[a,b]" in a plain string as markup.
         table.add_row(*(Text(row[column]) for column in shown))
     return table
 
 
 def runs_markdown(comparison: Comparison) -> str:
-    """Return the same table in Markdown."""
+    """Return the table of all columns in Markdown, and below it the reports that can't be read."""
     header, rows = comparison_cells(comparison.runs)
     lines = [f"# {len(rows)} runs", "", *markdown_table(header, rows), ""]
     if comparison.unreadable:
@@ -175,9 +181,9 @@ def runs_csv(comparison: Comparison) -> str:
 
 
 def runs_figure(comparison: Comparison) -> Figure:
-    """Return the figure: the test's metric against bytes of the file, and against latency, as in the table.
+    """Return the figure, which shows the test's metric against the size of the file and against the latency.
 
-    Runs that were tested by another metric than the first are left out.
+    The numbers of the points are those of the table. Runs with another metric than the first run are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -202,7 +208,7 @@ def runs_figure(comparison: Comparison) -> Figure:
     left.set_title(f"{metric.name} against bytes of the file", loc="left", fontweight="bold")
     _scatter(right, runs, metric, "latency_ms", "latency (ms)")
     slowest = max(max(run.report.dense.latency_ms, run.report.compressed.latency_ms) for run in comparison.runs)
-    right.set_xlim(0, 1.1 * slowest)  # from 0: else the noise of equal latencies would fill the panel
+    right.set_xlim(0, 1.1 * slowest)  # an axis that does not begin at 0 would magnify the noise of equal latencies
     right.set_title(f"{metric.name} against latency", loc="left", fontweight="bold")
     right.legend(frameon=False, labelcolor=GREY, loc="best")
     return figure
@@ -212,7 +218,7 @@ def write_comparison(comparison: Comparison, folder: str | Path, *, figure: bool
     """Write comparison.md, comparison.csv and comparison.png, and return their paths.
 
     Raises:
-        ImportError: `figure` is on and matplotlib is not installed; the other files are written by then.
+        ImportError: `figure` is True and matplotlib is not installed; the other files have been written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,5 +257,5 @@ def _points(axes: Axes, places: Sequence[tuple[float, float]], **style: Any) -> 
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """Sort key under which run 10 comes after run 9."""
+    """Return a sort key that places run 10 after run 9."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in path.parts]

@@ -1,4 +1,4 @@
-"""The metric of a report: its own name, whether it is a share, and in which direction it gets better."""
+"""The metric of a report: its name, its unit, and the direction in which it gets better."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOSSES = frozenset(["loss", "error", "err", "mse", "mae", "rmse", "nll", "perple
 
 @dataclass(frozen=True)
 class Metric:
-    """How a logged number is shown.
+    """The way in which a logged metric is shown.
 
     Attributes:
-        name: The name under which the module logs it.
-        mode: "max" or "min", the direction in which it gets better; None where nobody said.
-        share: Whether it is shown in per cent.
+        name: Name under which the module logs the metric.
+        mode: "max" or "min", the direction in which the metric gets better; None where that is unknown.
+        share: Whether the metric is shown in per cent.
     """
 
     name: str = "test_acc"
@@ -30,15 +30,15 @@ class Metric:
 
     @classmethod
     def of(cls, name: str, values: Iterable[float | None], *, mode: Mode | None = None) -> Metric:
-        """Return how the values of a metric are shown, by the words in its name.
+        """Derive unit and direction of a metric from the words in its name.
 
-        An accuracy, F1, recall and the like is a share and better when larger; it is shown in per cent if all values
-        lie between 0 and 1. A loss or an error is better when smaller. Any other metric is shown as it is.
+        Accuracy, F1, recall and the like are shares, and larger is better; they are shown in per cent if all values lie
+        between 0 and 1. For losses and errors smaller is better. Any other metric is shown without a unit.
 
         Args:
-            name: The name under which the module logs it.
-            values: All values that will be shown; None where it was not measured.
-            mode: The direction in which it gets better, where the name does not say so.
+            name: Name under which the module logs the metric.
+            values: All values that will be shown; None where the metric was not measured.
+            mode: The direction in which the metric gets better; None derives it from the name.
 
         Raises:
             ValueError: `mode` is neither "max" nor "min".
@@ -59,7 +59,7 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """The name with its unit."""
+        """The name of the metric with its unit."""
         return f"{self.name} (%)" if self.share else self.name
 
     def scaled(self, value: float) -> float:
@@ -78,7 +78,7 @@ class Metric:
         return f"{100 * value:.2f} %" if self.share else f"{value:.4g}"
 
     def change(self, before: float | None, after: float | None, *, word: bool = True) -> str:
-        """Return the difference with its sign and unit, and in a word whether it is one for the better.
+        """Return the signed difference with its unit, followed by "(better)" or "(worse)" unless `word` is False.
 
         Example:
             >>> Metric.of("test_acc", [0.99, 0.98]).change(0.99, 0.98)

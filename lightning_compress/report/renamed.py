@@ -1,11 +1,11 @@
-"""Names in configs and reports of earlier versions, and the names that have taken their place."""
+"""Renamed keys and functions in configs and reports: their earlier names and the current ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-# By dotted key: the key of a technique is the name of its file in conf/compress.
+# Dotted keys. The key of a technique is the name of its file in conf/compress.
 KEYS = {
     "callbacks.pruning": "callbacks.iterative_pruning",
     "callbacks.clustering": "callbacks.weight_clustering",
@@ -21,12 +21,14 @@ TARGETS = {
 
 
 def translated(settings: Any, *, keep: Iterable[str] = (), prefix: str = "") -> Any:
-    """Return the settings of an earlier run under the names of today; what has a new name already stays.
+    """Return the settings of a run with earlier names replaced by the current ones.
+
+    A key keeps its earlier name where the settings contain the new name as well.
 
     Args:
         settings: Nested dicts and lists.
-        keep: Dotted keys that are not renamed, because a user has given them to callbacks of their own.
-        prefix: Dotted key of the settings in the whole config.
+        keep: Dotted keys that are not renamed, because the user's own callbacks have them.
+        prefix: Dotted key of `settings` in the whole config, with a dot at its end.
 
     Example:
         >>> translated({"callbacks": {"pruning": {"amount": 0.5}}})
@@ -48,7 +50,7 @@ def translated(settings: Any, *, keep: Iterable[str] = (), prefix: str = "") -> 
 
 
 def refusal(command_line: Iterable[str]) -> str:
-    """Return a line for every setting of a command line that uses an earlier name, or nothing.
+    """Return a line for every override of a command line that uses an earlier name, or an empty string.
 
     Example:
         >>> refusal(["callbacks.qat.weight_bits=4"])
@@ -59,7 +61,7 @@ def refusal(command_line: Iterable[str]) -> str:
     lines = []
     for word, key in keys.items():
         old = next((old for old in KEYS if key == old or key.startswith(f"{old}.")), None)
-        # A callback of the user's own may be added under any name: +callbacks.qat={_target_:mine.Callback}.
+        # A user may add a callback under any name: +callbacks.qat={_target_:mine.Callback}.
         if old is not None and not any(_adds(one, old) for one in words):
             lines.append(f"{old} is called {KEYS[old]} now: {word} is refused.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What one run measured: the content of report.json."""
+"""The report of one run, and its form in report.json."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FORMAT = 3  # of report.json; from_dict reads format 2 too
 
 @dataclass(frozen=True)
 class Measurement:
-    """One network: how good it is and what it costs.
+    """The test's metric of one network, and its costs.
 
     Attributes:
-        test_metric: What the test logged as the report's metric; None where nothing was tested.
-        parameters: Entries of all parameters.
-        nonzero_parameters: Those that are not zero.
-        macs: Multiply-accumulates of a forward pass, per sample.
-        file_bytes: Size of a file that was written and read back.
-        latency_ms: Milliseconds of a forward pass.
-        peak_memory_bytes: Memory of parameters, buffers and activations at the worst moment of a forward pass.
-        uncounted_operators: Operators that `macs` leaves out.
-        latency_spread: Width of the middle half of the timed passes, over their median.
+        test_metric: Value that the test logged as the report's metric; None where nothing was tested.
+        parameters: Number of entries of all parameters.
+        nonzero_parameters: Number of entries that are not zero.
+        macs: Multiply-accumulate operations of a forward pass, per sample.
+        file_bytes: Size in bytes of a file that was written and read back.
+        latency_ms: Median time of a forward pass in milliseconds.
+        peak_memory_bytes: Largest memory of parameters, buffers and activations during a forward pass, in bytes.
+        uncounted_operators: Operators that are not counted in `macs`.
+        latency_spread: Interquartile range of the timed passes, divided by their median.
     """
 
     test_metric: float | None
@@ -54,13 +54,13 @@ class Measurement:
         latency: Latency | None = None,
         file_bytes: int | None = None,
     ) -> Measurement:
-        """Return the footprint beside what the test found.
+        """Combine a footprint with the result of the test.
 
         Args:
-            footprint: What `lightning_compress.measure.footprint.measure` measured.
-            test_metric: What the test logged as the report's metric.
-            latency: Where networks were timed in turns (`time_in_turns`); None: the footprint's own.
-            file_bytes: Size of another file than the footprint's; None: the footprint's own.
+            footprint: Result of `lightning_compress.measure.footprint.measure`.
+            test_metric: Value that the test logged as the report's metric.
+            latency: Latency of networks that were timed in turns (`time_in_turns`); None takes that of the footprint.
+            file_bytes: Size of another file in bytes; None takes that of the footprint.
         """
         return cls(
             test_metric=test_metric,
@@ -80,9 +80,10 @@ class Epoch:
     """The state after one epoch.
 
     Attributes:
-        epoch: Its number.
-        val_metric: What the validation logged as the report's `val_metric`; None where it was not validated.
-        numbers: What the techniques logged, by name without the folder "compress/": sparsity, weight_bits and the like.
+        epoch: Number of the epoch in its fit, from 0.
+        val_metric: Value that the validation logged as the report's `val_metric`; None where nothing was validated.
+        numbers: The techniques' numbers under the names by which they are logged, without the folder "compress/", such
+            as sparsity or weight_bits.
         phase: "dense", "compression", "recovery", or another name that the run gives to its phases.
     """
 
@@ -94,13 +95,13 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight tensor before and after.
+    """One weight tensor before and after compression.
 
     Attributes:
-        name: Qualified name of the module that owns it, or of the tensor where it is no `weight`.
-        parameters: Entries in the dense network.
-        nonzero_dense: Those that are not zero there.
-        nonzero_compressed: Those that are not zero in the compressed network; 0 where it has no such tensor.
+        name: Qualified name of the tensor, without ".weight" at its end.
+        parameters: Number of entries in the dense network.
+        nonzero_dense: Number of non-zero entries in the dense network.
+        nonzero_compressed: Number of non-zero entries in the compressed network; 0 where the tensor was removed.
     """
 
     name: str
@@ -110,14 +111,14 @@ class Layer:
 
 
 def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> tuple[Layer, ...]:
-    """Return what is left of every parameter with two or more dimensions, in the order of the dense network.
+    """Count the non-zero entries of every parameter with two or more dimensions, in the order of the dense network.
 
-    A compressed network that has other parameters, or larger ones, is not what is left of the dense one: nothing is
-    returned then.
+    The result is empty where the compressed network has other or larger parameters, so that it is no part of the dense
+    network.
 
     Args:
         dense: Named parameters of the dense network.
-        compressed: Those of the compressed one, which may be smaller or absent.
+        compressed: Named parameters of the compressed network, which may be smaller or absent.
 
     Example:
         >>> from torch import nn
@@ -150,20 +151,20 @@ def _fits(tensor: Tensor, dense: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class Report:
-    """A run: the dense network beside the compressed one, and how it went.
+    """The report of one run: dense and compressed network, the epochs, and the settings.
 
     Attributes:
-        dense: The network before compression.
-        compressed: The network at the end.
+        dense: Measurement of the network before compression.
+        compressed: Measurement of the network at the end.
         before_recovery: The test's metric of the network when the last technique with a ramp, such as pruning, had
             come to its end, before any further training; None where it was not measured.
         history: One entry per epoch, dense training first.
         layers: One entry per weight tensor; none where the compressed network has other layers than the dense one.
-        settings: What the run was started with (seed, amount, ...); values that JSON can write, nested as they are.
-        metric: Name under which the module's test logs what is compared; None where nothing was tested.
-        val_metric: Name of what its validation logs.
-        metric_mode: "max" or "min", the direction in which both get better, where their names do not say so.
-        busy: Whether the machine was too busy for the two latencies to be compared.
+        settings: Nested settings of the run (seed, amount, ...), with values that JSON can express.
+        metric: Name under which the test logs the metric of the comparison; None where nothing was tested.
+        val_metric: Name under which the validation logs the metric of the epochs.
+        metric_mode: "max" or "min", the direction in which both metrics get better, where their names do not say so.
+        busy: Whether other processes kept the machine so busy that the latencies can't be compared.
     """
 
     dense: Measurement
@@ -179,17 +180,17 @@ class Report:
 
     @property
     def tested(self) -> Metric:
-        """How the numbers of the test are shown."""
+        """The metric of the test."""
         values = (self.dense.test_metric, self.before_recovery, self.compressed.test_metric)
         return Metric.of(self.metric or "not tested", values, mode=self.metric_mode)
 
     @property
     def validated(self) -> Metric:
-        """How the numbers of the validation are shown."""
+        """The metric of the validation."""
         return Metric.of(self.val_metric, (epoch.val_metric for epoch in self.history), mode=self.metric_mode)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of report.json, as plain dicts, lists, numbers and strings."""
+        """Return the content of report.json as plain dicts, lists, numbers and strings."""
         return {"format": FORMAT} | asdict(self) | {"before_recovery": {"test_metric": self.before_recovery}}
 
     @classmethod
@@ -197,7 +198,7 @@ class Report:
         """Return the report that `to_dict` wrote.
 
         Raises:
-            ValueError: Something is missing or has the wrong type; the message says what and where.
+            ValueError: A value is missing or has the wrong type; the message names it.
         """
         content = _expect(content, dict, "the top level")
         if (found := content.get("format", 1)) not in (2, FORMAT):
@@ -223,7 +224,7 @@ class Report:
         """Return the report in a report.json.
 
         Raises:
-            ValueError: The file is no complete report; the message names it and what is wrong.
+            ValueError: The report is incomplete; the message names the file and the fault.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""The table of one run: dense beside compressed, for the terminal and for report.md."""
+"""The table of one run, which compares the dense and the compressed network, for the terminal and for report.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 from lightning_compress.report.summary import Measurement, Report
 
 HEADER = ("", "dense", "before recovery", "compressed", "compressed against dense")
-CLOCK_NOISE = 0.05  # medians of the same network, timed twice on a quiet machine, differ by less
+CLOCK_NOISE = 0.05  # relative; medians of the same network, timed twice on an idle machine, differ by less
 
 
 def percent(share: float | None) -> str:
@@ -24,14 +24,14 @@ def percent(share: float | None) -> str:
 
 
 def factor(before: float, after: float, *, better: str, worse: str, noise: float = 0.0) -> str:
-    """Return in words how many times smaller (faster, ...) `after` is.
+    """Return in words by which factor a quantity has become smaller or larger.
 
     Args:
-        before: A positive quantity.
+        before: The positive quantity.
         after: The same quantity later.
-        better: What it is called when it has shrunk.
-        worse: What it is called when it has grown.
-        noise: Relative difference that means nothing.
+        better: Word for a smaller quantity, such as "faster".
+        worse: Word for a larger quantity, such as "slower".
+        noise: Relative difference that is insignificant.
 
     Example:
         >>> factor(1200, 100, better="smaller", worse="larger"), factor(2.0, 3.0, better="faster", worse="slower")
@@ -80,7 +80,7 @@ def comparison_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
 
 
 def notes(report: Report) -> list[str]:
-    """Return the sentences that the table needs to be understood rightly."""
+    """Return the notes below the table, which prevent wrong conclusions from its numbers."""
     dense, compressed = report.dense, report.compressed
     sentences = []
     if compressed.nonzero_parameters < dense.nonzero_parameters and dense.macs == compressed.macs:
@@ -100,7 +100,7 @@ def notes(report: Report) -> list[str]:
 
 
 def comparison_table(report: Report, *, title: str | None = "dense beside compressed") -> Table:
-    """Return the table for a rich console, with its notes as the caption."""
+    """Return the table for a rich console, with the notes as its caption."""
     caption = Text("\n".join(notes(report))) if notes(report) else None
     table = Table(title=title, title_style="bold", caption=caption, caption_justify="left")
     table.add_column(HEADER[0])
@@ -112,7 +112,7 @@ def comparison_table(report: Report, *, title: str | None = "dense beside compre
 
 
 def report_markdown(report: Report) -> str:
-    """Return the content of report.md: the table, what is left of each layer, and the settings."""
+    """Return the content of report.md: the table with its notes, the layers, and the settings."""
     lines = ["# Dense beside compressed", "", *markdown_table(HEADER, comparison_rows(report)), ""]
     lines += [line for note in notes(report) for line in (note, "")]
     lines += ["## What is left of each layer", ""]
@@ -138,7 +138,7 @@ def report_markdown(report: Report) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = True) -> list[str]:
-    """Return the lines of a Markdown table whose first column is aligned left and the others, if `right`, right.
+    """Return the lines of a Markdown table; `right` aligns all columns but the first to the right.
 
     Example:
         >>> markdown_table(("a", "b"), [("x", "1")])

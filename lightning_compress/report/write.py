@@ -1,4 +1,4 @@
-"""Write a run's report into its folder, each file whole or not at all."""
+"""Writing a run's report into its folder: each file is replaced as a whole, or not at all."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def write_report(report: Report, folder: str | Path, *, figure: bool = True) -> 
     """Write report.json, report.md and report.png, and return their paths.
 
     Args:
-        report: What the run measured.
-        folder: Where to; made if missing.
+        report: The report of the run.
+        folder: Folder of the files, which is created if necessary.
         figure: Whether to draw report.png, which needs matplotlib.
 
     Raises:
-        ImportError: `figure` is on and matplotlib is not installed; report.json and report.md are written by then.
-        ValueError: The report holds a number that JSON has no way to write (NaN, infinity).
-        TypeError: The settings hold an object that JSON has no way to write.
+        ImportError: `figure` is True and matplotlib is not installed; report.json and report.md have been written.
+        ValueError: The report contains a number that JSON cannot express (NaN, infinity).
+        TypeError: The settings contain an object that JSON cannot express.
 
     Example:
         >>> import tempfile
@@ -48,12 +48,12 @@ def write_report(report: Report, folder: str | Path, *, figure: bool = True) -> 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file as a whole, or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_figure(path: Path, figure: Figure) -> None:
-    """Write a PNG file, whole or not at all."""
+    """Write a PNG file as a whole, or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
