@@ -1,4 +1,4 @@
-"""The small networks and data sets that recipes, benchmarks and the demo run on."""
+"""Small networks and data sets for recipes, benchmarks and the demo."""
 
 from lightning_compress.baselines.classifier import Classifier
 from lightning_compress.baselines.data import CIFAR10, MNIST, Digits, FashionMNIST

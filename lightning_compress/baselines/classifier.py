@@ -20,16 +20,16 @@ LRSchedule = Literal["cosine", "linear", "constant"]
 
 
 def lr_factor(step: int, *, schedule: LRSchedule, steps: int, warmup: float = 0.0) -> float:
-    """Return what the learning rate is multiplied by at optimizer step t.
+    """Return the factor of the learning rate at optimizer step t.
 
-    With T planned steps, of which W = `warmup` T rise: (t + 1) / (W + 1) for t < W, and from there on, with
-    p = (t - W) / (T - W): (1 + cos(pi p)) / 2 for "cosine", 1 - p for "linear", 1 for "constant".
+    During the first W = `warmup` T of T planned steps the factor rises: (t + 1) / (W + 1). After them, with
+    p = (t - W) / (T - W), it is (1 + cos(pi p)) / 2 for "cosine", 1 - p for "linear" and 1 for "constant".
 
     Args:
-        step: t, counted from 0; beyond the planned end its value holds.
+        step: The step t, counted from 0. After the planned end the factor stays at its last value.
         schedule: "cosine", "linear" or "constant".
-        steps: T.
-        warmup: Fraction of the planned steps that rise, 0 <= warmup < 1.
+        steps: The number T of planned steps.
+        warmup: The fraction of the planned steps over which the factor rises, 0 <= warmup < 1.
 
     Example:
         >>> [round(lr_factor(t, schedule="cosine", steps=4), 3) for t in range(5)]
@@ -47,10 +47,10 @@ def lr_factor(step: int, *, schedule: LRSchedule, steps: int, warmup: float = 0.
 
 
 class MeanLoss(Metric):
-    """The mean over all samples of all ranks, whatever the sizes of batches and ranks.
+    """The mean loss over all samples of all ranks; batches and ranks may have different sizes.
 
-    Why not `self.log(..., sync_dist=True)`: it divides by the truncated mean of the ranks' sample counts. Why not
-    torchmetrics' `MeanMetric`: it hides NaN, and after `Trainer.validate` it can't be updated in a fit.
+    `self.log(..., sync_dist=True)` would divide by the truncated mean of the ranks' sample counts. torchmetrics'
+    `MeanMetric` hides NaN, and can't be updated in a fit after `Trainer.validate`.
 
     Example:
         >>> metric = MeanLoss()
@@ -72,7 +72,7 @@ class MeanLoss(Metric):
 
     def update(self, losses: Tensor) -> None:
         """Add the losses of a batch, of shape (N,)."""
-        self.total = self.total + losses.sum()  # not in place: `validate` leaves inference tensors behind
+        self.total = self.total + losses.sum()  # not in place, because after `validate` it is an inference tensor
         self.count = self.count + len(losses)
 
     def compute(self) -> Tensor:
@@ -81,27 +81,27 @@ class MeanLoss(Metric):
 
 
 class Classifier(LightningModule):
-    """Train `network` with cross entropy and log its accuracy.
+    """Trains a network with cross entropy, and logs its loss and accuracy.
 
-    The learning rate is `lr` times `lr_factor`, moved every optimizer step over the fit's planned steps.
-
-    Logged: `train_loss` (of single steps, every `log_every_n_steps`), `val_loss`, `val_acc`, `test_loss`, `test_acc`.
+    The learning rate at each optimizer step is `lr` times `lr_factor`, over the planned steps of the fit. The module
+    logs `train_loss` (of single steps, every `log_every_n_steps`), `val_loss`, `val_acc`, `test_loss` and `test_acc`.
 
     Args:
-        network: Maps inputs to logits of shape (N, C), or to an object that has them as `.logits`.
+        network: A module that maps inputs to logits of shape (N, C), or to an object with the attribute `logits`.
         optimizer: "adam", "adamw" or "sgd".
-        lr: Learning rate.
-        weight_decay: As the optimizer understands it.
-        momentum: Of "sgd"; the others have none to set.
+        lr: The learning rate.
+        weight_decay: The weight decay of the optimizer.
+        momentum: The momentum of "sgd"; the other optimizers ignore it.
         lr_schedule: "cosine", "linear" or "constant".
-        warmup: Fraction of the planned steps over which the learning rate rises.
-        label_smoothing: Of the training loss only.
-        fused: Whether the optimizer updates all parameters in one kernel: faster for small networks, but Lightning
-            refuses to clip gradients under mixed precision then.
-        input_shape: Shape of one sample; makes the module's `example_input_array`, a batch of one.
+        warmup: The fraction of the planned steps over which the learning rate rises.
+        label_smoothing: The label smoothing of the training loss; validation and test losses have none.
+        fused: Whether the optimizer updates all parameters in one kernel. This is faster for small networks, but
+            Lightning then refuses to clip gradients with mixed precision.
+        input_shape: The shape of one sample. The module's `example_input_array` is then a batch of one.
 
     Raises:
-        ValueError: Unknown optimizer or schedule, `warmup` outside 0 to 1, or a schedule for a fit without an end.
+        ValueError: `optimizer` or `lr_schedule` is unknown, `warmup` is not in [0, 1), or the learning rate has a
+            schedule but the fit has no planned end.
 
     Example:
         >>> module = Classifier(nn.Linear(4, 3), optimizer="sgd", lr=0.1, input_shape=(4,))
@@ -131,15 +131,17 @@ class Classifier(LightningModule):
         if lr_schedule not in get_args(LRSchedule):
             raise ValueError(f"lr_schedule must be one of {', '.join(get_args(LRSchedule))}; got {lr_schedule!r}.")
         if not 0.0 <= warmup < 1.0:
-            raise ValueError(f"warmup is the fraction of the steps that rise, 0 <= warmup < 1; got {warmup!r}.")
+            raise ValueError(
+                f"warmup is the fraction of steps over which the learning rate rises, 0 <= warmup < 1; got {warmup!r}."
+            )
         if input_shape is not None:
-            input_shape = list(input_shape)  # Hydra's own list type in the hparams would make the checkpoint unreadable
+            input_shape = list(input_shape)  # with Hydra's list type in its hparams a checkpoint would be unreadable
             self.example_input_array = torch.zeros(1, *input_shape)
         self.save_hyperparameters(ignore=["network"])
         self.network = network
         self.label_smoothing = label_smoothing
         self.val_loss, self.test_loss = MeanLoss(), MeanLoss()
-        # micro: the share of all samples that are right, which needs no number of classes
+        # "micro" is the fraction of correct samples and needs no number of classes.
         self.val_acc = MulticlassAccuracy(average="micro", validate_args=False)
         self.test_acc = MulticlassAccuracy(average="micro", validate_args=False)
 
@@ -153,20 +155,20 @@ class Classifier(LightningModule):
         """Return the batch's loss."""
         inputs, targets = batch
         loss = F.cross_entropy(self(inputs), targets, label_smoothing=self.label_smoothing)
-        # Only the steps that Lightning writes: logging every one adds a fifth to an epoch of LeNet-300-100.
+        # Lightning writes only these steps; logging all of them makes an epoch of LeNet-300-100 a fifth longer.
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
         if interval and (self.global_step + 1) % interval == 0:
             self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count the batch in `val_loss` and `val_acc`."""
+        """Add the batch to `val_loss` and `val_acc`."""
         self._evaluate(batch, self.val_loss, self.val_acc)
         self.log("val_loss", self.val_loss)
         self.log("val_acc", self.val_acc, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count the batch in `test_loss` and `test_acc`."""
+        """Add the batch to `test_loss` and `test_acc`."""
         self._evaluate(batch, self.test_loss, self.test_acc)
         self.log("test_loss", self.test_loss)
         self.log("test_acc", self.test_acc)
@@ -183,7 +185,7 @@ class Classifier(LightningModule):
         accuracy.update(logits, targets)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer and its schedule, which moves every step."""
+        """Return the optimizer and its learning-rate schedule, which advances at every optimizer step."""
         hparams = self.hparams
         kwargs = {"lr": hparams["lr"], "weight_decay": hparams["weight_decay"], "fused": hparams["fused"] or None}
         optimizer: torch.optim.Optimizer
@@ -196,13 +198,13 @@ class Classifier(LightningModule):
         if hparams["lr_schedule"] == "constant" and hparams["warmup"] == 0.0:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        # The estimate has set the training loader up before Lightning restores a checkpoint's loops, and once set up it
-        # would not get its state back: an epoch resumed in its middle would begin anew.
+        # The estimate sets up the training loader, before Lightning restores a checkpoint's loops. Lightning would then
+        # not restore the loader's state, so an epoch that is resumed in its middle would start from its beginning.
         self.trainer.fit_loop._combined_loader = None
         if math.isinf(steps):
             raise ValueError(
-                f"lr_schedule={hparams['lr_schedule']!r} with warmup={hparams['warmup']} needs to know the fit's end:"
-                " give Trainer(max_epochs=...) or Trainer(max_steps=...), or take lr_schedule='constant'."
+                f"lr_schedule={hparams['lr_schedule']!r} with warmup={hparams['warmup']} needs a fit with a planned"
+                " end: give Trainer(max_epochs=...) or Trainer(max_steps=...), or use lr_schedule='constant'."
             )
         factor = partial(lr_factor, schedule=hparams["lr_schedule"], steps=int(steps), warmup=hparams["warmup"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,4 +1,4 @@
-"""Digits, MNIST, Fashion-MNIST and CIFAR-10 in memory, as LightningDataModules."""
+"""LightningDataModules that hold Digits, MNIST, Fashion-MNIST and CIFAR-10 in memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_compress.baselines.idx import parse_cifar10, read_idx, read_tar_m
 
 
 class Digits(ImageData):
-    """Scikit-learn's 1,797 handwritten digits of 8x8 pixels with 17 grey levels, which come with the library.
+    """The 1,797 handwritten digits of 8x8 pixels and 17 grey levels that scikit-learn contains.
 
     The images are those of the test part of Alpaydin and Kaynak's Optical Recognition of Handwritten Digits.
 
     Args:
-        batch_size: Training batch per rank.
-        eval_batch_size: Validation and test batch per rank.
-        val_size: Samples that become the validation part; 0: none.
-        test_size: Samples that become the test part.
-        shift: Training images are shifted by up to this many pixels at random; 0: not.
-        normalize: Whether to standardise the pixels.
-        drop_last: Whether training leaves out a last batch that is not full.
-        seed: Root of the training order and the augmentation.
-        split_seed: Root of the stratified split.
+        batch_size: The size of a training batch, per rank.
+        eval_batch_size: The size of a validation or test batch, per rank.
+        val_size: The number of validation samples; with 0 there is no validation part.
+        test_size: The number of test samples.
+        shift: The largest random shift of training images in pixels; 0: images are not shifted.
+        normalize: Whether pixels are standardised.
+        drop_last: Whether training drops a last batch that is not full.
+        seed: The seed of the training order and the augmentation.
+        split_seed: The seed of the stratified split.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -69,19 +69,19 @@ class Digits(ImageData):
         self.test_size = test_size
 
     def read(self) -> tuple[Samples, Samples]:
-        """Return the digits, of which a stratified part of `test_size` is the test part."""
+        """Return the training part, validation included, and a stratified test part of `test_size` digits."""
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise ImportError(
-                "Digits reads scikit-learn's digits, and scikit-learn is not installed:"
+                "Digits reads the digits of scikit-learn, which is not installed. Install it:"
                 " pip install 'lightning-compress[demo]'."
             ) from error
         digits = load_digits()
         images, labels = torch.from_numpy(digits.images)[:, None], torch.from_numpy(digits.target).long()
         if not 0 < self.test_size < len(labels):
             raise ValueError(
-                f"test_size must be 1 to {len(labels) - 1:,} of the {len(labels):,} digits; got {self.test_size}."
+                f"test_size must be from 1 to {len(labels) - 1:,} of the {len(labels):,} digits; got {self.test_size}."
             )
         order = stratified_order(labels, seed=self.split_seed)
         test, rest = order[: self.test_size], order[self.test_size :]
@@ -89,29 +89,29 @@ class Digits(ImageData):
 
 
 class ImageFiles(ImageData):
-    """Data sets that are files in a folder, downloaded once if they are not there.
+    """Base class of data sets in files, which are downloaded if they are missing.
 
     Args:
-        root: Folder of the files.
-        download: Whether to fetch what is missing (by one process per machine; each file whole or not at all).
-        batch_size: Training batch per rank.
-        eval_batch_size: Validation and test batch per rank.
-        val_size: Samples of the training part that become the validation part; 0: none.
-        shift: Training images are shifted by up to this many pixels at random; 0: not.
+        root: The folder of the files.
+        download: Whether one process per machine downloads missing files. A failed download leaves no partial file.
+        batch_size: The size of a training batch, per rank.
+        eval_batch_size: The size of a validation or test batch, per rank.
+        val_size: The number of training samples that become the validation part; with 0 there is none.
+        shift: The largest random shift of training images in pixels; 0: images are not shifted.
         flip: Whether training images are mirrored at random.
-        normalize: Whether to standardise the pixels.
-        drop_last: Whether training leaves out a last batch that is not full.
-        seed: Root of the training order and the augmentation.
-        split_seed: Root of the stratified split.
+        normalize: Whether pixels are standardised.
+        drop_last: Whether training drops a last batch that is not full.
+        seed: The seed of the training order and the augmentation.
+        split_seed: The seed of the stratified split.
 
     Raises:
-        FileNotFoundError: Files are missing and `download` is off; the message names them and their source.
+        FileNotFoundError: Files are missing and `download` is False; the message names them and their source.
         ConnectionError: A download failed.
         ValueError: A file is corrupt; the message names it.
     """
 
     source: ClassVar[str]
-    checksums: ClassVar[dict[str, str]]  # name of a download below `source`: its md5
+    checksums: ClassVar[dict[str, str]]  # MD5 checksums of the downloads, by their name under `source`
 
     def __init__(
         self,
@@ -143,11 +143,11 @@ class ImageFiles(ImageData):
         self.download = download
 
     def missing(self) -> list[str]:
-        """Return the names below `source` of the downloads whose content is not under `root`."""
+        """Return the names of the downloads whose content is missing in `root`."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        """Fetch what is missing, if `download` allows."""
+        """Download missing files if `download` is True."""
         if self.download:
             for name in self.missing():
                 fetch(self.source + name, self.root / name, md5=self.checksums[name])
@@ -180,7 +180,7 @@ class MNIST(ImageFiles):
     }
 
     def missing(self) -> list[str]:
-        """Return the names of the files that are there neither plain nor packed."""
+        """Return the names of the files that exist neither unpacked nor as .gz."""
         return [name for name in self.checksums if self._path(name) is None]
 
     def read(self) -> tuple[Samples, Samples]:
@@ -198,12 +198,14 @@ class MNIST(ImageFiles):
         images, labels = read_idx(image_path), read_idx(label_path).long()
         if images.shape[1:] != self.input_shape[1:] or labels.dim() != 1 or len(images) != len(labels):
             raise ValueError(
-                f"{image_path} holds {tuple(images.shape)} pixels and {label_path} {tuple(labels.shape)} labels;"
-                f" expected N images of {self.input_shape[1]}x{self.input_shape[2]} and as many labels."
+                f"{image_path} holds pixels of shape {tuple(images.shape)}, and {label_path} labels of shape"
+                f" {tuple(labels.shape)}; expected N images of {self.input_shape[1]}x{self.input_shape[2]} and N"
+                " labels. Remove the files, and download them again."
             )
         if len(labels) and (largest := int(labels.max())) >= self.num_classes:
             raise ValueError(
-                f"{label_path} is corrupt: labels are 0 to {self.num_classes - 1}, and it has a {largest}."
+                f"{label_path} is corrupt: labels must be from 0 to {self.num_classes - 1}, and it has a {largest}."
+                " Remove it, and download it again."
             )
         return images[:, None], labels
 
@@ -226,10 +228,10 @@ class FashionMNIST(MNIST):
 
 
 class CIFAR10(ImageFiles):
-    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour photographs of 32x32, from the binary version's files.
+    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000 colour photographs of 32x32, from the files of the binary version.
 
-    They are read from `root`, from `root`/cifar-10-batches-bin, or out of `root`/cifar-10-binary.tar.gz, which is not
-    unpacked to disk. In memory they take 0.74 GB. Arguments and errors are those of `ImageFiles`.
+    The files are read from `root`, from `root`/cifar-10-batches-bin, or from within `root`/cifar-10-binary.tar.gz,
+    which is not unpacked to disk. The images take 0.74 GB of memory. Arguments and errors are those of `ImageFiles`.
     """
 
     input_shape = (3, 32, 32)
@@ -242,7 +244,7 @@ class CIFAR10(ImageFiles):
     test_file: ClassVar[str] = "test_batch.bin"
 
     def missing(self) -> list[str]:
-        """Return the archive's name if neither it nor the files in it are there."""
+        """Return the archive's name if neither the archive nor its files exist."""
         return [] if self._folder() is not None or (self.root / self.archive).is_file() else [self.archive]
 
     def read(self) -> tuple[Samples, Samples]:

@@ -1,4 +1,4 @@
-"""What the data sets share: a stratified split, normalisation, and loaders that resume exactly."""
+"""The base class of the data sets: a stratified split, normalisation, and loaders that resume exactly."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Samples = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 
 
 def stratified_order(labels: Tensor, *, seed: int) -> Tensor:
-    """Return a random order of the samples, any stretch of which has the classes in nearly their overall shares.
+    """Return a random order of the samples in which every interval has nearly the overall shares of the classes.
 
-    Sample number i of the n in its (shuffled) class sorts at (i + 1/2) / n, so that a first part of any size is a
-    stratified random sample and what follows is another one.
+    The samples of each class are shuffled, and sample i of n is placed at (i + 1/2) / n. So the first samples are a
+    stratified random sample of any size, and the others are one as well.
 
     Args:
-        labels: Classes from 0, of shape (N,).
-        seed: Root of the order.
+        labels: The classes, counted from 0, of shape (N,).
+        seed: The seed of the order.
 
     Returns:
         A permutation of 0..N-1.
@@ -41,21 +41,21 @@ def stratified_order(labels: Tensor, *, seed: int) -> Tensor:
 
 
 class ImageData(LightningDataModule):
-    """What the data sets share: normalisation, a fixed stratified validation part, loaders that resume exactly.
+    """Base class of the data sets: normalisation, a fixed stratified validation part, and loaders that resume exactly.
 
-    A subclass says where the images come from (`read`). Pixels are scaled to 0..1 and, with `normalize`, standardised
-    by the data set's published mean and standard deviation per channel. All samples stay in memory as float32.
+    A subclass implements `read`. Pixels are scaled to 0..1 and, with `normalize`, standardised with the published mean
+    and standard deviation of each channel. All samples stay in memory as float32.
 
     Args:
-        batch_size: Training batch per rank.
-        eval_batch_size: Validation and test batch per rank.
-        val_size: Samples of the training part that become the validation part; 0: none.
-        shift: Training images are shifted by up to this many pixels at random; 0: not.
+        batch_size: The size of a training batch, per rank.
+        eval_batch_size: The size of a validation or test batch, per rank.
+        val_size: The number of training samples that become the validation part; with 0 there is none.
+        shift: The largest random shift of training images in pixels; 0: images are not shifted.
         flip: Whether training images are mirrored at random.
-        normalize: Whether to standardise the pixels.
-        drop_last: Whether training leaves out a last batch that is not full.
-        seed: Root of the training order and the augmentation.
-        split_seed: Root of the split; the same for all seeds of a comparison.
+        normalize: Whether pixels are standardised.
+        drop_last: Whether training drops a last batch that is not full.
+        seed: The seed of the training order and the augmentation.
+        split_seed: The seed of the split, which should be the same for all seeds of a comparison.
     """
 
     num_classes: ClassVar[int] = 10
@@ -101,8 +101,8 @@ class ImageData(LightningDataModule):
         (images, labels), (test_images, test_labels) = self.read()
         if not 0 <= self.val_size < len(labels):
             raise ValueError(
-                f"val_size={self.val_size} is to be taken from {len(labels):,} training samples of"
-                f" {type(self).__name__}: it must be 0 or more and leave at least one."
+                f"val_size must be from 0 to {len(labels) - 1:,} of the {len(labels):,} training samples of"
+                f" {type(self).__name__}; got {self.val_size}."
             )
         images, order = self._prepare(images), stratified_order(labels, seed=self.split_seed)
         val, train = order[: self.val_size], order[self.val_size :].sort().values
@@ -117,7 +117,7 @@ class ImageData(LightningDataModule):
         return x_NCHW.sub_(torch.tensor(self.mean).view(-1, 1, 1)).div_(torch.tensor(self.std).view(-1, 1, 1))
 
     def train_dataloader(self) -> TensorLoader:
-        """Return shuffled, augmented batches; every rank gets equally many."""
+        """Return shuffled, augmented training batches, the same number on every rank."""
         assert self._train is not None, "setup has not run"
         return TensorLoader(
             *self._train,
@@ -129,12 +129,12 @@ class ImageData(LightningDataModule):
         )
 
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
-        """Return the validation batches, each sample once over all ranks; an empty list where there is no such part."""
+        """Return the validation batches, each sample on one rank; an empty list if there is no validation part."""
         assert self._val is not None, "setup has not run"
         return TensorLoader(*self._val, batch_size=self.eval_batch_size) if self.val_size else []
 
     def test_dataloader(self) -> TensorLoader:
-        """Return the test batches, each sample once over all ranks."""
+        """Return the test batches, each sample on one rank."""
         assert self._test is not None, "setup has not run"
         return TensorLoader(*self._test, batch_size=self.eval_batch_size)
 

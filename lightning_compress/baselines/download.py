@@ -1,4 +1,4 @@
-"""Fetch a file whole or not at all."""
+"""Downloads a file, and leaves no partial file if that fails."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ CHUNK = 1 << 20
 
 
 def fetch(url: str, path: Path, *, md5: str) -> None:
-    """Download `url` to `path` if its content has the checksum; nothing appears at `path` otherwise.
+    """Download a file, and keep it only if its content has the expected checksum.
 
     Args:
-        url: Where the file is.
-        path: Where it goes; missing folders are made.
-        md5: Expected checksum of the content, in hexadecimal.
+        url: The address of the file.
+        path: The path to which the file is written; missing folders are created.
+        md5: The expected MD5 checksum of the content, in hexadecimal.
 
     Raises:
-        ConnectionError: The file could not be fetched; the message says from where and where to put it by hand.
+        ConnectionError: The download failed; the message names the address, and the folder for a manual download.
         ValueError: The checksum differs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,11 +34,10 @@ def fetch(url: str, path: Path, *, md5: str) -> None:
                     file.write(chunk)
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             raise ConnectionError(
-                f"Could not download {url} ({error}). Where there is no network, put {path.name} into {path.parent}"
-                " by hand."
+                f"Could not download {url} ({error}). Check the network, or put {path.name} into {path.parent} by hand."
             ) from error
         if digest.hexdigest() != md5:
             raise ValueError(
-                f"{url} has the md5 checksum {digest.hexdigest()}, expected {md5}: the download is damaged or the file"
-                " has changed. Nothing was kept."
+                f"{url} has the MD5 checksum {digest.hexdigest()}, expected {md5}: the download is damaged, or the file"
+                f" has changed. Nothing was kept. Try again, or put {path.name} into {path.parent} by hand."
             )

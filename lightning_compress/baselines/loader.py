@@ -1,4 +1,4 @@
-"""Batches from tensors in memory: no workers, no copies but the batch, an order that resumes exactly."""
+"""A loader of batches from tensors in memory, which needs no workers and resumes exactly."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class EpochSampler:
-    """The order of one epoch's samples, drawn from (seed, epoch) alone.
+    """The order of the samples of an epoch, which depends only on the seed and the epoch.
 
-    A resumed run therefore draws what the uninterrupted one would have drawn, whatever else used random numbers.
-    Lightning calls `set_epoch` before every epoch; in a hand-written loop the loop has to.
+    A resumed run therefore has the order of the uninterrupted run, whatever else uses random numbers. Lightning calls
+    `set_epoch` before every epoch; a hand-written loop must call it as well.
 
     Args:
-        size: Number of samples.
-        shuffle: Whether to permute them anew each epoch.
-        seed: Root of all permutations.
+        size: The number of samples.
+        shuffle: Whether each epoch has a new random order.
+        seed: The seed of all orders.
 
     Example:
         >>> sampler = EpochSampler(4, shuffle=True, seed=0)
@@ -39,7 +39,7 @@ class EpochSampler:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next."""
+        """Set the number of the next epoch."""
         self.epoch = epoch
 
     def order(self, epoch: int) -> Tensor:
@@ -50,30 +50,31 @@ class EpochSampler:
 
 
 class TensorLoader:
-    """Iterate over (inputs, targets) batches that are picked from two tensors in memory.
+    """Iterates over batches (inputs, targets) of two tensors in memory.
 
-    Stateful: `state_dict` has the epoch and the next batch, so that Lightning resumes in the middle of an epoch with
-    the batch that comes next. Augmentation draws from (seed, epoch, batch, rank), so it resumes exactly too.
+    The loader is stateful: its `state_dict` contains the epoch and the number of the next batch, so Lightning resumes
+    an epoch in its middle with this batch. The random numbers of the augmentation depend only on (seed, epoch, batch,
+    rank), so they resume exactly as well.
 
-    Distributed: Lightning shards only a `DataLoader`, so this loader does it itself once `torch.distributed` is
-    initialised. Rank r of R takes samples r, r + R, r + 2 R, ... of the epoch's order. With `even_ranks` the order is
-    continued from its start until R divides it, as training needs: every rank then has the same number of batches of
-    the same sizes. Without it each sample is seen exactly once and ranks may differ by one sample, as evaluation needs:
-    sums over all ranks are those of one process.
+    The loader shards the samples itself if `torch.distributed` is initialised, because Lightning shards only a
+    `DataLoader`. Rank r of R ranks takes samples r, r + R, r + 2 R, ... of the epoch's order. With `even_ranks` the
+    first samples are repeated at the end until R divides the number of samples. Then all ranks have batches of the same
+    number and sizes, as training needs it. Without `even_ranks` each sample is used exactly once, and ranks may differ
+    by one sample. Then sums over all ranks equal those of one process, as evaluation needs it.
 
     Args:
-        inputs: Samples, of shape (N, ...), on any device.
-        targets: Labels, of shape (N, ...), on the same device.
-        batch_size: Samples per batch and rank.
-        shuffle: Whether to permute the samples anew each epoch.
-        seed: Root of the order and of the augmentation.
-        drop_last: Whether to leave out a last batch that is not full.
-        even_ranks: Whether to repeat up to R - 1 samples so that all ranks get equally many; None: if `shuffle`.
-        augment: Called with a batch of inputs and a generator; returns the inputs to use.
+        inputs: The samples, of shape (N, ...), on any device.
+        targets: The labels, of shape (N, ...), on the same device.
+        batch_size: The number of samples per batch and rank.
+        shuffle: Whether each epoch has a new random order.
+        seed: The seed of the order and of the augmentation.
+        drop_last: Whether a last batch that is not full is dropped.
+        even_ranks: Whether up to R - 1 samples are repeated so that all ranks have equally many; None: as `shuffle`.
+        augment: A function that gets a batch of inputs and a generator, and returns the inputs to use.
 
     Raises:
-        ValueError: `inputs` and `targets` differ in length, are empty or `batch_size` is not positive; a loaded state
-            belongs to another loader.
+        ValueError: `inputs` and `targets` are empty or differ in length, or `batch_size` is below 1. Later: a loaded
+            state was saved by a loader with other settings.
 
     Example:
         >>> loader = TensorLoader(torch.arange(5.0), torch.arange(5), batch_size=2)
@@ -81,7 +82,7 @@ class TensorLoader:
         [[0, 1], [2, 3], [4]]
     """
 
-    batch_sampler = None  # where there is a `sampler`, Lightning reads this too
+    batch_sampler = None  # Lightning reads this attribute of loaders with a `sampler`
 
     def __init__(
         self,
@@ -97,11 +98,11 @@ class TensorLoader:
     ) -> None:
         if len(inputs) != len(targets) or len(inputs) == 0:
             raise ValueError(
-                f"TensorLoader needs one target per input and at least one sample;"
+                f"TensorLoader needs one target per input, and at least one sample;"
                 f" got {len(inputs)} inputs and {len(targets)} targets."
             )
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+            raise ValueError(f"batch_size of TensorLoader must be at least 1; got {batch_size}.")
         self.inputs = inputs
         self.targets = targets
         self.batch_size = batch_size
@@ -110,7 +111,7 @@ class TensorLoader:
         self.augment = augment
         self.sampler = EpochSampler(len(inputs), shuffle=shuffle, seed=seed)
         self._epoch = 0
-        self._lag = 0  # epochs that the trainer counted and this loader did not
+        self._lag = 0  # number of epochs that the trainer counted but that asked for no batch
         self._next_batch = 0
         self._loaded: dict[str, int] | None = None
 
@@ -121,8 +122,8 @@ class TensorLoader:
         return samples // self.batch_size if self.drop_last else math.ceil(samples / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # A generator: nothing below runs before the first batch is asked for. Lightning creates a fit's first iterator
-        # before it calls `set_epoch`.
+        # This method must be a generator, whose code runs only when the first batch is requested: Lightning creates the
+        # first iterator of a fit before it calls `set_epoch`.
         start = self._begin()
         order = self._rank_order().to(self.inputs.device)
         for batch in range(start, len(self)):
@@ -141,10 +142,10 @@ class TensorLoader:
         return order[rank() :: world_size()]
 
     def _begin(self) -> int:
-        """Settle which epoch a new iterator goes through, and return the number of its first batch."""
+        """Set the epoch of a new iterator, and return the number of its first batch."""
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
-            # Resumed at the end of an epoch, a fit with `max_steps` counts an epoch that asks for no batch.
+            # A fit with `max_steps` that resumes at the end of an epoch counts one epoch without a batch.
             self._lag = loaded["lag"] + (self.sampler.epoch - loaded["lag"] == loaded["epoch"] + 2)
         elif self.sampler.epoch == 0:  # a new fit
             self._lag = 0
@@ -155,14 +156,14 @@ class TensorLoader:
         if any(loaded[key] != value for key, value in expected.items()):
             found = {key: loaded[key] for key in expected}
             raise ValueError(
-                f"The checkpoint was written in the middle of epoch {loaded['epoch']} by a loader with {found}; this"
-                f" one has {expected}, so batch {loaded['next_batch']} is not the one that comes next. Resume with the"
-                " settings of the checkpoint, or from the end of an epoch."
+                f"The checkpoint was written in the middle of epoch {loaded['epoch']} by a TensorLoader with {found};"
+                f" this one has {expected}, so its batch {loaded['next_batch']} is not the next one. Resume with the"
+                " settings of the checkpoint, or from a checkpoint of the end of an epoch."
             )
         return loaded["next_batch"]
 
     def _identity(self) -> dict[str, int]:
-        """What must be the same for a batch number to mean the same batch."""
+        """Return the settings that determine which samples a batch number stands for."""
         return {
             "samples": self.sampler.size,
             "batch_size": self.batch_size,
@@ -171,23 +172,23 @@ class TensorLoader:
         }
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch, the number of the batch that comes next, and what they refer to."""
+        """Return the epoch, the number of the next batch, and the settings that determine this batch."""
         position = {"epoch": self._epoch, "lag": self._lag, "next_batch": self._next_batch}
         return self._loaded or position | self._identity()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iterator go on where `state` was taken, if it iterates over the same epoch."""
+        """Make the next iterator start at the batch of `state`, if it iterates over the same epoch."""
         self._loaded = dict(state)
 
 
 class RandomShift:
-    """Shift each image by up to `pixels` in both directions, uniformly; where it leaves a gap the border is repeated.
+    """Shifts each image by up to `pixels` in both directions, uniformly, and fills gaps by repeating the border.
 
-    Repeating keeps a constant background at its value, whatever the normalisation.
+    Repeating the border keeps a constant background constant, whatever the normalisation.
 
     Args:
-        pixels: Largest shift.
-        flip: Whether to mirror each image left to right, too, with probability 1/2.
+        pixels: The largest shift, in pixels.
+        flip: Whether each image is also mirrored left to right with probability 1/2.
 
     Shapes:
         input and output (N, C, H, W).
@@ -200,12 +201,12 @@ class RandomShift:
 
     def __init__(self, pixels: int, *, flip: bool = False) -> None:
         if pixels < 0:
-            raise ValueError(f"The largest shift is a number of pixels, 0 or more; got {pixels}.")
+            raise ValueError(f"pixels of RandomShift must be at least 0; got {pixels}.")
         self.pixels = pixels
         self.flip = flip
 
     def __call__(self, x_NCHW: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the moved images; what is random comes from `generator`."""
+        """Return the shifted images; all random numbers come from `generator`."""
         n, _, height, width = x_NCHW.shape
         padded = F.pad(x_NCHW, (self.pixels,) * 4, mode="replicate")
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, shifts, shifts, H, W), a view
@@ -218,6 +219,6 @@ class RandomShift:
 
 
 def _generator(*key: int) -> torch.Generator:
-    """Return a generator whose stream belongs to this key; unlike seed + epoch, no two keys share one."""
+    """Return a generator that depends on all numbers of the key; with seed + epoch, different keys would share one."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed))

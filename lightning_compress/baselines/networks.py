@@ -1,4 +1,4 @@
-"""The small networks that recipes, benchmarks and the demo compress: plain modules, keyword arguments, no surprises."""
+"""The small networks that recipes, benchmarks and the demo compress."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "hardtanh": nn.Hard
 
 
 class DigitsConvNet(nn.Sequential):
-    """Four conv-bn-relu blocks and one Linear, made for 8x8 images.
+    """A network of four blocks of convolution, batch norm and ReLU, and one linear layer, made for 8x8 images.
 
-    The first two blocks are `width` channels wide and work on the full image, the last two have twice as many channels
-    and work on half the resolution; a 2x2 max-pooling stands after each pair. Width 24 has 38,722 parameters.
+    The first two blocks have `width` channels, the last two twice as many. A 2x2 max-pooling follows each pair of
+    blocks. With width 24 the network has 38,722 parameters.
 
     Args:
-        num_classes: Number of outputs.
-        in_channels: Channels of the image.
-        width: Channels of the first pair of blocks.
-        image_size: Height and width of the (square) image; the pooling wants a multiple of 4.
-        activation: "relu", or "hardtanh" before layers that see the signs of their inputs.
+        num_classes: The number of outputs.
+        in_channels: The number of channels of the image.
+        width: The number of channels of the first two blocks.
+        image_size: The height and width of the square image, a multiple of 4.
+        activation: "relu"; or "hardtanh", for layers with binary inputs.
 
     Shapes:
         input (N, in_channels, image_size, image_size), output (N, num_classes).
@@ -48,7 +48,8 @@ class DigitsConvNet(nn.Sequential):
             raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}.")
         if image_size % 4 or image_size < 4:
             raise ValueError(
-                f"DigitsConvNet halves the image twice: image_size must be a multiple of 4, got {image_size}."
+                f"image_size of DigitsConvNet must be a multiple of 4, because it halves the image twice; got"
+                f" {image_size}."
             )
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         channels = [in_channels, width, width, 2 * width, 2 * width]
@@ -64,14 +65,14 @@ class DigitsConvNet(nn.Sequential):
 
 
 class LeNet300(nn.Sequential):
-    """LeNet-300-100: Linear, ReLU, Linear, ReLU, Linear; it flattens its input itself.
+    """LeNet-300-100: Linear, ReLU, Linear, ReLU, Linear, after flattening the input.
 
-    The fully connected network of LeCun et al. 1998 (Gradient-based learning applied to document recognition) in the
-    shape that pruning papers use (Han et al. 2015, table 1): 266,200 weights and 410 biases.
+    This is the fully connected network of LeCun et al. 1998 (Gradient-based learning applied to document recognition)
+    with the sizes of pruning papers (Han et al. 2015, table 1): 266,200 weights and 410 biases.
 
     Args:
-        in_features: Size of one flattened input.
-        num_classes: Number of outputs.
+        in_features: The size of one flattened input.
+        num_classes: The number of outputs.
 
     Shapes:
         input (N, ...) with `in_features` elements per sample, output (N, num_classes).
@@ -96,16 +97,17 @@ class LeNet300(nn.Sequential):
 
 
 class LeNet5(nn.Sequential):
-    """LeNet-5 as Caffe and Deep Compression have it: 20 and 50 filters of 5x5, then 500 hidden units; for 28x28 images.
+    """LeNet-5 of Caffe and Deep Compression: 20 and 50 filters of 5x5, then 500 hidden units, for 28x28 images.
 
-    conv1 - max-pooling - conv2 - max-pooling - fc1 - ReLU - fc2: 430,500 weights and 580 biases (Han et al. 2015,
-    table 1). Caffe's network has one ReLU, after fc1. Here a ReLU follows each convolution as well, as in most later
-    work, so that every channel has a non-linearity whose zeros can be counted; `conv_relu=False` is Caffe's network.
+    The layers are conv1, max-pooling, conv2, max-pooling, fc1, ReLU and fc2, with 430,500 weights and 580 biases (Han
+    et al. 2015, table 1). Caffe's network has one ReLU, after fc1. Here a ReLU follows each convolution as well, as in
+    most later work, so that the zeros of every channel's activation can be counted; `conv_relu=False` makes Caffe's
+    network.
 
     Args:
-        in_channels: Channels of the image.
-        num_classes: Number of outputs.
-        conv_relu: Whether a ReLU stands between each convolution and its pooling.
+        in_channels: The number of channels of the image.
+        num_classes: The number of outputs.
+        conv_relu: Whether a ReLU follows each convolution.
 
     Shapes:
         input (N, in_channels, 28, 28), output (N, num_classes).
@@ -131,16 +133,16 @@ class LeNet5(nn.Sequential):
 
 
 class MLP(nn.Sequential):
-    """A multilayer perceptron with ReLU and, where asked for, dropout; it flattens its input itself.
+    """A multilayer perceptron with ReLU and optional dropout, after flattening the input.
 
-    flatten, then fc1 - relu1 - dropout1 - fc2 - ...; the last Linear has neither ReLU nor dropout behind it. Widths
-    784, 1200, 1200, 10 with dropout 0.5 and 0.2 before the first layer are the teacher of Hinton et al. 2015
-    (1503.02531, section 3): 2,395,210 parameters.
+    The layers are flatten, fc1, relu1, dropout1, fc2, and so on; neither ReLU nor dropout follow the last linear layer.
+    Widths 784, 1200, 1200, 10 with dropout 0.5 and input dropout 0.2 are the teacher of Hinton et al. 2015 (arXiv
+    1503.02531, section 3), with 2,395,210 parameters.
 
     Args:
-        widths: Size of the flattened input, of each hidden layer, and number of outputs.
-        dropout: Share of each hidden layer's outputs that training drops; 0: there is no such layer.
-        input_dropout: Share of the inputs that training drops; likewise.
+        widths: The sizes of the flattened input, of each hidden layer, and of the output.
+        dropout: The probability of dropping an output of a hidden layer; with 0 there are no such dropout layers.
+        input_dropout: The probability of dropping an input; with 0 there is no such dropout layer.
 
     Raises:
         ValueError: `widths` has fewer than two numbers.
@@ -158,7 +160,9 @@ class MLP(nn.Sequential):
         self, *, widths: Sequence[int] = (784, 1200, 1200, 10), dropout: float = 0.0, input_dropout: float = 0.0
     ) -> None:
         if len(widths) < 2:
-            raise ValueError(f"An MLP has an input and an output, so widths has two numbers or more; got {widths!r}.")
+            raise ValueError(
+                f"widths of MLP must have at least two numbers, the sizes of its input and its output; got {widths!r}."
+            )
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
         if input_dropout:
             layers["dropout0"] = nn.Dropout(input_dropout)
@@ -173,12 +177,12 @@ class MLP(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm beside a shortcut: relu(f(x) + shortcut(x)).
+    """A residual block relu(f(x) + shortcut(x)), where f has two 3x3 convolutions with batch norms.
 
     Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
+        in_channels: The number of channels of the input.
+        out_channels: The number of channels of the output.
+        stride: The stride of the first convolution and of the shortcut.
 
     Shapes:
         input (N, in_channels, H, W), output (N, out_channels, ceil(H / stride), ceil(W / stride)).
@@ -211,15 +215,15 @@ class ResidualBlock(nn.Module):
 class ResNet20(nn.Module):
     """The CIFAR ResNet of He et al. 2015, section 4.2: a 3x3 stem and three stages of three residual blocks.
 
-    The stages have `width`, 2 `width` and 4 `width` channels and halve the image between them. The two shortcuts that
-    change shape are option B, a 1x1 convolution with batch norm, where the paper's CIFAR networks pad with zero
-    channels (option A): so the channels of a stage can be cut like any others. Width 16, three input channels and ten
-    classes: 272,474 parameters (option A: 269,722).
+    The stages have `width`, 2 `width` and 4 `width` channels, and the image is halved between them. The two shortcuts
+    that change the shape are 1x1 convolutions with batch norm (the paper's option B), so that the channels of a stage
+    can be cut like any others. The paper's CIFAR networks pad with zero channels instead (option A). With width 16,
+    three input channels and ten classes there are 272,474 parameters (option A: 269,722).
 
     Args:
-        width: Channels of the first stage.
-        in_channels: Channels of the image.
-        num_classes: Number of outputs.
+        width: The number of channels of the first stage.
+        in_channels: The number of channels of the image.
+        num_classes: The number of outputs.
 
     Shapes:
         input (N, in_channels, H, W) of any size, output (N, num_classes).

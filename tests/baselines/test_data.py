@@ -126,7 +126,7 @@ def test_what_is_missing_is_downloaded_once(tmp_path: Path, published: Path) -> 
 def test_a_damaged_download_leaves_nothing(tmp_path: Path, published: Path) -> None:
     (published / "train-images-idx3-ubyte.gz").write_bytes(b"half")
     data = MNIST(tmp_path / "new", val_size=10)
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz has the md5 checksum \w+, expected"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz has the MD5 checksum \w+, expected"):
         data.prepare_data()
     assert list(data.root.iterdir()) == []
 
@@ -211,11 +211,11 @@ def test_a_class_may_be_absent() -> None:
 
 
 def test_impossible_sizes_are_quoted() -> None:
-    with pytest.raises(ValueError, match=r"test_size must be 1 to 1,796 .* got 1797"):
+    with pytest.raises(ValueError, match=r"test_size must be from 1 to 1,796 .* got 1797"):
         Digits(test_size=1797).setup()
-    with pytest.raises(ValueError, match="val_size=1437 is to be taken from 1,437 training samples of Digits"):
+    with pytest.raises(ValueError, match="from 0 to 1,436 of the 1,437 training samples of Digits; got 1437"):
         Digits(val_size=1437).setup()
-    with pytest.raises(ValueError, match="val_size=-1"):
+    with pytest.raises(ValueError, match=r"val_size must be .* got -1"):
         Digits(val_size=-1).setup()
 
 

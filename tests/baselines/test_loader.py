@@ -107,7 +107,7 @@ def test_a_state_from_other_settings_is_refused_with_both(change: dict[str, int]
     next(iter(data))
     other = make(**change)
     other.load_state_dict(data.state_dict())
-    with pytest.raises(ValueError, match=r"middle of epoch 0 by a loader with .*'batch_size': 5.*this one has"):
+    with pytest.raises(ValueError, match=r"middle of epoch 0 by a TensorLoader with .*'batch_size': 5.*this one has"):
         next(iter(other))
 
 
@@ -189,7 +189,7 @@ def test_bad_arguments_are_quoted() -> None:
         TensorLoader(torch.zeros(2), torch.zeros(3), batch_size=1)
     with pytest.raises(ValueError, match="0 inputs"):
         TensorLoader(torch.zeros(0), torch.zeros(0), batch_size=1)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size of TensorLoader must be at least 1; got 0"):
         TensorLoader(torch.zeros(2), torch.zeros(2), batch_size=0)
     with pytest.raises(ValueError, match="got -1"):
         RandomShift(-1)

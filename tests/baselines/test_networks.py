@@ -37,7 +37,7 @@ def test_digits_net_is_between_30_and_60_thousand_parameters() -> None:
 
 
 def test_digits_net_refuses_images_that_cannot_be_halved_twice_and_unknown_activations() -> None:
-    with pytest.raises(ValueError, match="multiple of 4, got 10"):
+    with pytest.raises(ValueError, match=r"multiple of 4, .* got 10"):
         DigitsConvNet(image_size=10)
     with pytest.raises(ValueError, match="activation must be one of relu, hardtanh; got 'gelu'"):
         DigitsConvNet(activation="gelu")
@@ -51,7 +51,7 @@ def test_mlp_has_dropout_where_it_is_asked_for_and_needs_an_input_and_an_output(
     dropped = MLP(widths=(4, 3, 2), dropout=0.5, input_dropout=0.25)
     assert kinds(dropped) == ["Flatten", "Dropout", "Linear", "ReLU", "Dropout", "Linear"]
     assert [layer.p for layer in dropped if isinstance(layer, nn.Dropout)] == [0.25, 0.5]
-    with pytest.raises(ValueError, match=r"widths has two numbers or more; got \[784\]"):
+    with pytest.raises(ValueError, match=r"widths of MLP must have at least two numbers, .* got \[784\]"):
         MLP(widths=[784])
 
 
