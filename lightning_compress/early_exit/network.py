@@ -256,9 +256,7 @@ class EarlyExitNetwork(nn.Module):
                 try:
                     found = self.at_exit(leaves, k)
                 except RuntimeError as error:
-                    raise ValueError(
-                        f"The head of the exit {layer!r} does not take what it returns: {error}"
-                    ) from error
+                    raise ValueError(f"The head of exit {layer!r} does not take what it returns: {error}") from error
                 if found.shape != answer.shape:
                     raise ValueError(
                         f"The head of exit {layer!r} returns shape {tuple(found.shape)}, and the network "

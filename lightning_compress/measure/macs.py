@@ -75,6 +75,33 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[int, tu
     return counter.get_total_flops() // 2 // batch_size(example_inputs), tuple(sorted(uncounted))
 
 
+def macs_at_ends(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, int], int]:
+    """Return the multiply-accumulates of a batch up to the last end of each module, by its name, and those of all.
+
+    Example:
+        >>> macs_at_ends(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4))
+        ({'0': 32, '1': 32, '2': 48}, 48)
+    """
+    counter = FlopCounterMode(display=False)
+    ends: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        return lambda _module, _args, _output: ends.update({name: counter.get_total_flops() // 2})
+
+    handles = [
+        module.register_forward_hook(watch(name))
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+    ]
+    try:
+        with torch.no_grad(), _unfused(), counter:
+            call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ends, counter.get_total_flops() // 2
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the operators that are not free by convention."""
 

@@ -402,7 +402,7 @@ def test_other_types_and_shapes_are_split_anew() -> None:
         case.network.a[0].weight.data = torch.randn(5, 6, 1, 1)  # as a cut of channels does
         case.network.a[0].bias.data = torch.randn(5)
         case.network.b[0].weight.data = torch.randn(6, 5, 3, 3)
-        with pytest.raises(ValueError, match="The head of the exit 'a' does not take what it returns"):
+        with pytest.raises(ValueError, match="The head of exit 'a' does not take what it returns"):
             early(case.inputs)
 
 
@@ -434,7 +434,7 @@ def test_what_is_refused() -> None:
     }.items():
         with pytest.raises(ValueError, match=message):
             EarlyExitNetwork(case.network, dict.fromkeys(heads, pooled(6)), None, case.inputs)
-    with pytest.raises(ValueError, match="The head of the exit 'a' returns shape"):
+    with pytest.raises(ValueError, match="The head of exit 'a' returns shape"):
         EarlyExitNetwork(case.network, {"a": nn.Identity()}, None, case.inputs)
 
 
