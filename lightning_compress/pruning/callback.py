@@ -256,7 +256,7 @@ class IterativePruningCallback(CuttingCallback):
             self._entries, self._costs = dict(state["entries"]), state["costs"]
             self.current_amount, self._stopped = state["amount"], state["stopped"]
             if self._backtracker is not None and state["stop"] is not None:
-                self._backtracker.state.load_state_dict(state["stop"])
+                self._backtracker.load_state_dict(state["stop"])
         left = self._left
         if self.granularity == "neuron":
             traced, self._traced = self._traced, None
@@ -329,7 +329,7 @@ class IterativePruningCallback(CuttingCallback):
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._ramp is not None
-        waits = self._backtracker is not None and self._backtracker.state.awaits_validation
+        waits = self._backtracker is not None and self._backtracker.awaits_validation
         if self.amount == 0 or self._stopped or waits or not self._ramp.take(step):
             return
         self._prune(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
@@ -344,7 +344,7 @@ class IterativePruningCallback(CuttingCallback):
         super().on_train_end(trainer, pl_module)
         assert self._ramp is not None
         backtracker = self._backtracker
-        if backtracker is not None and (self._stopped or backtracker.state.must_go_back(self.current_amount)):
+        if backtracker is not None and (self._stopped or backtracker.must_go_back(self.current_amount)):
             # A fit that has stopped may have trained on because of min_epochs or min_steps, so it goes back again.
             self._go_back(backtracker, pl_module)
         elif self.amount > 0 and not self.finished:
@@ -374,7 +374,7 @@ class IterativePruningCallback(CuttingCallback):
             self._go_back(self._backtracker, pl_module)
             trainer.should_stop = True
         elif outcome == "grew":
-            monitor = self._backtracker.state.rule.monitor
+            monitor = self._backtracker.rule.monitor
             count_anew(trainer, f"sparsity {self.sparsity:.4g} keeps {monitor}")
 
     def _go_back(self, backtracker: Backtracker, pl_module: LightningModule) -> None:
@@ -389,7 +389,7 @@ class IterativePruningCallback(CuttingCallback):
     def _prune(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
         if amount > 0:
             if self._backtracker is not None:
-                self._backtracker.state.pruned()
+                self._backtracker.pruned()
             if self._channels != []:  # else one channel is left of every group
                 keep = self._decide(trainer, pl_module, amount)
                 if self.granularity == "neuron" and self.shrink == "during_fit":
@@ -453,7 +453,7 @@ class IterativePruningCallback(CuttingCallback):
             "amount": self.current_amount,
             "ramp": None if self._ramp is None else self._ramp.state_dict(),
             "statistic": self._criterion.state_dict(),
-            "stop": None if self._backtracker is None else self._backtracker.state.state_dict(),
+            "stop": None if self._backtracker is None else self._backtracker.state_dict(),
             "stopped": self._stopped,
         }
 

@@ -1,8 +1,7 @@
-"""Prune until the metric drops: what `stop=` decides."""
+"""The rule behind `stop=`: when the network is still good enough to prune on."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,72 +75,3 @@ class StopRule:
                 f"stop monitors {self.monitor!r}, which validation did not log; it logged {sorted(metrics)}."
             )
         return torch.as_tensor(metrics[self.monitor], dtype=torch.float64)
-
-
-Verdict = Literal["better", "as good", "recovering", "failed"]
-
-
-class StopState:
-    """Follows a `StopRule` through a fit: what the dense network reached, and the newest state that kept it.
-
-    Args:
-        rule: When the network is still good enough.
-    """
-
-    def __init__(self, rule: StopRule) -> None:
-        self.rule = rule
-        self.baseline = rule.baseline
-        self.kept: dict[str, Any] | None = None
-        self.kept_amount = 0.0
-        self.awaits_validation = False
-        self.failures = 0  # validations in a row, at the present amount
-
-    def judge(self, value: float, amount: float) -> Verdict:
-        """Judge the network that was validated with `amount` removed.
-
-        Raises:
-            ValueError: The metric is NaN.
-
-        Returns:
-            "failed" when the metric dropped too far and stayed there, "recovering" while it may still come back,
-            "better" when it held at a larger amount than ever before, or is that of a better dense network, else
-            "as good".
-        """
-        if math.isnan(value):
-            raise ValueError(f"stop monitors {self.rule.monitor!r}, which is NaN: the training has diverged.")
-        if amount == 0.0 and self.rule.baseline is None and self._is_record(value):
-            self.baseline = value
-            self.awaits_validation, self.failures = False, 0
-            return "better"
-        assert self.baseline is not None, "the network that came in is judged before anything is pruned"
-        if not self.rule.satisfied(value, baseline=self.baseline):
-            self.failures += 1
-            recovers = amount > self.kept_amount and self.failures <= self.rule.recovery
-            self.awaits_validation = recovers
-            return "recovering" if recovers else "failed"
-        grew = amount > self.kept_amount
-        self.kept_amount = amount
-        self.awaits_validation, self.failures = False, 0
-        return "better" if grew else "as good"
-
-    def pruned(self) -> None:
-        """Note that more has been removed: what is there has not been judged."""
-        self.awaits_validation, self.failures = True, 0
-
-    def must_go_back(self, amount: float) -> bool:
-        """Whether the network at the end of a fit is not known to have kept the metric, and an earlier one is."""
-        unknown = self.awaits_validation and amount > self.kept_amount
-        return self.kept is not None and (self.failures > 0 or unknown)
-
-    def _is_record(self, value: float) -> bool:
-        if self.baseline is None:
-            return True
-        return value > self.baseline if self.rule.mode == "max" else value < self.baseline
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resume needs."""
-        return {key: value for key, value in vars(self).items() if key != "rule"}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` returned."""
-        vars(self).update(state)

@@ -81,14 +81,14 @@ def test_a_backtracker_restores_the_newest_network_that_kept_the_metric() -> Non
 
     backtracker.begin(SimpleNamespace(), module, masked, 0.0)  # type: ignore[arg-type]  # a baseline needs no Trainer
     masked.set({"layer.weight": torch.tensor([[True, False, True], [True, True, True]])})
-    backtracker.state.pruned()
-    assert backtracker.state.awaits_validation
+    backtracker.pruned()
+    assert backtracker.awaits_validation
     assert validated(0.85, 1 / 6) == "grew"
     good = {name: value.clone() for name, value in module.state_dict().items()}
     masked.set({"layer.weight": torch.zeros(2, 3, dtype=torch.bool)})
-    backtracker.state.pruned()
+    backtracker.pruned()
     assert validated(0.5, 1.0) is None  # it may recover
-    assert backtracker.state.must_go_back(1.0)
+    assert backtracker.must_go_back(1.0)
     assert validated(0.5, 1.0) == "failed"
     kept = backtracker.go_back(module, again=False)
     assert kept["amount"] == 1 / 6
