@@ -1,4 +1,4 @@
-"""A penalty that pulls groups of weights to zero, from plain functions to a callback."""
+"""Group lasso, a penalty that pulls groups of weights to zero, as plain functions and as a callback."""
 
 from __future__ import annotations
 

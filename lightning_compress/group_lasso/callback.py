@@ -35,37 +35,38 @@ from lightning_compress.trainer.targets import refuse_average_in_forward
 LassoGranularity = Literal["filter", "channel", "shape", "group"]
 LassoShrink = Literal["never", "on_fit_end"]
 
-_ZERO = 1e-8  # a norm at which a group counts as zero
+_ZERO = 1e-8  # a group with a norm up to this one counts as zero
 
 
 class GroupLassoCallback(CuttingCallback):
-    """Trains with a penalty that drives whole groups of weights to zero: filters, channels, shapes, or units.
+    """Trains with a penalty that drives whole groups of weights to zero: filters, channels, shapes, or channel groups.
 
-    R(w) = strength * sum over groups g of ||w_g||_2. Its gradient, strength * w_g / ||w_g||, is added to the loss's
-    once per optimizer step: after accumulation and after the ranks' gradients are averaged, before clipping. A
-    stochastic gradient takes groups close to zero, but not to it; with `proximal=True` nothing is added, and after
-    every optimizer step w_g <- w_g * max(0, 1 - lr * strength / ||w_g||), so that groups become exactly zero. lr is the
-    learning rate of the parameter's group in the optimizer, scaled by no moments: over a fit it takes at most
-    strength * (sum of lr) from the norm of a group, which says how to choose strength. Adam divides an added gradient
-    by its own size, so that there strength says little without `proximal`.
+    R(w) = strength * sum over groups g of ||w_g||_2. The gradient of the penalty, strength * w_g / ||w_g||, is added to
+    that of the loss once per optimizer step: after accumulation and after the ranks' gradients are averaged, before
+    clipping. A stochastic gradient takes groups close to zero, but not to exact zeros. With `proximal=True` no gradient
+    is added; after every optimizer step w_g <- w_g * max(0, 1 - lr * strength / ||w_g||), so that groups become exactly
+    zero. Here lr is the learning rate of the parameter's group in the optimizer, without the scaling by an optimizer's
+    moments: over a fit the steps take at most strength * (sum of lr) from the norm of a group, by which strength can be
+    chosen. Adam divides an added gradient by its own size, so that without `proximal` strength has little effect there.
 
-    The norms are summed plainly, as in the paper, without Yuan and Lin's factor sqrt(size of g).
+    The norms are summed without weights, as in the paper, and without Yuan and Lin's factor sqrt(size of g).
     `compress/group_sparsity` is logged once an epoch.
 
     Args:
         strength: Factor of the penalty, 0 or more; 0 changes nothing.
-        granularity: "filter" takes all weights of an output channel, "channel" all that read an input channel,
-            "shape" all that stand at one position (input channel, row, column) of the filters; for linear layers these
-            are rows, columns, and columns. "group" takes everything that produces a channel, in all tensors (weights,
-            biases, scale and shift of norms), so that what is zero can be cut out; only channels whose cut is exact.
+        granularity: "filter" groups all weights of an output channel, "channel" all weights that read an input channel,
+            "shape" all weights at one position (input channel, row, column) of the filters; for linear layers these
+            are rows, columns, and columns. "group" groups all slices that produce a channel, in all tensors (weights,
+            biases, scale and shift of norms), so that channels of zeros can be cut out; it takes only channels whose
+            cut is exact.
         target: Patterns of modules (their `weight`) or parameters; by default the linear layers and convolutions that
             an optimizer trains when the fit begins and that the code of `forward` (or `network`) reaches. With "group",
-            a channel group is taken when one of the tensors that produce it is named.
+            a channel group is taken if one of the tensors that produce it is named.
         exclude: Patterns to leave out.
         proximal: Whether groups are shrunk after the step, instead of a gradient added before it.
         shrink: When channels that are exactly zero leave the network for good: "never", or "on_fit_end", which needs
             granularity="group" and proximal=True.
-        example_inputs: What the network is traced with, for "group": a tensor, a tuple of positional arguments, or a
+        example_inputs: Inputs to trace the network with, for "group": a tensor, a tuple of positional arguments, or a
             dict of keyword arguments, batch first. By default `example_input_array`, else one peeked batch.
         network: Dotted path of the submodule that is traced, for "group"; by default the LightningModule.
 
@@ -76,8 +77,8 @@ class GroupLassoCallback(CuttingCallback):
         ValueError: An argument is out of range.
 
     References:
-        Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks", section 3. It penalizes filters and
-        channels together: two callbacks do.
+        Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks", section 3. The paper penalizes filters
+        and channels together, which takes two callbacks.
         Parikh and Boyd 2014, "Proximal Algorithms", section 6.5.1, for the proximal step.
 
     Example:

@@ -1,13 +1,13 @@
-"""Group lasso: a penalty under which whole groups of weights go to zero together.
+"""Group lasso: a penalty that drives whole groups of weights to zero together.
 
     R(w) = strength * sum over groups g of ||w_g||_2
 
     gradient    strength * w_g / ||w_g||                               at ||w_g|| = 0 the subgradient 0
     proximal    w_g <- w_g * max(0, 1 - lr * strength / ||w_g||)       exact zeros
 
-The norms are summed plainly, as in structured sparsity learning (Wen et al. 2016, section 3.1), and not weighted with
-the square root of the group's size as for regression (Yuan and Lin 2006): torch draws weights so that a filter's norm
-does not depend on its size, and the same strength then means the same to every layer's filters.
+The norms are summed without weights, as in structured sparsity learning (Wen et al. 2016, section 3.1). Regression
+weights them with the square root of the group's size (Yuan and Lin 2006); but torch initializes weights so that a
+filter's norm does not depend on its size, and the same strength then has the same effect on the filters of all layers.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Part:
     """The slices of one parameter that belong to some groups.
 
     Attributes:
-        parameter: The parameter, seen in `blocks` equal blocks along its first dimension: (blocks, ..., ...).
+        parameter: The parameter.
+        blocks: The number of equal blocks along the first dimension, in a view of the parameter: (blocks, ..., ...).
         along: The dimensions of that view along which the groups differ.
-        index: None where every position along them is a group; else, shape (size, k), the k positions of each.
+        index: The k positions of each group along these dimensions, shape (size, k); None if every position is a
+            group.
         shape: The parameter's shape when the groups were found.
     """
 
@@ -45,12 +47,12 @@ class Part:
     shape: torch.Size
 
     def view(self, tensor: Tensor) -> Tensor:
-        """See a tensor of the parameter's shape as blocks."""
+        """Return the view in blocks of a tensor of the parameter's shape."""
         shape = (self.blocks, tensor.shape[0] // self.blocks, *tensor.shape[1:])
         return tensor.view(shape)
 
     def squares(self) -> Tensor:
-        """Sum the squares within every group: shape (size,)."""
+        """Return the sum of squares within every group: shape (size,)."""
         w = self.view(self.parameter)
         w = w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
         others = [dim for dim in range(w.dim()) if dim not in self.along]
@@ -58,7 +60,7 @@ class Part:
         return positions if self.index is None else positions[self.index].sum(1)
 
     def spread(self, factors: Tensor, *, elsewhere: float) -> Tensor:
-        """Give every entry its group's factor, in a shape that broadcasts over the view."""
+        """Return every entry's factor, that of its group or `elsewhere`, in a shape that broadcasts over the view."""
         view = self.view(self.parameter)
         shape = [size if dim in self.along else 1 for dim, size in enumerate(view.shape)]
         if self.index is not None:
@@ -70,13 +72,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class WeightGroups:
-    """Groups of weights of one kind, such as the filters of a layer: each is a slice of every part."""
+    """Groups of weights of one kind, such as the filters of a layer. Each group is a slice of every part."""
 
     name: str
     parts: tuple[Part, ...]
 
     def squares(self) -> Tensor:
-        """The squared norm of every group: shape (size,)."""
+        """Return the squared norm of every group: shape (size,)."""
         total = self.parts[0].squares()
         for part in self.parts[1:]:
             total = total + part.squares()
@@ -84,7 +86,7 @@ class WeightGroups:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """The norm of every group: shape (size,)."""
+        """Return the norm of every group: shape (size,)."""
         return self.squares().sqrt()
 
     @property
@@ -102,13 +104,14 @@ def weight_groups(
 ) -> list[WeightGroups]:
     """Divide every targeted weight, by itself, into groups.
 
-    The layer's output is the weight's dimension 0 and its input dimension 1, but for transposed convolutions the other
-    way round. In a convolution with `groups=`, input channels and shapes are told apart by the filters that see them.
+    The layer's output is the weight's dimension 0 and its input dimension 1; in transposed convolutions it is the other
+    way round. In a convolution with `groups=`, each block of filters has input channels and shapes of its own.
 
     Args:
         model: The network.
-        granularity: "filter" takes all weights of an output channel, "channel" all that read an input channel, "shape"
-            all that stand at one position (input channel, row, column) of the filters; of a linear layer, a column.
+        granularity: "filter" groups all weights of an output channel, "channel" all weights that read an input channel,
+            "shape" all weights at one position (input channel, row, column) of the filters; for a linear layer, a
+            column.
         target: Patterns of modules (their `weight`) or parameters; by default every linear layer and convolution.
         exclude: Patterns to leave out.
 
@@ -153,9 +156,9 @@ def producer_groups(
     target: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
 ) -> tuple[list[WeightGroups], dict[str, str]]:
-    """Make one group of all slices, in all tensors, that produce a channel: with them at zero, it can be cut out.
+    """Make one group of all slices, in all tensors, that produce a channel; a channel of zeros can be cut out.
 
-    A channel group is taken when `target` names one of the tensors that produce it and `exclude` none of them.
+    A channel group is taken if `target` names one of the tensors that produce it and `exclude` names none of them.
 
     Args:
         model: The module that the tensors' names are relative to.
@@ -164,7 +167,7 @@ def producer_groups(
         exclude: As for `weight_groups`.
 
     Returns:
-        The groups; and by name why other channel groups that were targeted are not among them.
+        The groups, and by name the reasons why other targeted channel groups are not among them.
 
     Example:
         >>> from lightning_compress.channels.find import channel_groups
@@ -219,15 +222,15 @@ def penalty(groups: Iterable[WeightGroups], strength: float) -> Tensor:
 def add_gradient(
     groups: Iterable[WeightGroups], strength: float, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Add the penalty's gradient, strength * w_g / ||w_g||, to the gradients that are there.
+    """Add the penalty's gradient, strength * w_g / ||w_g||, to the gradients of the loss.
 
-    It belongs between the last backward pass and the optimizer's step. What has no gradient is not stepped, and gets
-    none.
+    Call it between the last backward pass and the optimizer's step. A parameter without a gradient gets none, because
+    no optimizer steps it.
 
     Args:
         groups: From `weight_groups` or `producer_groups`.
         strength: Factor of the penalty.
-        optimizer: Only its parameters get the gradient; by default all do.
+        optimizer: The optimizer whose parameters get the gradient; by default all parameters do.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -255,15 +258,15 @@ def add_gradient(
 def shrink_groups(groups: Iterable[WeightGroups], strength: float, optimizer: torch.optim.Optimizer) -> None:
     """Shrink every group by the proximal step, w_g <- w_g * max(0, 1 - lr * strength / ||w_g||).
 
-    It belongs after the optimizer's step, before the gradients are cleared: what has none was not stepped, and is not
-    shrunk. lr is that of the parameter's group in the optimizer, whatever else the optimizer does with a gradient.
-    A group is the minimiser of 0.5 ||v - w_g||^2 + lr * strength * ||v|| then, and exactly zero where
-    ||w_g|| <= lr * strength.
+    Call it after the optimizer's step, before the gradients are cleared: a parameter without a gradient was not
+    stepped, and is not shrunk. lr is the learning rate of the parameter's group in the optimizer, independent of how
+    the optimizer scales gradients. The new group is the minimiser v of 0.5 ||v - w_g||^2 + lr * strength * ||v||, which
+    is exactly zero if ||w_g|| <= lr * strength.
 
     Args:
         groups: From `weight_groups` or `producer_groups`. Groups that share weights shrink one after the other.
         strength: Factor of the penalty.
-        optimizer: The one that has stepped; only its parameters are shrunk.
+        optimizer: The optimizer that has stepped; only its parameters are shrunk.
 
     Raises:
         ValueError: The optimizer has no `lr`.

@@ -1,4 +1,4 @@
-"""Pruning: score, remove a little, train on, repeat. From plain functions to a callback."""
+"""Iterative pruning of weights and channels, as plain functions and as a callback."""
 
 from __future__ import annotations
 

@@ -17,14 +17,15 @@ from lightning_compress.core.tensors import saved_tensors
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The channels of one group: `size` units, each a slice of every member.
+    """The channels of one group. Each channel is a slice of every member.
 
     Attributes:
         name: The group's name.
-        size: How many there are.
-        members: The slices that make the channels; with zeros in all of them a channel is silent.
-        frozen: None, or why none of them may be removed, in words.
-        weights: The slices of layers' weights among them, by which criteria score; by default the first member.
+        size: The number of channels.
+        members: The slices that make the channels; with zeros in all of its slices a channel is silent.
+        frozen: The reason why no channel of the group may be removed, in words; None if channels may be removed.
+        weights: The members that are weights of layers, from which criteria compute scores; by default the first
+            member.
     """
 
     name: str
@@ -48,7 +49,7 @@ def channel_sums(score: Tensor, member: Member) -> Tensor:
         >>> score = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> channel_sums(score, Member("fc.weight", dim=0, index=torch.tensor([[0], [1]])))
         tensor([3., 7.])
-        >>> channel_sums(score, Member("fc.weight", dim=0, index=torch.tensor([[0, 1]])))  # one unit of two rows
+        >>> channel_sums(score, Member("fc.weight", dim=0, index=torch.tensor([[0, 1]])))  # one channel of two rows
         tensor([10.])
     """
     positions = score.movedim(member.dim, 0).flatten(1).sum(1) if score.dim() > 1 else score
@@ -64,22 +65,23 @@ def find_channels(
     network: str = "",
     groups: ChannelGroups | None = None,
 ) -> list[Channels]:
-    """Find the channels that the named weights make, with all that makes them; frozen ones say why.
+    """Find the channels that the named weights make, with all slices that make them.
 
-    Channels that several layers make together, as those of a residual stream, are one group. It is free if all the
-    layers' weights in it are named, if it is a free group of the network, and if cutting it is exact.
-    Buffers, such as those of frozen norms, are masked like parameters. Tensors go by their first name in the model.
+    Channels that several layers make together, such as those of a residual stream, are one group. The group is free if
+    the weights of all its layers are named, if it is a free group of the network, and if cutting it is exact; else
+    `frozen` holds the reason. Buffers, such as those of frozen norms, are masked like parameters. A tensor with several
+    names has its first name in the model.
 
     Args:
         model: The module that the names are relative to.
         example_inputs: As for `channel_groups`.
         weights: Qualified names of parameters.
-        exclude: Qualified names of parameters that must not be touched, whoever else makes their channels.
+        exclude: Qualified names of parameters that must not be touched, even if other layers make the same channels.
         network: Dotted path of the submodule that takes the inputs and makes the prediction.
-        groups: What `channel_groups` says of the network, to save the time of asking again.
+        groups: The channel groups of the network, if the caller has them; else the network is traced.
 
     Raises:
-        ValueError: A name is no parameter's, or the network cannot be exported.
+        ValueError: A name is not that of a parameter, or the network cannot be exported.
 
     Example:
         >>> import torch
@@ -124,21 +126,24 @@ def find_channels(
 
 
 def _scored(model: nn.Module, members: Sequence[Member]) -> list[Member]:
-    """The layers' weights among the members; where there are none, all matrices, or the first vector."""
+    """Return the members that are weights of layers; if there are none, all matrices, or else the first vector."""
     layers, others = [], []
     for member in members:
         module, _, name = member.tensor.rpartition(".")
         layer = model.get_submodule(module)
         if name != "weight" or not is_weight_layer(layer):
             others.append(member)
-        elif member.dim in _output_dims(layer):  # the other side belongs to another layer's channels
+        elif member.dim in _output_dims(layer):  # the input side belongs to another layer's channels
             layers.append(member)
     matrices = [one for one in others if model.get_parameter(one.tensor).dim() > 1]
     return layers or matrices or others[:1]
 
 
 def _output_dims(layer: nn.Module) -> tuple[int, ...]:
-    """The dimensions of a layer's weight that hold its output channels: with groups, those of a transposed one both."""
+    """Return the dimensions of a layer's weight that hold its output channels.
+
+    In a transposed convolution with groups both dimensions do.
+    """
     if isinstance(layer, _ConvNd) and layer.transposed:
         return (1,) if layer.groups == 1 else (0, 1)
     return (1,) if is_transposed_linear(layer) else (0,)

@@ -1,4 +1,4 @@
-"""What feeds a criterion: the hooks of a training step, from which a statistic collects what it needs."""
+"""Feeds a criterion from the hooks of a training step, at which its statistic collects values."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SEES_NOTHING = Statistic()
 
 
 class CriterionHooks:
-    """Holds what a criterion sees of the training, and scores by it.
+    """Holds the statistic of a criterion while a network trains, and scores its targets.
 
     `watch` makes a statistic of the targets, and `stop` drops it. A micro-batch calls `begin`, then the methods of
-    `step` (`before_backward`, `before_step`, `after_step`), and `end`. Criteria that score by the weights alone have no
-    statistic; all of this does nothing for them.
+    `step` (`before_backward`, `before_step`, `after_step`), and `end`. Criteria that need the weights alone have no
+    statistic; for them these methods do nothing.
 
     Args:
         criterion: The criterion's name.
         granularity: Whether weights or channels are scored.
 
     Attributes:
-        statistic: What the criterion has seen since the last event, or None.
-        step: What sees the step of now: the statistic, or one that sees nothing, where the step doesn't count.
+        statistic: The statistic since the last event, or None.
+        step: The statistic, if the present step counts, else one that collects nothing.
     """
 
     def __init__(self, criterion: Criterion, granularity: Granularity) -> None:
@@ -48,7 +48,7 @@ class CriterionHooks:
 
     @property
     def looks_at(self) -> frozenset[Sight]:
-        """What the criterion decides by."""
+        """The values that the criterion depends on, in the words of `Effects`."""
         if self._criterion in STATIC:
             return frozenset() if self._criterion == "random" else frozenset({"magnitudes"})
         found: set[Sight] = {"gradients"}
@@ -63,13 +63,13 @@ class CriterionHooks:
     def watch(
         self, model: nn.Module, targets: list[str] | list[Channels], *, network: nn.Module, generator: torch.Generator
     ) -> None:
-        """Make a new statistic of the targets as they are now; of no targets there is none.
+        """Make a new statistic of the targets as they are now; without targets there is none.
 
         Args:
             model: The module that the targets' names are relative to.
             targets: Names of parameters, or channels.
             network: The submodule whose output is the prediction.
-            generator: What random draws come from.
+            generator: The source of random numbers.
         """
         self.stop()
         if targets:
@@ -78,19 +78,19 @@ class CriterionHooks:
             )
 
     def stop(self) -> None:
-        """Drop the statistic: nothing more is decided."""
+        """Drop the statistic, when no more decisions follow."""
         self.end()
         self.statistic = None
 
     def begin(self, *, counts: bool) -> None:
-        """Begin a micro-batch. `counts` says whether it leads to an event; some criteria see all others as well."""
+        """Begin a micro-batch. `counts` says whether an event uses it; some criteria collect from all of them."""
         statistic = self.statistic
         if statistic is not None and (counts or statistic.needs_training):
             self.step = statistic
         self.step.begin()
 
     def end(self) -> None:
-        """Remove what watches the network: after a micro-batch or an exception, and before shapes change."""
+        """Remove the hooks: after a micro-batch or an exception, and before shapes change."""
         self.step = _SEES_NOTHING
         if self.statistic is not None:
             self.statistic.end()
@@ -98,7 +98,12 @@ class CriterionHooks:
     def score(
         self, weights: dict[str, Tensor], channels: list[Channels] | None, generator: torch.Generator
     ) -> tuple[dict[str, Tensor], bool]:
-        """Score the targets by what all ranks have seen, or else weights, or channels where they are given.
+        """Score the targets, by the statistics of all ranks or by the weights.
+
+        Args:
+            weights: The targeted weights, by name.
+            channels: The targeted channels, or None if single weights are scored.
+            generator: The source of random numbers.
 
         Returns:
             The scores, and whether their absolute values are the importance.
@@ -107,37 +112,37 @@ class CriterionHooks:
             self.statistic.reduce(all_reduce_sum)  # `reset` follows
             return self.statistic.scores(), False
         if self._criterion in ("magnitude", "l2") and channels is None:
-            return weights, True  # |w| and w^2 have one order: no copy of the weights is made
+            return weights, True  # |w| and w^2 have the same order, so that no copy of the weights is needed
         return static_scores(self._criterion, weights, channels, generator), False
 
     def reset(self) -> None:
-        """Forget what has been seen, at the start of a new interval."""
+        """Set the statistic to zero, at the start of a new interval."""
         if self.statistic is not None:
             self.statistic.reset()
 
     def synchronize(self) -> None:
-        """Sum over ranks what they have seen, for a checkpoint; rank 0 goes on from that, and others from nothing."""
+        """Add the statistics of all ranks for a checkpoint; rank 0 continues from the sum, the others from zero."""
         if self.statistic is not None:
             self.statistic.reduce(all_reduce_sum)
             if self.statistic.rank_local and rank() > 0:
                 self.statistic.reset()
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Everything seen since the last reset, as plain data; None without a statistic."""
+        """Return the statistic since the last reset as plain data; None if there is none."""
         return None if self.statistic is None else self.statistic.state_dict()
 
     def resume(self, state: dict[str, Any] | None) -> None:
-        """Go on from what `state_dict` returned for a checkpoint: on rank 0, for it holds the sums over all ranks."""
+        """Continue from the `state_dict` of a checkpoint: on rank 0 alone, because it holds the sums over all ranks."""
         if self.statistic is not None and state is not None:
             self.statistic.load_state_dict(state)
             if self.statistic.rank_local and rank() > 0:
                 self.statistic.reset()
 
     def follow(self, state: dict[str, Any], kept: Kept) -> None:
-        """Go on from what `state_dict` returned before a cut; `kept` has the positions that stayed."""
+        """Continue from the `state_dict` of before a cut; `kept` has the positions that stayed."""
         if self.statistic is None:
             return
-        now = self.statistic.sums  # sums over channels keep their shapes
+        now = self.statistic.sums  # sums over the channels of other groups keep their shapes
         sums = {
             name: total if total.shape == now[name].shape else select(total, kept[name])
             for name, total in state["sums"].items()

@@ -1,4 +1,4 @@
-"""A dry run of pruning: what would be pruned, what has to stay, what is passed over, and why."""
+"""A dry run of pruning: which parameters would be pruned, which have to stay, which are skipped, and why."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from lightning_compress.pruning.channels import Channels, find_channels
 
 @dataclass(frozen=True)
 class Verdict:
-    """What pruning would do with one parameter.
+    """The action of pruning on one parameter.
 
     Attributes:
         name: Qualified name of the parameter.
-        shape: Its shape.
-        units: What `amount` counts: entries, or channels; 0 where they are counted with another parameter or none.
-        action: "pruned" (its channels perhaps only in part), "follows" (another parameter with the same channels),
+        shape: The parameter's shape.
+        count: The number of entries, or channels, that `amount` counts; 0 if they are counted with another parameter
+            or not at all.
+        action: "pruned" (perhaps only some of its channels), "follows" (another parameter has the same channels),
             "frozen" (a target that has to stay) or "skipped" (no target).
-        reason: Why, in words; empty for what is pruned.
+        reason: The reason for the action, in words; empty for pruned parameters.
     """
 
     name: str
     shape: tuple[int, ...]
-    units: int
+    count: int
     action: Literal["pruned", "follows", "frozen", "skipped"]
     reason: str = ""
 
@@ -36,7 +37,7 @@ class Verdict:
 def inspect_weights(
     module: nn.Module, target: str | Sequence[str] | None = None, *, exclude: str | Sequence[str] = ()
 ) -> list[Verdict]:
-    """Return what weight pruning with these patterns would do with every parameter, in the module's order.
+    """Return the verdict of weight pruning with these patterns on every parameter, in the module's order.
 
     Args:
         module: The network, or the LightningModule that holds it.
@@ -49,7 +50,7 @@ def inspect_weights(
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2, bias=False))
         >>> for verdict in inspect_weights(net, exclude="3"):
-        ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
+        ...     print(verdict.name, verdict.count, verdict.action, "|", verdict.reason or "-")
         0.weight 36 pruned | -
         0.bias 0 skipped | not targeted
         1.weight 0 skipped | not targeted
@@ -74,7 +75,7 @@ def inspect_channels(
     exclude: str | Sequence[str] = (),
     network: str = "",
 ) -> list[Verdict]:
-    """Return what neuron pruning with these patterns would do with every parameter, in the module's order.
+    """Return the verdict of channel pruning with these patterns on every parameter, in the module's order.
 
     Args:
         module: The network, or the LightningModule that holds it.
@@ -90,7 +91,7 @@ def inspect_channels(
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> for verdict in inspect_channels(net, torch.zeros(5, 3)):
-        ...     print(verdict.name, verdict.units, verdict.action, "|", verdict.reason or "-")
+        ...     print(verdict.name, verdict.count, verdict.action, "|", verdict.reason or "-")
         0.weight 4 pruned | -
         0.bias 0 follows | with 0.weight
         2.weight 2 frozen | it is an output of the network
@@ -99,18 +100,18 @@ def inspect_channels(
     chosen = select_parameters(module, target, exclude=exclude)
     skipped = _reasons_to_skip(module, target, exclude)
     pruned, frozen = _Channels(), _Channels()
-    for channels in find_channels(module, example_inputs, chosen, network=network):
-        (pruned if channels.frozen is None else frozen).add(channels, chosen)
+    for group in find_channels(module, example_inputs, chosen, network=network):
+        (pruned if group.frozen is None else frozen).add(group, chosen)
 
     def verdict(name: str, shape: tuple[int, ...]) -> Verdict:
-        if name in pruned.units:
-            return Verdict(name, shape, pruned.units[name], "pruned")
+        if name in pruned.counts:
+            return Verdict(name, shape, pruned.counts[name], "pruned")
         if name in pruned.followed:
             return Verdict(name, shape, 0, "follows", f"with {pruned.followed[name]}")
         if name not in chosen:
             return Verdict(name, shape, 0, "skipped", skipped[name])
-        if name in frozen.units:
-            return Verdict(name, shape, frozen.units[name], "frozen", frozen.reasons[name])
+        if name in frozen.counts:
+            return Verdict(name, shape, frozen.counts[name], "frozen", frozen.reasons[name])
         if name in frozen.followed:
             return Verdict(name, shape, 0, "frozen", f"with {frozen.followed[name]}")
         return Verdict(name, shape, 0, "frozen", "no channels go by its name")
@@ -119,18 +120,21 @@ def inspect_channels(
 
 
 class _Channels:
-    """Channels by the tensors that make them: the first target stands for the others. Groups may share a tensor."""
+    """Counts channels by the tensors that make them: the first target counts for the others of its group.
+
+    Groups may share a tensor.
+    """
 
     def __init__(self) -> None:
-        self.units: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
         self.reasons: dict[str, str] = {}
         self.followed: dict[str, str] = {}
 
-    def add(self, channels: Channels, targets: Collection[str]) -> None:
-        first = next(one.tensor for one in channels.weights if one.tensor in targets)
-        self.units[first] = self.units.get(first, 0) + channels.size
-        self.reasons.setdefault(first, channels.frozen or "")
-        for member in channels.members:
+    def add(self, group: Channels, targets: Collection[str]) -> None:
+        first = next(one.tensor for one in group.weights if one.tensor in targets)
+        self.counts[first] = self.counts.get(first, 0) + group.size
+        self.reasons.setdefault(first, group.frozen or "")
+        for member in group.members:
             self.followed.setdefault(member.tensor, first)
 
 

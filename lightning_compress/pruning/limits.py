@@ -1,4 +1,4 @@
-"""Warnings about what the limits of pruning have emptied, or kept from being pruned."""
+"""Warnings about tensors that pruning has emptied, and about limits that kept entries or channels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 def warn_of_thin_layers(
     masks: Mapping[str, Tensor], least: Mapping[str, int], min_left: float, warned: set[str]
 ) -> None:
-    """Warn once of every tensor that is emptied, and of every one of which no more than the least is left.
+    """Warn once of every tensor that is empty, and of every tensor that has no more entries left than `least`.
 
     Args:
         masks: The masks in force (True stays), by parameter name.
-        least: How many entries `min_left` keeps of a tensor; empty where it doesn't count.
+        least: The number of entries of each tensor that `min_left` protects; empty if the setting does not apply.
         min_left: The setting.
-        warned: Names of tensors that a warning has named before; new ones are added.
+        warned: Names of tensors of which a warning was given before; new ones are added.
     """
     counts = {name: int(mask.sum()) for name, mask in masks.items() if name not in warned}
     emptied = [name for name, count in counts.items() if count == 0]
@@ -37,7 +37,7 @@ def warn_of_rounding(keep: Mapping[str, Tensor], amount: float, round_to: int) -
     """Warn if fewer channels than `amount` asks for have been pruned, because widths are multiples of `round_to`.
 
     Args:
-        keep: By layer which channels stay.
+        keep: By group the channels that stay (True).
         amount: Fraction of the channels that should be pruned.
         round_to: The setting.
     """

@@ -1,4 +1,4 @@
-"""Parameters with masks in force: the module holds w where m is True and 0 elsewhere, and the masks may change."""
+"""Parameters under masks: the module holds w where the mask is True and 0 elsewhere, and the masks may change."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class MaskedParameters:
 
     Args:
         model: The module that the names are relative to.
-        channels: The layers' channels, where masks are over channels; None where they are over single entries.
-        regrow: Whether masked entries keep a latent value that goes on training.
+        channels: The channels, if masks are over channels; None if they are over single entries.
+        regrow: Whether masked entries keep a latent value that trains on.
 
     Attributes:
-        keep: What stays (True), per parameter entry or, with channels, per channel; None before the first mask.
-        masks: The masks over parameters that follow from it, by parameter name.
-        projection: What masks the module around optimizer steps; None before the first mask.
+        keep: The masks (True stays) over entries, by parameter, or over channels, by group; None before the first mask.
+        masks: The masks over entries that follow from `keep`, by parameter name.
+        projection: The projection that masks the module around optimizer steps; None before the first mask.
 
     Example:
         >>> layer = nn.Linear(3, 1, bias=False)
@@ -37,7 +37,7 @@ class MaskedParameters:
     """
 
     def __init__(self, model: nn.Module, *, channels: Sequence[Channels] | None = None, regrow: bool = False) -> None:
-        self._parameters = dict(model.named_parameters()) | dict(model.named_buffers())  # of frozen norms, for one
+        self._parameters = dict(model.named_parameters()) | dict(model.named_buffers())  # such as those of frozen norms
         self._channels = channels
         self._regrow = regrow
         self.keep: dict[str, Tensor] | None = None
@@ -47,7 +47,7 @@ class MaskedParameters:
 
     @property
     def latent(self) -> dict[str, Tensor]:
-        """What the optimizer trains behind the masks, by parameter name; empty without `regrow`."""
+        """The latent values that the optimizer trains behind the masks, by parameter name; empty without `regrow`."""
         return {} if self.projection is None else self.projection.latent
 
     def value(self, name: str) -> Tensor:
@@ -58,20 +58,20 @@ class MaskedParameters:
         """Put masks in force.
 
         Args:
-            keep: What stays, as `self.keep`; None takes all masks away.
-            latent: Latent values from a checkpoint or an earlier moment; by default those of now go on.
+            keep: The masks, as `self.keep`; None removes all masks.
+            latent: Latent values from a checkpoint or an earlier moment; by default the present ones stay.
         """
         if keep is None:
             self.keep, self.masks, self.projection, self._bits = None, {}, None, {}
             return
         if self.projection is not None and latent is None:
-            self.projection.take_writes()  # while the masks are those that the module was written with
-        self._bits = {}  # the old ones go before the new ones are made
+            self.projection.take_writes()  # before the masks change with which the module was written
+        self._bits = {}  # frees the old bits before the new ones are made
         self.keep = {name: mask.to(self._device_of(name)) for name, mask in keep.items()}
         self.masks = self.keep if self._channels is None else expand(self._channels, self.keep, self._parameters)
         self._bits = {name: bit_mask(mask, self._parameters[name].dtype) for name, mask in self.masks.items()}
         if self.projection is None or latent is not None:
-            masked: Any = {name: self._parameters[name] for name in self.masks}  # no optimizer steps the buffers
+            masked: Any = {name: self._parameters[name] for name in self.masks}  # buffers too, which no optimizer steps
             self.projection = Projection(masked, self._zero, keep_latent=self._regrow)
             self.projection.load_latent(latent or {})
         self.projection.rewrite()
@@ -79,7 +79,7 @@ class MaskedParameters:
     def check_masked(self, masks: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if the parameters are not those that the masks were made for.
 
-        Behind a mask of an earlier fit every weight is zero; anything else was trained or loaded since.
+        Masked weights of an earlier fit are zero; others have been trained or loaded since.
         """
         for name, mask in masks.items():
             parameter = self._parameters[name].detach()
@@ -95,18 +95,18 @@ class MaskedParameters:
                 )
 
     def count_zeros(self) -> dict[str, int]:
-        """Count what is masked and zero in the module: entries per parameter or, with channels, channels per layer."""
+        """Count the entries of each parameter, or channels of each group, that are masked and zero in the module."""
         keep = self.keep or {}
         if self._channels is None:
             held = {name: self._parameters[name].detach() for name in keep}
             return {name: int(((held[name] == 0) & ~mask.to(held[name].device)).sum()) for name, mask in keep.items()}
         counts = {}
-        for layer in self._channels:
-            if layer.name in keep:
-                live = keep[layer.name].cpu()
-                for member in layer.members:
+        for group in self._channels:
+            if group.name in keep:
+                live = keep[group.name].cpu()
+                for member in group.members:
                     live = live | (channel_sums(self._parameters[member.tensor].detach() != 0, member) > 0).cpu()
-                counts[layer.name] = int((~live).sum())
+                counts[group.name] = int((~live).sum())
         return counts
 
     def mask_gradients(self) -> None:
@@ -131,5 +131,5 @@ class MaskedParameters:
             keep_(tensor, self._bits[name])
 
     def _device_of(self, name: str) -> torch.device:
-        parameter = self._parameters.get(name)  # a layer's name, with channels
+        parameter = self._parameters.get(name)  # None if the name is that of a group
         return next(iter(self._parameters.values())).device if parameter is None else parameter.device

@@ -1,4 +1,4 @@
-"""Scores to masks: which entries stay, exactly as many as asked for."""
+"""Masks from scores: exactly as many entries stay as the amount asks for."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def prune_weights(
         scores: Importance per entry, by parameter name.
         amount: Fraction of the original entries that is dropped afterwards, those already dropped included.
         scope: "global" compares all entries with each other, "layer" drops the same fraction of each tensor.
-        absolute: The importance is the score's absolute value.
-        alive: Masks that hold already; what is dropped there stays dropped.
-        left: How many of the original entries have left each tensor for good: they count as dropped.
-        min_left: Fraction of each tensor's original entries that stays at least with scope="global", as far as they are
+        absolute: Whether the importance is the score's absolute value.
+        alive: Masks of earlier events; entries that they drop stay dropped.
+        left: The number of original entries that have left each tensor for good; they count as dropped.
+        min_left: Smallest fraction of each tensor's original entries that stays with scope="global", as far as they are
             alive; see `least_left`.
 
     Raises:
@@ -66,7 +66,7 @@ def prune_weights(
     }
     open_names, dropped = list(scores), 0
     while short := [name for name in open_names if int(masks[name].sum()) < floors[name]]:
-        for name in short:  # keeps its best, and the others lose more in its place
+        for name in short:  # this tensor keeps its best entries, and the others lose more in its place
             open_names.remove(name)
             dropped += scores[name].numel() - floors[name]
             masks |= _keep({name: scores[name]}, scores[name].numel() - floors[name], absolute, alive)
@@ -78,13 +78,14 @@ def prune_weights(
 
 
 def least_left(counts: Mapping[str, int], amount: float, min_left: float) -> dict[str, int]:
-    """Return how many entries of every tensor stay at least when `amount` of all of them is dropped.
+    """Return the smallest number of entries of every tensor that stay when `amount` of all entries is dropped.
 
-    It is `min_left` of a tensor's entries, at most half of the fraction that stays of all, and one at least, unless
-    so few stay that half of them are not one for each. So the floors leave room for the amount.
+    It is the fraction `min_left` of a tensor's entries, or half of the fraction that stays of all entries if that is
+    less; and at least one entry, unless half of all entries that stay are fewer than the tensors. So these floors leave
+    room for the amount.
 
     Args:
-        counts: By name, how many entries each tensor had in the beginning.
+        counts: The number of original entries of each tensor, by name.
         amount: As for `prune_weights`.
         min_left: As for `prune_weights`.
 
@@ -109,7 +110,7 @@ def _drops(
     alive: Mapping[str, Tensor] | None,
     left: Mapping[str, int] | None,
 ) -> int:
-    """Return how many of the entries that are there must be dropped, so that `amount` of the original ones is."""
+    """Return how many of the present entries must be dropped, so that `amount` of the original ones is dropped."""
     names = list(names)
     gone = sum((left or {}).get(name, 0) for name in names)
     dropped = 0 if alive is None or gone == 0 else sum(int((~alive[name]).sum()) for name in names)
@@ -130,12 +131,12 @@ def prune_channels(
 
     Args:
         scores: Importance per channel, by group name, each of shape (channels,).
-        amount: Fraction of all these channels that is dropped afterwards; fewer where `round_to` keeps more.
+        amount: Fraction of all these channels that is dropped afterwards; fewer if `round_to` keeps more.
         scope: As for `prune_weights`.
         alive: As for `prune_weights`.
-        costs: What one channel of each group costs: the importance is divided by it before groups are compared.
-        min_channels: How many of each group stay at least.
-        round_to: The number that stays is rounded up to a multiple of it.
+        costs: The cost of one channel of each group, which divides the importance before groups are compared.
+        min_channels: Smallest number of channels of each group that stay.
+        round_to: The number of channels that stay is rounded up to a multiple of this number.
 
     Raises:
         ValueError: A score is NaN.
@@ -154,8 +155,9 @@ def prune_channels(
         present = score if alive is None else score.masked_fill(~alive[name], -torch.inf)
         best = present.argsort(descending=True, stable=True)[:least]
         cost = costs[name] if costs is not None and scope == "global" else 1.0
-        worth = torch.where(score >= 0, score / cost, score * cost)  # a dear channel is worth less, below zero too
-        guarded[name] = worth.index_fill(0, best, torch.inf).where(~score.isnan(), score)  # NaN is told, not kept
+        # A costly channel is worth less, also if its score is negative. A NaN stays, so that it raises an error.
+        worth = torch.where(score >= 0, score / cost, score * cost)
+        guarded[name] = worth.index_fill(0, best, torch.inf).where(~score.isnan(), score)
         protected[name] = least
     masks: dict[str, Tensor] = {}
     if scope == "layer":
@@ -171,7 +173,7 @@ def prune_channels(
 
 
 def _rounded_up(mask: Tensor, score: Tensor, alive: Tensor | None, multiple: int) -> Tensor:
-    """Give back the best of what was dropped, until the number that stays is a multiple."""
+    """Give back the best of the dropped channels, until the number that stays is a multiple."""
     candidates = score.masked_fill(mask | (~alive if alive is not None else torch.zeros_like(mask)), -torch.inf)
     missing = min(-int(mask.sum()) % multiple, int((candidates > -torch.inf).sum()))
     mask = mask.clone()
@@ -180,19 +182,19 @@ def _rounded_up(mask: Tensor, score: Tensor, alive: Tensor | None, multiple: int
 
 
 def expand(channels: Sequence[Channels], keep: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the masks over parameters that silence the dropped channels in everything that the channels own.
+    """Return the masks over parameters that silence the dropped channels, in all slices that make them.
 
     Args:
-        channels: The layers' channels and their members.
-        keep: For each layer a mask over its channels, True stays.
+        channels: The channels of each group, with their members.
+        keep: For each group a mask over its channels, True stays.
         shapes: The parameters, by name, whose shapes and devices the masks get.
     """
     masks: dict[str, Tensor] = {}
-    for layer in channels:
-        if layer.name not in keep:
+    for group in channels:
+        if group.name not in keep:
             continue
-        gone = ~keep[layer.name]
-        for member in layer.members:
+        gone = ~keep[group.name]
+        for member in group.members:
             parameter = shapes[member.tensor]
             mask = masks.setdefault(member.tensor, torch.ones_like(parameter, dtype=torch.bool))
             mask.index_fill_(member.dim, member.index[gone.to(member.index.device)].flatten().to(mask.device), False)

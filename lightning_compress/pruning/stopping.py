@@ -12,15 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
-    """Keeps pruning while the monitored metric stays within `max_drop` of the dense network's.
+    """Allows more pruning while the monitored metric stays within `max_drop` of the dense network's.
 
     Args:
-        monitor: A metric that the LightningModule logs in validation.
-        max_drop: How much worse than the dense network the metric may become, in the metric's own unit.
+        monitor: Name of a metric that the LightningModule logs in validation.
+        max_drop: Largest difference by which the metric may be worse than the dense network's.
         mode: Whether the metric is better when it is larger ("max") or smaller ("min").
         baseline: The dense network's metric; by default that of the network that the fit begins with, validated before
-            the first step, or of a dense one that was better in a validation before `start_epoch`.
-        recovery: How many more validations an amount gets, during which nothing is pruned, before its failure counts.
+            the first step, or of a dense network that was better in a validation before `start_epoch`.
+        recovery: Number of further validations that an amount gets, with no pruning in between, before its failure
+            counts.
 
     Raises:
         ValueError: A value is out of range.
@@ -47,7 +48,7 @@ class StopRule:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> StopRule:
-        """Build the rule from the mapping a user writes.
+        """Return the rule for the mapping that a user writes.
 
         Raises:
             ValueError: A key is unknown or missing, or a value is out of range.
@@ -68,7 +69,7 @@ class StopRule:
         """Return the monitored metric.
 
         Raises:
-            ValueError: It was not logged.
+            ValueError: Validation has not logged it.
         """
         if self.monitor not in metrics:
             raise ValueError(

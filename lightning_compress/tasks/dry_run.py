@@ -54,7 +54,7 @@ def inspect_pruning(
 def inspection_table(name: str, callback: IterativePruningCallback, verdicts: list[Verdict]) -> Table:
     """Return a table of the verdicts; its caption says how many entries or channels `amount` removes."""
     unit = "entries" if callback.granularity == "weight" else "channels"
-    free = sum(verdict.units for verdict in verdicts if verdict.action == "pruned")
+    free = sum(verdict.count for verdict in verdicts if verdict.action == "pruned")
     count = Counter(verdict.action for verdict in verdicts)
     table = Table(
         title=Text(f"{name}: {callback.granularity} pruning by {callback.criterion}", style="bold"),
@@ -70,7 +70,7 @@ def inspection_table(name: str, callback: IterativePruningCallback, verdicts: li
     table.add_column("what happens", overflow="fold")
     for verdict in verdicts:
         shape = " x ".join(map(str, verdict.shape))
-        units = f"{verdict.units:,}" if verdict.units else ""
+        units = f"{verdict.count:,}" if verdict.count else ""
         happens = f"{verdict.action}: {verdict.reason}" if verdict.reason else verdict.action
         # rich would read a name such as "[a]" in a plain string as markup.
         table.add_row(*map(Text, (verdict.name, shape, units, happens)), style=STYLES[verdict.action])

@@ -56,9 +56,9 @@ def test_the_same_for_neurons(patterns: dict) -> None:
     assert said == set(callback.masks)
 
 
-def test_units_are_channels() -> None:
+def test_channels_are_counted() -> None:
     verdicts = inspect_channels(SmallModule(), torch.zeros(2, FEATURES))
-    units = {verdict.name: verdict.units for verdict in verdicts if verdict.units}
+    units = {verdict.name: verdict.count for verdict in verdicts if verdict.count}
     assert units == {"net.conv.weight": 6, "net.hidden.weight": 16, "net.head.weight": 3}
     assert [verdict.name for verdict in verdicts if verdict.action == "frozen"] == ["net.head.weight"]
 
@@ -68,7 +68,7 @@ def test_neurons_of_groups(network: str) -> None:
     """6 channels of the sum feed 2 blocks of 3, which make 2 each: 3 columns and 2 blocks there, 2 columns behind."""
     module = StreamsModule()
     verdicts = inspect_channels(module, torch.zeros(2, FEATURES), network=network)
-    assert [(one.name.removeprefix("net."), one.units, one.action, one.reason) for one in verdicts] == [
+    assert [(one.name.removeprefix("net."), one.count, one.action, one.reason) for one in verdicts] == [
         ("stem.weight", 5, "pruned", ""),
         ("stem.bias", 0, "follows", "with net.stem.weight"),
         ("branch.weight", 0, "follows", "with net.stem.weight"),
@@ -85,7 +85,7 @@ def test_neurons_of_groups(network: str) -> None:
     callback = IterativePruningCallback(0.5, schedule="one_shot", granularity="neuron", shrink="never", network=network)
     quiet_trainer(callbacks=[callback], max_epochs=1).fit(module, shuffled())
     assert {one.name for one in verdicts if one.action in ("pruned", "follows")} == set(callback.masks)
-    counted = sum(one.units for one in verdicts if one.action == "pruned")
+    counted = sum(one.count for one in verdicts if one.action == "pruned")
     assert callback.sparsity == pytest.approx(round(0.5 * counted) / counted)
 
 
@@ -93,7 +93,7 @@ def test_an_excluded_layer_freezes_those_that_make_the_same_channels() -> None:
     verdicts = inspect_channels(
         StreamsModule(), torch.zeros(2, FEATURES), ["net.*", "net.head.bias", "net.branch.bias"], exclude="net.stem"
     )
-    found = {one.name.removeprefix("net."): (one.units, one.action, one.reason) for one in verdicts}
+    found = {one.name.removeprefix("net."): (one.count, one.action, one.reason) for one in verdicts}
     shared = "they are those of net.stem.weight as well, which is no target"
     assert found == {
         "stem.weight": (0, "skipped", "excluded by 'net.stem'"),

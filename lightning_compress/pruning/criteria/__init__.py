@@ -1,1 +1,1 @@
-"""What makes a weight or a channel important: one score for each criterion."""
+"""Criteria of importance: each scores weights or channels by its own formula."""

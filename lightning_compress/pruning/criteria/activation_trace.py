@@ -1,10 +1,10 @@
-"""Which tensor is a layer's activation: its output after the non-linearity, found while the model runs.
+"""Finds the activation of a layer, its output after the non-linearity, while the model runs.
 
-    conv ----> batch_norm ----> relu ----> matmul     a forward hook tags the layer's output, the tag goes where the
-     '---tag------'----tag------'                     channels go, and the first non-linearity's value is reported
+    conv ----> batch_norm ----> relu ----> matmul     A forward hook tags the layer's output, the tag follows the
+     '---tag------'----tag------'                     channels, and the value of the first non-linearity is reported.
 
-Nothing is exported: a ``TorchFunctionMode`` sees every function that the forward pass calls, be it from a module, as a
-functional or as a tensor method, so control flow and shared modules are no obstacle.
+The model is not exported: a ``TorchFunctionMode`` sees every function that the forward pass calls, from a module, as a
+functional or as a tensor method, so that control flow and shared modules are no obstacle.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ from lightning_compress.pruning.criteria.torch_functions import (
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """The activation of a layer in one of its calls: the layer's channels lie along ``dim`` of ``tensor``."""
+    """The activation of a layer in one of its calls. The layer's channels lie along ``dim`` of ``tensor``.
+
+    ``version`` counts the writes to the tensor up to the moment when it held the activation.
+    """
 
     layer: str
     tensor: Tensor
@@ -57,14 +60,14 @@ class Activation:
 
 @dataclass(eq=False)
 class LayerCall:
-    """One call of a watched layer, whose ``size`` channels lie along ``dim`` of its output."""
+    """One call of a watched layer. Its ``size`` channels lie along ``dim`` of its output."""
 
     layer: str
     dim: int
     size: int
-    place: Tensor | None = None  # where the activation is, should no non-linearity follow
+    place: Tensor | None = None  # the activation, if no non-linearity follows
     version: int = 0
-    settled: bool = False  # the place is final
+    settled: bool = False  # whether the place is final
 
     def lies_in(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` has as many channels in the same dimension."""
@@ -73,7 +76,10 @@ class LayerCall:
 
 @dataclass(eq=False)
 class _Value:
-    """What a non-linearity made of ``calls``; reported when it is clear that it is no gate, as in x * sigmoid(x)."""
+    """The value of a non-linearity, computed from ``calls``.
+
+    It is reported when it is clear that it does not serve as a gate, as in x * sigmoid(x).
+    """
 
     tensor: Tensor | None
     version: int
@@ -84,20 +90,21 @@ class ActivationTrace(TorchFunctionMode):
     """Reports the activation of every watched layer while a forward pass runs.
 
     The activation is the value of the first non-linearity that the layer's output reaches through operations that keep
-    its channels (norms, arithmetic, dropout, pooling, casts). After a sum it belongs to all summands; where the output
-    goes to several non-linearities, all are reported; in x * sigmoid(x) it is the product. A layer that reaches none
-    has its activation where something else takes it first (a matmul, a reshape, the loss), or where the forward pass
-    ends, and it is reported then. Channels are dimension 1 of a convolution and the last dimension of a linear layer.
+    its channels (norms, arithmetic, dropout, pooling, casts). After a sum it belongs to all summands. If the output
+    goes to several non-linearities, all their values are reported; in x * sigmoid(x) the activation is the product. If
+    the output reaches no non-linearity, the activation is its last value before another operation takes it (a matmul, a
+    reshape, the loss) or before the forward pass ends, and it is reported then. Channels are dimension 1 of a
+    convolution and the last dimension of a linear layer.
 
-    Compiled modules run eagerly while the trace is active, and the layers' hooks are gone afterwards.
+    Compiled modules run eagerly while the trace is active. The trace removes its hooks when it ends.
 
     Args:
-        model: the module that the names are relative to; it may be wrapped where it is called.
-        layers: qualified names of linear layers and convolutions.
-        on_activation: called with every activation.
+        model: The module that the names are relative to; its caller may use a wrapper of it.
+        layers: Qualified names of linear layers and convolutions.
+        on_activation: Called with every activation.
 
     Raises:
-        ValueError: if a name is no such layer, or an activation was modified in place before it was reported.
+        ValueError: A name is not that of such a layer, or an activation was modified in place before it was reported.
 
     >>> import torch.nn.functional as F
     >>> net = nn.Sequential(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2), nn.ReLU(), nn.Flatten(), nn.Linear(6, 4))
@@ -120,13 +127,13 @@ class ActivationTrace(TorchFunctionMode):
         self._exit = ExitStack()
 
     def begin(self) -> None:
-        """Start to watch; a trace that is still active, because its step failed, is discarded first."""
+        """Start to watch the layers. A trace that is still active, because its step failed, is discarded first."""
         self.discard()
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 stack.callback(layer.register_forward_hook(partial(self._start_call, name)).remove)
-            # If torch._dynamo is not there, nothing is compiled, and importing it takes seconds. Another trace may have
-            # taken care already, and may end before this one: what it found is what must come back.
+            # Importing torch._dynamo takes seconds; if nobody has imported it, nothing is compiled. If another trace
+            # has already set the stance, it restores the original one, perhaps before this trace ends.
             dynamo = sys.modules.get("torch._dynamo")
             if dynamo is not None and dynamo.eval_frame._stance.stance != "force_eager":
                 # A compiled graph calls neither the hooks nor this mode.
@@ -136,7 +143,7 @@ class ActivationTrace(TorchFunctionMode):
             self._exit = stack.pop_all()
 
     def end(self) -> None:
-        """Stop, after the forward pass and before the backward pass, and report what is left; idempotent."""
+        """Stop after the forward pass and before the backward pass, and report all other activations; idempotent."""
         self._exit.close()
         try:
             for value in list(self._unreported):
@@ -169,7 +176,7 @@ class ActivationTrace(TorchFunctionMode):
             self.discard()
 
     def _origins(self, tensor: Tensor) -> frozenset[LayerCall | None]:
-        """The calls whose channels ``tensor`` holds, with None among them if other values have been mixed in."""
+        """Return the calls whose channels ``tensor`` holds, and None if other values have been mixed in."""
         return self._tags.get(tensor) or frozenset()
 
     def __torch_function__(
@@ -184,7 +191,7 @@ class ActivationTrace(TorchFunctionMode):
             return func(*args, **kwargs)
         writes = is_inplace(func, kwargs)
         if writes or not (name in ARITHMETIC or name in NONLINEARITIES):
-            while values:  # now, because the function may overwrite them
+            while values:  # reported now, because the function may overwrite them
                 self._report(values.pop())
         result = func(*args, **kwargs)
         output = next((y for y in outputs_of(name, args, result) if y.is_floating_point()), None)
@@ -194,7 +201,7 @@ class ActivationTrace(TorchFunctionMode):
         return result
 
     def _start_call(self, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
-        with torch._C.DisableTorchFunction():  # else this mode would see the questions asked here
+        with torch._C.DisableTorchFunction():  # else this mode would see the calls that follow
             dim = channel_dim(layer)
             call = LayerCall(name, dim, output.shape[dim])
             self._calls.append(call)
@@ -215,7 +222,7 @@ class ActivationTrace(TorchFunctionMode):
         output: Tensor,
         values: list[_Value],
     ) -> None:
-        """Move what is known of a function's inputs on to its output."""
+        """Hand the tags of a function's inputs on to its output."""
         arriving = frozenset[LayerCall | None]().union(*origins)
         bent = frozenset[LayerCall]()  # the calls whose non-linearity is complete with this function
         kept = frozenset[LayerCall | None]()
@@ -243,7 +250,7 @@ class ActivationTrace(TorchFunctionMode):
             self._unreported[value] = None
             self._values.set(output, value)
         elif len(values) == 1:
-            self._values.set(output, values.pop())  # it may be a gate's beginning, as in 1 + tanh(x)
+            self._values.set(output, values.pop())  # the value may become a gate, as in 1 + tanh(x)
         for value in values:
             self._report(value)
 
@@ -266,7 +273,11 @@ class ActivationTrace(TorchFunctionMode):
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Linear | _ConvNd:
-    """Return the linear layer or convolution of that qualified name; ``ValueError`` if it is none."""
+    """Return the linear layer or convolution with that qualified name.
+
+    Raises:
+        ValueError: There is no module with that name, or it is another kind of layer.
+    """
     try:
         layer = model.get_submodule(name)
     except AttributeError as error:
@@ -280,7 +291,7 @@ def get_layer(model: nn.Module, name: str) -> nn.Linear | _ConvNd:
 
 
 def channel_dim(layer: nn.Module) -> int:
-    """The dimension of a layer's output that holds its channels: 1 for a convolution, the last one otherwise."""
+    """Return the dimension of a layer's output that holds its channels: 1 for a convolution, else the last one."""
     return 1 if isinstance(layer, _ConvNd) else -1
 
 

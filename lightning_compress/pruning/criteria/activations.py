@@ -1,6 +1,6 @@
-"""Criteria that look at a neuron's activation: its output after the non-linearity.
+"""Criteria that score a channel by its activation, its output after the non-linearity.
 
-Shape suffixes: B samples, C channels; positions are pixels, frames or tokens.
+Shape suffixes: B samples, C channels. Positions are pixels, frames or tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lightning_compress.pruning.criteria.statistic import Statistic
 
 
 class ActivationStatistic(Statistic):
-    """Watches the activations of layers; a subclass says in ``observe`` what it takes from each.
+    """Watches the activations of layers; a subclass measures each of them in ``observe``.
 
     Args:
-        model: the module that the layers' names are relative to.
-        channels: the layers' channels; frozen ones are left out.
+        model: The module that the layers' names are relative to.
+        channels: The layers' channels; frozen ones are left out.
     """
 
     needs: ClassVar[str] = "activations"
@@ -39,26 +39,26 @@ class ActivationStatistic(Statistic):
             for member in layer.weights
         }
         self._trace = ActivationTrace(model, list(sizes), on_activation=self.observe)
-        self._batch: list[tuple[str, Tensor, int]] = []  # what this batch adds, if it turns out to be finite
-        self._limits: list[Tensor] = []
+        self._batch: list[tuple[str, Tensor, int]] = []  # the sums of this batch, until all of it is known to be finite
+        self._limits: list[Tensor] = []  # the extreme values of this batch, and its loss
         for name, size in sizes.items():
             self.track(name, model.get_parameter(f"{name}.weight").new_zeros(size))
 
-    def of_units(self, of_channels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum over all layers' channels that a unit consists of: what a unit costs is a sum over them as well."""
+    def by_group(self, of_layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum the scores of a channel over the layers of its group, as costs are summed."""
         return {
             layer.name: torch.stack(
-                [channel_sums(of_channels[one.tensor.removesuffix(".weight")], one) for one in layer.weights]
+                [channel_sums(of_layers[one.tensor.removesuffix(".weight")], one) for one in layer.weights]
             ).sum(0)
             for layer in self._channels
         }
 
     def observe(self, activation: Activation) -> None:
-        """Take what is needed of an activation, in the midst of the forward pass."""
+        """Measure an activation during the forward pass, and call `note`."""
         raise NotImplementedError
 
     def note(self, layer: str, total: Tensor, count: int, *, of: Tensor) -> None:
-        """Note what this batch adds to a layer's sum, and that of which it was made."""
+        """Note what this batch adds to a layer's sum, and the tensor from which that was computed."""
         self._batch.append((layer, total, count))
         if of.numel() > 0:
             self._limits.append(torch.stack(torch.aminmax(of)))
@@ -80,16 +80,17 @@ class ActivationStatistic(Statistic):
 
 
 class Apoz(ActivationStatistic):
-    """Share of a neuron's activations that are not zero, one minus the average percentage of zeros (APoZ).
+    """Share of a channel's activations that are not zero: one minus the average percentage of zeros (APoZ).
 
         score_c = 1 - #{(n, p) : a_cnp = 0} / (B P)
 
-    with a_cnp the activation of channel c for sample n at position p, after the non-linearity. It tells channels apart
-    only behind a non-linearity that makes zeros, such as relu; a warning names the layers where none was seen.
+    with a_cnp the activation of channel c for sample n at position p, after the non-linearity. The
+    score distinguishes channels only after a non-linearity that makes zeros, such as relu; a warning names the layers
+    in which no activation was zero.
 
     Args:
-        model: the module that the layers' names are relative to.
-        channels: the layers' channels; frozen ones are left out.
+        model: The module that the layers' names are relative to.
+        channels: The layers' channels; frozen ones are left out.
 
     References:
         Hu et al. 2016, "Network Trimming", section 3.1.
@@ -121,23 +122,23 @@ class Apoz(ActivationStatistic):
             self._warned = True
             warnings.warn(
                 f"criterion 'apoz' counts zeros, but no activation of {', '.join(dense)} was ever zero, so that all "
-                "their channels look equally important: use a criterion such as 'mean_activation' or 'taylor' behind "
+                "their channels look equally important: use a criterion such as 'mean_activation' or 'taylor' after "
                 "non-linearities that make no zeros",
                 stacklevel=2,
             )
-        return self.of_units(scores)
+        return self.by_group(scores)
 
 
 class MeanActivation(ActivationStatistic):
-    """Mean absolute activation of a neuron.
+    """Mean absolute activation of a channel.
 
         score_c = sum_np |a_cnp| / (B P)
 
     with a_cnp the activation of channel c for sample n at position p, after the non-linearity.
 
     Args:
-        model: the module that the layers' names are relative to.
-        channels: the layers' channels; frozen ones are left out.
+        model: The module that the layers' names are relative to.
+        channels: The layers' channels; frozen ones are left out.
 
     References:
         Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.
@@ -160,23 +161,23 @@ class MeanActivation(ActivationStatistic):
         self.note(activation.layer, total, a.numel() // a.shape[activation.dim], of=total)
 
     def scores(self) -> dict[str, Tensor]:
-        return self.of_units(self.means())
+        return self.by_group(self.means())
 
 
 class TaylorChannel(ActivationStatistic):
-    """First-order estimate of how much the loss changes when a neuron is silenced.
+    """First-order estimate of how much the loss changes when a channel is silenced.
 
         theta_c = 1/B sum_n | 1/P sum_p a_cnp dL/da_cnp |        score_c = theta_c / ||theta||_2, layer by layer
 
     with a_cnp the activation of channel c for sample n at position p, after the non-linearity, and L the loss as it is
-    back-propagated: nothing is undone of its mean over the batch, so batches of different sizes count alike.
+    back-propagated. It stays a mean over the batch, so that batches of different sizes count alike.
 
     Args:
-        model: the module that the layers' names are relative to.
-        channels: the layers' channels; frozen ones are left out.
+        model: The module that the layers' names are relative to.
+        channels: The layers' channels; frozen ones are left out.
 
     Raises:
-        ValueError: in the backward pass, if an activation was modified in place after the non-linearity.
+        ValueError: An activation was modified in place after the non-linearity; raised in the backward pass.
 
     References:
         Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.
@@ -209,11 +210,11 @@ class TaylorChannel(ActivationStatistic):
 
     def scores(self) -> dict[str, Tensor]:
         tiny = torch.finfo(torch.float32).tiny
-        return self.of_units({name: theta / theta.norm().clamp_min(tiny) for name, theta in self.means().items()})
+        return self.by_group({name: theta / theta.norm().clamp_min(tiny) for name, theta in self.means().items()})
 
 
 def _layer(model: nn.Module, channels: Channels, member: Member) -> str:
-    """The name of the layer whose activation shows the channels."""
+    """Return the name of the layer in whose activation the channels are seen."""
     name = member.tensor.removesuffix(".weight")
     layer = model.get_submodule(name) if name != member.tensor else None
     plain = isinstance(layer, nn.Linear) or (isinstance(layer, _ConvNd) and not (layer.transposed and layer.groups > 1))
@@ -227,7 +228,7 @@ def _layer(model: nn.Module, channels: Channels, member: Member) -> str:
 
 
 def _batched(activation: Activation) -> tuple[Tensor, tuple[int, ...]]:
-    """The activation with at least one dimension besides the channels', and those dimensions."""
+    """Return the activation with at least one dimension besides that of the channels, and those dimensions."""
     a = activation.tensor if activation.tensor.dim() > 1 else activation.tensor.unsqueeze(0)
     return a, tuple(dim for dim in range(a.dim()) if dim != activation.dim % a.dim())
 

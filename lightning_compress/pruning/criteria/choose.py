@@ -1,4 +1,4 @@
-"""From a criterion's name to what computes it."""
+"""The criteria by name: checks of their settings, and the objects and functions that compute them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Granularity = Literal["weight", "neuron"]
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 STATIC: tuple[Criterion, ...] = ("magnitude", "l2", "random")
-DIFFERENTIATING: tuple[Criterion, ...] = ("obd", "fisher")  # the loss, which the training does a second time
+DIFFERENTIATING: tuple[Criterion, ...] = ("obd", "fisher")  # they differentiate the loss once more than the training
 _CHANNELS_ONLY = ("apoz", "mean_activation")
-# A masked channel is silent, so what these measure of it stays zero and it would never come back.
+# These criteria measure zero for a masked channel, which is silent, so that it would never come back.
 _BLIND_TO_MASKED_CHANNELS = ("apoz", "mean_activation", "taylor", "fisher")
 
 
 def check_criterion(criterion: str, granularity: str, scope: str, *, regrow: bool) -> None:
-    """Raise a ValueError unless the criterion exists, scores this granularity and can see what `regrow` needs."""
+    """Raise a ValueError unless the criterion exists, scores this granularity and, for `regrow`, masked channels."""
     if scope not in ("global", "layer"):
         raise ValueError(f"scope must be 'global' or 'layer'; got {scope!r}.")
     if criterion not in CRITERIA:
@@ -47,7 +47,7 @@ def check_criterion(criterion: str, granularity: str, scope: str, *, regrow: boo
 
 
 def check_events(start_epoch: float, end_epoch: float | None, every_n_steps: int | None, *, at_once: bool) -> None:
-    """Raise a ValueError unless there is a moment for every event; `at_once` says that there is one event alone."""
+    """Raise a ValueError unless every event has a moment; with `at_once` there is a single event."""
     if start_epoch < 0:
         raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
     if end_epoch is not None and end_epoch <= start_epoch and not at_once:
@@ -57,7 +57,7 @@ def check_events(start_epoch: float, end_epoch: float | None, every_n_steps: int
 
 
 def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion, *, regrow: bool, stop: bool) -> None:
-    """Raise a ValueError unless channels may leave at that moment."""
+    """Raise a ValueError unless channels may leave the network at that moment."""
     if shrink not in get_args(Shrink):
         raise ValueError(f"shrink must be one of {', '.join(get_args(Shrink))}; got {shrink!r}.")
     if shrink != "during_fit":
@@ -74,7 +74,7 @@ def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion,
 
 
 def check_widths(cost: Cost, min_left: float, min_channels: int, round_to: int) -> None:
-    """Raise a ValueError unless the limits make sense."""
+    """Raise a ValueError unless the limits of widths are in range."""
     if not 0 <= min_left < 1:
         raise ValueError(f"min_left must be a fraction, 0 or more and below 1; got {min_left!r}.")
     if cost not in get_args(Cost):
@@ -93,7 +93,7 @@ def make_statistic(
     network: nn.Module,
     generator: torch.Generator,
 ) -> Statistic | None:
-    """Return what accumulates the criterion during training, or None for one that looks at the weights alone."""
+    """Return the statistic that a criterion collects during training, or None for one that needs the weights alone."""
     options: dict[str, Any] = {}
     if criterion in ("ewc", "mas"):
         options["network"] = network
@@ -115,13 +115,13 @@ def make_statistic(
 def static_scores(
     criterion: Criterion, weights: Mapping[str, Tensor], channels: Sequence[Channels] | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Score weights, or whole channels where they are given, by a criterion that needs no data."""
+    """Score weights, or channels where they are given, by a criterion that needs no data."""
     assert criterion in STATIC, f"{criterion} needs a statistic"
     if channels is not None:
         if criterion == "random":
-            return {unit.name: torch.rand(unit.size, generator=generator) for unit in channels}
+            return {group.name: torch.rand(group.size, generator=generator) for group in channels}
         order = 1 if criterion == "magnitude" else 2
-        return {unit.name: channel_norm(weights, unit, order) for unit in channels}
+        return {group.name: channel_norm(weights, group, order) for group in channels}
     if criterion == "random":
         return {name: random(weight, generator) for name, weight in weights.items()}
     score = magnitude if criterion == "magnitude" else l2

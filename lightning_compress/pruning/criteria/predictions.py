@@ -1,4 +1,4 @@
-"""The network's prediction, wherever in its output it stands."""
+"""Capture the predictions of a network, at whatever place of its output they are."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def select_output(output: Any, selector: str | int | None = None) -> Tensor:
     """Pick the prediction out of a network's output.
 
     Args:
-        output: What `forward` returned.
+        output: The value that `forward` returned.
         selector: A key or attribute name, an index, or None for an output that is a tensor or has `.logits`. Three
             dimensions of `.logits` are (samples, positions, classes), as transformers orders them, and come back as
-            (samples, classes, positions), as torch's cross entropy wants them.
+            (samples, classes, positions), as torch's cross entropy takes them.
 
     Raises:
-        ValueError: There is no tensor there.
+        ValueError: There is no tensor at that place.
 
     Example:
         >>> select_output({"scores": torch.ones(2), "loss": 0.0}, "scores")
@@ -51,8 +51,8 @@ class OutputCapture:
 
     Args:
         network: The module whose output is, or contains, the prediction.
-        output: Where in that output it stands, as for `select_output`.
-        criterion: The name that messages give.
+        output: The place of the prediction in that output, as for `select_output`.
+        criterion: The criterion's name, for error messages.
     """
 
     def __init__(self, network: nn.Module, output: str | int | None, *, criterion: str) -> None:
@@ -64,14 +64,14 @@ class OutputCapture:
         self._finished_at_entry: list[int] = []
 
     def watch(self) -> list[RemovableHandle]:
-        """Hook the network; the caller removes the hooks."""
+        """Put hooks on the network, and return them; the caller removes them."""
         return [
             self.network.register_forward_pre_hook(self._enter),
             self.network.register_forward_hook(self._leave),
         ]
 
     def take(self) -> list[Tensor]:
-        """Hand over the predictions made since the last time.
+        """Return the predictions made since the last call of this method, and forget them.
 
         Raises:
             ValueError: The network has not been called at all since `clear`.
@@ -85,7 +85,7 @@ class OutputCapture:
         return predictions
 
     def clear(self) -> None:
-        """Let the graph go."""
+        """Forget the predictions, so that their graph is freed."""
         self._predictions.clear()
         self._finished = 0
         self._finished_at_entry.clear()

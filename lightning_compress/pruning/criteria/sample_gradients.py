@@ -1,10 +1,10 @@
-"""The gradient of every single sample, from a layer's input and the gradient at its output.
+"""Computes the gradient of every single sample from a layer's input and the gradient at its output.
 
-A linear layer or a convolution is y = W x + b at every position p it is applied to, so that sample n's gradient is
+A linear layer or a convolution computes y = W x + b at every position p, so that sample n's gradient is
 
     d L_n / d W = sum_p delta_np x_np^T        d L_n / d b = sum_p delta_np        delta = d L / d y
 
-and one backward pass over a batch holds all of them, as long as rows do not mix: L = sum_n L_n, sample n in row n.
+and one backward pass over a batch yields all of them, as long as rows do not mix: L = sum_n L_n, sample n in row n.
 (Batch norm in training mode mixes rows; sample n's gradient is then that of the whole loss through row n.)
 
 Shape suffixes: B samples, P positions, I inputs, O output channels, S spatial dimensions.
@@ -40,24 +40,24 @@ _LAYERS = (
 )
 _CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
-# The samples whose gradients exist at one time: as many as hold this many numbers (64 MB in float32), at least one.
+# The gradients of as many samples exist at one time as hold this many numbers (64 MB in float32), but at least one's.
 _CHUNK_NUMBERS = 2**24
 
 
 def channels(layer: Layer, y: Tensor) -> Tensor:
-    """View a layer's output, or the gradient there, as (B, O, P)."""
+    """View a layer's output, or the gradient at its output, as (B, O, P)."""
     if isinstance(layer, nn.Linear):
         return y.reshape(y.shape[0], -1, y.shape[-1]).transpose(1, 2)
     return y.flatten(2)
 
 
 def weight_gradients(layer: Layer, x: Tensor, delta: Tensor) -> Tensor:
-    """Gradient of every sample with respect to the weight: (B, *weight.shape).
+    """Return the gradient of every sample with respect to the weight: (B, *weight.shape).
 
     Args:
         layer: Linear, Conv1d..3d or ConvTranspose1d..3d, with any stride, padding, dilation and groups.
-        x: Its input, samples in dimension 0.
-        delta: The gradient at its output.
+        x: The layer's input, samples in dimension 0.
+        delta: The gradient at the layer's output.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -84,12 +84,12 @@ def weight_gradients(layer: Layer, x: Tensor, delta: Tensor) -> Tensor:
 
 
 def bias_gradients(layer: Layer, x: Tensor, delta: Tensor) -> Tensor:
-    """Gradient of every sample with respect to the bias: (B, O)."""
+    """Return the gradient of every sample with respect to the bias: (B, O)."""
     return channels(layer, delta).sum(2)
 
 
 def _padding(layer: _ConvNd) -> list[int]:
-    """Write the layer's padding as `F.pad` wants it: (before, after) of every dimension, the last one first."""
+    """Return the layer's padding in the form of `F.pad`: (before, after) of every dimension, the last one first."""
     if layer.padding == "valid":
         pairs = [(0, 0) for _ in layer.kernel_size]
     elif layer.padding == "same":
@@ -113,9 +113,9 @@ _GRADIENTS = {"weight": weight_gradients, "bias": bias_gradients}
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a layer, after a backward pass: its input, and the gradient at its output.
+    """One call of a layer after a backward pass: its input, and the gradient at its output.
 
-    `product` is W x, the output less the bias, as (B, O, P), where it was asked for.
+    `product` is W x, the output without the bias, as (B, O, P), if the caller asked for it.
     """
 
     layer: Layer
@@ -124,12 +124,12 @@ class Call:
     product: Tensor | None
 
     def gradients(self, kind: str, rows: slice) -> Tensor:
-        """Gradients of the samples `rows` with respect to the layer's "weight" or "bias", in float32 or wider."""
+        """Return the gradients of the samples `rows` by the layer's "weight" or "bias", in float32 or wider."""
         return _GRADIENTS[kind](self.layer, widened(self.x[rows]), widened(self.delta[rows]))
 
 
 class _Forward(NamedTuple):
-    """One call of a layer, before a backward pass: what `Call` needs, and where the gradient will arrive."""
+    """One call of a layer before a backward pass: the parts of a `Call`, and the edge that gets its gradient."""
 
     layer: Layer
     x: Tensor
@@ -139,7 +139,7 @@ class _Forward(NamedTuple):
 
 
 def _edge(output: Tensor) -> GradientEdge:
-    """Return the output's place in the graph, which outlives what is done to the output in place.
+    """Return the output's edge in the graph, which in-place operations on the output do not change.
 
     A linear layer at positions returns a view, and an in-place operation on a view enters the graph at its base.
     """
@@ -147,13 +147,13 @@ def _edge(output: Tensor) -> GradientEdge:
 
 
 class SampleGradients:
-    """Watches the layers that own some parameters, and reads every sample's gradient off their calls.
+    """Watches the layers that own some parameters, and computes every sample's gradient from their calls.
 
     Args:
         model: The network.
         names: Qualified names of weights and biases of linear layers and (transposed) convolutions.
-        criterion: The name that messages give.
-        keep_products: Also keep W x of every call, for `channel_products`.
+        criterion: The criterion's name, for error messages.
+        keep_products: Whether W x of every call is kept as well, for `channel_products`.
 
     Raises:
         ValueError: A parameter belongs to any other kind of layer.
@@ -167,13 +167,13 @@ class SampleGradients:
         self.calls: list[_Forward] = []
 
     def watch(self) -> list[RemovableHandle]:
-        """Hook the layers; the caller removes the hooks."""
+        """Put hooks on the layers, and return them; the caller removes them."""
         layers = dict.fromkeys(layer for owners in self.owners.values() for layer, _ in owners)
-        # Before all other hooks: one that replaces the output must not come between.
+        # These hooks run before all others, of which one may replace the output.
         return [layer.register_forward_hook(self._record, prepend=True, with_kwargs=True) for layer in layers]
 
     def clear(self) -> None:
-        """Let the graph go."""
+        """Forget the calls, so that their graph is freed."""
         self.calls.clear()
 
     def _record(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -183,19 +183,19 @@ class SampleGradients:
         product = None
         if self.keep_products:
             y_BOP = channels(layer, output.detach())
-            # A copy in any case, for the output may be overwritten in place.
+            # It is always a copy, because the output may be overwritten in place.
             product = y_BOP.clone() if layer.bias is None else y_BOP - layer.bias.detach()[:, None]
         self.calls.append(_Forward(layer, x.detach(), product, _edge(output), output.shape))
 
     def backward(self, objective: Tensor, *, rows: int | None = None) -> list[Call]:
         """Find the calls that `objective` depends on, and the gradients at their outputs.
 
-        One extra pass through the graph, which it leaves intact for the ordinary one; it doesn't reach the parameters,
-        so that `.grad` and the reducer of DistributedDataParallel notice nothing.
+        It takes one extra pass through the graph, which stays intact for the ordinary pass. The extra pass does not
+        reach the parameters, so that `.grad` and the reducer of DistributedDataParallel are unaffected.
 
         Args:
             objective: A sum over samples.
-            rows: How many samples; None for as many as the first layer's input has.
+            rows: The number of samples; None takes that of the first layer's input.
 
         Raises:
             ValueError: A layer's input has another number of rows.
@@ -227,8 +227,8 @@ class SampleGradients:
         """Sum power(g_n) over the samples n, for every parameter, in float32 or wider.
 
         Args:
-            calls: What `backward` returned. Several calls of one parameter (a layer called twice, tied weights) are
-                added within a sample before `power` is taken.
+            calls: The calls that `backward` returned. The gradients of several calls of one parameter (a layer called
+                twice, tied weights) are added within a sample before `power` is taken.
             power: `torch.square` or `torch.abs`, for which power(a b) = power(a) power(b).
         """
         return {name: _sum(seen, power) for name in self.owners if (seen := self._calls_of(name, calls))}
@@ -268,7 +268,7 @@ def _sum(calls: Sequence[tuple[Call, str]], power: Callable[[Tensor], Tensor]) -
 
 
 def _owners(model: nn.Module, name: str, criterion: str) -> list[tuple[Layer, str]]:
-    """Every layer that holds the parameter, as its "weight" or "bias": several where it is tied."""
+    """Return every layer that holds the parameter, as its "weight" or "bias"; a tied parameter has several."""
     parameter = model.get_parameter(name)
     owners: list[tuple[Layer, str]] = []
     for module_name, module in model.named_modules():
@@ -287,7 +287,7 @@ def _owners(model: nn.Module, name: str, criterion: str) -> list[tuple[Layer, st
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """True unless a subclass computes its output in its own way."""
+    """Whether the layer computes its output as torch's own class does; a subclass may not."""
     base = next(base for base in _LAYERS if isinstance(layer, base))
     return all(
         getattr(type(layer), method, None) is getattr(base, method, None) for method in ("forward", "_conv_forward")

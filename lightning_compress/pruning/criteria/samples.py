@@ -1,11 +1,11 @@
-"""Criteria that look at the gradient of every single sample. One criterion, one formula:
+"""Criteria that use the gradient of every single sample. Each has one formula:
 
     fisher      F w^2 / 2, with F the mean over samples of g_n^2
     ewc         F w^2, with F the same for labels that the model draws itself
     mas         mean over samples of |d ||f(x_n)||^2 / dw|
 
-with w a weight and g_n the gradient of sample n's loss. A neuron's score is the sum over the weights of its output
-channel, except for fisher: the mean over samples of (sum over these weights of g_n w)^2.
+with w a weight and g_n the gradient of sample n's loss. A channel's score is the sum over its weights, except for
+fisher: the mean over samples of (sum over these weights of g_n w)^2.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lightning_compress.pruning.criteria.statistic import WeightStatistic
 
 
 class SampleStatistic(WeightStatistic):
-    """A mean over samples that every sample's own gradient goes into.
+    """A mean over samples of a function of each sample's own gradient.
 
     Each batch costs one more backward pass, which leaves out the parameters, and then the gradients of its samples.
 
     Raises:
-        ValueError: A target belongs to something else than a linear layer or a (transposed) convolution.
+        ValueError: A target belongs to a module that is no linear layer or (transposed) convolution.
     """
 
     needs = "calls of a layer with gradients at its output"
@@ -52,25 +52,25 @@ class SampleStatistic(WeightStatistic):
         self.layers.clear()
 
     def differentiate(self, objective: Tensor, *, loss: Tensor, rows: int | None = None) -> None:
-        """Go back from `objective`, a sum over the `rows` samples of a batch with that loss, to the layers."""
+        """Add the gradients of `objective`, a sum over the `rows` samples of a batch with that loss, to the sums."""
         calls = self.layers.backward(objective, rows=rows)
         if calls:
-            # A hand-written loop may be inside of autocast here.
+            # A hand-written loop may call this inside autocast.
             with torch.no_grad(), torch.autocast(objective.device.type, enabled=False):
                 totals = self.see(calls, n_samples=len(calls[0].x))
                 for name, total in totals.items() if self.finite([loss, *totals.values()]) else ():
                     self.add(name, total, len(calls[0].x))
 
     def see(self, calls: Sequence[Call], *, n_samples: int) -> dict[str, Tensor]:
-        """Sum up what the samples say, given the layers' calls and the gradients there."""
+        """Return the sums over the samples, given the layers' calls with the gradients at their outputs."""
         return self.layers.sums(calls, type(self).power)
 
 
 class Fisher(SampleStatistic):
-    """Expected second-order change of the loss when a weight goes: F w^2 / 2, F the mean over samples of g_n^2.
+    """Expected second-order change of the loss when a weight is removed: F w^2 / 2, F the mean over samples of g_n^2.
 
-    g_n is the gradient of sample n's own loss: the training loss must be the mean over the samples of the batch. For a
-    neuron all of its weights go together: the mean over samples of (sum over its weights of g_n w)^2.
+    g_n is the gradient of sample n's own loss: the training loss must be the mean over the samples of the batch. The
+    weights of a channel are removed together: its score is the mean over samples of (sum over its weights of g_n w)^2.
 
     Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher pruning".
 
@@ -94,7 +94,7 @@ class Fisher(SampleStatistic):
         self.differentiate(loss, loss=loss)
 
     def see(self, calls: Sequence[Call], *, n_samples: int) -> dict[str, Tensor]:
-        # In a mean over the batch a sample has a share of 1 / n_samples, which its own gradient has not.
+        # A mean over the batch divides every sample's own gradient by n_samples.
         if not self.channels:
             return {name: total.mul_(n_samples**2) for name, total in self.layers.sums(calls, torch.square).items()}
         products = self.layers.channel_products(calls)
@@ -110,14 +110,14 @@ class Fisher(SampleStatistic):
         return totals
 
     def _by_row(self, product_BO: Tensor, member: Member) -> Tensor:
-        """Sums over the weights of output channels, as sums over the rows of the weight that the member counts."""
+        """Turn sums over the weights of output channels into sums over the rows that the member counts."""
         rows = self.parameters[member.tensor].shape[member.dim]
         if product_BO.shape[1] == rows:
             return product_BO
-        if member.dim == 1:  # a grouped transposed convolution: every block has a channel per row
+        if member.dim == 1:  # in a grouped transposed convolution every block has a channel per row
             return product_BO.reshape(len(product_BO), -1, rows).sum(1)
         ((layer, _), *_) = self.layers.owners[member.tensor]
-        blocks = int(getattr(layer, "groups", 1))  # and here the rows are those of the input
+        blocks = int(getattr(layer, "groups", 1))  # here the rows are those of the input
         return (
             product_BO.reshape(len(product_BO), blocks, -1).sum(2).repeat_interleave(rows // blocks, 1) * blocks / rows
         )
@@ -129,12 +129,12 @@ class Fisher(SampleStatistic):
 
 
 class OutputStatistic(SampleStatistic):
-    """A mean over samples that looks at the network's output, not at the loss.
+    """A mean over samples that is computed from the network's output and not from the loss.
 
     Args:
         model: The network, in training.
         targets: Qualified parameter names, or `Channels`.
-        network: The submodule whose output is the prediction; `model` itself where that is called.
+        network: The submodule whose output is the prediction; it may be `model` itself.
         output: Key, attribute or index of the prediction in that output, if it is not a tensor and has no `.logits`.
     """
 
@@ -158,22 +158,22 @@ class OutputStatistic(SampleStatistic):
         self.outputs.clear()
 
     def before_backward(self, loss: Tensor) -> None:
-        # None are left for the second loss of one forward pass: its predictions have been seen.
+        # A second loss of the same forward pass finds no predictions: they have been taken.
         if predictions := self.outputs.take():
             objectives = [self.objective(widened(prediction)) for prediction in predictions]
             self.differentiate(torch.stack(objectives).sum(), loss=loss, rows=len(predictions[0]))
 
     def objective(self, prediction: Tensor) -> Tensor:
-        """Return the sum over samples of what is differentiated."""
+        """Return the function of the prediction that is differentiated, summed over samples."""
         raise NotImplementedError
 
 
 class Ewc(OutputStatistic):
     """Fisher information of the model's own predictions, about w = 0: F w^2.
 
-    F is the mean over samples of g_n^2, with g_n the gradient of -log p(y_n | x_n), and y_n drawn from the model's
-    softmax instead of taken from the data. (Elastic weight consolidation multiplies by (w - w*)^2, where w* is the
-    weight to go to: here it is 0.)
+    F is the mean over samples of g_n^2, with g_n the gradient of -log p(y_n | x_n), where y_n is drawn from the model's
+    softmax and not taken from the data. (Elastic weight consolidation multiplies by (w - w*)^2, where w* is the weight
+    of the new task; here it is 0.)
 
     Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", equation 3.
 
@@ -230,12 +230,12 @@ def draw_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     """
     cumulative = logits.softmax(1).cumsum(1)
     uniform = torch.rand(cumulative[:, :1].shape, generator=generator).to(cumulative)
-    # Rounding leaves the last entry beside 1, and may lift the product onto it.
+    # By rounding the last entry may differ from 1, and the product may reach it.
     return (cumulative <= uniform * cumulative[:, -1:]).sum(1).clamp_(max=logits.shape[1] - 1)
 
 
 class Mas(OutputStatistic):
-    """How much the output moves with a weight: the mean over samples of |d ||f(x_n)||^2 / dw|, without labels.
+    """Sensitivity of the output to a weight, without labels: the mean over samples of |d ||f(x_n)||^2 / dw|.
 
     Aljundi et al. 2018, "Memory Aware Synapses", section 4.1.
     """

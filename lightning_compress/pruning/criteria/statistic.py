@@ -1,12 +1,12 @@
-"""What a data-driven criterion has seen: the one interface between a criterion and a training loop.
+"""The statistics of data-driven criteria, and the interface between a criterion and a training loop.
 
-A training step with two accumulated micro-batches calls, in this order:
+A training step with two accumulated micro-batches calls these methods, in this order:
 
     begin  forward  before_backward(loss)  backward  end        micro-batch 1
     begin  forward  before_backward(loss)  backward  end        micro-batch 2
     before_step  [clip]  optimizer.step  after_step
 
-and an event, where something is pruned, calls
+and an event, at which entries are pruned, calls
 
     reduce (several ranks)  scores  reset
 """
@@ -28,20 +28,20 @@ BatchT = TypeVar("BatchT")
 
 
 class Statistic:
-    """Sums over samples or steps since the last reset, and how many of them there were.
+    """Sums over samples or steps since the last reset, with the number of terms of each sum.
 
     A subclass calls `track` for every target in its constructor, so that all ranks hold the same tensors in the same
-    order, and `add` for what it sees; it overrides those of the moments below that it needs, and `scores`. Hooks go
-    into `handles`, where `end` finds them.
+    order, and `add` for the values of a batch or step. It overrides `scores` and those of the moments below at which it
+    collects values. It puts its hooks into `handles`, from which `end` removes them.
 
     Attributes:
-        criterion: The name that messages give.
-        needs: What it needs to see, in words, for the message of a criterion that has seen nothing.
-        rank_local: True if every rank sees its own data, so that sums are added over ranks; False if what it sees is
-            already equal on all ranks (`p.grad` after DistributedDataParallel).
-        needs_training: True if it must see the weights move, so that `estimate` cannot serve it.
+        criterion: The criterion's name, for error messages.
+        needs: The kind of values that the criterion collects, for the error message when it has none.
+        rank_local: Whether every rank sees its own data, so that sums are added over ranks; False if all ranks see the
+            same values (`p.grad` after DistributedDataParallel).
+        needs_training: Whether the criterion must see the weights change, so that `estimate` cannot compute it.
         sums: One tensor per target.
-        counts: Of how many samples, positions or steps each sum consists.
+        counts: The number of samples, positions or steps that are the terms of each sum.
     """
 
     criterion: ClassVar[str]
@@ -53,7 +53,7 @@ class Statistic:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.handles: list[RemovableHandle] = []
-        self.n_left_out = 0  # batches or steps
+        self.n_left_out = 0  # batches or steps that were not finite
 
     def track(self, name: str, like: Tensor) -> None:
         """Start a sum of zeros with the shape and device of `like`, in float32 or wider."""
@@ -64,14 +64,14 @@ class Statistic:
 
     def add(self, name: str, total: Tensor, count: int) -> None:
         """Add `total`, itself a sum of `count` terms, to the sum of `name`."""
-        # The model may have moved to its device after the constructor, or a checkpoint may have been loaded on the CPU.
+        # The model may have moved to its device after the constructor, and checkpoints are loaded on the CPU.
         self.sums[name] = self.sums[name].to(total.device).add_(total.detach())
         self.counts[name] += count
 
     def finite(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether all entries are finite; else the batch or step is left out of the sums, and a warning says so once.
+        """Whether all entries are finite; else the caller leaves the batch or step out, and a warning says so once.
 
-        One of them would make every later score NaN, while the training may just skip it.
+        A single one that is not finite would make every later score NaN, while the training may just skip its step.
         """
         if all_finite(tensors):
             return True
@@ -85,12 +85,16 @@ class Statistic:
         return False
 
     def means(self) -> dict[str, Tensor]:
-        """Divide the sums by their counts, into new tensors; `ValueError` if a target has seen nothing."""
+        """Return the sums divided by their counts.
+
+        Raises:
+            ValueError: The sum of a target has no terms.
+        """
         self.check_seen()
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
     def check_seen(self) -> None:
-        """Raise a `ValueError` if a target has seen nothing."""
+        """Raise a ValueError if the sum of a target has no terms."""
         unseen = [name for name, count in self.counts.items() if count == 0]
         if unseen:
             others = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
@@ -102,40 +106,45 @@ class Statistic:
             )
 
     def begin(self) -> None:
-        """Before the forward pass of a micro-batch: put hooks in place."""
+        """Put hooks in place, before the forward pass of a micro-batch."""
 
     def before_backward(self, loss: Tensor) -> None:
-        """Between forward and backward; `loss` is the live training loss, and the ordinary backward follows."""
+        """Collect values between forward and backward; `loss` has its graph, and the ordinary backward pass follows."""
 
     def before_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Before an optimizer steps: `p.grad` is averaged over accumulation and ranks, and not yet clipped.
+        """Collect gradients before an optimizer steps; `p.grad` is averaged over accumulation and ranks, not clipped.
 
-        `optimizer` is named where there are several: the gradients of the others' parameters are left over.
+        `optimizer` is given if there are several; the gradients of the other ones' parameters are those of earlier
+        steps.
         """
 
     def after_step(self) -> None:
-        """After the optimizer has stepped, before anything is masked."""
+        """Collect values after the optimizer has stepped, before entries are masked."""
 
     def end(self) -> None:
-        """After the backward pass, or after an exception: remove the hooks and let the graph go. Idempotent."""
+        """Remove the hooks and free the graph, after the backward pass or an exception; idempotent."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
     def scores(self) -> dict[str, Tensor]:
-        """Score every target, the least important the lowest; `ValueError` if a target has seen nothing."""
+        """Return the scores of every target, the lowest for the least important entry.
+
+        Raises:
+            ValueError: The sum of a target has no terms.
+        """
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forget, at the start of a new interval."""
+        """Set the sums to zero, at the start of a new interval."""
         for name, total in self.sums.items():
             self.sums[name] = torch.zeros_like(total)
             self.counts[name] = 0
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Sum over ranks what is local to a rank, before `scores`.
+        """Add the sums of all ranks, before `scores`, if they are local to a rank.
 
-        Every rank then holds the whole, so that all of them, or all but one, must be `reset` before they go on.
+        Every rank then holds the total, so that all of them, or all but one, must be `reset` before they go on.
         """
         if not self.rank_local or not self.sums:
             return
@@ -146,11 +155,15 @@ class Statistic:
         self.counts = dict(zip(self.counts, counts.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything seen since the last reset, as tensors, numbers, strings, lists and dicts."""
+        """Return the sums and counts since the last reset, as tensors, numbers, strings, lists and dicts."""
         return {"criterion": self.criterion, "sums": dict(self.sums), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; `ValueError` if it is another criterion's or has other targets."""
+        """Continue from `state`.
+
+        Raises:
+            ValueError: The state is that of another criterion, or of other targets.
+        """
         if state["criterion"] != self.criterion:
             raise ValueError(f"the state is of criterion {state['criterion']!r}, but this is {self.criterion!r}.")
         for name, total in self.sums.items():
@@ -167,7 +180,7 @@ class Statistic:
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all entries of all tensors are finite, found without a copy of any.
+    """Whether all entries of all tensors are finite; no tensor is copied.
 
     Example:
         >>> all_finite([torch.ones(3), torch.zeros(0)]), all_finite([torch.ones(3), torch.tensor([1.0, -torch.inf])])
@@ -178,16 +191,16 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
         values = tensor.coalesce().values() if tensor.is_sparse else tensor
         values = torch.view_as_real(values) if values.is_complex() else values
         if values.numel() > 0:
-            verdicts.append(torch.stack(torch.aminmax(values)).isfinite().all())  # a NaN is both
+            verdicts.append(torch.stack(torch.aminmax(values)).isfinite().all())  # a NaN is minimum and maximum
     return bool(torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all()) if verdicts else True
 
 
 class WeightStatistic(Statistic):
-    """A statistic with one entry per weight, and what all of those have in common.
+    """Base class of statistics with one entry per weight.
 
     Args:
         model: The network, in training.
-        targets: Qualified parameter names, to score weights, or `Channels`, to score output channels.
+        targets: Qualified parameter names, to score weights, or `Channels`, to score channels.
 
     Raises:
         ValueError: A targeted parameter does not exist or is frozen.
@@ -215,11 +228,11 @@ class WeightStatistic(Statistic):
         return parameter
 
     def summed(self) -> Mapping[str, Tensor]:
-        """What there is one sum for, and its shape."""
+        """Return the names of the sums, each with a tensor of the sum's shape."""
         return self.parameters
 
     def collect(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn scores of weights into scores of the targets: themselves, or their sums over channels."""
+        """Return the scores of the targets from those of the weights: for channels the sums over their weights."""
         if not self.channels:
             return dict(scores)
         return {
@@ -228,7 +241,7 @@ class WeightStatistic(Statistic):
         }
 
     def times_square(self, curvature: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Multiply by w^2, with w the weights of now; in place, where values are on the weights' device."""
+        """Multiply by w^2, with w the present weights; in place if the values are on the weights' device."""
         weights = {name: self.parameters[name].detach() for name in curvature}
         return {
             name: value.to(weights[name].device).mul_(weights[name]).mul_(weights[name])
@@ -242,19 +255,19 @@ def estimate(
     loss_fn: Callable[[ModelT, BatchT], Tensor],
     batches: Iterable[BatchT],
 ) -> dict[str, Tensor]:
-    """Score `model` on `batches` without training it: a criterion in one call.
+    """Score `model` on `batches` by a data-driven criterion, without training.
 
-    Every batch counts as one step. Weights and `.grad` stay as they are; the mode is the caller's, so call
-    `model.eval()` first where batch-norm buffers must not move. What the statistic has seen before still counts.
+    Every batch counts as one step. Weights and `.grad` stay as they are. The caller sets the mode: call `model.eval()`
+    first if batch-norm buffers must not change. Sums that the statistic holds already still count.
 
     Args:
         statistic: Any data-driven criterion, made for `model`.
         model: A plain network.
         loss_fn: The mean loss of a batch, `loss_fn(model, batch)`.
-        batches: What `loss_fn` takes.
+        batches: The batches that `loss_fn` takes.
 
     Raises:
-        ValueError: The criterion must see the weights move (si), or there is no batch.
+        ValueError: The criterion must see the weights change (si), or there is no batch.
 
     Example:
         >>> from lightning_compress.pruning.criteria.weights import Taylor

@@ -1,4 +1,4 @@
-"""Notes on tensors, kept beside them."""
+"""Tags on tensors, which are stored outside of the tensors and keep none of them alive."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class TensorMarks(Generic[T]):
-    """What is known of tensors, by their identity; keeps none of them alive.
+    """A mapping from tensors, by identity, to tags. It keeps no tensor alive.
 
-    A view of a whole tensor counts as that tensor: modules with full backward hooks hand on such views.
+    A view of a whole tensor counts as that tensor, because modules with full backward hooks return such views.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class TensorMarks(Generic[T]):
     def get(self, tensor: Tensor) -> T | None:
         root, key = _identity(tensor)
         entry = self._entries.get(key)
-        # An id may have been used before, by a tensor that is gone.
+        # The id may be that of an earlier tensor, which has been freed.
         return entry[1] if entry is not None and entry[0]() is root else None
 
     def set(self, tensor: Tensor, mark: T | None) -> None:
@@ -37,12 +37,12 @@ class TensorMarks(Generic[T]):
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same tensor, or views of the same whole."""
+    """Whether both are the same tensor, or the same view of one tensor."""
     return a is b or _identity(a)[1] == _identity(b)[1]
 
 
 def _identity(tensor: Tensor) -> tuple[Tensor, Any]:
-    """The tensor that owns the memory, and what tells this view of it from others."""
+    """Return the tensor that owns the memory, and a key that distinguishes this view of it from others."""
     base = tensor._base
     if base is None:
         return tensor, id(tensor)

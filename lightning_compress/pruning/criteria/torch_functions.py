@@ -1,6 +1,6 @@
-"""What torch's functions do to a layer's channels, told by their names.
+"""The effect of torch's functions on a layer's channels, by the functions' names.
 
-Functions go by their names without underscores: add, add_, __add__ and torch.ops.aten.add.Tensor are one.
+Names are compared without underscores: add, add_, __add__ and torch.ops.aten.add.Tensor are one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What these make of their first argument has the same channels.
+# The value of these functions has the same channels as their first argument.
 CARRIERS = (
     _names(
         """alpha_dropout batch_norm batch_norm_elemt bfloat16 clone contiguous cpu cuda double dropout dropout1d
@@ -37,7 +37,7 @@ NONLINEARITIES = _names(
     softsign tanh tanhshrink threshold"""
 )
 
-# These ask about a tensor or borrow its shape, and do nothing with its values that the network would see.
+# These functions read properties of a tensor or borrow its shape; they pass none of its values on to the network.
 QUERIES = _names(
     """batch_norm_stats detach dim empty_like get is_contiguous is_floating_point new_empty new_full new_ones new_tensor
     new_zeros numel ones_like rand_like randn_like register_hook requires_grad retain_grad size zeros_like"""
@@ -45,7 +45,7 @@ QUERIES = _names(
 
 
 def function_name(func: Callable[..., Any]) -> str:
-    """A function's name without what tells its variants apart.
+    """Return a function's name without the parts that distinguish its variants.
 
     >>> import torch
     >>> function_name(Tensor.add_), function_name(Tensor.__setitem__), function_name(torch.ops.aten.relu.default)
@@ -65,12 +65,12 @@ def is_inplace(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def outputs_of(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
-    """The tensors that a call has made or written to."""
+    """Return the tensors that a call has made or written to."""
     return [args[0]] if name == "setitem" else list(tensors_in(result))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested sequences, in order.
+    """Yield the tensors in nested sequences, in order.
 
     >>> import torch
     >>> [tensor.item() for tensor in tensors_in([torch.tensor(1), (torch.tensor(2), None, 3)])]

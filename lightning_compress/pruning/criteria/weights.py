@@ -1,4 +1,4 @@
-"""Criteria that look at the weights, or at the gradient of the batch's loss. One criterion, one formula:
+"""Criteria that use the weights, or the gradient of the batch's loss. Each has one formula:
 
     magnitude   |w|
     l2          w^2
@@ -7,9 +7,9 @@
     obd         |h| w^2 / 2, with h the diagonal of the Hessian
     si          (sum over steps of -g dw) / ((w - w_start)^2 + xi)
 
-with w a weight and g its gradient. A neuron's score is the sum over the weights of its output channel, except that it
-is their norm for magnitude and l2, and one uniform number for random. Where the loss is scaled (by gradient
-accumulation), the scores are too, all by the same factor.
+with w a weight and g its gradient. A channel's score is the sum over its weights; for magnitude and l2 it is their
+norm, and for random it is one uniform number. If the loss is scaled (by gradient accumulation), all scores are scaled
+by the same factor.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def l2(weight: Tensor) -> Tensor:
 
 
 def random(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Score weights uniformly in [0, 1), by a CPU generator, so that every device draws the same."""
+    """Score weights uniformly in [0, 1), with a CPU generator, so that every device draws the same numbers."""
     return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
@@ -80,10 +80,10 @@ def _norms(weight: Tensor, dim: int, order: int) -> Tensor:
 
 
 class Taylor(WeightStatistic):
-    """First-order change of the loss when a weight goes: the mean over optimizer steps of |g w|.
+    """First-order change of the loss when a weight is removed: the mean over optimizer steps of |g w|.
 
-    The absolute value is taken in every step, so that gradients whose sign alternates do not cancel. g is what the
-    optimizer sees, before clipping. (Channels are scored by their activations instead.)
+    The absolute value is taken in every step, so that gradients of alternating sign do not cancel. g is the gradient
+    at the optimizer step, before clipping. (`TaylorChannel` scores channels, by their activations.)
 
     Molchanov et al. 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference", section 2.2.
     """
@@ -108,18 +108,18 @@ class Taylor(WeightStatistic):
 
 
 class Obd(WeightStatistic):
-    """Second-order change of the loss when a weight goes: |h| w^2 / 2, with h the diagonal of the Hessian.
+    """Second-order change of the loss when a weight is removed: |h| w^2 / 2, with h the diagonal of the Hessian.
 
-    Hutchinson's estimate: the mean over batches of v * (H v), with v drawn anew from {-1, +1} for each, has the
+    Hutchinson's estimate: the mean over batches of v * (H v), with v drawn anew from {-1, +1} for each batch, has the
     expectation diag(H). Near a minimum h is small, and the sign of its estimate is mostly chance: with the sign, large
-    weights would go first. Costs a second backward pass, and memory for its graph, per batch.
+    weights would be removed first. Every batch costs a second backward pass, and memory for its graph.
 
     LeCun et al. 1990, "Optimal Brain Damage", section 2.2; Hutchinson 1990 for the estimate.
 
     Args:
         model: The network, in training.
         targets: Qualified parameter names, or `Channels`.
-        generator: Draws the probes, on the CPU.
+        generator: The CPU generator that draws the probes v.
     """
 
     criterion = "obd"
@@ -148,7 +148,7 @@ class Obd(WeightStatistic):
     def _hessian_times(
         self, probes: Sequence[Tensor], gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        # A gradient without a graph does not depend on the weights: its second derivatives are zero.
+        # A gradient without a graph does not depend on the weights, so that its second derivatives are zero.
         curved = [(g, v) for g, v in zip(gradients, probes, strict=True) if g is not None and g.requires_grad]
         if not curved:
             return [None for _ in parameters]
@@ -179,7 +179,7 @@ class Obd(WeightStatistic):
 
 
 def _is_cut(gradients: Sequence[Tensor]) -> bool:
-    """True if a node that refuses a second derivative hides a way to the weights: autograd would take it for a zero."""
+    """Whether a node in the gradients' graph refuses a second derivative: autograd would silently take it for zero."""
     todo = [gradient.grad_fn for gradient in gradients]
     seen = set()
     while todo:
@@ -193,24 +193,24 @@ def _is_cut(gradients: Sequence[Tensor]) -> bool:
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw from {-1, +1} with equal probability, by a CPU generator, so that every device draws the same."""
+    """Draw from {-1, +1} with equal probability, with a CPU generator, so that every device draws the same numbers."""
     return (torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8) * 2 - 1).to(like)
 
 
 class Si(WeightStatistic):
-    """How much the loss fell by moving a weight, over how far it moved: synaptic intelligence.
+    """Synaptic intelligence: the fall of the loss due to the changes of a weight, over how far the weight has moved.
 
         omega / ((w - w_start)^2 + xi)        omega = sum over steps of -g dw
 
-    with g the gradient before clipping, dw what the optimizer step added to w, and w_start the weight before the first
-    step. It integrates over the whole training: `reset` forgets nothing.
+    with g the gradient before clipping, dw the change of w in the optimizer step, and w_start the weight before the
+    first step. The sum runs over the whole training: `reset` forgets nothing.
 
     Zenke et al. 2017, "Continual Learning Through Synaptic Intelligence", equations 3 to 5.
 
     Args:
         model: The network, in training.
         targets: Qualified parameter names, or `Channels`.
-        xi: Keeps the score of a weight that hardly moved finite; in units of w^2.
+        xi: Keeps the score of a weight that has hardly moved finite; it is compared with w^2.
 
     Example:
         >>> net = nn.Linear(3, 1)
@@ -243,7 +243,7 @@ class Si(WeightStatistic):
         if not self.start:
             self.start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._before = {
-            # Copies, for clipping and the step work in place.
+            # These are copies, because clipping and the step work in place.
             name: (parameter.grad.clone(), parameter.detach().clone())
             for name, parameter in self.parameters.items()
             if parameter.grad is not None
@@ -266,7 +266,7 @@ class Si(WeightStatistic):
         return torch.div(omega.to(now.device), moved.square_().add_(self.xi), out=moved)
 
     def reset(self) -> None:
-        """Forget nothing: the integral runs over the whole training."""
+        """Forget nothing: the sum runs over the whole training."""
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "start": dict(self.start)}
