@@ -1,4 +1,4 @@
-"""MSDNet (Huang et al. 2018, 1703.09844): layers have feature maps of several scales, and exits see the coarsest."""
+"""MSDNet (Huang et al. 2018, arXiv 1703.09844): layers have feature maps of several scales; exits read the coarsest."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def _conv_bn_relu(in_channels: int, out_channels: int, size: int, *, stride: int
 
 
 class MSDNetClassifier(nn.Sequential):
-    """The head of an exit: two 3x3 conv-bn-relu of stride 2, an average pooling of 2x2, and one Linear.
+    """The head of an exit: two 3x3 conv-bn-relu of stride 2, an average pooling of 2x2, and one linear layer.
 
-    Where the two convolutions leave a single pixel, as on images of 8x8, there is nothing to pool and no pooling.
+    There is no pooling if the convolutions leave a single pixel, as of 8x8 images.
 
     Args:
-        in_channels: Channels of the coarsest feature map.
-        size: Height and width of that (square) map.
-        num_classes: Number of outputs.
-        width: Channels of the two convolutions; the paper's is 128.
+        in_channels: The number of channels of the coarsest feature map.
+        size: The height and width of that square feature map.
+        num_classes: The number of outputs.
+        width: The number of channels of the two convolutions; 128 in the paper.
 
     Shapes:
         input (N, in_channels, size, size), output (N, num_classes).
@@ -49,27 +49,37 @@ class MSDNetClassifier(nn.Sequential):
 
 
 def msdnet_classifier(feature: Tensor, num_classes: int, *, width: int = 128) -> MSDNetClassifier:
-    """Return the `MSDNetClassifier` that reads feature maps like `feature`, of shape (N, C, H, H).
+    """Return an `MSDNetClassifier` for feature maps of the shape (N, C, H, H) of `feature`.
 
     Args:
-        feature: What the layer at the exit returns; only its shape is looked at.
-        num_classes: Number of outputs.
-        width: Channels of the head's convolutions.
+        feature: An output of the layer at the exit; only its shape is used.
+        num_classes: The number of outputs.
+        width: The number of channels of the head's convolutions.
 
     Raises:
-        ValueError: `feature` is no square feature map.
+        ValueError: `feature` is not a square feature map.
 
     Example:
         >>> msdnet_classifier(torch.zeros(2, 64, 7, 7), 10)(torch.zeros(2, 64, 7, 7)).shape
         torch.Size([2, 10])
     """
     if feature.dim() != 4 or feature.shape[2] != feature.shape[3]:
-        raise ValueError(f"MSDNet's classifier reads feature maps of shape (N, C, H, H); got {tuple(feature.shape)}.")
+        raise ValueError(
+            f"msdnet_classifier needs a feature map of shape (N, C, H, H); got {tuple(feature.shape)}. Name a layer"
+            " that returns one."
+        )
     return MSDNetClassifier(feature.shape[1], size=feature.shape[2], num_classes=num_classes, width=width)
 
 
 class _Bottleneck(nn.Sequential):
-    """Conv 1x1, bn, relu, conv 3x3, bn, relu; the 1x1 one has `factor` times the outputs, or as many as come in."""
+    """A 1x1 and a 3x3 convolution, each with batch norm and ReLU.
+
+    Args:
+        in_channels: The number of channels of the input.
+        out_channels: The number of channels of the output.
+        factor: The 1x1 convolution has min(in_channels, factor * out_channels) outputs.
+        stride: The stride of the 3x3 convolution.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, factor: int, stride: int = 1) -> None:
         inner = min(in_channels, factor * out_channels)
@@ -77,17 +87,17 @@ class _Bottleneck(nn.Sequential):
 
 
 class MSDNetUnit(nn.Module):
-    """One scale of one layer: concatenates what the scale has with new features from it and from the finer scale.
+    """One scale of one layer: concatenates the scale's features with new ones from this scale and from the finer scale.
 
-    The finest scale that is left gets all new features from itself; every other one gets half from the finer scale,
-    through a convolution of stride 2, and half from itself.
+    In the finest remaining scale all new features are computed from this scale. In every other scale half of them are
+    computed from this scale, and half from the finer scale by a convolution of stride 2.
 
     Args:
-        in_channels: Channels that the scale has so far.
-        finer_channels: Channels of the next finer scale; 0 for the finest scale.
-        growth: New features.
-        factor: Width of the 1x1 convolution in multiples of its 3x3 convolution's outputs.
-        finer_factor: The same for the convolutions that read the finer scale.
+        in_channels: The number of channels of the scale before this layer.
+        finer_channels: The number of channels of the next finer scale; 0 for the finest scale.
+        growth: The number of new features.
+        factor: The width of the 1x1 convolution, in multiples of the outputs of its 3x3 convolution.
+        finer_factor: The width of the 1x1 convolution that reads the finer scale, likewise.
 
     Shapes:
         own (N, in_channels, H, W), finer (N, finer_channels, 2 H, 2 W), output (N, in_channels + growth, H, W).
@@ -108,7 +118,7 @@ class MSDNetUnit(nn.Module):
 
 
 class _Layer(nn.ModuleDict):
-    """The units of one layer by the name of their scale, finest first; reads and returns a list of feature maps."""
+    """The units of one layer by the name of their scale, finest first; maps a list of feature maps to such a list."""
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         dropped = len(features) - len(self)
@@ -117,14 +127,14 @@ class _Layer(nn.ModuleDict):
 
 
 class _Transition(nn.ModuleDict):
-    """A 1x1 convolution per scale, by the name of the scale; reads and returns a list of feature maps."""
+    """A 1x1 convolution per scale, by the name of the scale; maps a list of feature maps to such a list."""
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         return [layer(feature) for layer, feature in zip(self.values(), features, strict=True)]
 
 
 class _Stem(nn.ModuleDict):
-    """The first layer: a 3x3 convolution of the image, and from each scale one of stride 2 to the next."""
+    """The first layer: a 3x3 convolution of the image, and a convolution of stride 2 from each scale to the next."""
 
     def forward(self, x_NCHW: Tensor) -> list[Tensor]:
         features = []
@@ -135,37 +145,39 @@ class _Stem(nn.ModuleDict):
 
 
 class MSDNet(nn.Module):
-    """The Multi-Scale DenseNet for small images, whose every block ends in a feature map that a classifier can read.
+    """The Multi-Scale DenseNet for small images; each of its blocks ends with a feature map that a classifier can read.
 
-    Layer l keeps a feature map per scale; each scale is half as high and wide as the one before and has
-    `factors[s]` times its channels. Every layer concatenates `growth` times `factors[s]` new features (`MSDNetUnit`).
-    With L layers and S scales the finest remaining scale is dropped every ceil(L / S) layers (the paper's "max"
-    reduction), and a transition, a 1x1 conv-bn-relu, leaves the share `reduction` of the others' channels. What no
-    classifier reads is not computed: layer L - j has the j + 1 coarsest scales at most.
+    A layer has one feature map per scale s. Each scale has half the height and width of the scale before it, and
+    `factors[s]` times as many channels as a scale of factor 1. Each layer concatenates `growth` times `factors[s]` new
+    features (`MSDNetUnit`). With L layers and S scales, the finest remaining scale is dropped every ceil(L / S) layers
+    (the paper's "max" reduction), and a transition, a 1x1 convolution with batch norm and ReLU, keeps the fraction
+    `reduction` of the other scales' channels. Features that no classifier reads are not computed: layer L - j has at
+    most the j + 1 coarsest scales.
 
-    The network returns the logits of its last classifier, so that it trains like any other; `exits` names, for the
-    blocks before, the modules that return the block's coarsest feature map as one tensor: heads by
-    `msdnet_classifier` there and the plain sum of all losses are the paper's network. The defaults are its network for
-    anytime prediction on CIFAR; `blocks=5, base=1, step=1, step_mode="lin_grow"` is that for a budget per batch.
+    The network returns the logits of its last classifier, so it trains like any other network. For the other blocks
+    `exits` names the modules that return the coarsest feature map of the block as one tensor. With heads made by
+    `msdnet_classifier` at these exits, and the unweighted sum of all losses, it is the network of the paper. The
+    defaults make its network for anytime prediction on CIFAR; `blocks=5, base=1, step=1, step_mode="lin_grow"` makes
+    its network for budgeted batch classification.
 
     Args:
-        blocks: Number of classifiers, the last one's included.
-        base: Layers of the first block.
-        step: Layers of each other block; with "lin_grow", block b (from 0) has `step` b + 1.
+        blocks: The number of classifiers, the last one included.
+        base: The number of layers of the first block.
+        step: The number of layers of each other block; with "lin_grow", block b (counted from 0) has `step` b + 1.
         step_mode: "even" or "lin_grow".
-        channels: Of the first layer at the finest scale.
-        growth: New features of a layer at the finest scale.
-        factors: Of channels and growth, one per scale, finest first.
-        bottleneck: Width of the 1x1 convolutions in multiples of the 3x3 convolution's outputs, one per scale.
-        reduction: Share of the channels that a transition leaves.
-        head_width: Channels in the classifier's convolutions.
-        in_channels: Channels of the image.
-        image_size: Height and width of the (square) image.
-        num_classes: Number of outputs.
+        channels: The number of channels of the first layer at the finest scale.
+        growth: The number of new features of a layer at the finest scale.
+        factors: The factors of channels and growth, one per scale, finest first.
+        bottleneck: The widths of the 1x1 convolutions, in multiples of the 3x3 convolution's outputs, one per scale.
+        reduction: The fraction of the channels that a transition keeps.
+        head_width: The number of channels of the classifier's convolutions.
+        in_channels: The number of channels of the image.
+        image_size: The height and width of the square image.
+        num_classes: The number of outputs.
 
     Raises:
-        ValueError: Unknown `step_mode`, as many `bottleneck` as `factors` are needed, no layers, or an image too small
-            for the scales.
+        ValueError: `step_mode` is unknown, `factors` and `bottleneck` differ in length, a block has no layers, or the
+            image is too small for the scales.
 
     Shapes:
         input (N, in_channels, image_size, image_size), output (N, num_classes).
@@ -200,19 +212,23 @@ class MSDNet(nn.Module):
             raise ValueError(f"step_mode must be one of {', '.join(get_args(StepMode))}; got {step_mode!r}.")
         if len(factors) != len(bottleneck) or not factors:
             raise ValueError(
-                "factors and bottleneck have one number per scale, so they are equally long;"
+                "factors and bottleneck of MSDNet need one number per scale, so they must be equally long;"
                 f" got {list(factors)} and {list(bottleneck)}."
             )
         sizes = [base] + [step * b + 1 if step_mode == "lin_grow" else step for b in range(1, blocks)]
         if blocks < 1 or min(sizes) < 1:
-            raise ValueError(f"Each block has one layer or more; blocks={blocks} of {sizes} layers were asked for.")
+            raise ValueError(
+                f"MSDNet needs at least one block, and each block at least one layer; got blocks={blocks} with {sizes}"
+                " layers. Change blocks, base or step."
+            )
         scales, total = len(factors), sum(sizes)
         size = image_size
         for _ in range(scales - 1):
             size = math.ceil(size / 2)
         if size < 2:
             raise ValueError(
-                f"{scales} scales leave {size} pixel of images of {image_size}x{image_size}: give fewer factors."
+                f"The {scales} scales of MSDNet leave {size} pixel of images of {image_size}x{image_size}, and at least"
+                " 2 are needed: give fewer factors."
             )
 
         self.stem = _Stem()
@@ -222,7 +238,7 @@ class MSDNet(nn.Module):
             self.stem[f"scale{s}"] = nn.Sequential(*layer)
 
         interval = math.ceil(total / scales)
-        width, number, finest = channels, 0, 0  # channels in multiples of a scale's factor, layers, scale
+        width, number, finest = channels, 0, 0  # channels per factor, layers so far, finest scale
         self.blocks = nn.Sequential()
         for layers in sizes:
             block = nn.Sequential()
@@ -253,7 +269,7 @@ class MSDNet(nn.Module):
 
     @property
     def exits(self) -> tuple[str, ...]:
-        """Names of the modules that return the coarsest feature map of each block but the last, in order."""
+        """The names of the modules that return the coarsest feature map of each block except the last, in order."""
         coarsest = list(self.stem)[-1]
         ends = [len(block) - 1 for block in self.blocks]  # type: ignore[arg-type]  # Sequentials
         return tuple(f"blocks.{b}.{end}.{coarsest}" for b, end in enumerate(ends[:-1]))

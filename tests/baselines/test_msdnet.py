@@ -175,9 +175,9 @@ def test_bad_sizes_are_refused_by_name() -> None:
         MSDNet(step_mode="odd")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"equally long; got \[1, 2, 4\] and \[1, 2\]"):
         MSDNet(bottleneck=(1, 2))
-    with pytest.raises(ValueError, match=r"one layer or more; blocks=2 of \[1, 0\]"):
+    with pytest.raises(ValueError, match=r"at least one layer; got blocks=2 with \[1, 0\]"):
         MSDNet(blocks=2, base=1, step=0)
-    with pytest.raises(ValueError, match="3 scales leave 1 pixel of images of 4x4"):
+    with pytest.raises(ValueError, match="3 scales of MSDNet leave 1 pixel of images of 4x4"):
         MSDNet(image_size=4)
     with pytest.raises(ValueError, match=r"\(N, C, H, H\); got \(2, 64\)"):
         msdnet_classifier(torch.zeros(2, 64), 10)
