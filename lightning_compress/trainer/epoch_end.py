@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.evaluation_loop import RestartStage as ValidationStage
 from lightning.pytorch.loops.training_epoch_loop import RestartStage
 
+from lightning_compress.trainer.peek import training_loaders
+
 _END = object()
 
 
@@ -146,10 +148,9 @@ class EpochEnd:
 
     def _leave_loaders(self, trainer: Trainer) -> None:
         """Bring stateful loaders to where the uninterrupted run's were: at the end of an epoch, not before its rest."""
-        combined = trainer.fit_loop._combined_loader
-        if combined is None or not self._loader_states:
+        if not self._loader_states:
             return
-        loaders = [loader for loader in combined.flattened if hasattr(loader, "load_state_dict")]
+        loaders = [loader for loader in training_loaders(trainer) if hasattr(loader, "load_state_dict")]
         if len(loaders) != len(self._loader_states):
             warnings.warn(
                 f"The checkpoint holds states of {len(self._loader_states)} training loader(s), and this fit has "
@@ -166,6 +167,30 @@ class EpochEnd:
             loader.load_state_dict(state)
             if begins_anew:
                 next(iter(loader), _END)  # uses the position up
+
+
+def match_batches(trainer: Trainer) -> None:
+    """Make a resumed run draw the same batches as the uninterrupted one, or warn where it can't."""
+    fit_loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    lacks = ""
+    if not fit_loop.restarted_mid_epoch:
+        # The uninterrupted run would draw the seeds of the next epoch's shuffling now. Lightning has made the iterator
+        # of the resumed run before the random state was restored.
+        iter(fetcher)
+    elif fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return
+    elif not all(hasattr(loader, "load_state_dict") for loader in training_loaders(trainer)):
+        lacks = "no state_dict/load_state_dict"
+    elif fetcher.length is None:
+        lacks = "no length, from which Lightning fetches a batch ahead that the loader's state counts as trained"
+    if lacks:
+        warnings.warn(
+            f"Resumed in the middle of an epoch with a training loader that has {lacks}: the rest of this epoch "
+            f"has other batches than the uninterrupted run. Weights, masks and random states are exact. Use a loader "
+            f"that has it, or resume from the end of an epoch.",
+            stacklevel=2,
+        )
 
 
 def _begins_anew(loader: Any) -> bool:

@@ -35,16 +35,21 @@ def first_batch(trainer: Trainer) -> Any:
     """
     random_states = rng.capture()
     try:
-        combined = trainer.fit_loop._combined_loader
-        if combined is None:  # before the fit has set it up
-            combined = CombinedLoader(trainer.fit_loop._data_source.dataloader())
-        loader = next(iter(combined.flattened))
+        loader = next(iter(training_loaders(trainer)))
         with untouched(loader):
             for batch in loader:
                 return batch
         raise ValueError(f"The training loader, a {type(loader).__name__}, yields no batch: pass example_inputs=.")
     finally:
         rng.restore(random_states)
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """Return the fit's training loaders, in whatever collection the user has given them."""
+    loaders = trainer.train_dataloader
+    if loaders is None:  # the fit has not set them up yet
+        loaders = trainer.fit_loop._data_source.dataloader()
+    return list(CombinedLoader(loaders).flattened)
 
 
 @contextmanager

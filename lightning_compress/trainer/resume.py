@@ -17,12 +17,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_compress.trainer import compatibility, means, rng
 from lightning_compress.trainer.distributed import gather, rank
 from lightning_compress.trainer.effects import DeclaresEffects, Effects
-from lightning_compress.trainer.epoch_end import EpochEnd
+from lightning_compress.trainer.epoch_end import EpochEnd, match_batches
 from lightning_compress.trainer.inputs import forget_batch
 from lightning_compress.trainer.steps import Pace, epochs_done, steps_done, steps_per_epoch
 from lightning_compress.trainer.surroundings import check_namespace, check_strategy
 from lightning_compress.trainer.unwrap import innermost
 
+METRICS = "lightning_compress.metrics"  # key in a checkpoint: the logged metrics of every rank, once for all techniques
 _REMEDY = "Resume with the version that wrote it, or start a new fit from its weights alone."
 FORMAT = 2  # of the state in a checkpoint: raise it when what a technique saves is another thing than before
 
@@ -49,7 +50,11 @@ class ResumableCallback(DeclaresEffects, Callback):
         self._fitted: weakref.ref[LightningModule] | None = None
         self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
         self._loads_state = True
-        self._epoch_end: EpochEnd | None = None  # of the checkpoint, until the fit starts
+        self._resumes = (
+            False  # a checkpoint was loaded, until the fit starts; so for the next two, of the first technique
+        )
+        self._metrics: list[dict[str, Any]] | None = None  # of every rank, from the checkpoint
+        self._epoch_end: EpochEnd | None = None  # of the checkpoint
         self._numbers: dict[str, dict[str, Any]] = {}  # that the module counts, when the fit began
 
     # ------------------------------------------------------------------ what a technique supplies
@@ -82,7 +87,8 @@ class ResumableCallback(DeclaresEffects, Callback):
         if stage != "fit":
             return
         check_strategy(trainer, self.name)
-        self._loaded = self._epoch_end = None  # of a resume that was refused
+        self._loaded = self._metrics = self._epoch_end = None  # of a resume that was refused
+        self._resumes = False
         forget_batch(trainer)  # of an earlier fit
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(other is not self and other.state_key == self.state_key for other in callbacks):
@@ -101,15 +107,11 @@ class ResumableCallback(DeclaresEffects, Callback):
         return None if self._loaded is None else self._loaded["technique"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if self is next(one for one in callbacks if isinstance(one, ResumableCallback)):
-            compatibility.check(trainer, pl_module)  # once, and before any technique prepares
+        if self._is_first(trainer):
+            compatibility.check(trainer, pl_module)  # before any technique prepares
+            self._make_up_for_epoch_end(trainer, pl_module)
         loaded, self._loaded = self._loaded, None
-        epoch_end, self._epoch_end = self._epoch_end, None
-        if epoch_end is not None:
-            logged = [one.get("logged") for one in ([] if loaded is None else loaded["rng"])]
-            known = means.restore(trainer, pl_module, logged, inside=trainer.fit_loop.restarted_mid_epoch)
-            epoch_end.before_training(trainer, metrics_known=known)
+        resumes, self._resumes = self._resumes, False
         self._begin_counting(trainer, pl_module, loaded)
         self.generator.manual_seed(torch.initial_seed() + rank())
         with self._reading(loaded):
@@ -128,8 +130,21 @@ class ResumableCallback(DeclaresEffects, Callback):
             )
         if random_state is not None:
             rng.restore(random_state["global"])
+        if resumes:
+            match_batches(trainer)
+
+    def _is_first(self, trainer: Trainer) -> bool:
+        """Whether this is the fit's first technique, which does what must happen once for all of them."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        return self is next(one for one in callbacks if isinstance(one, ResumableCallback))
+
+    def _make_up_for_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch_end, self._epoch_end = self._epoch_end, None
+        metrics, self._metrics = self._metrics, None
         if epoch_end is not None:
-            self._match_batches(trainer)
+            inside = trainer.fit_loop.restarted_mid_epoch
+            known = means.restore(trainer, pl_module, metrics or [], inside=inside)
+            epoch_end.before_training(trainer, metrics_known=known)
 
     def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         with self._reading(self._loaded):
@@ -232,8 +247,10 @@ class ResumableCallback(DeclaresEffects, Callback):
         together = trainer.state.status != TrainerStatus.INTERRUPTED
         if together:
             self.synchronize()
-        logged = means.capture(trainer, pl_module, self._numbers)
-        mine = {"global": rng.capture(), "own": self.generator.get_state(), "logged": logged}
+        if self._is_first(trainer):
+            metrics = means.capture(trainer, pl_module, self._numbers)
+            checkpoint[METRICS] = self._metrics or (gather(metrics) if together else [metrics])
+        mine = {"global": rng.capture(), "own": self.generator.get_state()}
         batches = trainer.fit_loop.epoch_loop.batch_progress
         checkpoint.setdefault("callbacks", {})[self.state_key] = self._loaded or {
             "format": FORMAT,
@@ -260,9 +277,10 @@ class ResumableCallback(DeclaresEffects, Callback):
         if not self._loads_state:
             return
         states = checkpoint["callbacks"]
-        if "loops" in checkpoint:  # else Lightning refuses it
-            logged = states.get(self.state_key, {}).get("rng", [{}])[0].get("logged")
-            lacks = ["logged metrics"] if logged is None else logged["gathered"]
+        self._resumes = "loops" in checkpoint  # otherwise Lightning refuses the checkpoint
+        if self._resumes and self._is_first(trainer):
+            self._metrics = checkpoint.get(METRICS)
+            lacks = ["logged metrics"] if self._metrics is None else self._metrics[0]["gathered"]
             lacks = [name for name in lacks if name not in means.gathered(pl_module)]
             self._epoch_end = EpochEnd(checkpoint["loops"]["fit_loop"], lacks=lacks)
         if 0 <= trainer.max_steps <= checkpoint["global_step"]:
@@ -289,30 +307,3 @@ class ResumableCallback(DeclaresEffects, Callback):
             stacklevel=2,
         )
         return None
-
-    def _match_batches(self, trainer: Trainer) -> None:
-        """Have the resumed run draw the same batches as the uninterrupted one."""
-        fit_loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
-        assert fetcher is not None
-        lacks = ""
-        if not fit_loop.restarted_mid_epoch:
-            # The uninterrupted run would draw the next epoch's shuffling seeds now; Lightning made the resumed run's
-            # iterator before the random state was back.
-            iter(fetcher)
-        elif fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return
-        elif not all(hasattr(loader, "load_state_dict") for loader in _train_loaders(trainer)):
-            lacks = "no state_dict/load_state_dict"
-        elif fetcher.length is None:
-            lacks = "no length, from which Lightning fetches a batch ahead that the loader's state counts as trained"
-        if lacks:
-            warnings.warn(
-                f"Resumed in the middle of an epoch with a training loader that has {lacks}: the rest of this epoch "
-                f"has other batches than the uninterrupted run. Weights, masks and random states are exact.",
-                stacklevel=2,
-            )
-
-
-def _train_loaders(trainer: Trainer) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)

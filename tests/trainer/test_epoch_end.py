@@ -17,7 +17,8 @@ from support.small import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_compress import IterativePruningCallback
+from lightning_compress import GroupLassoCallback, IterativePruningCallback
+from lightning_compress.trainer.resume import METRICS
 
 BATCHES = 6
 X = torch.randn(4 * BATCHES, 8, generator=torch.Generator().manual_seed(5))
@@ -291,6 +292,20 @@ def test_a_plateau_is_stepped_at_the_end_of_a_resumed_epoch(scheduler: str, tmp_
         assert_same_end(whole, resumed, moment)
 
 
+@pytest.mark.parametrize("scheduler", ["plateau", "plateau-step"])
+def test_two_techniques_step_a_plateau_once_and_save_its_metrics_once(scheduler: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"scheduler": scheduler, "val_check_interval": 3}
+    whole = fit("positioned", tmp_path, None, callbacks=[GroupLassoCallback(0.001)], **options)
+    for moment in ("batch4", "batch6", "validation9"):
+        resumed = fit(
+            "positioned", tmp_path / "resumed", tmp_path / moment, callbacks=[GroupLassoCallback(0.001)], **options
+        )
+        assert_same_end(whole, resumed, moment)
+    checkpoint = torch.load(tmp_path / "batch4", weights_only=True)
+    assert "quality" in checkpoint.pop(METRICS)[0]["seen"]
+    assert "quality" not in str(checkpoint["callbacks"])
+
+
 def test_a_checkpoint_without_logged_metrics_goes_on_as_in_lightning_alone(tmp_path: Path) -> None:
     """It is from another version, or from a run without a technique."""
     fit("positioned", tmp_path, None, scheduler="plateau")
@@ -298,7 +313,7 @@ def test_a_checkpoint_without_logged_metrics_goes_on_as_in_lightning_alone(tmp_p
         checkpoint = torch.load(tmp_path / f"batch{batch}", weights_only=True)
         states = checkpoint["callbacks"]
         (key,) = [key for key in states if key.startswith("IterativePruningCallback")]
-        del states[key]["rng"][0]["logged"]
+        del checkpoint[METRICS]
         if remove:
             del states[key]
         torch.save(checkpoint, tmp_path / "without")
