@@ -1,4 +1,4 @@
-"""Averaged copies of the weights (EMA and the like) must be projected as the weights are."""
+"""Find averaged copies of the weights (EMA and the like), which must be projected as the weights are."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def averaged_modules(trainer: Trainer) -> Iterator[nn.Module]:
-    """Yield the averaged copies that Lightning's callbacks hold, with the LightningModule's own parameter names."""
+    """Yield the averaged copies that Lightning's callbacks hold; their parameters have the LightningModule's names."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             yield callback._average_model.module
 
 
 def averages_inside(module: LightningModule) -> dict[str, str | None]:
-    """Find the `AveragedModel`s that a LightningModule holds itself: by path, the path of what each averages.
+    """Return the path of each `AveragedModel` in a LightningModule, with the path of the module that it averages.
 
-    None stands for an average of something that is not there, or of one of several that are alike.
+    The latter is None where that module is outside the LightningModule, or one of several with the same shapes.
     """
     paths = [path for path, one in module.named_modules() if isinstance(one, AveragedModel)]
     followed: dict[str, str | None] = {}
@@ -40,9 +40,9 @@ def averages_inside(module: LightningModule) -> dict[str, str | None]:
 
 
 def copies_inside(module: LightningModule) -> Iterator[nn.Module]:
-    """Yield the averages that a LightningModule holds itself, each with the names that its original has there.
+    """Yield the averages that a LightningModule holds itself, with the parameter names of the averaged modules.
 
-    What is yielded has the averaged part alone.
+    Each yielded module contains only the averaged part.
     """
     for path, original in averages_inside(module).items():
         if original is not None:

@@ -1,4 +1,4 @@
-"""The callback that every projection technique extends: refusals, and the moment of the projection."""
+"""Base class of the callbacks that change weights: it calls the projection around every optimizer step."""
 
 from __future__ import annotations
 
@@ -22,26 +22,30 @@ from lightning_compress.trainer.unwrap import LOGGED, innermost, raw_optimizer
 
 
 class CompressionCallback(TargetingCallback):
-    """A technique that changes weights: subclasses say how, this class when.
+    """A callback that changes weights; this class decides when, and subclasses how.
 
-    A subclass supplies, beside what a `TargetingCallback` wants, `project_copy`, and `prepare` puts its `Projection`
-    into `self.projection`.
+    A subclass supplies `project_copy` and the methods that `TargetingCallback` wants; its `prepare` sets
+    `self.projection`.
 
     Args:
-        settings: The constructor arguments, which make up the `state_key`.
+        settings: The constructor arguments, of which the `state_key` is made.
     """
 
-    compares_values: ClassVar[bool] = True  # at every batch, to see what other code has written through `.data`
+    compares_values: ClassVar[bool] = (
+        True  # whether to compare values at every batch, which finds writes through `.data`
+    )
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.projection: Projection | None = None
         self._copies: list[torch.nn.Module] = []  # averages that the module holds itself
         self._handles: list[RemovableHandle] = []
-        self._announced: torch.optim.Optimizer | None = None  # by on_before_optimizer_step, until it has stepped
+        self._announced: torch.optim.Optimizer | None = (
+            None  # the optimizer of on_before_optimizer_step, until it has stepped
+        )
         self._stepping: torch.optim.Optimizer | None = None
-        self._depth = 0  # of its calls of `step`
-        self._known: WeakSet[torch.optim.Optimizer] = WeakSet()  # that have stepped by `step`
+        self._depth = 0  # how many of its calls of `step` are under way
+        self._known: WeakSet[torch.optim.Optimizer] = WeakSet()  # optimizers that were stepped by `step`
         self._said_writes = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,14 +61,14 @@ class CompressionCallback(TargetingCallback):
         raise NotImplementedError
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
-        """Slice all state that belongs to the module's tensors, after another callback has cut channels out of it.
+        """Slice all state of tensors from which another callback has cut channels.
 
-        `kept` has, by tensor and dimension, the positions that stayed.
+        `kept` has the positions that stayed, by tensor and dimension.
         """
 
     @property
     def latent(self) -> dict[str, Tensor]:
-        """The real values that train behind parameters which hold others, by name; empty where there are none."""
+        """The latent values that train instead of the parameters' own, by name; empty where there are none."""
         return {}
 
     def logged_name(self, trainer: Trainer, name: str) -> str:
@@ -79,13 +83,13 @@ class CompressionCallback(TargetingCallback):
         return f"{LOGGED}{name}_{number}" if number > 1 else f"{LOGGED}{name}"
 
     def zero_latent(self, masks: Mapping[str, Tensor]) -> None:
-        """Zero the latent values of weights that another callback has just pruned: False in the masks, by name."""
+        """Zero the latent values of weights that another callback has just pruned, where its masks are False."""
 
     # ------------------------------------------------------------------ the projection, around every optimizer step
 
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unhook()
-        # Of all optimizers, so that one that is exchanged during the fit, or works inside another, is seen as well.
+        # Hooks on all optimizers: one may be exchanged during the fit, or be used inside another.
         self._handles = [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -104,7 +108,7 @@ class CompressionCallback(TargetingCallback):
             self._handles.pop().remove()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._announced = self._stepping = None  # a step that failed has left them
+        self._announced = self._stepping = None  # a failed step may have left them set
         if self.projection is not None:
             self.projection.refresh(by_value=self.compares_values)
 
@@ -134,7 +138,7 @@ class CompressionCallback(TargetingCallback):
             self._stepping, self._depth = optimizer, 0
 
     def _projected_again(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Let every evaluation of the loss see projected weights, where an optimizer needs several within its step."""
+        """Project before every further evaluation of the loss, where an optimizer needs several within its step."""
         evaluated = False
 
         def evaluate() -> Any:
@@ -147,17 +151,17 @@ class CompressionCallback(TargetingCallback):
         return evaluate
 
     def after_optimizer_step(self) -> None:
-        """Act when an optimizer has stepped, before its parameters are projected again."""
+        """Act after an optimizer step, before the parameters are projected again."""
 
     def after_projection(self, optimizer: torch.optim.Optimizer) -> None:
-        """Act when an optimizer has stepped and its parameters are projected again."""
+        """Act after an optimizer step, when the parameters are projected again."""
 
     def acts_on(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the step of an optimizer is one of those around which this technique acts."""
+        """Whether this technique acts around the steps of an optimizer."""
         return self.projection is not None and bool(self.projection.share(optimizer))
 
     def check_announced(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise a RuntimeError where an optimizer that stepped without `on_before_optimizer_step` spoils something."""
+        """Raise a RuntimeError if a step without `on_before_optimizer_step` makes this technique wrong."""
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         announced = self._announced is optimizer
@@ -165,7 +169,7 @@ class CompressionCallback(TargetingCallback):
             return
         self._depth -= self._stepping is optimizer
         if self._depth > 0 or self._stepping not in (None, optimizer):
-            return  # it works inside another step, or inside its own, as where `step` calls that of its superclass
+            return  # a step inside another one, as where `step` calls that of its superclass
         self._stepping = None
         if announced:
             self._announced = None
@@ -186,14 +190,14 @@ class CompressionCallback(TargetingCallback):
         self._project_averages(trainer)
 
     def _check_steps(self, trainer: Trainer, projection: Projection) -> None:
-        """Raise a RuntimeError for an optimizer that has changed weights, and has never stepped by `step`."""
+        """Raise a RuntimeError for an optimizer that has changed weights without a call of `step`."""
         if trainer.lightning_module.automatic_optimization or not projection.keep_latent:
             return
         for optimizer in trainer.optimizers:
             if optimizer not in self._known and (names := projection.differing(projection.share(optimizer))):
                 raise RuntimeError(
                     f"{names[0]} has changed in a batch in which its optimizer, {type(optimizer).__name__}, has not "
-                    f"stepped: {self.name} keeps real weights behind those of the module, which only `step` trains. "
+                    f"stepped: {self.name} keeps the real weights outside of the module, and only `step` trains them. "
                     f"Use `self.optimizers()` and its `step`, with a closure where the loss is evaluated several times."
                 )
 
@@ -205,14 +209,14 @@ class CompressionCallback(TargetingCallback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.projection is not None and self._validates(trainer):
-            self.projection.suspended = any(True for _ in averaged_modules(trainer))  # it is in the module now
+            self.projection.suspended = any(True for _ in averaged_modules(trainer))  # the average is in the module now
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.projection is not None:
             self.projection.suspended = False
 
     def _validates(self, trainer: Trainer) -> bool:
-        """Whether this is a validation within a fit that has begun."""
+        """Whether this is a validation inside a fit, after its sanity check."""
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,10 +237,10 @@ class CompressionCallback(TargetingCallback):
             self._say_writes()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        began = bool(self._handles)  # else the projection is that of an earlier fit, perhaps of other shapes
+        began = bool(self._handles)  # otherwise the projection is that of an earlier fit, perhaps with other shapes
         self._unhook()
         if self.projection is not None and began:
-            self.projection.settle()  # so that a checkpoint of this moment holds the projected values
+            self.projection.settle()  # so that a checkpoint that is saved now holds projected values
             self.projection.refresh(by_value=True)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -252,14 +256,14 @@ class CompressionCallback(TargetingCallback):
             put_values(checkpoint, pl_module, projection.projected())
 
     def _say_writes(self) -> None:
-        """Say once that other code has written weights."""
+        """Report, once, that other code has written weights."""
         names = sorted(self.projection.rewritten) if self.projection is not None else []
         if names and not self._said_writes:
             self._said_writes = True
             rank_zero_info(
                 f"{self.name}: other code has written {', '.join(names[:3])}"
-                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''} between optimizer steps. What it wrote has "
-                f"taken the place of the real weights behind the module's, which do not keep what was there before."
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''} between optimizer steps. These values have "
+                f"replaced the real weights there, which are lost."
             )
 
     def _project_averages(self, trainer: Trainer) -> None:
@@ -268,25 +272,25 @@ class CompressionCallback(TargetingCallback):
 
 
 def techniques(trainer: Trainer) -> list[CompressionCallback]:
-    """Return the techniques of a fit that change weights."""
+    """Return the fit's callbacks that change weights."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     return [one for one in callbacks if isinstance(one, CompressionCallback)]
 
 
 def latent_values(found: Iterable[CompressionCallback]) -> dict[str, Tensor]:
-    """Return the real values that techniques train behind parameters which hold others, by name."""
+    """Return the latent values that techniques train instead of the parameters' own, by name."""
     return {name: value for one in found for name, value in one.latent.items()}
 
 
 def take_writes(trainer: Trainer) -> None:
-    """Have every technique of a fit store the values that other code has written as those that train."""
+    """Make every technique of a fit store the values that other code has written as its latent values."""
     for one in techniques(trainer):
         if one.projection is not None:
             one.projection.take_writes()
 
 
 def put_values(checkpoint: dict[str, Any], pl_module: LightningModule, values: Mapping[str, Tensor]) -> None:
-    """Put values of parameters into a checkpoint, under all names that a parameter has."""
+    """Write values of parameters into a checkpoint's state dict, under all names of each parameter."""
     first_name = {id(parameter): name for name, parameter in pl_module.named_parameters()}
     for name, parameter in pl_module.named_parameters(remove_duplicate=False):
         if first_name[id(parameter)] in values:

@@ -1,4 +1,4 @@
-"""Capture the arguments and outputs of a network while the user's own step runs it."""
+"""Capture the arguments and the output of a network while the user's own step runs it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def captured(
 ) -> Iterator[Callable[[], None]]:
     """Call `before` with the network's arguments and `after` with its output, when the block runs it.
 
-    Yields a function that refuses a block which did not.
+    The context manager yields a function that raises an error unless the block has run the network.
 
     Args:
-        module: Has the network.
-        network: Its dotted path; empty: the module's own forward.
+        module: The LightningModule that holds the network.
+        network: Dotted path of the network; empty: the module's own forward.
         before: Called with the positional and the keyword arguments, before the network sees them.
         after: Called with the output, before the caller sees it.
 
@@ -41,8 +41,8 @@ def captured(
         calls += 1
         if calls > 1:
             raise ValueError(
-                f"{_said(module, network)} was called twice in one training_step, so that what it should learn from is "
-                f"not told: call it once, with all samples in one batch."
+                f"{_said(module, network)} was called twice in one training_step, but it "
+                f"has one output to compare: call it once, with all samples in one batch."
             )
         before(args, kwargs)
 
@@ -53,9 +53,9 @@ def captured(
         if calls == 0:
             children = ", ".join(repr(name) for name, _ in module.named_children())
             raise ValueError(
-                f"{_said(module, network)} was not called in the training_step of {_kind(module)} (through "
-                f".forward(...) it is not seen): pass network= with the path of the submodule whose output is the "
-                f"prediction; there are {children}."
+                f"{_said(module, network)} was not called in the training_step of {_kind(module)} (a "
+                f"call of .forward(...) runs no hooks): pass network= with the path of the submodule whose output is "
+                f"the prediction; there are {children}."
             )
 
     watched = resolve_network(module, network)
@@ -68,7 +68,7 @@ def captured(
 
 @contextmanager
 def hooked(*handles: RemovableHandle) -> Iterator[None]:
-    """Remove the hooks at the block's end."""
+    """Remove hooks at the end of the block."""
     try:
         yield
     finally:

@@ -76,8 +76,8 @@ def _refused_pairs(found: Sequence[Technique]) -> Iterator[IncompatibleError]:
         for rule in PAIR_RULES:
             if names := rule.meets(one.effects, other.effects, one.place < other.place):
                 words = {
-                    "one": one.label_beside(other, rule.shows[0]),
-                    "other": other.label_beside(one, rule.shows[1]),
+                    "one": one.label_next_to(other, rule.shows[0]),
+                    "other": other.label_next_to(one, rule.shows[1]),
                     "names": "" if names is True else _listed(names),
                 }
                 yield IncompatibleError(rule, words)

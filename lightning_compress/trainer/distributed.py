@@ -1,4 +1,4 @@
-"""Communication between ranks. Every function is the identity where there is one process."""
+"""Communication between ranks. With a single process, every function returns its argument."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this process, 0 where there is one."""
+    """Return the index of this process, 0 for a single one."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -44,7 +44,7 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this function."""
     if world_size() > 1:
         dist.barrier()
 
@@ -59,7 +59,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """Return what every rank's action returns; where one raises, all of them do, and none waits for it.
+    """Run an action on every rank, and return its result; if it raises on one rank, raise on all, so that none waits.
 
     Raises:
         ValueError: The action raised on another rank, whose error it quotes.

@@ -18,26 +18,26 @@ _SHOWN = 3  # settings in a message
 
 @dataclass(frozen=True, kw_only=True)
 class Effects:
-    """What one technique does in one fit. A technique that changes nothing, as at amount 0, has none.
+    """The effects of one technique in one fit. A technique that changes nothing, as at amount 0, has none.
 
     Attributes:
-        values: What it sets parameters to, by name: "zeros" (a mask), "codebook" (shared values), "grid" (a few bits),
-            "signs", "bounds" (an interval), or "penalty" (it pulls groups of them to zero).
-        span: Which entries of a codebook or grid have one table or scale: those of a "channel", of a "tensor", or of
-            the whole "network".
+        values: The kind of values to which it sets parameters, by name: "zeros" (a mask), "codebook" (shared values),
+            "grid" (a few bits), "signs", "bounds" (an interval), or "penalty" (it pulls groups of entries to zero).
+        span: The entries that share one codebook or scale: those of a "channel", of a "tensor", or of the whole
+            "network".
         inputs: Layers whose inputs it quantizes, by name.
-        modules: Parameters that it trains beside the network, by name.
-        proximal: Whether it changes values once more after the optimizer's step, and not by their gradient.
-        revives: Whether zeros may come back, because their real values train on behind the mask.
-        rewinds: Whether it may go back to the network of an earlier step.
+        modules: Names of the parameters that it trains in addition to the network's.
+        proximal: Whether it changes values after the optimizer's step, instead of adding to their gradients.
+        revives: Whether zeros may become other values again, because masked entries keep training latent values.
+        rewinds: Whether it may restore the network of an earlier step.
         shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
-        looks_at: What it decides by: the "magnitudes" of weights, their "gradients", the inputs or outputs of "layers"
-            inside the forward pass, or a "second_backward" pass from the loss.
-        begins: The optimizer step after which it acts for the first time; None where that is not known. A callback
-            counts the steps of its earlier fits too; `declared` counts as the Trainer does, so that what began in an
-            earlier fit has a step below 0.
-        final: The optimizer step after which it decides nothing more, counted likewise; None where that is not known.
-        options: Which constructor argument has an effect, by the effect's name, for messages:
+        looks_at: The basis of its decisions: the "magnitudes" of weights, their "gradients", the inputs or outputs of
+            "layers" inside the forward pass, or a "second_backward" pass from the loss.
+        begins: The optimizer step after which it acts for the first time; None if unknown. A callback also counts the
+            steps of its earlier fits. `declared` counts as the Trainer does: a technique that began in an earlier fit
+            has a step below 0.
+        final: The optimizer step after which it makes no more decisions, counted likewise; None if unknown.
+        options: The constructor argument that has an effect, by the effect's name, for messages:
             `{"revives": "regrow=True"}`.
     """
 
@@ -55,24 +55,24 @@ class Effects:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def named(self, *kinds: Kind) -> set[str]:
-        """Return the parameters that it sets to values of these kinds."""
+        """Return the names of the parameters that it sets to values of these kinds."""
         return {name for name, kind in self.values.items() if kind in kinds}
 
     @property
     def changes_weights(self) -> bool:
-        """Whether it does anything to weights or to the inputs of layers."""
+        """Whether it changes weights or the inputs of layers."""
         return bool(self.values or self.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Technique:
-    """A technique of a fit.
+    """A technique of a fit, with the effects that it declares.
 
     Attributes:
         name: The name of its class, or of its wrapper.
         settings: The arguments of its constructor.
         place: Its position in Trainer(callbacks=[...]), from 0.
-        effects: What it declares for this fit.
+        effects: Its effects in this fit.
     """
 
     name: str
@@ -81,12 +81,12 @@ class Technique:
     effects: Effects
 
     def label(self, *effects: str) -> str:
-        """Return its name with the arguments that have these effects."""
+        """Return its name, with the constructor arguments that have these effects."""
         options = [self.effects.options[one] for one in effects if one in self.effects.options]
         return f"{self.name}({', '.join(options)})" if options else self.name
 
-    def label_beside(self, other: Technique, *effects: str) -> str:
-        """Return its label, with the settings in which it differs from another technique of its class."""
+    def label_next_to(self, other: Technique, *effects: str) -> str:
+        """Return its label; for another technique of the same class, with the settings in which the two differ."""
         if other.name != self.name:
             return self.label(*effects)
         differing = [name for name in self.settings if self.settings[name] != other.settings.get(name)]
@@ -113,10 +113,10 @@ class Progress:
 
 
 class DeclaresEffects:
-    """A callback that says what its technique does.
+    """A callback that declares the effects and the progress of a technique.
 
     Attributes:
-        name: Of its class, or of the wrapper that it belongs to.
+        name: The name of its class, or of the wrapper that it belongs to.
         settings: The constructor arguments.
     """
 
@@ -124,16 +124,16 @@ class DeclaresEffects:
     settings: Mapping[str, Any]
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
-        """Return what the technique does in the fit that starts.
+        """Return the effects of the technique in the fit that starts.
 
         Args:
-            trainer: Its optimizers and loaders exist. None before any fit: then moments are not known.
+            trainer: The Trainer, whose optimizers and loaders exist. None before any fit: then steps are unknown.
             pl_module: The LightningModule.
         """
         raise NotImplementedError
 
     def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
-        """Return its effects, with steps as the Trainer counts them: what `compatibility` asks for."""
+        """Return its effects, with steps counted as by the Trainer, for `compatibility`."""
         return self.effects(trainer, pl_module)
 
     def progress(self) -> Progress:

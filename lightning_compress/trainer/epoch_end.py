@@ -1,4 +1,4 @@
-"""Make up for the validation or the end of an epoch that a resume from inside the epoch would leave out."""
+"""Make up for the validation or the epoch's end that Lightning leaves out in a resume from inside an epoch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _END = object()
 
 
 class EpochEnd:
-    """Has a resumed run do what the uninterrupted one did between a checkpoint and its next batch.
+    """Makes a resumed run do what the uninterrupted run did between a checkpoint and its next batch.
 
-    From an epoch's last batch Lightning goes straight to the next epoch, whose start it does not count: neither the
-    validation nor a hook of that epoch's end runs, and a checkpoint of the next epoch has counters that train batches
-    twice. A validation that follows the checkpoint's batch inside an epoch is left out as well.
+    After a checkpoint from an epoch's last batch, Lightning goes straight to the next epoch and does not count its
+    start: neither the validation nor the hooks at the epoch's end run, and with the counters in checkpoints of the next
+    epoch, batches train twice. Lightning also leaves out a validation that follows the checkpoint's batch in an epoch.
 
     Args:
-        loops: The checkpoint's state of the fit's loops, which this changes so that Lightning ends the epoch.
-        lacks: What the epoch's end may need and the checkpoint does not hold: logged metrics, as in one that Lightning
-            alone has written, or lists that the module fills. An epoch that is over does not end without them, because
-            what uses them may raise.
+        loops: The checkpoint's state of the fit's loops, which is changed so that Lightning ends the epoch.
+        lacks: Names of what the epoch's end may need and the checkpoint does not hold: logged metrics, as in a
+            checkpoint that Lightning alone has written, or lists that the module fills. If any is missing, the epoch's
+            end does not take place, because hooks that use it may raise an error.
     """
 
     def __init__(self, loops: dict[str, Any], *, lacks: Sequence[str] = ()) -> None:
@@ -42,29 +42,33 @@ class EpochEnd:
             self._last_batch = False
             warnings.warn(
                 f"The checkpoint is from an epoch's last batch and does not hold {', '.join(lacks)}: neither the "
-                f"epoch's validation nor its end takes place, as in Lightning alone. What a module gathers itself over "
-                f"an epoch it can save in on_save_checkpoint and put back in on_load_checkpoint.",
+                f"epoch's validation nor its end takes place, as in Lightning alone. A module can save what it "
+                f"gathers over an epoch in on_save_checkpoint, and restore it in on_load_checkpoint.",
                 stacklevel=2,
             )
         if self._last_batch:
             for counter in (total, batches["current"]):
                 counter["completed"] += 1
-        if epochs["total"]["started"] == epochs["total"]["processed"] and after_batch:  # an epoch that was not counted
+        if (
+            epochs["total"]["started"] == epochs["total"]["processed"] and after_batch
+        ):  # the epoch's start was not counted
             for counter in epochs.values():
                 counter["ready"] += 1
                 counter["started"] += 1
 
     def before_training(self, trainer: Trainer, *, metrics_known: bool) -> None:
-        """Arrange what comes first, before the random states of the checkpoint are put back.
+        """Arrange the loops before the first batch, and before the random states of the checkpoint are restored.
 
-        `metrics_known`: what the checkpoint's run had logged has been put back.
+        Args:
+            trainer: The Trainer that resumes.
+            metrics_known: Whether the metrics that the checkpoint's run had logged are restored.
         """
         fit_loop = trainer.fit_loop
         loop = fit_loop.epoch_loop
         if fit_loop.restarted_mid_epoch:
             self._check_accumulation(trainer)
             if metrics_known:
-                fit_loop._restarting = False  # else Lightning skips ReduceLROnPlateau at this epoch's end
+                fit_loop._restarting = False  # otherwise Lightning skips ReduceLROnPlateau at this epoch's end
         ends = fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end
         if ends:
             metrics_known = self._step_plateaus(trainer, "epoch", metrics_known)
@@ -85,22 +89,23 @@ class EpochEnd:
             self._leave_loaders(trainer)
 
     def _step_plateaus(self, trainer: Trainer, interval: str, metrics_known: bool) -> bool:
-        """Step ReduceLROnPlateau as the uninterrupted run did then, and return whether metrics sufficed."""
+        """Step ReduceLROnPlateau as the uninterrupted run did then; return whether all its metrics are known."""
         loop, progress = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current
         plateaus = [one for one in trainer.lr_scheduler_configs if one.reduce_on_plateau and one.interval == interval]
         if not (metrics_known and all(one.monitor in trainer.callback_metrics for one in plateaus)):
             return False
         assert trainer.fit_loop._data_fetcher is not None
         if interval == "step" and loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
-            return True  # it follows the validation, which is made
+            return True  # the validation, which will run, steps it
         completed = progress.completed
         if interval == "epoch":
-            progress.completed = progress.processed - 1  # type: ignore[attr-defined]  # its number at that moment
+            progress.completed = progress.processed - 1  # type: ignore[attr-defined]  # as at that step
         loop.update_lr_schedulers(interval, update_plateau_schedulers=True)
         progress.completed = completed
         return True
 
     def _check_accumulation(self, trainer: Trainer) -> None:
+        """Warn where the first steps after the resume accumulate other batches than the uninterrupted run."""
         batches, factor = trainer.fit_loop.epoch_loop.batch_progress, trainer.accumulate_grad_batches
         if batches.is_last_batch:
             return
@@ -118,12 +123,12 @@ class EpochEnd:
             warnings.warn(
                 f"Resumed between two of the {factor} batches that one optimizer step accumulates: Lightning saves "
                 f"no gradients, so the first step lacks those of the batches before the checkpoint, and the run is "
-                f"not exactly the uninterrupted one.",
+                f"not exactly the uninterrupted one. Save checkpoints after whole steps (every_n_train_steps).",
                 stacklevel=2,
             )
 
     def _begin_epoch(self, trainer: Trainer) -> None:
-        """Have a run that is limited by max_steps begin an epoch; Lightning would end the finished one once more."""
+        """Make a run that is limited by max_steps begin an epoch: Lightning would end the finished one again."""
         fit_loop = trainer.fit_loop
         for counter in (fit_loop.epoch_progress.total, fit_loop.epoch_progress.current):
             counter.completed = counter.processed  # type: ignore[attr-defined]
@@ -132,6 +137,7 @@ class EpochEnd:
         fit_loop.epoch_loop.reset_restart_stage()
 
     def _validate_and_end(self, trainer: Trainer) -> None:
+        """Make Lightning run the validation that is due, or end the epoch, before it trains."""
         fit_loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
         loop = fit_loop.epoch_loop
         assert fetcher is not None
@@ -141,13 +147,13 @@ class EpochEnd:
                 loop._restart_stage = RestartStage.RESTARTED_ON_LAST
             loop.val_loop.batch_progress.reset()
             loop.val_loop._restart_stage = ValidationStage.RESTARTED_MID_EVALUATION
-        elif self._last_batch:  # the epoch's loop ends where it finds no batch
+        elif self._last_batch:  # without a batch left, the loop ends the epoch
             fetcher.reset()
             fetcher.iterator, fetcher.done = iter(()), True
             loop._batches_that_stepped += 1
 
     def _leave_loaders(self, trainer: Trainer) -> None:
-        """Bring stateful loaders to where the uninterrupted run's were: at the end of an epoch, not before its rest."""
+        """Move stateful loaders to the position that those of the uninterrupted run had at the end of the epoch."""
         if not self._loader_states:
             return
         loaders = [loader for loader in training_loaders(trainer) if hasattr(loader, "load_state_dict")]
@@ -155,18 +161,18 @@ class EpochEnd:
             warnings.warn(
                 f"The checkpoint holds states of {len(self._loader_states)} training loader(s), and this fit has "
                 f"{len(loaders)} with a load_state_dict: the next epoch may have other batches than the uninterrupted "
-                f"run.",
+                f"run. Resume with the loaders of the run that wrote the checkpoint.",
                 stacklevel=2,
             )
             return
         for loader, state in zip(loaders, self._loader_states, strict=True):
-            loader.load_state_dict(state)  # which Lightning does not where the epoch has ended
+            loader.load_state_dict(state)  # Lightning does not load it after an epoch's end
             if next(iter(loader), _END) is _END:
-                continue  # it gave the rest of the finished epoch, and begins anew from now on
+                continue  # the iterator was at the end of the finished epoch: the next one begins anew
             begins_anew = sized_len(loader) != trainer.num_training_batches and _begins_anew(loader)
             loader.load_state_dict(state)
             if begins_anew:
-                next(iter(loader), _END)  # uses the position up
+                next(iter(loader), _END)  # an iterator consumes the loaded position
 
 
 def match_batches(trainer: Trainer) -> None:
@@ -194,7 +200,7 @@ def match_batches(trainer: Trainer) -> None:
 
 
 def _begins_anew(loader: Any) -> bool:
-    """Whether a loader that was left in the middle of its data begins at their start, and does not go on."""
+    """Whether a new iterator of a loader in the middle of its data begins at their start."""
     position = loader.state_dict()
     next(iter(loader), _END)
     left = repr(loader.state_dict())

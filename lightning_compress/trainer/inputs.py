@@ -1,4 +1,4 @@
-"""Example inputs for a technique that must trace the network, when the user has named none."""
+"""Find example inputs for a technique that must trace the network, where the user has passed none."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def resolve_network(pl_module: LightningModule, network: str) -> nn.Module:
 def traced_network(
     trainer: Trainer, pl_module: LightningModule, network: str, given: ExampleInputs | None
 ) -> tuple[nn.Module, ExampleInputs]:
-    """Return the submodule in which channels are looked for, and what it is traced with.
+    """Return the submodule in which to find channels, and the example inputs to trace it with.
 
     Raises:
         ValueError: There is no such submodule, or it is the LightningModule and has no forward.
@@ -63,7 +63,7 @@ def is_compiled(pl_module: LightningModule) -> bool:
 
 
 def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network: nn.Module, given: Any) -> Any:
-    """Return example inputs on the module's device: the given ones, else `example_input_array`, else a peeked batch."""
+    """Return example inputs on the module's device: the given ones, `example_input_array`, or those of a batch."""
 
     def move(inputs: Any) -> Any:
         return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(inputs))
@@ -74,19 +74,19 @@ def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network
 def given_or_peeked(
     trainer: Trainer, pl_module: LightningModule, network: nn.Module, given: Any, move: Callable[[Any], Any]
 ) -> Any:
-    """Return example inputs as they come: the given ones, else `example_input_array`, else of a peeked batch.
+    """Return example inputs on their own device: the given ones, `example_input_array`, or those of a batch.
 
-    The batch is looked at once in a fit, and nothing of the loader's or of the random states changes by that.
+    A fit reads one batch for this, once, and leaves the loader and the random states unchanged.
 
     Args:
-        trainer: Has the training loader.
-        pl_module: May have an `example_input_array`.
-        network: What is to be called with them.
-        given: By the user; or None.
-        move: Brings inputs to where the network is.
+        trainer: The Trainer with the training loader.
+        pl_module: The LightningModule, which may have an `example_input_array`.
+        network: The network to call with the inputs.
+        given: The inputs that the user has passed, or None.
+        move: Moves inputs to the network's device.
 
     Raises:
-        ValueError: The network's inputs can't be told from the batch.
+        ValueError: No part of the batch is an input with which the network runs.
     """
     if given is None:
         given = getattr(pl_module, "example_input_array", None)
@@ -102,7 +102,7 @@ def given_or_peeked(
 
 @dataclass
 class _Peeked:
-    """A batch, and what of it the networks that were traced are called with."""
+    """A batch, and the part of it with which each traced network is called."""
 
     batch: Any
     inputs: WeakKeyDictionary[nn.Module, Any] = field(default_factory=WeakKeyDictionary)
@@ -112,15 +112,15 @@ _peeked: WeakKeyDictionary[Trainer, _Peeked] = WeakKeyDictionary()
 
 
 def forget_batch(trainer: Trainer) -> None:
-    """Have the next fit look at its own data."""
+    """Forget the batch of a fit, so that the next fit reads its own data."""
     _peeked.pop(trainer, None)
 
 
 def inputs_of(batch: Any, network: nn.Module, move: Callable[[Any], Any] = lambda inputs: inputs) -> Any:
-    """Return what of a batch a network is called with: the least of it that its forward takes.
+    """Return the smallest part of a batch with which the network's forward runs.
 
     Raises:
-        ValueError: It runs with none of what it could be.
+        ValueError: The forward runs with no part of the batch.
     """
     guesses = _guesses(batch, inspect.signature(network.forward).parameters)
     errors = []
@@ -140,8 +140,8 @@ def inputs_of(batch: Any, network: nn.Module, move: Callable[[Any], Any] = lambd
         return guess
     reasons = f" ({'; '.join(errors)})" if errors else ""
     raise ValueError(
-        f"The training loader yields {_described(batch)}, from which the inputs of {type(network).__name__} can't be "
-        f"told{reasons}: pass example_inputs= (a tensor, a tuple of positional "
+        f"The training loader yields {_described(batch)}, in which no inputs of {type(network).__name__} were "
+        f"found{reasons}: pass example_inputs= (a tensor, a tuple of positional "
         f"arguments or a dict of keyword arguments), or set example_input_array on the LightningModule."
     )
 
@@ -150,7 +150,7 @@ _LABELS = ("labels", "label", "label_ids", "targets", "target", "y")
 
 
 def _guesses(batch: Any, parameters: Mapping[str, inspect.Parameter]) -> list[Any]:
-    """What a forward with these parameters could be called with, the likeliest first."""
+    """Return the parts of a batch with which a forward with these parameters could be called, the likeliest first."""
     kinds = [one.kind for one in parameters.values()]
     places = [one for one in parameters.values() if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     required = sum(one.default is one.empty for one in places)

@@ -1,4 +1,4 @@
-"""Base class of callbacks that train full-precision weights behind quantized ones."""
+"""Base class of the callbacks that train latent full-precision weights, while the module holds quantized ones."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from lightning_compress.trainer.surgery import keep_metadata
 class LatentCallback(QuantizingCallback):
     """A callback that trains latent real weights, while the module holds, validates and saves quantized ones.
 
-    A subclass supplies `make_weights`, `hook_inputs`, and the class attributes here and of `QuantizingCallback`.
-    Averages are made of the weights of few values and stay real; when they are validated or saved, they are projected.
+    A subclass supplies `make_weights`, `hook_inputs` and the class attributes of `QuantizingCallback`. Callbacks of
+    Lightning average the quantized weights; the averages stay real until they are projected for validation or saving.
     """
 
     follows_averages = False
 
     _weights: LatentWeights | None = None
     _inputs: InputHooks | None = None
-    _averages: Mapping[str, Tensor] = {}  # while a validation has their projected values
+    _averages: Mapping[str, Tensor] = {}  # the averages themselves, while a validation uses their projection
 
     def make_weights(self, pl_module: LightningModule) -> LatentWeights:
-        """Return the weights, with their values in the module."""
+        """Make the latent weights, and write their quantized values into the module."""
         raise NotImplementedError
 
     def hook_inputs(self, pl_module: LightningModule) -> InputHooks | None:
-        """Put hooks on the layers whose inputs are changed as well; None if there are none."""
+        """Put hooks on the layers whose inputs are quantized; return None if there are none."""
         raise NotImplementedError
 
-    # ------------------------------------------------------------------ what stands behind the module
+    # ------------------------------------------------------------------ latent weights
 
     @property
     def latent(self) -> dict[str, Tensor]:
-        """The real weights, by parameter name; empty before `start_epoch`."""
+        """The latent real weights, by parameter name; empty before `start_epoch`."""
         return {} if self._weights is None else self._weights.latent
 
     @contextmanager
@@ -58,8 +58,8 @@ class LatentCallback(QuantizingCallback):
         mine = self._weights
         if mine is None or any(pl_module.get_parameter(name) is not p for name, p in mine.parameters.items()):
             raise ValueError(
-                f"real_weights: this callback has not made the weights of this module {self.done}. Real weights are "
-                f"known during and after a fit, or a resume, in the same process."
+                f"real_weights: this callback has not made the weights of this module {self.done}. Pass the module "
+                f"that it has fitted, during or after the fit in the same process."
             )
         if not mine.holds():
             raise ValueError(
@@ -80,7 +80,7 @@ class LatentCallback(QuantizingCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        follow(pl_module)  # a checkpoint that is loaded may tell of them
+        follow(pl_module)  # so that a loaded checkpoint restores the hooks on inputs
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         super().prepare(trainer, pl_module, state)
@@ -119,7 +119,7 @@ class LatentCallback(QuantizingCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._weights is not None:
-            for average in averaged_modules(trainer):  # has been put into the module
+            for average in averaged_modules(trainer):  # Lightning has copied it into the module
                 self._weights.take_real()
                 self.project_copy(average)
             self._weights.show()
@@ -145,8 +145,8 @@ class LatentCallback(QuantizingCallback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_start(trainer, pl_module)
         for _ in averaged_modules(trainer) if self._validates(trainer) else ():
-            # The average is in the module now. It is put aside and not kept projected: an average of projected values
-            # would never leave its first ones.
+            # The average is in the module now. Its real values are saved and restored afterwards, because an average
+            # that is projected again and again would never change.
             parameters = dict(pl_module.named_parameters())
             self._averages = {name: parameters[name].detach().clone() for name in self._begun().parameters}
             self.project_copy(pl_module)
@@ -158,7 +158,7 @@ class LatentCallback(QuantizingCallback):
             _put(average, averages)
 
     def _validates(self, trainer: Trainer) -> bool:
-        """Whether this is a validation within a fit that has begun to train real weights behind the module."""
+        """Whether this is a validation inside a fit, and latent weights train."""
         return self._weights is not None and super()._validates(trainer)
 
     def _begun(self) -> LatentWeights:
@@ -166,7 +166,7 @@ class LatentCallback(QuantizingCallback):
         return self._weights
 
     def _project_averages(self, trainer: Trainer) -> None:
-        """Averages stay real until they are validated or saved."""
+        """Leave averages real until they are validated or saved."""
 
     def project_copy(self, module: nn.Module) -> None:
         if self._weights is not None:
@@ -183,13 +183,13 @@ class LatentCallback(QuantizingCallback):
             parameters = dict(average.named_parameters())
             averages = {name: parameters[name].detach().clone() for name in self._weights.parameters}
             checkpoint["callbacks"][self.state_key]["technique"]["averages"] = averages
-        # They are there already, or something else was put into the module after the fit.
+        # The module holds these values already, or other code has replaced them after the fit.
         if averages is None and (self.shows_what_trains() or not self._weights.holds()):
             return
         put_values(checkpoint, pl_module, self._weights.shown(averages))
 
     def shows_what_trains(self) -> bool:
-        """Whether the values that train are those that are validated and saved."""
+        """Whether training uses the same quantized values as validation and checkpoints."""
         return True
 
     def technique_state(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class LatentCallback(QuantizingCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._weights is not None and self._weights.is_shown:  # since a validation
+        if self._weights is not None and self._weights.is_shown:  # a validation has left them there
             self._weights.project()
 
 

@@ -1,7 +1,7 @@
 """Save and restore the metrics of an unfinished epoch, which Lightning's checkpoints lack.
 
-Monitors need what was logged. Metrics that the module updates itself, and numbers that it counts, are what the end of
-its epoch works with.
+Callbacks that monitor a metric need the logged values. Hooks at the epoch's end need the metrics that the module
+updates itself, and the numbers that it counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ARGUMENTS = ("prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_
 
 
 class _Arguments(_Metadata):
-    """Those with which a metric was logged before; the next call of `log` brings its own, which may be others."""
+    """The arguments of an earlier call of `log`, which the next call may replace by others."""
 
     def __ne__(self, other: object) -> bool:
         vars(self).update(vars(other))
@@ -33,7 +33,7 @@ class _Arguments(_Metadata):
 
 
 def numbers(pl_module: LightningModule) -> dict[str, dict[str, Any]]:
-    """Return by name the numbers that a module and its metrics have as attributes."""
+    """Return the numbers that a module and its metrics have as attributes, by path and name."""
     holders = {"": innermost(pl_module)} | _metrics(pl_module)
     return {
         path: {name: _copied(value) for name, value in vars(holder).items() if _is_number(value)}
@@ -42,9 +42,12 @@ def numbers(pl_module: LightningModule) -> dict[str, dict[str, Any]]:
 
 
 def capture(trainer: Trainer, pl_module: LightningModule, before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the metrics that this process has logged, and its sums over the epoch that has not ended.
+    """Return the metrics that this process has logged, and its sums over the unfinished epoch.
 
-    `before`: the module's `numbers` when the fit began.
+    Args:
+        trainer: The Trainer of the fit.
+        pl_module: The LightningModule.
+        before: The module's `numbers` when the fit began; those that still have the same value are not saved.
     """
     state: dict[str, Any] = {"seen": _copy(trainer._logger_connector._callback_metrics), "sums": [], "lost": []}
     state["gathered"] = gathered(pl_module)
@@ -81,7 +84,7 @@ def capture(trainer: Trainer, pl_module: LightningModule, before: Mapping[str, M
 
 
 def gathered(pl_module: LightningModule) -> list[str]:
-    """Names of the lists of tensors that the module itself fills in its steps, as for the end of an epoch."""
+    """Return the names of the lists of tensors that the module fills in its steps, as for the end of an epoch."""
     module = innermost(pl_module)
     lists = {name: value for name, value in vars(module).items() if isinstance(value, list) and value}
     found = [name for name, value in lists.items() if all(_holds_tensor(one) for one in value)]
@@ -98,10 +101,10 @@ def _metrics(module: nn.Module) -> dict[str, Metric]:
 
 
 def _unlogged(trainer: Trainer, pl_module: LightningModule) -> dict[str, Metric]:
-    """The metrics that have been updated, and whose sums Lightning does not see to."""
+    """Return the updated metrics whose sums Lightning does not keep."""
     for module in pl_module.modules():
         if isinstance(module, MetricCollection):
-            module.values(copy_state=False)  # has those that share their sums take them
+            module.values(copy_state=False)  # copies the sums that its metrics share into each of them
     loop = trainer.fit_loop.epoch_loop
     results = [*loop._results.result_metrics, *loop.val_loop._results.result_metrics]
     logged = {id(one) for result in results if not result.has_reset for one in _modules(result.value)}
@@ -133,7 +136,7 @@ def _copied(value: Any) -> Any:
 def restore(
     trainer: Trainer, pl_module: LightningModule, states: Sequence[Mapping[str, Any] | None], *, inside: bool
 ) -> bool:
-    """Put back what `capture` returned on each rank, `inside` an epoch its sums too; return whether that was all."""
+    """Restore what `capture` returned on each rank, `inside` an epoch with its sums; return whether all is restored."""
     state = states[rank() if rank() < len(states) else 0] if states else None
     if state is None:
         return False
@@ -141,7 +144,7 @@ def restore(
         warnings.warn(
             f"The checkpoint holds the sums of the epoch's logged training metrics of {len(states)} process(es), and "
             f"{world_size()} train now: each goes on with the sums of one of them, and the means of this epoch may "
-            f"differ from the uninterrupted run's.",
+            f"differ from the uninterrupted run's. Resume with as many processes for exact means.",
             stacklevel=2,
         )
     connector, results = trainer._logger_connector, trainer.fit_loop.epoch_loop._results
@@ -157,7 +160,7 @@ def restore(
                 setattr(holder, name, _each(value, lambda one: one.to(pl_module.device)))
     if not inside:
         return True
-    connector._first_loop_iter = True  # else the next batch counts as the epoch's first, which begins sums anew
+    connector._first_loop_iter = True  # otherwise the next batch resets the sums, as the epoch's first
     modules, lost = dict(pl_module.named_modules()), list(state["lost"])
     for one in state["sums"]:
         fx, name = one["fx"], one["name"]
@@ -186,7 +189,7 @@ def restore(
         warnings.warn(
             f"The sums of the logged training metrics {', '.join(sorted(set(lost)))} are not in the checkpoint (they "
             f"are synchronized in a process group, or a torchmetrics.Metric that is no attribute of the module): this "
-            f"epoch's values cover only the batches after the resume.",
+            f"epoch's values cover only the batches after the resume. Assign such a metric to the module.",
             stacklevel=2,
         )
     return not lost

@@ -1,4 +1,4 @@
-"""Reset monitors once the network is compressed: a dense epoch must not count as the best one."""
+"""Reset monitors once the network is compressed, so that no dense epoch counts as the best one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_compress.trainer import rng
 
 
 def count_anew(trainer: Trainer, reason: str) -> None:
-    """Reset "best so far" of every checkpoint and early-stopping callback, and say so.
+    """Reset "best so far" of every checkpoint and early-stopping callback, and report it.
 
-    Checkpoint files that were best until now stay on disk; `best_model_path` no longer points to them.
+    Checkpoint files that were the best until now stay on disk, but `best_model_path` no longer points to them.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
@@ -27,7 +27,9 @@ def count_anew(trainer: Trainer, reason: str) -> None:
 
 
 def validate_before_training(trainer: Trainer) -> None:
-    """Run the whole validation once, as Lightning's sanity check: nothing is logged, saved, counted or drawn by it."""
+    """Run the whole validation once as Lightning's sanity check, which logs, saves and counts nothing.
+
+    The random states are restored afterwards."""
     steps, random_state = trainer.num_sanity_val_steps, rng.capture()
     trainer.num_sanity_val_steps = math.inf
     try:
@@ -45,7 +47,9 @@ def _reset_checkpoint(callback: ModelCheckpoint, reason: str) -> None:
     callback.kth_best_model_path = ""
     callback.kth_value = torch.tensor(_worst(callback.mode))
     callback.current_score = None
-    kept = f"; {earlier}, the best until now, stays on disk beside what best_model_path will name" if earlier else ""
+    kept = (
+        f"; {earlier}, the best until now, stays on disk, but best_model_path will name another file" if earlier else ""
+    )
     rank_zero_info(f"ModelCheckpoint(monitor={callback.monitor!r}) counts anew: {reason}{kept}.")
 
 

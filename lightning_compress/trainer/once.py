@@ -1,4 +1,4 @@
-"""Base class of callbacks that quantize weights all at once, at one moment of the fit."""
+"""Base class of the callbacks that quantize all weights at once, at one moment of the fit."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lightning_compress.trainer.steps import steps_at
 
 
 class QuantizingCallback(CompressionCallback):
-    """A callback that quantizes weights all at once, at `start_epoch`, and trains them on.
+    """A callback that quantizes all weights at once, at `start_epoch`, and trains on.
 
-    A subclass supplies `begin`, the class attributes and, where its patterns mean more, `wants`; its `prepare` and
-    `technique_state` go on from those here. It has begun when `self.projection` is there.
+    A subclass supplies `begin`, the class attributes and, if `target` alone does not select its parameters, `wants`.
+    Its `prepare` and `technique_state` extend those of this class. It has begun once `self.projection` is set.
 
     Args:
-        start_epoch: When it begins, in epochs, which may be fractions.
+        start_epoch: The epoch at which it begins, which may be a fraction.
         target: Patterns of modules (their `weight`) or parameters.
         exclude: Patterns to leave out.
         settings: The other constructor arguments, for the `state_key`.
     """
 
-    verb: ClassVar[str]  # what it does with weights, in messages,
-    done: ClassVar[str]  # and what they are afterwards
-    kind: ClassVar[Kind]  # of the values
+    verb: ClassVar[str]  # infinitive of the operation, for messages: "binarize"
+    done: ClassVar[str]  # state of the weights afterwards, for messages: "binary"
+    kind: ClassVar[Kind]  # kind of the values, for `Effects.values`
 
     def __init__(
         self,
@@ -49,20 +49,20 @@ class QuantizingCallback(CompressionCallback):
         self.target = target
         self.exclude = exclude
 
-        self._start: int | None = None  # the optimizer step
+        self._start: int | None = None  # the optimizer step at which it begins
         self._wanted: Collection[str] = ()
-        self._idle = True  # nothing is wanted
+        self._idle = True  # the patterns select nothing
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Quantize the weights and set `self.projection`; return the reason that monitors give for counting anew."""
         raise NotImplementedError
 
     def wants(self, pl_module: LightningModule) -> Collection[str]:
-        """Return the names of the parameters that get a few values."""
+        """Return the names of the parameters to quantize."""
         return select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude)
 
     def inputs_of(self, pl_module: LightningModule) -> Collection[str]:
-        """Return the names of the layers whose inputs are changed."""
+        """Return the names of the layers whose inputs to quantize."""
         return ()
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
@@ -79,7 +79,7 @@ class QuantizingCallback(CompressionCallback):
         return Progress(fraction=float(begun), finished=begun or self._idle, numbers=self.numbers())
 
     def numbers(self) -> dict[str, Callable[[], float]]:
-        """Return what is logged at an epoch's end: as `Progress.numbers`."""
+        """Return the numbers to log at an epoch's end, as in `Progress.numbers`."""
         return {}
 
     # ------------------------------------------------------------------ the fit
@@ -91,7 +91,7 @@ class QuantizingCallback(CompressionCallback):
         self._start = self._planned(trainer, state)
 
     def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> int:
-        """The optimizer step at which a resumed fit, an earlier one, or this one begins."""
+        """Return the optimizer step to begin at: that of a checkpoint, of an earlier fit, or of this fit's plan."""
         start: int | None = self._start if state is None else state["start"]
         return steps_at(trainer, self.start_epoch) if start is None else start
 
@@ -112,7 +112,7 @@ class QuantizingCallback(CompressionCallback):
         if not self._idle and self.projection is None:
             warnings.warn(
                 f"The fit ended at step {self._steps}, before weights were {self.done} at step {self._start}: "
-                f"start_epoch={self.start_epoch} is too late.",
+                f"use an earlier start_epoch than {self.start_epoch}, or train longer.",
                 stacklevel=2,
             )
 

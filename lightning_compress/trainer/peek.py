@@ -1,4 +1,4 @@
-"""Read a training batch without a trace: loader, dataset and generators stay where they are."""
+"""Read a training batch, and restore the loader, the dataset and the random generators afterwards."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from torch.utils.data import DataLoader
 
 from lightning_compress.trainer import rng
 
-_LARGE = 1000  # entries; what larger containers hold are samples
-_CLONED = 2**26  # bytes, at most, of an order of samples
+_LARGE = 1000  # entries: larger containers hold samples, which are not searched
+_CLONED = 2**26  # bytes: larger orders of samples are not saved
 _OPAQUE = (str, bytes, int, float, complex, type, FunctionType, ModuleType, nn.Module, Trainer, LightningDataModule)
 
 
 def first_batch(trainer: Trainer) -> Any:
-    """Return a batch of the fit's first training loader.
-
-    Random states, and what the loader and its parts hold, are afterwards as before.
+    """Return a batch of the fit's first training loader, and restore the loader and the random states.
 
     Raises:
         ValueError: The loader yields nothing, or would lose the batch.
@@ -45,7 +43,7 @@ def first_batch(trainer: Trainer) -> Any:
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
-    """Return the fit's training loaders, in whatever collection the user has given them."""
+    """Return the fit's training loaders as a list, whatever collection the user has passed."""
     loaders = trainer.train_dataloader
     if loaders is None:  # the fit has not set them up yet
         loaders = trainer.fit_loop._data_source.dataloader()
@@ -57,7 +55,7 @@ def untouched(loader: Any) -> Iterator[None]:
     """Restore a loader, and the objects that it holds (dataset, samplers, generators), after a block.
 
     Raises:
-        ValueError: It holds a Python iterator, such as a running generator, from which nothing can be taken back.
+        ValueError: It holds a Python iterator, such as a running generator, which can't be restored.
     """
     undo: list[Callable[[], Any]] = []
     seen: dict[int, Any] = {}
@@ -72,7 +70,7 @@ def untouched(loader: Any) -> Iterator[None]:
             undo.append(step)
         left += _held(one)
     if isinstance(loader, DataLoader):
-        vars(loader)["_iterator"] = None  # not that of persistent workers, which an earlier fit left
+        vars(loader)["_iterator"] = None  # not the iterator of persistent workers that an earlier fit has left
     try:
         yield
     finally:
@@ -81,7 +79,7 @@ def untouched(loader: Any) -> Iterator[None]:
 
 
 def _held(one: Any) -> list[Any]:
-    """The objects in which a state may be kept further down."""
+    """Return the objects inside an object that may hold a state."""
     if isinstance(one, MethodType):
         return [one.__self__]
     if isinstance(one, partial):
@@ -96,7 +94,7 @@ def _held(one: Any) -> list[Any]:
 
 
 def _noted(one: Any) -> Callable[[], Any] | None:
-    """Save an object's own state, and return a function that restores it; None: it has no state."""
+    """Save an object's own state, and return a function that restores it; None if it has no state."""
     if isinstance(one, torch.Generator):
         return partial(one.set_state, one.get_state())
     if isinstance(one, random.Random):
@@ -123,7 +121,7 @@ def _noted(one: Any) -> Callable[[], Any] | None:
 
 
 def _order_of(one: Any) -> Callable[[], Any] | None:
-    """Save an order of positions, which loaders shuffle in place."""
+    """Save a tensor or array of positions, which loaders shuffle in place; return a function that restores it."""
     if one.ndim != 1 or one.nbytes > _CLONED or isinstance(one, np.memmap):
         return None
     if isinstance(one, Tensor):

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-# Code that asks for these may use any part.
+# Code that uses one of these attributes may use any submodule or parameter.
 _ANY_PART = frozenset(
     {"children", "named_children", "modules", "named_modules", "parameters", "named_parameters", "get_submodule"}
     | {"get_parameter", "_modules", "_parameters", "apply", "state_dict", "__dict__", "_forward_module"}
@@ -20,20 +20,22 @@ _ANY_PART = frozenset(
 
 
 class _UnclearError(Exception):
-    """The code may use parts that it does not name."""
+    """The code may use submodules that it does not name."""
 
 
 def reached_by_forward(module: LightningModule) -> set[str] | None:
     """Return the paths of the submodules and parameters that the code of `forward` names.
 
-    Methods and properties that it calls on `self` are read as well, and what it names deeper, as `self.model.encoder`,
-    counts only as far as that goes.
+    Methods and properties that it uses on `self` are read as well. A path is as long as the code spells it: for
+    `self.model.encoder`, only the encoder counts.
 
     Returns:
-        The paths; None where the code does not tell: no `forward` of its own, `self` given away, parts asked for by
-        `getattr` or in a loop over all of them, no source.
+        The paths; None where reading the code is not enough: the class has no `forward` of its own or no source, the
+        code passes `self` to other code, or it finds submodules by `getattr` or in a loop over all of them.
     """
-    own = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))  # Lightning leaves a copy there
+    own = getattr(
+        vars(module).get("forward"), "__func__", vars(module).get("forward")
+    )  # Lightning may leave a bound copy there
     if not is_overridden("forward", module) or own not in (None, type(module).forward):
         return None
     if type(module).__getattr__ is not nn.Module.__getattr__:
@@ -61,7 +63,7 @@ def is_within(path: str, parts: set[str]) -> bool:
 
 
 def _definitions(kind: type, name: str) -> Iterator[tuple[ast.AST, str]]:
-    """Yield the code of a method, with its name for `self`; and of those that it overrides, if it uses `super()`."""
+    """Yield the code of a method and its name for `self`; if it uses `super()`, also those of overridden methods."""
     for base in kind.__mro__:
         function: Any = vars(base).get(name)
         if function is None or _is_of_a_library(base):
@@ -72,7 +74,7 @@ def _definitions(kind: type, name: str) -> Iterator[tuple[ast.AST, str]]:
         except (OSError, TypeError, SyntaxError) as error:
             raise _UnclearError from error
         definition = tree.body[0]
-        if not isinstance(definition, ast.FunctionDef):  # a lambda, or a method of compiled code
+        if not isinstance(definition, ast.FunctionDef):  # a lambda, or a method whose source is something else
             raise _UnclearError
         arguments = [*definition.args.posonlyargs, *definition.args.args]
         if not arguments:
@@ -83,7 +85,7 @@ def _definitions(kind: type, name: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _chains(tree: ast.AST, me: str) -> Iterator[list[str]]:
-    """Yield every chain of names that begins at `self`, such as ["model", "encoder"]."""
+    """Yield every chain of attribute names that starts at `self`, such as ["model", "encoder"]."""
     chain = _chain(tree, me)
     if chain:
         yield chain
@@ -142,7 +144,7 @@ def _is_of_a_library(kind: type) -> bool:
 
 
 def _holds_modules(value: Any, depth: int = 2) -> bool:
-    """Whether a plain attribute, such as a list or a function with a closure, holds modules or leads to some."""
+    """Whether a plain attribute, such as a list or a function with a closure, holds modules, directly or deeper."""
     if isinstance(value, nn.Module):
         return True
     if depth == 0 or isinstance(value, str | bytes | int | float | type(None) | type):

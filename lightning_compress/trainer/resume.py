@@ -1,4 +1,4 @@
-"""The base class of every technique: refused strategies, counted steps, and an exact resume."""
+"""Base class of every technique: it refuses strategies, counts steps, and makes a resume exact."""
 
 from __future__ import annotations
 
@@ -25,45 +25,47 @@ from lightning_compress.trainer.unwrap import innermost
 
 METRICS = "lightning_compress.metrics"  # key in a checkpoint: the logged metrics of every rank, once for all techniques
 _REMEDY = "Resume with the version that wrote it, or start a new fit from its weights alone."
-FORMAT = 2  # of the state in a checkpoint: raise it when what a technique saves is another thing than before
+FORMAT = 2  # version of a technique's state in checkpoints: raise it when the content changes
 
 
 class ResumableCallback(DeclaresEffects, Callback):
     """A technique that goes on after an interruption as if there had been none.
 
-    A subclass passes its constructor arguments on as settings and supplies `prepare`, `at_step` and `technique_state`.
-    Everything that happens is tied to the number of optimizer steps, because that survives every kind of resume.
+    A subclass passes its constructor arguments as settings and supplies `prepare`, `at_step` and `technique_state`.
+    Every event depends on the number of optimizer steps alone, because this number survives every kind of resume.
 
     Args:
-        settings: The constructor arguments. They make up the `state_key`, so that two callbacks of one class can live
-            in one Trainer, and a checkpoint from other settings is recognised.
+        settings: The constructor arguments. The `state_key` is made of them, so that one Trainer can have two callbacks
+            of one class, and a checkpoint from other settings is recognised.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.name = type(self).__name__
         self.settings = settings
-        self._state_key = self._generate_state_key(**settings)  # read by the Trainer's profiler at every hook
-        self.generator = torch.Generator()  # own, so that the network's random draws stay what they were without us
+        self._state_key = self._generate_state_key(
+            **settings
+        )  # made once: the Trainer's profiler reads it at every hook
+        self.generator = torch.Generator()  # its own, so that the network's random numbers stay the same
         self._steps = 0
         self._offset = 0
-        self._pace: dict[str, Any] | None = None  # at which the schedule was planned
+        self._pace: dict[str, Any] | None = None  # the pace at which the schedule was planned
         self._fitted: weakref.ref[LightningModule] | None = None
-        self._loaded: dict[str, Any] | None = None  # what a checkpoint holds, until the fit starts
+        self._loaded: dict[str, Any] | None = None  # the state from a checkpoint, until the fit starts
         self._loads_state = True
         self._resumes = (
             False  # a checkpoint was loaded, until the fit starts; so for the next two, of the first technique
         )
         self._metrics: list[dict[str, Any]] | None = None  # of every rank, from the checkpoint
         self._epoch_end: EpochEnd | None = None  # of the checkpoint
-        self._numbers: dict[str, dict[str, Any]] = {}  # that the module counts, when the fit began
+        self._numbers: dict[str, dict[str, Any]] = {}  # the module's numbers when the fit began
 
     # ------------------------------------------------------------------ what a technique supplies
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        """Get ready for the first step, and go on from `state` where there is one.
+        """Prepare for the first step, and go on from `state` if there is one.
 
-        The module is on its device, and the loaders exist. `state` is what `technique_state` returned for a checkpoint;
-        without one, an earlier fit of this module goes on.
+        The module is on its device, and the loaders exist. `state` is the `technique_state` of a checkpoint; if it is
+        None, the technique goes on from an earlier fit of this module, if there was one.
         """
         raise NotImplementedError
 
@@ -71,14 +73,14 @@ class ResumableCallback(DeclaresEffects, Callback):
         """Act after optimizer step number `step`; 0 is the moment before the first one."""
 
     def technique_state(self) -> dict[str, Any]:
-        """Return tensors, numbers, strings, lists and dicts that a resume needs."""
+        """Return the state that a resume needs: tensors, numbers, strings, lists and dicts."""
         raise NotImplementedError
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
-        """Move planned steps when the steps of an epoch have changed; `moment` maps an old step to a new one."""
+        """Move planned steps when an epoch has another number of steps; `moment` maps an old step to a new one."""
 
     def synchronize(self) -> None:
-        """Sum rank-local statistics before a checkpoint. Every rank takes part."""
+        """Sum statistics over the ranks before a checkpoint; all ranks call this."""
 
     # ------------------------------------------------------------------ refusals
 
@@ -87,9 +89,9 @@ class ResumableCallback(DeclaresEffects, Callback):
         if stage != "fit":
             return
         check_strategy(trainer, self.name)
-        self._loaded = self._metrics = self._epoch_end = None  # of a resume that was refused
+        self._loaded = self._metrics = self._epoch_end = None  # left by a resume that was refused
         self._resumes = False
-        forget_batch(trainer)  # of an earlier fit
+        forget_batch(trainer)  # left by an earlier fit
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         if any(other is not self and other.state_key == self.state_key for other in callbacks):
             raise ValueError(
@@ -103,7 +105,7 @@ class ResumableCallback(DeclaresEffects, Callback):
 
     @property
     def loaded_state(self) -> dict[str, Any] | None:
-        """What `technique_state` returned for the checkpoint that is resumed, until the fit starts."""
+        """The `technique_state` of the checkpoint that is resumed, until the fit starts."""
         return None if self._loaded is None else self._loaded["technique"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,8 +126,9 @@ class ResumableCallback(DeclaresEffects, Callback):
         if loaded is not None and loaded.get("inside_batch", False):
             warnings.warn(
                 "The checkpoint was written in the middle of a batch, as after an exception. Lightning goes on "
-                "behind that batch, and random states and statistics of norms are those of that moment: the run is "
-                "not exactly the uninterrupted one. Weights and masks are those of before the batch's step.",
+                "after that batch, with the random states and the statistics of norms of that moment: the run is not "
+                "exactly the uninterrupted one. Weights and masks are those from before the batch's step. Resume from "
+                "an earlier checkpoint for an exact run.",
                 stacklevel=2,
             )
         if random_state is not None:
@@ -155,7 +158,7 @@ class ResumableCallback(DeclaresEffects, Callback):
             old, new = self._paces(trainer, self._loaded, steps_done(trainer) + offset)
 
         def in_this_fit(step: int | None) -> int | None:
-            """Turn a step as it was planned, perhaps in an earlier fit, into one that this Trainer counts."""
+            """Convert a planned step, perhaps of an earlier fit, into a step as this Trainer counts."""
             if step is None:
                 return None
             if old is not None and new is not None and old.steps_per_epoch != new.steps_per_epoch:
@@ -166,7 +169,7 @@ class ResumableCallback(DeclaresEffects, Callback):
 
     @contextmanager
     def _reading(self, loaded: dict[str, Any] | None) -> Iterator[None]:
-        """Turn the error for a state of another version into a message that names what it lacks."""
+        """Convert the KeyError for a state of another version into a message that names the missing entry."""
         try:
             yield
         except KeyError as error:
@@ -178,11 +181,11 @@ class ResumableCallback(DeclaresEffects, Callback):
             ) from error
 
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Act before the first step; everything is prepared."""
+        """Act before the first step, after `prepare`."""
         self.at_step(trainer, pl_module, self._steps)
 
     def _keep_pace(self, trainer: Trainer, loaded: dict[str, Any] | None) -> None:
-        """Have the moments of a schedule follow the epochs where their steps are others, as with more devices."""
+        """Make a schedule follow the epochs where these have another number of steps, as with more devices."""
         old, new = self._paces(trainer, loaded, self._steps)
         if old is not None and new is not None and old.steps_per_epoch != new.steps_per_epoch:
             rank_zero_info(
@@ -195,7 +198,7 @@ class ResumableCallback(DeclaresEffects, Callback):
     def _paces(
         self, trainer: Trainer, loaded: dict[str, Any] | None, steps: int
     ) -> tuple[Pace, Pace] | tuple[None, None]:
-        """Return how epochs and steps went together when the schedule was planned, and how they do from now on."""
+        """Return the pace at which the schedule was planned, and the pace from now on; None if it is unknown."""
         per_epoch, done = steps_per_epoch(trainer), epochs_done(trainer)
         if per_epoch is None:
             return None, None
@@ -207,7 +210,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         return old, Pace(step=steps, epoch=began + done, steps_per_epoch=per_epoch, began=began)
 
     def _offset_in(self, trainer: Trainer, loaded: dict[str, Any] | None) -> int:
-        """Return how many steps this callback has counted that the Trainer has not, which counts from 0 anew."""
+        """Return how many more steps this callback has counted than the Trainer, which counts each fit from 0."""
         if loaded is not None:
             offset: int = loaded["offset"]
             return offset
@@ -221,7 +224,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         self._steps = steps_done(trainer) + self._offset
 
     def __getstate__(self) -> dict[str, Any]:
-        # Neither can be sent to a spawned process, and both are made anew when a fit starts.
+        # Neither can be pickled for a spawned process; a fit makes both anew.
         return {key: value for key, value in self.__dict__.items() if key not in ("_fitted", "generator")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -231,7 +234,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = steps_done(trainer) + self._offset
-        if step != self._steps:  # accumulation has batches that end without a step
+        if step != self._steps:  # with accumulation, batches may end without a step
             self._steps = step
             self.at_step(trainer, pl_module, step)
 
@@ -242,8 +245,8 @@ class ResumableCallback(DeclaresEffects, Callback):
         return self._state_key
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Written here and not in `state_dict`, because gathering over ranks needs to know that all of them take part:
-        # after an exception they may not.
+        # Here and not in `state_dict`, because only this hook knows whether all ranks save together, so that they can
+        # gather: after an exception they may not.
         together = trainer.state.status != TrainerStatus.INTERRUPTED
         if together:
             self.synchronize()
@@ -264,7 +267,7 @@ class ResumableCallback(DeclaresEffects, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not self._loads_state:
             return
-        found = state_dict.get("format", 1)  # the first one had no number
+        found = state_dict.get("format", 1)  # format 1 had no number
         if found != FORMAT:
             raise ValueError(
                 f"The checkpoint's state of {self.name} has format {found!r}, and this version of lightning_compress "
@@ -286,15 +289,15 @@ class ResumableCallback(DeclaresEffects, Callback):
         if 0 <= trainer.max_steps <= checkpoint["global_step"]:
             warnings.warn(
                 f"The checkpoint is from step {checkpoint['global_step']}, and max_steps={trainer.max_steps} leaves "
-                f"nothing to train: Lightning skips the fit, and with it what came after that step in the run that "
-                f"wrote the checkpoint (a validation, the ends of the epoch and of the fit). Raise max_steps to go on.",
+                f"nothing to train: Lightning skips the fit, and with it the validation and the ends of the epoch "
+                f"and of the fit that followed that step in the earlier run. Raise max_steps to go on.",
                 stacklevel=2,
             )
         mine = {callback.state_key for callback in trainer.callbacks if type(callback) is type(self)}  # type: ignore[attr-defined]
         others = [key for key in states if key.startswith(type(self).__qualname__ + "{") and key not in mine]
         if self.state_key not in states and others:
             raise ValueError(
-                f"The checkpoint was written with other settings. It holds {others[0]}, this run has {self.state_key}. "
+                f"The checkpoint was written with other settings: it holds {others[0]}, this run has {self.state_key}. "
                 f"Resume with the same settings, or start a new fit from the weights alone."
             )
 
@@ -303,7 +306,7 @@ class ResumableCallback(DeclaresEffects, Callback):
             return states[rank()]
         warnings.warn(
             f"The checkpoint holds the random states of {len(states)} process(es) and not of rank {rank()}: random "
-            f"decisions such as dropout will differ from the uninterrupted run's.",
+            f"decisions such as dropout will differ from the uninterrupted run's. Resume with as many processes.",
             stacklevel=2,
         )
         return None

@@ -1,4 +1,4 @@
-"""A number that may change while a fit goes on."""
+"""A number that may follow a schedule during a fit."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class Scheduled:
 
     @classmethod
     def of(cls, value: float | Mapping[str, Any], argument: str) -> Scheduled:
-        """Make one of a plain number, or of a mapping with this class's arguments.
+        """Make a `Scheduled` from a plain number, or from a mapping with this class's arguments.
 
         Raises:
-            ValueError: The mapping has other keys, or lacks start or end; an unknown schedule; an end before the start.
+            ValueError: The mapping has other keys, or lacks start or end; the schedule is unknown; its end is not
+                after its start.
         """
         if not isinstance(value, Mapping):
             return cls(start=float(value), end=float(value))
@@ -68,14 +69,14 @@ class Scheduled:
         return self.start == self.end
 
     def plan(self, trainer: Trainer, state: dict[str, Any] | None) -> None:
-        """Turn epochs into steps of this fit, or take them from a checkpoint; a second fit goes on."""
+        """Convert epochs into steps of this fit, or load them from a checkpoint; a second fit keeps the first plan."""
         if state is not None:
             self.ramp = Ramp(**state)
         elif self.ramp is None and not self.constant:
             self.ramp = Ramp.plan(trainer, start_epoch=self.start_epoch, end_epoch=self.end_epoch, every_n_steps=1)
 
     def follow_epochs(self, moment: Callable[[int], int]) -> None:
-        """Keep the moments in epochs where an epoch has another number of steps from now on."""
+        """Keep the same epochs where an epoch has another number of steps from now on."""
         if self.ramp is not None:
             self.ramp = self.ramp.moved(moment, interval=1, limit=None)
 
@@ -92,5 +93,5 @@ class Scheduled:
         return 0.0 if self.ramp is None or step < self.ramp.start else self.ramp.progress(step)
 
     def state(self) -> dict[str, Any] | None:
-        """The moments in steps, which a resume needs."""
+        """Return the planned steps, which a resume needs."""
         return None if self.ramp is None else self.ramp.state_dict()

@@ -1,4 +1,4 @@
-"""A ramp of events between two optimizer steps, at which a gradual technique acts."""
+"""A ramp of events between two optimizer steps, for a technique that acts gradually."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_compress.trainer.steps import planned_steps, steps_at
 
-RECOVERY_SHARE = 1 / 3  # of the planned steps, where the user names no end
+RECOVERY_SHARE = 1 / 3  # share of the planned steps after the ramp, where the user sets no end
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class Ramp:
 
     @classmethod
     def plan(cls, trainer: Trainer, *, start_epoch: float, end_epoch: float | None, every_n_steps: int | None) -> Ramp:
-        """Turn epochs into steps of this fit; without `end_epoch` the ramp ends at two thirds of the planned steps.
+        """Convert epochs into steps of this fit; without `end_epoch` the ramp ends at two thirds of the planned steps.
 
         Raises:
             ValueError: The fit has no planned end, or the ramp would end before it starts.
@@ -58,9 +58,9 @@ class Ramp:
         """Return the ramp for a fit whose epochs have another number of steps from now on.
 
         Args:
-            moment: Turns a step as it was planned into one of the new pace.
+            moment: Maps a planned step to a step at the new pace.
             interval: Steps between events.
-            limit: The step at which the fit ends, where it must not end before the ramp.
+            limit: The last step of the fit, if the ramp must end before it.
         """
         start, end = moment(self.start), moment(self.end)
         if limit is not None and end > limit and not self.finished:
@@ -69,11 +69,11 @@ class Ramp:
         return Ramp(start=start, end=end, interval=interval, last=moment(self.last) if taken else start - 1)
 
     def progress(self, step: int) -> float:
-        """Position of `step` on the ramp, 0 to 1."""
+        """Return the position of `step` on the ramp, 0 to 1."""
         return 1.0 if step >= self.end else max(0.0, (step - self.start) / (self.end - self.start))
 
     def take(self, step: int) -> bool:
-        """Whether an event is due after this step; it counts as taken then. No step is taken twice."""
+        """Whether an event is due after this step. If so, it counts as taken, and no step is taken twice."""
         due = self.is_due(step)
         if due:
             self.last = step
@@ -91,13 +91,13 @@ class Ramp:
         return self.last >= self.end
 
     def state_dict(self) -> dict[str, Any]:
-        """The ramp as plain numbers."""
+        """Return the ramp as plain numbers."""
         return asdict(self)
 
 
 def _no_end(trainer: Trainer) -> str:
     if trainer.max_epochs is None or trainer.max_epochs < 0:
-        return "The fit has no planned end (max_epochs=-1 and max_steps=-1): set end_epoch."
+        return "The fit has no planned end (max_epochs=-1 and max_steps=-1): set end_epoch, max_epochs or max_steps."
     return (
         f"The fit's length in steps is not known: the training loader has no length, so that "
         f"max_epochs={trainer.max_epochs} can't be turned into steps. Give the loader a length, or set "

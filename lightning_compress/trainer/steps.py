@@ -1,4 +1,4 @@
-"""Epochs to optimizer steps: a schedule's moments, in the unit that survives a resume."""
+"""Convert epochs to optimizer steps, the unit of schedules that survives a resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How epochs and optimizer steps go together from one step on.
+    """The relation of epochs and optimizer steps from one step on.
 
     Example:
         >>> slow, fast = Pace(step=0, epoch=0.0, steps_per_epoch=10), Pace(step=20, epoch=2.0, steps_per_epoch=40)
@@ -22,24 +22,24 @@ class Pace:
     step: int
     epoch: float
     steps_per_epoch: int
-    began: float = 0.0  # epochs that earlier fits had done
+    began: float = 0.0  # epochs that earlier fits have trained
 
     def epoch_at(self, step: int) -> float:
-        """Epochs that are done after that step."""
+        """Return the number of epochs that are over after a step."""
         return self.epoch + (step - self.step) / self.steps_per_epoch
 
     def step_at(self, epoch: float) -> int:
-        """The step after which so many epochs are done."""
+        """Return the step after which a number of epochs is over."""
         return self.step + round((epoch - self.epoch) * self.steps_per_epoch)
 
 
 def steps_per_epoch(trainer: Trainer) -> int | None:
-    """Return the number of optimizer steps of the first epoch, None where the training loader has no length."""
+    """Return the number of optimizer steps of the first epoch; None if the training loader has no length."""
     return None if math.isinf(trainer.num_training_batches) else _steps_in_epoch(trainer, 0)
 
 
 def epochs_done(trainer: Trainer) -> float:
-    """Return how many epochs of this fit are done, at its start or where it is resumed, as Lightning goes on."""
+    """Return how many epochs of this fit are over, at its start or where Lightning resumes it."""
     batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
     if math.isinf(trainer.num_training_batches):
         return float(trainer.current_epoch)
@@ -85,7 +85,7 @@ def planned_steps(trainer: Trainer) -> int | None:
     """Return the number of steps after which this fit ends by its own limits, or None where it has no limit."""
     limits = []
     if trainer.max_steps is not None and trainer.max_steps >= 0:
-        # Manual optimization: max_steps counts the steps of every optimizer, we count the batches.
+        # In manual optimization, max_steps counts the steps of all optimizers, but `steps_done` counts batches.
         per_batch = 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
         limits.append(trainer.max_steps // per_batch)
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(trainer.num_training_batches):

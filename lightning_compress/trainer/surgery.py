@@ -28,7 +28,7 @@ _TO_SHRINK = (
 
 
 class Cut(Protocol):
-    """A function that cuts the network of a fit and its copies, and returns the positions that stayed."""
+    """A function that cuts the network of a fit and its copies, and returns the positions that stay."""
 
     def __call__(self, *, optimizers: list[torch.optim.Optimizer], copies: list[nn.Module]) -> Kept: ...
 
@@ -110,12 +110,12 @@ def _count(module: nn.Module) -> int:
 
 
 def keep_metadata(checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
-    """Write the records of cuts and input hooks into a checkpoint whose state dict, that of an average, has none."""
+    """Write the module's records into a checkpoint whose state dict, from an average, has none."""
     checkpoint["state_dict"] = with_record(checkpoint["state_dict"], pl_module)
 
 
 def check_cuts_in_fit(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> None:
-    """Raise a ValueError if an optimizer's state of parameters that are to be cut could not be sliced."""
+    """Raise a ValueError if the optimizer state of parameters that will be cut can't be sliced."""
     parameters = list(parameters)
     for optimizer in trainer.optimizers:
         check_state(optimizer, parameters)
@@ -123,7 +123,7 @@ def check_cuts_in_fit(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> N
 
 @contextmanager
 def rewrapped(trainer: Trainer) -> Iterator[None]:
-    """Take the module out of its DistributedDataParallel wrapper, and wrap it anew: a reducer keeps the old shapes."""
+    """Unwrap the module from DistributedDataParallel, and wrap it anew after the block: a reducer keeps old shapes."""
     strategy = trainer.strategy
     wrapped = isinstance(strategy, DDPStrategy) and strategy.model is not trainer.lightning_module
     if wrapped:

@@ -1,4 +1,4 @@
-"""The surroundings of a technique in a fit: strategy, precision, averages, compilation, optimizers."""
+"""The settings of a fit around a technique: strategy, precision, averages, compilation, optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_compress.trainer.inputs import is_compiled
 from lightning_compress.trainer.unwrap import raw_optimizer
 
-# Of DistributedDataParallel: those that leave every rank with the same gradients and parameters after every step.
+# Options of DistributedDataParallel with which all ranks have the same gradients and parameters after every step.
 _DDP_OPTIONS = {
     "broadcast_buffers",
     "bucket_cap_mb",
@@ -27,7 +27,7 @@ _DDP_OPTIONS = {
 
 
 def check_namespace(trainer: Trainer, name: str) -> None:
-    """Raise a TypeError for a Trainer that is not one of `lightning.pytorch`; `name` is the technique's."""
+    """Raise a TypeError for a Trainer that is not of `lightning.pytorch`; `name` is the name of the technique."""
     if not isinstance(trainer, Trainer):
         raise TypeError(
             f"{name} is a callback of `lightning.pytorch`, but the Trainer comes from {type(trainer).__module__}: "
@@ -36,11 +36,11 @@ def check_namespace(trainer: Trainer, name: str) -> None:
 
 
 def check_strategy(trainer: Trainer, name: str) -> None:
-    """Refuse a strategy with which no technique can work. It is asked in `setup`, before it shards the module.
+    """Refuse a strategy that no technique supports; call this in `setup`, before the strategy shards the module.
 
     Args:
         trainer: The Trainer.
-        name: Of the technique, for messages.
+        name: The name of the technique, for messages.
 
     Raises:
         ValueError: The strategy, or an option of it, is not among those that are tested.
@@ -48,15 +48,15 @@ def check_strategy(trainer: Trainer, name: str) -> None:
     strategy = trainer.strategy
     if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise ValueError(
-            f"{name} does not support {type(strategy).__name__}: it is tested with a single device and with "
-            f"strategy='ddp' or 'ddp_find_unused_parameters_true'."
+            f"{name} does not support {type(strategy).__name__}: use a single device, strategy='ddp' or "
+            f"'ddp_find_unused_parameters_true'."
         )
     if isinstance(strategy, DDPStrategy):
         local = "LocalSGD" in type(strategy._ddp_comm_state).__name__
         if local or strategy._model_averaging_period is not None:
             raise ValueError(
-                f"{name} needs equal weights on all ranks after every step: model_averaging_period and local SGD "
-                f"let them train apart. Leave these options of DDPStrategy out."
+                f"{name} needs equal weights on all ranks after every step, but with model_averaging_period or local "
+                f"SGD they differ. Leave these options of DDPStrategy out."
             )
         if others := [option for option in strategy._ddp_kwargs if option not in _DDP_OPTIONS]:
             raise ValueError(
@@ -66,7 +66,7 @@ def check_strategy(trainer: Trainer, name: str) -> None:
 
 
 class Surroundings:
-    """The facts about a fit that the rules of `compatibility` need.
+    """The facts about a fit that the table of rules needs.
 
     Args:
         trainer: The Trainer, whose optimizers and loaders exist.
@@ -104,19 +104,19 @@ class Surroundings:
 
     @property
     def start_method(self) -> str:
-        """How processes are started: "popen", "spawn" or "fork"; "" for one device."""
+        """The way in which processes are started: "popen", "spawn" or "fork"; "" for one device."""
         return "" if self._strategy is None else self._strategy._start_method
 
     @property
     def forks(self) -> bool:
-        """Whether the main process gets the weights back by a load into the module as it was."""
+        """Whether the main process gets the weights back by loading them into its unchanged module."""
         return self.start_method not in ("", "popen")
 
     # ------------------------------------------------------------------ averages
 
     @property
     def averages(self) -> list[str]:
-        """The callbacks that keep an average which this package can keep projected."""
+        """The names of the callbacks that keep an average which this package can project."""
         return [type(one).__name__ for one in self._callbacks if isinstance(one, WeightAveraging)]
 
     @property
@@ -125,7 +125,7 @@ class Surroundings:
         return any(isinstance(one, StochasticWeightAveraging) for one in self._callbacks)
 
     def average_after(self, place: int) -> str:
-        """Return the name of an averaging callback that stands behind that place, or ""."""
+        """Return the name of an averaging callback at or after a position in the list of callbacks, or ""."""
         return next((type(one).__name__ for one in self._callbacks[place:] if isinstance(one, WeightAveraging)), "")
 
     # ------------------------------------------------------------------ optimizers
@@ -136,12 +136,12 @@ class Surroundings:
 
     @property
     def lbfgs(self) -> bool:
-        """Whether LBFGS trains."""
+        """Whether one of the optimizers is LBFGS."""
         return any(isinstance(one, torch.optim.LBFGS) for one in self._optimizers)
 
     @property
     def schedule_free(self) -> str:
-        """The name of an optimizer that exchanges the weights by methods of its own, or ""."""
+        """The name of an optimizer that exchanges the weights in its methods `train` and `eval`, or ""."""
         swapping = (one for one in self._optimizers if callable(getattr(one, "train", None)))
         return next((type(one).__name__ for one in swapping if callable(getattr(one, "eval", None))), "")
 
@@ -165,7 +165,7 @@ class Surroundings:
         return next(names, "")
 
     def trained_apart(self, names: Sequence[str]) -> str:
-        """Return one of some parameters that does not train in the optimizer of the first that trains, or ""."""
+        """Return a name whose parameter is not trained by the optimizer that trains the first one, or ""."""
         parameters = dict(self._module.named_parameters())
         first = next((ids for ids in self._stepped() if any(id(parameters[name]) in ids for name in names)), set())
         apart = (n for n in names if id(parameters[n]) not in first or not parameters[n].requires_grad)

@@ -1,4 +1,4 @@
-"""The part of a callback that resolves its patterns: `target=None` is decided once, when the fit begins."""
+"""Base class of the callbacks with a `target`: `target=None` is resolved once, when the fit begins."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class TargetingCallback(ResumableCallback):
     A subclass sets the attributes.
 
     Attributes:
-        target: Patterns, or None.
-        exclude: Patterns.
-        network: Dotted path of the submodule that makes the prediction, "" where none is named.
-        follows_averages: Whether averages that the module holds are changed along with what they average.
-        needs_gradients: Whether layers that are frozen at the fit's start can't be taken, though they train later.
+        target: Patterns of the parameters to take; None: the layers that the fit trains.
+        exclude: Patterns of the parameters to leave out.
+        network: Dotted path of the submodule that makes the prediction, or "" for the module's own forward.
+        follows_averages: Whether averages in the module are changed along with the modules that they average.
+        needs_gradients: Whether the technique can't take layers that are frozen when the fit begins.
     """
 
     target: str | Sequence[str] | None = None
@@ -34,19 +34,21 @@ class TargetingCallback(ResumableCallback):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._default: dict[str, list[str]] | None = None  # what target=None takes: "taken", and "untrained" at first
+        self._default: dict[str, list[str]] | None = (
+            None  # for target=None: names of weights "taken", and of those "untrained" at the fit's start
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self._fitted is None:
-            self._default = None  # of a fit that was refused
+            self._default = None  # left by a fit that was refused
 
     def patterns(self, pl_module: LightningModule, *, named: bool = False) -> str | Sequence[str] | None:
-        """Return what `target` means in this fit, as patterns; None outside of a fit.
+        """Return the patterns that `target` stands for in this fit; None outside of a fit.
 
         Args:
             pl_module: The LightningModule.
-            named: Whether another argument names the layers, so that it does not matter if none is left here.
+            named: Whether another argument names the layers, so that an empty result is allowed.
 
         Raises:
             ValueError: `target` is None, and the fit trains no layer that the network uses.
@@ -69,14 +71,14 @@ class TargetingCallback(ResumableCallback):
         if not layers.taken:
             raise ValueError(
                 f"{self.name} with target=None selects no parameter of {type(pl_module).__name__}: no optimizer of "
-                f"this fit trains a linear layer or convolution with entries. Name what it should take by target=."
+                f"this fit trains a linear layer or convolution with entries. Name the layers by target=."
             )
         if said:
             rank_zero_info(f"{self.name}: {said}")
         return {"taken": layers.taken, "untrained": layers.untrained}
 
     def _say_what_trains_now(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn once of layers that were left alone because nothing trained them, and that train by now."""
+        """Warn once of layers that were left out because nothing trained them, but that train now."""
         if self._default is None or not self._default["untrained"]:
             return
         found = begun_to_train(trainer, pl_module, self._default["untrained"])
@@ -84,10 +86,10 @@ class TargetingCallback(ResumableCallback):
             self._default["untrained"] = [name for name in self._default["untrained"] if name not in found]
             rank_zero_warn(
                 f"{self.name} leaves {', '.join(found)} as they are, because no optimizer trained them when the fit "
-                f"began; now one does. To take them from the beginning, name them by target=."
+                f"began; now an optimizer does. Name them by target= to take them from the start."
             )
 
-    # ------------------------------------------------------------------ checkpoints: a resume decides nothing anew
+    # ------------------------------------------------------------------ checkpoints: a resume keeps the layers
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

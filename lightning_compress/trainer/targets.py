@@ -1,4 +1,4 @@
-"""Find the layers for `target=None`: those that the fit trains and that the network's `forward` uses."""
+"""Find the layers for `target=None`: those that the fit trains and the network's `forward` uses."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lightning_compress.trainer.averages import averages_inside
 from lightning_compress.trainer.reached import is_within, reached_by_forward
 from lightning_compress.trainer.unwrap import innermost
 
-_NAMED = 4  # paths in a message
+_NAMED = 4  # number of paths in a message
 
 
 class Layers(NamedTuple):
-    """The layers of a LightningModule, as a fit that begins sees them: names of weights.
+    """The layers of a LightningModule when a fit begins, by the names of their weights.
 
     Attributes:
-        taken: Those that train and that the network uses.
-        untrained: Those that no optimizer trains.
-        unused: Those that train and that the network does not use.
-        frozen: Those of `taken` that do not train yet: a callback will unfreeze them.
-        averages: Modules that average others, by path, with the path of what each averages.
+        taken: Layers that train and that the network uses.
+        untrained: Layers that no optimizer trains.
+        unused: Layers that train, but that the network does not use.
+        frozen: Layers of `taken` that do not train yet, because a callback will unfreeze them.
+        averages: Paths of modules that average others, with the path of the module that each averages.
     """
 
     taken: list[str]
@@ -41,15 +41,17 @@ def layers_of_fit(
 ) -> Layers:
     """Sort the linear layers and convolutions of a module whose fit begins.
 
-    A layer trains if an optimizer has its weight and that requires a gradient; with a callback that unfreezes layers
-    (`BaseFinetuning`), frozen ones are taken too. The network uses what lies within `network`, else what the code of
-    `forward` reaches, where it can be read and reaches something that trains. Averages belong to neither.
+    A layer trains if an optimizer has its weight and the weight requires a gradient; with a callback that unfreezes
+    layers (`BaseFinetuning`), frozen ones are taken too. The network uses the layers inside `network`, or, without it,
+    those that the code of `forward` reaches, if the code can be read and reaches a layer that trains. Layers of
+    averages are left out.
 
     Args:
-        trainer: Its optimizers exist. None before any fit: then what requires a gradient counts as trained.
+        trainer: The Trainer, whose optimizers exist. None before any fit: then parameters that require a gradient count
+            as trained.
         pl_module: The LightningModule.
-        network: Dotted path of the submodule that makes the prediction, where the user has named one.
-        frozen: Whether layers may be taken that a callback will unfreeze.
+        network: Dotted path of the submodule that makes the prediction, if the user has named one.
+        frozen: Whether to take layers that a callback will unfreeze.
     """
     module = innermost(pl_module)
     averages = averages_inside(module)
@@ -78,15 +80,15 @@ def layers_of_fit(
 
 
 def refuse_average_in_forward(pl_module: LightningModule, network: str) -> None:
-    """Raise a ValueError where channels would be looked for in a forward that uses an average of what trains."""
+    """Raise a ValueError if channels would have to be found in a forward that uses an average of the trained module."""
     module = innermost(pl_module)
     parts = set() if network else reached_by_forward(module) or set()
     for path, original in averages_inside(module).items():
         if is_within(path, parts):
             raise ValueError(
                 f"The forward of {type(module).__name__} uses {path}, which averages {original or 'a module'} and does "
-                f"not train itself: pass network={original or '...'!r}, with the submodule that trains. Its channels "
-                f"are found then, and the average is cut along."
+                f"not train itself: pass network={original or '...'!r}, with the submodule that trains. Its average "
+                f"is then cut with it."
             )
 
 
@@ -100,19 +102,19 @@ def unused_layers(pl_module: LightningModule) -> list[str]:
 
 
 def begun_to_train(trainer: Trainer, pl_module: LightningModule, names: Collection[str]) -> list[str]:
-    """Return those of some layers' weights that an optimizer trains by now."""
+    """Return the names among some layers' weights that an optimizer trains by now."""
     ids = _trained(trainer)
     layers = layer_weights(innermost(pl_module))
     return [name for name in names if all(id(one) in ids for one in layers.get(name, [nn.Parameter(torch.empty(0))]))]
 
 
 def described(pl_module: LightningModule, layers: Layers, *, follows: bool) -> str:
-    """Describe the layers that are left out, and the share of the parameters that is taken; "" where all matrices are.
+    """Describe the layers that are left out, and the share of the parameters that is taken; "" if all matrices are.
 
     Args:
         pl_module: The LightningModule.
-        layers: What is taken of it, and what not.
-        follows: Whether averages are changed along with what they average.
+        layers: Its layers, as `layers_of_fit` has sorted them.
+        follows: Whether averages are changed along with the modules that they average.
     """
     parameters = {
         name: one
@@ -146,8 +148,8 @@ def described(pl_module: LightningModule, layers: Layers, *, follows: bool) -> s
     total = sum(one.numel() for one in parameters.values())
     share = sum(parameters[name].numel() for name in layers.taken if name in parameters) / max(1, total)
     return (
-        f"the targets ({len(layers.taken)}) hold {share:.0%} of all parameters; {'; '.join(notes)}. To choose others, "
-        f"name them by target=."
+        f"the targets ({len(layers.taken)}) hold {share:.0%} of all parameters; {'; '.join(notes)}. Choose others "
+        f"by target=."
     )
 
 
@@ -158,7 +160,7 @@ def _trained(trainer: Trainer) -> set[int]:
 
 
 def _parts(module: LightningModule, averages: Mapping[str, str | None]) -> set[str] | None:
-    """What `forward` uses; an average stands for what it averages."""
+    """Return the paths that `forward` uses; the use of an average counts as the use of the averaged module."""
     reached = reached_by_forward(module)
     if reached is None:
         return None
@@ -167,7 +169,7 @@ def _parts(module: LightningModule, averages: Mapping[str, str | None]) -> set[s
 
 
 def _listed(names: Iterable[str], everything: Iterable[str]) -> str:
-    """Name some weights, by the modules that hold no others."""
+    """Return a list of weights as text, with the path of a module in the place of all its weights."""
     left, found = dict.fromkeys(names), []
     while left:
         name = next(iter(left))

@@ -1,4 +1,4 @@
-"""The user's own module and optimizer, inside what this package and Lightning wrap around them."""
+"""Return the user's own module and optimizer from inside the wrappers of this package and of Lightning."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
-LOGGED = "compress/"  # begins the name of every number that this package logs, so that it meets none of the user's
-SLOT = "_lightning_compress"  # of a wrapper: what it holds, see `CompressionModule`
+LOGGED = "compress/"  # prefix of the names that this package logs, which keeps them apart from the user's
+SLOT = "_lightning_compress"  # attribute of a wrapper with the module inside, see `CompressionModule`
 
 
 def innermost(module: LightningModule) -> LightningModule:
-    """Return the user's own module, the same for all wrappers around it."""
+    """Return the user's own module, which is inside all wrappers."""
     slot = getattr(type(module), SLOT, None)
     own: LightningModule = module if slot is None else slot.__get__(module).own
     return own

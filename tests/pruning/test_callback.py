@@ -519,7 +519,7 @@ def test_sharded_strategies_are_refused_by_name() -> None:
     class FSDPStrategy(SingleDeviceStrategy):
         """Stands in for a strategy that a machine without several GPUs can't set up."""
 
-    with pytest.raises(ValueError, match="does not support FSDPStrategy: it is tested with a single device"):
+    with pytest.raises(ValueError, match="does not support FSDPStrategy: use a single device"):
         run(IterativePruningCallback(0.5), strategy=FSDPStrategy(accelerator=None), accelerator="auto")
 
 
