@@ -13,8 +13,8 @@ import argparse
 import gc
 import multiprocessing
 import os
-import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +27,11 @@ from torch.nn.utils import prune
 
 from lightning_compress.core.keep_largest import keep_largest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.resident import can_measure, forget_peak, peak, resident
+
 AMOUNT = 0.9
-PROC = Path("/proc/self")
 
 
 def layers(size: int) -> list[nn.Module]:
@@ -76,23 +79,17 @@ def timed(method: str, modules: list[nn.Module]) -> tuple[float, float, list[Ten
 
 def peak_bytes(method: str, size: int) -> int:
     """Return how far one run raises the resident memory; to be called in a process of its own, on Linux."""
-
-    def resident(key: str) -> int:
-        match = re.search(rf"{key}:\s+(\d+) kB", (PROC / "status").read_text())
-        assert match
-        return 1024 * int(match[1])
-
     METHODS[method](layers(10_000))  # what a first call loads stays out of the count
     modules = layers(size)
-    (PROC / "clear_refs").write_text("5")  # the kernel counts the peak anew
-    before = resident("VmRSS")
+    forget_peak()
+    before = resident()
     masks = METHODS[method](modules)
     assert masks
-    return resident("VmHWM") - before
+    return peak() - before
 
 
 def in_a_fresh_process(method: str, size: int) -> int | None:
-    if not (PROC / "clear_refs").exists():
+    if not can_measure():
         return None
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(peak_bytes, (method, size))

@@ -37,6 +37,10 @@ from lightning_compress import (
 )
 from lightning_compress.baselines import TensorLoader
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.resident import forget_peak, peak, resident
+
 BATCH = 8
 STEPS = 4  # an epoch
 
@@ -141,23 +145,17 @@ def fit(net: nn.Module, technique: str, optimizer: str) -> None:
     trainer.fit(Module(net, optimizer), TensorLoader(x, y, batch_size=BATCH))
 
 
-def resident(key: str) -> int:
-    """Return a number of bytes from what Linux says of this process: "VmRSS", or its peak, "VmHWM"."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
 def measure(network: str, technique: str, optimizer: str) -> tuple[int, int]:
     """Return the peak above the interpreter, and how many parameters the network has."""
     torch.manual_seed(0)
     large, small = NETWORKS[network]
     fit(small(), technique, optimizer)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = resident()
+    forget_peak()
     net = large()
     count = sum(parameter.numel() for parameter in net.parameters())
     fit(net, technique, optimizer)
-    return resident("VmHWM") - before, count
+    return peak() - before, count
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A network learns from what another one makes of the same inputs, from plain functions to a wrapper."""
+"""Distillation: a student network learns from the outputs of a teacher for the same inputs."""
 
 from __future__ import annotations
 

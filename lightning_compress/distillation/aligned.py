@@ -1,7 +1,7 @@
-"""Align the outputs of a student and its teachers: the entries to compare, and the positions that count.
+"""Align the outputs of a student and its teachers: find the classes to compare and the positions that count.
 
-Positions that don't count, and classes that are forbidden, are selected away before anything is computed with them. To
-multiply a loss by 0 afterwards would not do: where a logit is infinite, 0 times its gradient is not a number.
+Positions that don't count and forbidden classes are replaced before any computation. To multiply a loss by 0 afterwards
+would not suffice: where a logit is infinite, 0 times its gradient is NaN.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lightning_compress.core.precision import widened
 
 
 class Aligned(NamedTuple):
-    """Outputs that fit each other.
+    """Outputs of equal shapes, with the classes and positions to compare.
 
     Attributes:
-        student: In float32 at least.
-        teachers: Those whose weight is not 0, in the student's dtype, without gradient.
-        shares: The teachers' weights, of sum 1.
+        student: The student's outputs, in float32 or float64.
+        teachers: The outputs of the teachers whose weight is not 0, in the student's dtype, without gradients.
+        shares: The weights of these teachers, which sum to 1.
         dim: The dimension of the classes.
-        left_out: True at positions that don't count, with one class.
-        positions: How many positions count.
-        divisor: The same, but 1 at least: what a sum over them is divided by.
+        left_out: A mask that is True at positions that don't count, of size 1 in the dimension of the classes.
+        positions: The number of positions that count.
+        divisor: The divisor of a mean over them: their number, but at least 1.
     """
 
     student: Tensor
@@ -39,7 +39,7 @@ class Aligned(NamedTuple):
     divisor: Tensor
 
     def mean(self, values: list[Tensor]) -> Tensor:
-        """Average the outputs of the teachers."""
+        """Return the weighted mean of one tensor per teacher."""
         if len(values) == 1:
             return values[0]
         total = values[0] * self.shares[0]
@@ -48,7 +48,7 @@ class Aligned(NamedTuple):
         return total
 
     def need_two_classes(self, because: str, instead: str) -> None:
-        """Raise a ValueError if there is one class only."""
+        """Raise a ValueError, with a reason and an alternative for its message, if there is only one class."""
         if self.student.shape[self.dim] < 2:
             raise ValueError(
                 f"Outputs of shape {tuple(self.student.shape)} have {self.student.shape[self.dim]} class in dimension "
@@ -66,23 +66,23 @@ def align(
     forbidden: float,
     numbers: bool = False,
 ) -> Aligned:
-    """Bring outputs together.
+    """Check and align the outputs of a student and its teachers.
 
-    A logit of -inf, or the lowest number of its dtype, marks a class as forbidden. A position with no class left is one
-    that does not count.
+    A logit of -inf, or the lowest number of its dtype, marks a class as forbidden. A position where all classes are
+    forbidden does not count.
 
     Args:
-        student: s.
-        teacher: t, or one for each teacher.
-        weights: One per teacher; None: equal.
-        class_dim: The dimension of the classes.
-        mask: 1 or True where a position counts.
-        forbidden: What stands for a forbidden class. -inf: the student's are forbidden to the teachers too, but not the
-            other way round. 0.0: what is forbidden to one is to all.
-        numbers: Whether outputs of shape (N,) are one number per sample.
+        student: The student's outputs.
+        teacher: The teacher's outputs, or a sequence with those of each teacher.
+        weights: One weight per teacher; None: equal weights.
+        class_dim: The dimension of the classes; None: 1, for outputs without positions.
+        mask: 1 or True where a position counts; None: all count.
+        forbidden: The value to write for forbidden classes. -inf: the student's forbidden classes are forbidden to its
+            teachers, but not the reverse. 0.0: a class that is forbidden to one network is forbidden to all.
+        numbers: Whether outputs of shape (N,) are allowed, as one number per sample.
 
     Raises:
-        ValueError: Something does not fit.
+        ValueError: Shapes, weights, class dimension or mask do not fit.
     """
     teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     shares = _shares(weights, len(teachers))
@@ -118,7 +118,7 @@ def _is_forbidden(outputs: Tensor) -> Tensor:
 
 
 def _counts(mask: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """Return the positions that count by the mask."""
+    """Return a mask of booleans for outputs of a shape, after a check."""
     expected = shape[:dim] + shape[dim + 1 :]
     if mask.shape != expected:
         raise ValueError(
@@ -132,7 +132,7 @@ def checked_mask(mask: Tensor) -> Tensor:
     """Return a mask as booleans.
 
     Raises:
-        ValueError: It holds anything else than 0 and 1, as labels and masks that are added to logits do.
+        ValueError: The mask holds other values than 0 and 1, as labels and masks that are added to logits do.
 
     Example:
         >>> checked_mask(torch.tensor([1.0, 0.0]))
@@ -152,10 +152,10 @@ def checked_mask(mask: Tensor) -> Tensor:
 
 
 def named_mask(kwargs: Mapping[str, Any], name: str) -> Tensor | None:
-    """Return where outputs count, of the keyword arguments that a network is called with; None: everywhere.
+    """Return the mask with that name from the keyword arguments of a network's call; None if it is None.
 
     Raises:
-        ValueError: There is none of that name, or it is no mask.
+        ValueError: No argument has that name, or it is not a mask.
     """
     if name not in kwargs:
         raise ValueError(
@@ -164,7 +164,7 @@ def named_mask(kwargs: Mapping[str, Any], name: str) -> Tensor | None:
         )
     given = kwargs[name]
     if given is not None and not isinstance(given, Tensor):
-        raise ValueError(f"mask={name!r} is no tensor, but a {type(given).__name__}.")
+        raise ValueError(f"mask={name!r} is a {type(given).__name__}; expected a tensor, or None.")
     try:
         return None if given is None else checked_mask(given)
     except ValueError as error:
@@ -195,10 +195,10 @@ def _misfit(student: torch.Size, teacher: torch.Size, dim: int, number: int | No
     whose = "the teacher's" if number is None else f"those of teacher {number}"
     text = f"The student's outputs have shape {tuple(student)}, {whose} {tuple(teacher)}"
     if len(student) != len(teacher) or student[dim : dim + 1] == teacher[dim : dim + 1]:
-        return f"{text}; both must be the same. Do both see the same batch, and is each the output that is meant?"
+        return f"{text}; both must be the same. Pass both the same batch, and choose the output to compare by output=."
     return (
-        f"{text}: {student[dim]} classes against {teacher[dim]}. Both must tell the same classes apart, in the same "
-        "order: select the teacher's outputs for the student's classes, or learn from its features by hints instead."
+        f"{text}: {student[dim]} classes against {teacher[dim]}. Both need the same classes in the same order: "
+        "select the teacher's outputs for the student's classes, or learn from its features by hints instead."
     )
 
 
@@ -209,7 +209,7 @@ def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
         return [1 / n] * n
     given = [float(weight) for weight in weights]
     if len(given) != n:
-        raise ValueError(f"weights={given} are {len(given)}, the teachers {n}: give one weight per teacher.")
+        raise ValueError(f"weights={given} has {len(given)} entries for {n} teachers: give one weight per teacher.")
     if not all(0 <= weight < math.inf for weight in given) or sum(given) == 0:
         raise ValueError(f"weights={given}: they must be finite, 0 or more, and one must be above 0.")
     return [weight / sum(given) for weight in given]

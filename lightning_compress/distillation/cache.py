@@ -1,11 +1,10 @@
-"""Teacher outputs that are computed once: kept in memory by the index of each sample in its dataset.
+"""Cache the outputs of a teacher in memory, by the index of each sample in its dataset.
 
     checksum = k_0 + sum over j of k_j w_j  mod 2^64        w: a sample's bytes, as 32-bit words; k: 64-bit random keys
 
-Two inputs that differ have the same checksum with a probability of at most 2^-33 over the choice of the keys: their
-difference times some k_j would have to be one certain number, and the words' differences are no multiples of 2^32. An
-input that changes from epoch to epoch, by random augmentation, would otherwise be taught what the teacher made of
-another one.
+Two different inputs have the same checksum with a probability of at most 2^-33 over the choice of the keys: some
+difference of words, which is no multiple of 2^32, times its k_j would have to be one certain number. The checksums find
+inputs that change from epoch to epoch, by random augmentation, for which the stored outputs would be wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 
 class OutputCache:
-    """The outputs of a teacher, in main memory, in their own dtype; `len` of it is the number of samples it holds.
+    """The outputs of a teacher, in main memory and in their own dtype; its `len` is the number of stored samples.
 
     Example:
         >>> teacher, cache = torch.nn.Linear(3, 2), OutputCache()
@@ -45,7 +44,7 @@ class OutputCache:
     """
 
     def __init__(self) -> None:
-        self._row = torch.empty(0, dtype=torch.int64)  # of every index; -1 where it is unknown
+        self._row = torch.empty(0, dtype=torch.int64)  # the row of every index, -1 for an unknown one
         self._checksums = torch.empty(0, dtype=torch.int64)
         self._outputs = torch.empty(0)
         self._size = 0
@@ -58,10 +57,10 @@ class OutputCache:
 
         Args:
             index: The samples' positions in their dataset, shape (N,).
-            checksums: Of their inputs, from `checksums`, shape (N,).
+            checksums: The checksums of their inputs, from the function `checksums`, shape (N,).
 
         Raises:
-            ValueError: An input is not the one that was stored with the index; or the index is none.
+            ValueError: An input differs from the one stored for its index, or an index is not a whole number from 0 on.
         """
         index = self._checked(index, checksums)
         rows = self._row[index]
@@ -70,20 +69,22 @@ class OutputCache:
         return self._outputs[rows].to(checksums.device) if known.all() else None
 
     def store(self, index: Tensor, checksums: Tensor, outputs: Tensor) -> None:
-        """Keep the outputs of the samples that are not yet known.
+        """Store the outputs of the samples that are not stored yet.
 
         Args:
-            index: As for `lookup`; it may name a sample twice.
+            index: As for `lookup`; it may contain a sample twice.
             checksums: As for `lookup`.
-            outputs: The teacher's, shape (N, ...).
+            outputs: The teacher's outputs, shape (N, ...).
 
         Raises:
-            ValueError: As `lookup`; or the outputs differ in shape or dtype from those before.
+            ValueError: As for `lookup`; or the outputs differ in shape or dtype from the stored ones.
         """
         index = self._checked(index, checksums)
         shape = outputs.shape[1:]
         if outputs.dim() == 0 or len(outputs) != len(index):
-            raise ValueError(f"Outputs of shape {tuple(outputs.shape)} are not one for each of {len(index)} samples.")
+            raise ValueError(
+                f"Outputs of shape {tuple(outputs.shape)} do not have one row for each of {len(index)} samples."
+            )
         if self._size == 0:
             self._outputs = torch.empty(0, *shape, dtype=outputs.dtype)
         elif shape != self._outputs.shape[1:] or outputs.dtype != self._outputs.dtype:
@@ -101,10 +102,10 @@ class OutputCache:
         new = rows >= before
         self._checksums[rows[new]] = checksums.cpu()[new]
         self._outputs[rows[new]] = outputs.detach().cpu()[new]
-        self._compare(index, rows, checksums.cpu())  # the batch may hold an index twice, with two inputs
+        self._compare(index, rows, checksums.cpu())  # the batch may contain an index twice, with different inputs
 
     def _checked(self, index: Tensor, checksums: Tensor) -> Tensor:
-        """Bring the index to the CPU, and make room for it."""
+        """Check an index, move it to the CPU, and make room for its samples."""
         if index.shape != checksums.shape or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(
                 f"The index has shape {tuple(index.shape)} and is {index.dtype}; expected one whole number for each of "
@@ -126,7 +127,7 @@ class OutputCache:
             raise ValueError(
                 f"The input of sample {int(index[differ][0])} is not the one that its teacher's outputs are stored for "
                 f"({int(differ.sum())} of {len(index)} samples in the batch). Random augmentation changes the inputs: "
-                "switch it off, or the cache."
+                "switch it off, or switch the cache off."
             )
 
 
@@ -141,11 +142,11 @@ def checksums(inputs: Iterable[Tensor], n: int) -> Tensor:
     """Compute a 64-bit checksum of every sample, from all bytes of its inputs, their order, shapes and dtypes.
 
     Args:
-        inputs: Of the network, each with the samples along its first dimension; others are left out.
+        inputs: Inputs of the network. Those without n samples along their first dimension are ignored.
         n: The number of samples.
 
     Returns:
-        Shape (n,), int64, on the device of the first input.
+        A tensor of shape (n,), int64, on the device of the first input that is not ignored.
 
     Raises:
         ValueError: No input has n samples.
@@ -172,17 +173,17 @@ def checksums(inputs: Iterable[Tensor], n: int) -> Tensor:
 
 
 def _words(x: Tensor) -> Tensor:
-    """See every sample's bytes as 32-bit words, the last one padded by zeros: shape (N, words)."""
+    """View every sample's bytes as 32-bit words, the last one padded by zeros: shape (N, words)."""
     rows = x.clone(memory_format=torch.contiguous_format).view(len(x), math.prod(x.shape[1:])).view(torch.uint8)
     missing = -rows.shape[1] % 4
     return (F.pad(rows, (0, missing)) if missing else rows).view(torch.int32)
 
 
 def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
-    """Return a batch without the samples' indices, and these.
+    """Return a batch without the indices of its samples, and the indices.
 
     Raises:
-        ValueError: There are none at that place.
+        ValueError: There are no indices at that position or key.
 
     Example:
         >>> without_index([torch.zeros(2, 3), torch.tensor([1, 0]), torch.tensor([7, 8])], -1)[1]
@@ -197,9 +198,9 @@ def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
             index = rest.pop(where)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"index={where!r} is where a training batch has the indices of its samples, but this one, a "
-            f"{type(batch).__name__}, has nothing there: let the dataset give them, as "
-            f"lightning_compress.distillation.cache.Indexed(dataset) does."
+            f"index={where!r} names the indices of the samples in a training batch, but this one, a "
+            f"{type(batch).__name__}, has nothing there: wrap the dataset in "
+            f"lightning_compress.distillation.cache.Indexed(dataset), which adds them."
         ) from error
     if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
         raise ValueError(f"index={where!r} is no tensor of sample indices in the training batch, but {index!r}.")
@@ -207,16 +208,16 @@ def without_index(batch: Any, where: str | int) -> tuple[Any, Tensor]:
 
 
 class Indexed(Dataset[Any]):
-    """A dataset whose samples tell their index.
+    """A dataset whose samples contain their index.
 
         (x, y) becomes (x, y, i)        {"x": x, "y": y} becomes {"x": x, "y": y, "index": i}        x becomes (x, i)
 
     Args:
         dataset: A map-style dataset.
-        key: What the index is called in samples that are mappings.
+        key: The key of the index in samples that are mappings.
 
     Raises:
-        ValueError: The dataset is iterable only; or, when a sample is read, it has the key already.
+        ValueError: The dataset is an IterableDataset; or, when a sample is read, it has the key already.
 
     Example:
         >>> dataset = Indexed(torch.utils.data.TensorDataset(torch.tensor([0.5, 0.7]), torch.tensor([3, 4])))
@@ -226,7 +227,10 @@ class Indexed(Dataset[Any]):
 
     def __init__(self, dataset: Dataset[Any], *, key: str = "index") -> None:
         if isinstance(dataset, IterableDataset):
-            raise ValueError(f"{type(dataset).__name__} is an IterableDataset, whose samples have no index.")
+            raise ValueError(
+                f"{type(dataset).__name__} is an IterableDataset, whose samples have no index: use a dataset with "
+                f"__getitem__."
+            )
         self.dataset = dataset
         self.key = key
 

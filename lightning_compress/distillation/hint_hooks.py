@@ -1,4 +1,4 @@
-"""Layers of the student that learn from layers of the teacher, while both networks run."""
+"""Compare layers of the student with layers of the teacher while both networks run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HintLoss = Literal["fitnet", "attention_transfer", "cosine"]
 
 @dataclass(frozen=True, kw_only=True)
 class Hint:
-    """One pair of layers.
+    """A hint: a layer of the student learns from a layer of the teacher.
 
     Attributes:
         student: The layer's qualified name in the student.
-        teacher: The layer's qualified name in the teacher, as it was passed.
-        loss: How their outputs are compared.
-        weight: Before the loss.
-        regressor: Whether a layer of its own maps the student's features to the teacher's shape.
+        teacher: The layer's qualified name in the teacher, as the user has passed it.
+        loss: The name of the loss that compares the outputs of the two layers.
+        weight: The factor of the loss.
+        regressor: Whether an additional layer maps the student's features to the teacher's shape.
         output: Key, position or attribute of the features, where the layers return more than a tensor.
-        channel_dim: Dimension of the channels; None: 1, but features of three dimensions don't tell.
+        channel_dim: Dimension of the channels; None: 1, except for features of three dimensions, which need it.
     """
 
     student: str
@@ -48,10 +48,10 @@ class Hint:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Hint:
-        """Make one of a mapping.
+        """Make a hint from a mapping.
 
         Raises:
-            ValueError: Keys that are missing or unknown, an unknown loss, a negative weight.
+            ValueError: Keys are missing or unknown, the loss is unknown, or the weight is negative.
         """
         known = [field.name for field in fields(cls)]
         if not isinstance(given, Mapping) or set(given) - set(known) or not {"student", "teacher"} <= set(given):
@@ -67,10 +67,10 @@ class Hint:
         return made
 
     def make_regressor(self, student: Tensor, teacher: Tensor) -> nn.Module:
-        """Return the layer that maps features like the student's to features like the teacher's.
+        """Return a layer that maps features of the student's shape to the teacher's shape.
 
         Raises:
-            ValueError: None can.
+            ValueError: No such layer exists.
         """
         try:
             return regressor(student.shape, teacher.shape, channel_dim=self.channel_dim)
@@ -80,13 +80,13 @@ class Hint:
     def between(
         self, student: Tensor, teacher: Tensor, regressor: nn.Module | None, mask: Tensor | None = None
     ) -> Tensor:
-        """Return the loss between the features of a batch, weighted.
+        """Return the weighted loss between the features of a batch.
 
         Args:
             student: The features of the student's layer.
-            teacher: Those of the teacher's.
-            regressor: Maps the student's to the teacher's shape.
-            mask: True where an output counts; features that have other positions are compared at all of theirs.
+            teacher: The features of the teacher's layer.
+            regressor: The layer that maps the student's features to the teacher's shape, or None.
+            mask: True where a position of the output counts. Features with other positions ignore the mask.
 
         Raises:
             ValueError: The features don't fit.
@@ -133,7 +133,7 @@ def _regressed(student: Tensor, regressor: nn.Module) -> Tensor:
 
 @contextmanager
 def features(root: nn.Module, hints: Mapping[str, Hint], who: Side) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of one side's layers, as they are when the layers return them, while a network runs.
+    """Collect the outputs of the hinted layers of one network, by hint, while the block runs the network.
 
     Raises:
         ValueError: There is no such layer, it ran twice, or it returned no tensor.
@@ -147,7 +147,7 @@ def features(root: nn.Module, hints: Mapping[str, Hint], who: Side) -> Iterator[
 def watching(
     root: nn.Module, hints: Mapping[str, Hint], who: Side, act: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call `act` with the key of each hint and the output of its layer, while the block runs the network; once each."""
+    """Call `act` with the key of each hint and its layer's output, once, while the block runs the network."""
     seen: set[str] = set()
 
     def hook_of(key: str, hint: Hint) -> Callable[..., None]:
@@ -159,7 +159,7 @@ def watching(
                     f"{hint}: {name!r} of the {who} ran twice in one forward pass; name a layer that runs once."
                 )
             seen.add(key)
-            # A copy, for an activation in place may follow.
+            # A copy, because an in-place activation may follow.
             act(key, select_output(output, hint.output, f"{name!r} of the {who}").clone())
 
         return hook

@@ -1,10 +1,11 @@
-"""Hints: a layer of the student learns to make the features that a layer of its teacher makes.
+"""Losses of hints: a layer of the student learns to compute the features of a layer of the teacher.
 
     FitNet                mean over entries of (r(v) - u)^2                  v, u: features of the student, the teacher
     attention transfer    || Q(v) / ||Q(v)|| - Q(u) / ||Q(u)|| ||^2           Q_x = sum over channels c of v_cx^2
 
-Where v has other channels than u, or a larger map, a regressor r brings it to u's shape, and learns along. Attention
-maps Q compare only where the features are large, at the positions x; they need no regressor and no equal channels.
+Where v has another number of channels than u, or a larger map, a regressor r maps it to u's shape and is trained with
+the student. Attention maps Q only compare how large the features are at each position x: they need neither a regressor
+nor equal channels.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _CONVOLUTIONS: dict[int, Callable[[int, int, Any], nn.Module]] = {1: nn.Conv1d, 
 def fitnet_loss(student_features: Tensor, teacher_features: Tensor, *, left_out: Tensor | None = None) -> Tensor:
     """Compute the mean over all entries of (v - u)^2; the gradient reaches the student's features alone.
 
-    The paper takes 1/2 ||v - u||^2 of a sample, which is larger by half the number of a sample's entries. With the mean
-    one weight does for small and large layers.
+    The paper uses 1/2 ||v - u||^2 per sample, which is larger by half the number of a sample's entries. With the mean,
+    one weight suits small and large layers.
 
     Args:
         student_features: v, of any shape, after the regressor if there is one.
         teacher_features: u, in the same shape.
-        left_out: True at positions that don't count, with one channel, as `left_out` makes it of a mask.
+        left_out: True at positions that don't count, as returned by the function `left_out`.
 
     Raises:
         ValueError: The shapes differ.
@@ -47,8 +48,8 @@ def fitnet_loss(student_features: Tensor, teacher_features: Tensor, *, left_out:
     if student_features.shape != teacher_features.shape:
         raise ValueError(
             f"The student's features have shape {tuple(student_features.shape)}, the teacher's "
-            f"{tuple(teacher_features.shape)}: a regressor is needed, which brings the student's to the teacher's "
-            "shape (regressor: true), or attention_transfer, if only the numbers of channels differ."
+            f"{tuple(teacher_features.shape)}: a regressor is needed, which maps the student's features "
+            "to the teacher's shape (regressor: true), or attention_transfer, if only the numbers of channels differ."
         )
     student = widened(student_features)
     teacher = teacher_features.detach().to(student.dtype)
@@ -70,7 +71,7 @@ def attention_transfer_loss(
     Args:
         student_features: v, of shape (N, C, ...): channels, then positions.
         teacher_features: u, of the same N and positions; C may be another.
-        left_out: True at positions that don't count, with one channel: the maps are 0 there.
+        left_out: True at positions that don't count, where the maps are set to 0.
 
     Raises:
         ValueError: There are no positions, or the samples or positions differ.
@@ -106,20 +107,22 @@ def _attention(features: Tensor) -> Tensor:
 
 
 def selected(features: Tensor, left_out: Tensor) -> Tensor:
-    """Return features with 0 at positions that don't count, where they may be infinite or no numbers."""
+    """Return features with 0 at positions that don't count, where they may be infinite or NaN."""
     return torch.where(left_out, 0.0, features)
 
 
 def left_out(mask: Tensor, shape: Sequence[int], channel_dim: int | None) -> Tensor | None:
-    """Return True at positions that don't count, with one channel; None where the mask is none of these positions.
+    """Return a mask that is True at positions of features that don't count; None if the mask has other positions.
+
+    Its size is 1 in the dimension of the channels.
 
     Args:
         mask: True where a position counts.
-        shape: Of the features.
-        channel_dim: Their channels' dimension; None: the one that leaves the mask's shape.
+        shape: The shape of the features.
+        channel_dim: The dimension of their channels; None: the dimension without which the shape is the mask's.
 
     Raises:
-        ValueError: The mask's shape is left by two dimensions.
+        ValueError: Two dimensions could be that of the channels.
 
     Example:
         >>> mask = torch.tensor([[True, True, False]])
@@ -140,22 +143,22 @@ def left_out(mask: Tensor, shape: Sequence[int], channel_dim: int | None) -> Ten
 def regressor(
     student_shape: Sequence[int], teacher_shape: Sequence[int], *, channel_dim: int | None = None
 ) -> nn.Module:
-    """Make the layer that brings a student's features to the shape of its teacher's.
+    """Make a layer that maps a student's features to the shape of its teacher's.
 
         channels last      a linear layer on the last dimension
         channels first     a convolution without padding, kernel (H_s - H_t + 1, W_s - W_t + 1): 1 x 1 for equal sizes
 
-    The convolution has fewer parameters than a linear layer on the whole map, which is why the paper takes it. It is
-    linear, so that it can meet features of any sign; the paper lets the nonlinearity of the teacher's layer follow.
+    The paper uses a convolution, because it has fewer parameters than a linear layer on the whole map. Here no
+    nonlinearity follows it, so that it can match features of any sign; in the paper, that of the teacher's layer does.
 
     Args:
-        student_shape: Shape of the student's features with the batch, whose size does not matter.
-        teacher_shape: Likewise of the teacher's.
+        student_shape: Shape of the student's features, with a batch dimension of any size.
+        teacher_shape: Shape of the teacher's features, likewise.
         channel_dim: 1 or -1. By default 1, as in (N, D), (N, C, H, W); it must be given for 3 dimensions, where it
             distinguishes (N, C, L), 1, from (N, T, D), -1.
 
     Raises:
-        ValueError: No such layer leads from one shape to the other, or the channels' dimension is unknown.
+        ValueError: No such layer maps one shape to the other, or the dimension of the channels is unknown.
 
     References:
         Romero et al. 2015, "FitNets: Hints for Thin Deep Nets", section 2.2.

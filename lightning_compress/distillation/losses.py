@@ -1,11 +1,11 @@
-"""How far a student is from its teacher: s and t are the logits, or other outputs, of a sample's C classes.
+"""Losses between a student and its teacher: s and t are their logits, or other outputs, for a sample's C classes.
 
     soft targets        T^2 * sum over c of p_c (log p_c - log q_c)       p = softmax(t / T), q = softmax(s / T)
     logit regression    1/2 * sum over c of (s_c - t_c)^2
     cosine              1 - s.t / (||s|| ||t||)
 
-Each is averaged over the samples, and over the positions where an output has any, such as tokens or pixels. Outputs of
-half precision are taken as float32. The gradient reaches the student alone.
+Each loss is averaged over the samples, and over positions such as tokens or pixels where outputs have them. Outputs in
+half precision are converted to float32. Only the student gets a gradient.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ def soft_target_loss(
 
         p = sum over teachers i of w_i softmax(t_i / T)        q = softmax(s / T)
 
-    With T^2, the gradient T (q - p) keeps its size when the temperature changes, beside a loss on labels for example.
-    A class of probability p = 0 contributes 0, whatever the student says. A logit of -inf, or the lowest number of its
-    dtype, marks a forbidden class: what is forbidden to the student is to its teachers, whose probabilities are spread
-    over the classes that are left. A position without a class that is left does not count.
+    With T^2, the gradient T (q - p) keeps its size when the temperature changes, so that its ratio to that of a loss on
+    labels stays. A class with p = 0 contributes 0, whatever the student's output. A logit of -inf, or the lowest number
+    of its dtype, marks a forbidden class. Classes forbidden to the student are forbidden to its teachers, whose
+    probabilities are spread over the others. A position where all classes are forbidden does not count.
 
     Args:
         student_logits: s, of shape (N, C); or with positions, such as (N, T, C) or (N, C, H, W).
         teacher_logits: t, in the same shape; a sequence of tensors is an ensemble, whose probabilities are averaged.
         temperature: T > 0.
-        weights: w, one per teacher, brought to the sum 1; equal by default.
+        weights: w, one per teacher, scaled to the sum 1; equal by default.
         class_dim: The dimension of C; it must be given where there are positions.
-        mask: 1 or True where a position counts, 0 or False where it does not, as padding, in the outputs' shape without
-            the classes. What outputs hold there is never touched. If no position counts, the loss is 0.
+        mask: 1 or True where a position counts, 0 or False where it does not, such as padding; of the outputs' shape
+            without the classes. Outputs at masked positions are not used. If no position counts, the loss is 0.
 
     Raises:
         ValueError: The temperature is not a positive number; there is one class only; the shapes of outputs, mask or
@@ -87,7 +87,7 @@ def soft_target_loss(
     """
     temperature = _positive(temperature)
     given = align(student_logits, teacher_logits, weights, class_dim, mask, forbidden=-math.inf)
-    given.need_two_classes("The softmax of a single logit is 1 whatever it is", "take logit_regression_loss")
+    given.need_two_classes("The softmax of a single logit is always 1", "take logit_regression_loss")
     log_q = (given.student / temperature).log_softmax(given.dim)
     if len(given.teachers) == 1:
         log_p = (given.teachers[0] / temperature).log_softmax(given.dim)
@@ -95,7 +95,7 @@ def soft_target_loss(
         log_p = given.mean([soften(logits, temperature, given.dim) for logits in given.teachers]).log()
     p = log_p.exp()
     nothing = (p == 0).logical_or_(given.left_out)
-    divergence = (log_p - log_q).mul_(p).masked_fill_(nothing, 0.0)  # 0 * log(0 / 0) is NaN, and means 0
+    divergence = (log_p - log_q).mul_(p).masked_fill_(nothing, 0.0)  # 0 * log(0 / 0) is NaN, and counts as 0
     return divergence.sum() * temperature**2 / given.divisor
 
 
@@ -109,11 +109,11 @@ def logit_regression_loss(
 ) -> Tensor:
     """Compute 1/2 * sum over classes of (s - t)^2, averaged over samples and positions; t = sum over i of w_i t_i.
 
-    Classes that are forbidden to one of them, with a logit of -inf or the lowest number of its dtype, are left out.
+    Classes that are forbidden to one network, with a logit of -inf or the lowest number of its dtype, are left out.
 
     Args:
-        student_logits: As for `soft_target_loss`; one class, or one number to be predicted, is enough, and the shape
-            may then be (N,).
+        student_logits: As for `soft_target_loss`, but one class, or one predicted number, is enough; its shape may
+            then be (N,).
         teacher_logits: As for `soft_target_loss`; an ensemble's logits are averaged.
         weights: As for `soft_target_loss`.
         class_dim: As for `soft_target_loss`.
@@ -144,12 +144,12 @@ def cosine_loss(
 ) -> Tensor:
     """Compute 1 - cos(s, t) along the classes or features, averaged over samples and positions.
 
-    The length of the vectors does not count; one of length 0 has the cosine 0 with any other. Classes that are
-    forbidden to one of them, with a logit of -inf or the lowest number of its dtype, are left out.
+    The length of the vectors does not matter; a vector of length 0 has the cosine 0 with any other. Classes that are
+    forbidden to one network, with a logit of -inf or the lowest number of its dtype, are left out.
 
     Args:
-        student_outputs: As for `soft_target_loss`, of any features in place of classes.
-        teacher_outputs: As for `soft_target_loss`; of an ensemble, the losses are averaged.
+        student_outputs: As for `soft_target_loss`, but classes may be any features.
+        teacher_outputs: As for `soft_target_loss`; for an ensemble, the losses are averaged.
         weights: As for `soft_target_loss`.
         class_dim: As for `soft_target_loss`.
         mask: As for `soft_target_loss`.
@@ -170,7 +170,7 @@ def cosine_loss(
 
 
 def unit_vectors(values: Tensor, dim: int) -> Tensor:
-    """Divide the vectors along a dimension by their length; those of length 0 stay.
+    """Divide the vectors along a dimension by their length; vectors of length 0 stay 0.
 
     Example:
         >>> unit_vectors(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), dim=1)

@@ -1,4 +1,4 @@
-"""Make networks of everything that a user may pass as a teacher."""
+"""Make networks from everything that a user may pass as a teacher."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lightning_compress.trainer.unwrap import innermost
 
 
 def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Module]:
-    """Return the modules that teach.
+    """Return the teachers as modules.
 
     Args:
-        given: Modules, LightningModules, and paths of files with weights.
-        student: Whom they teach.
+        given: Modules, LightningModules, exported programs, and paths of files with weights.
+        student: The LightningModule of the student.
 
     Raises:
-        TypeError: One is something else.
-        ValueError: None is given, a file doesn't fit, one has no values, is a program in training mode, or shares
-            memory with what the student trains.
+        TypeError: A teacher is none of these.
+        ValueError: No teacher is given, a file does not fit, or a teacher has no values, is a program in training mode,
+            or shares memory with parameters that the student trains.
     """
     if not given:
-        raise ValueError("teacher=[] names no teacher: pass a module, or the path of a checkpoint.")
+        raise ValueError("teacher=[] contains no teacher: pass a module, or the path of a checkpoint.")
     found = [_module(one, student) for one in given]
     mine = {id(parameter): name for name, parameter in student.named_parameters()}
     for teacher in found:
@@ -50,13 +50,13 @@ def find_teachers(given: Sequence[Any], student: LightningModule) -> list[nn.Mod
         if shared:
             raise ValueError(
                 f"The teacher shares {shared[0]} with the student, and would change with it: pass a copy, "
-                f"copy.deepcopy(student), which stays what it is; or freeze what both use, by requires_grad_(False)."
+                f"copy.deepcopy(student), which does not change; or freeze the shared modules by requires_grad_(False)."
             )
     return found
 
 
 def _in_memory_of(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """Return the student's trained parameters in whose memory other tensors of the teacher lie."""
+    """Return the names of the student's trained parameters whose memory contains other tensors of the teacher."""
     mine = {f"student.{name}": one for name, one in student.named_parameters() if one.requires_grad}
     theirs = {f"teacher.{name}": one for name, one in named_tensors(teacher).items()}
     between = [pair for pair in shared_memory(mine | theirs) if pair[0] in mine and pair[1] in theirs]
@@ -77,15 +77,15 @@ def _refuse_training_graphs(teacher: nn.Module) -> None:
 
 
 def load_teachers(module: LightningModule, paths: Sequence[str | PathLike[str]]) -> list[nn.Module]:
-    """Return copies of a module, each with the weights of one file: an ensemble, or one teacher in a list.
+    """Return copies of a module, each with the weights of one file, as an ensemble of teachers.
 
     Args:
-        module: Of the class, and with the arguments, that the files were written with.
-        paths: Checkpoints, state dicts or compressed files.
+        module: A module of the class, and with the arguments, of the modules in the files.
+        paths: Paths of checkpoints, state dicts or compressed files.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It does not fit the module.
+        FileNotFoundError: A file does not exist.
+        ValueError: A file does not fit the module.
 
     Example:
         >>> import tempfile
@@ -102,7 +102,7 @@ def load_teachers(module: LightningModule, paths: Sequence[str | PathLike[str]])
 
 def _load(path: str | PathLike[str], module: LightningModule) -> nn.Module:
     copied = copy.deepcopy(module)
-    copied.configure_model()  # where layers are made there
+    copied.configure_model()  # some modules make their layers there
     loaded: nn.Module = load_compressed(path, copied)
     return loaded
 
@@ -115,8 +115,8 @@ def _module(given: Any, student: LightningModule) -> nn.Module:
     if isinstance(given, str | PathLike):
         return _from_file(given, innermost(student))
     raise TypeError(
-        f"teacher is a module, a LightningModule, an exported program, the path of a checkpoint, or a list of these; "
-        f"got {type(given).__name__}. From a Hydra config of your own: hydra.utils.instantiate(config)."
+        f"teacher must be a module, a LightningModule, an exported program, the path of a checkpoint, or a list of "
+        f"these; got {type(given).__name__}. Make a module of a Hydra config by hydra.utils.instantiate(config)."
     )
 
 
@@ -138,16 +138,16 @@ def _from_file(path: str | PathLike[str], student: LightningModule) -> nn.Module
 
 
 def _other_hyperparameters(path: str | PathLike[str], student: LightningModule) -> bool:
-    """Whether a checkpoint says that its module was made with other arguments: shapes don't tell an activation."""
-    if not zipfile.is_zipfile(path):  # nor is there any such file, or it is a compressed one
+    """Whether a checkpoint's module was made with other arguments, which shapes alone may not show."""
+    if not zipfile.is_zipfile(path):  # the file is a compressed one, or does not exist
         return False
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         kind = type(student).__name__
         raise ValueError(
-            f"teacher={str(path)!r} is damaged, or holds objects beside tensors and plain values, which are not read, "
-            f"for reading them can run code. If you trust the file, make the module yourself, by "
+            f"teacher={str(path)!r} is damaged, or holds other objects than tensors and plain values, which are not "
+            f"read because that can run code. If you trust the file, make the module yourself, by "
             f"{kind}.load_from_checkpoint(path, weights_only=False), and pass it instead of the path."
         ) from error
     theirs = content.get("hyper_parameters") if isinstance(content, dict) else None
@@ -155,12 +155,12 @@ def _other_hyperparameters(path: str | PathLike[str], student: LightningModule) 
 
 
 def network_of(teacher: nn.Module, network: str, teacher_network: str | None) -> nn.Module:
-    """Return the part of a teacher that maps inputs to outputs.
+    """Return the submodule of a teacher that maps inputs to outputs.
 
     Args:
-        teacher: Of a LightningModule, the submodule at `network` is taken; any other module is taken as it is.
-        network: The path in the student.
-        teacher_network: The path in the teacher, where it is another one; of any module.
+        teacher: The teacher. By default a LightningModule's submodule at `network` is used, and any other module whole.
+        network: The path of the network in the student.
+        teacher_network: The path of the network in the teacher, where the default does not fit.
 
     Raises:
         ValueError: There is no such submodule, or no forward.

@@ -1,4 +1,4 @@
-"""The frozen networks that a student learns from."""
+"""Run the frozen networks that a student learns from."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Teachers:
-    """Run networks without gradients, in evaluation mode and in their own dtype.
+    """Teacher networks that run without gradients, in evaluation mode and in their own dtype.
 
-    A module that is the student's as well, such as a frozen backbone, is in the teacher's mode only while the teacher
-    is called, and then again in the mode in which the call found it. A copy shares the networks, for they don't change.
+    A module that the student shares, such as a frozen backbone, is in the teacher's mode only while the teacher runs,
+    and gets its earlier mode back afterwards. A copy of this object shares the networks, because they don't change.
 
     Args:
-        networks: One, or the members of an ensemble.
-        roots: What the networks are submodules of, for the names of layers; None: the networks themselves.
-        student: Whom they teach, which may share frozen modules with them.
+        networks: The teacher, or the members of an ensemble.
+        roots: For each network the module that contains it, in which layers are named; None: the networks themselves.
+        student: The student, which may share frozen modules with the networks.
         train_bn: Whether their batch norms use the statistics of the batch, as in training.
-        autocast: Whether an autocast that is on (bf16-mixed) holds for them too.
+        autocast: Whether the teachers run under the autocast of the fit (bf16-mixed).
 
     Raises:
-        ValueError: With `train_bn`, a batch norm is the student's as well.
+        ValueError: With `train_bn`, the student shares a batch norm.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
@@ -57,7 +57,7 @@ class Teachers:
         return self
 
     def to(self, device: torch.device | str, student: nn.Module | None = None) -> None:
-        """Move the networks to a device, and set the mode of the modules that are not the student's."""
+        """Move the networks to a device, and set the mode of the modules that the student does not share."""
         self._device = torch.device(device).type
         for root in self.roots:
             root.to(device)
@@ -87,15 +87,15 @@ class Teachers:
                     outputs.append(network(*taken, **named))
                 if any(one._version != version for one, version in versions):
                     raise ValueError(
-                        f"The teacher {type(network).__name__} changes its inputs in place, which are the student's "
-                        f"too: pass a module that gives it a copy (x.clone())."
+                        f"The teacher {type(network).__name__} changes its inputs in place, but the student gets the "
+                        f"same inputs: pass a module that calls the teacher with a copy (x.clone())."
                     )
         return outputs
 
     def _settle(self, student: nn.Module | None) -> None:
-        """Put the modules that are not the student's into evaluation mode, and save the modes that a call should find.
+        """Put the modules that the student does not share into evaluation mode, and save the modes for later calls.
 
-        No modes are saved of a teacher that shares modules with its student: they are set at each call.
+        For a teacher that shares modules with its student, no modes are saved: each call sets them.
         """
         shared = set() if student is None else {id(vars(module)) for module in student.modules()}
         self._modes: list[list[tuple[nn.Module, bool]] | None] = []
@@ -125,7 +125,7 @@ class Teachers:
         finally:
             for module, training in before:
                 if module.training is not training and type(module).train is not nn.Module.train:
-                    module.train(training)  # it may do more than to set the flag
+                    module.train(training)  # an own `train` may do more than set the flag
             for module, training in before:
                 module.training = training
 
@@ -140,7 +140,7 @@ class Teachers:
 def _evaluate(module: nn.Module) -> None:
     try:
         module.eval()
-    except NotImplementedError:  # of an exported program, whose mode is part of its graph
+    except NotImplementedError:  # an exported program, whose mode is part of its graph
         for child in module.children():
             _evaluate(child)
         module.training = False
@@ -164,6 +164,6 @@ def _is_tracked(argument: Any) -> bool:
 
 
 def _cast(argument: Any, dtype: torch.dtype | None) -> Any:
-    if isinstance(argument, Tensor):  # as nearly always
+    if isinstance(argument, Tensor):  # the usual case
         return argument.to(dtype) if argument.is_floating_point() else argument
     return tree_map_only(Tensor, lambda one: _cast(one, dtype), argument)

@@ -6,13 +6,14 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ranks import TESTS
+from support.resident import can_measure
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -272,30 +273,27 @@ def test_the_same_on_a_gpu(kind: str) -> None:
 
 
 MEASURE = """
-import re, runpy, sys, torch
-from pathlib import Path
+import runpy, sys, torch
+from support.resident import forget_peak, peak, resident
 
 keep_largest = runpy.run_path(sys.argv[1])["keep_largest"]  # without the package's other, slow imports
-
-def resident(key):
-    return 1024 * int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
 torch.set_num_threads(1)
 size = 20_000_000
 for kind in ("random", "constant", "transposed", "half dead"):
     score = torch.full((4000, 5000), 0.5) if kind == "constant" else torch.rand(4000, 5000)
     score = score.t() if kind == "transposed" else score
     alive = [torch.rand(score.shape) < 0.5] if kind == "half dead" else None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = resident("VmRSS")
+    forget_peak()
+    before = resident()
     (mask,) = keep_largest([score], int(0.75 * size), absolute=True, alive=alive)
-    print(kind, (resident("VmHWM") - before - size) // 10**6, sep=",")
+    print(kind, (peak() - before - size) // 10**6, sep=",")
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure the peak")
+@pytest.mark.skipif(not can_measure(), reason="needs Linux to measure the peak")
 def test_needs_little_memory_besides_the_masks() -> None:
-    run = subprocess.run([sys.executable, "-c", MEASURE, module.__file__], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE, module.__file__]
+    run = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=True)
     megabytes = {kind: int(extra) for kind, extra in (line.split(",") for line in run.stdout.splitlines())}
     assert len(megabytes) == 4
     assert max(megabytes.values()) < 30, megabytes  # one copy of the scores would be 80
