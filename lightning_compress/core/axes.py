@@ -1,4 +1,4 @@
-"""The dimensions of a network's inputs that may have another size than in the example."""
+"""The dynamic dimensions of a network's inputs: those that may have other sizes than in the example."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Axes:
     """Example inputs, flat, and the names of their dynamic dimensions.
 
     Attributes:
-        leaves: What is in the inputs, in order.
-        spec: How they were nested.
+        leaves: The leaves of the nested inputs, in order.
+        spec: Their nesting.
         named: For each leaf, the names of its dynamic dimensions.
     """
 
@@ -38,10 +38,10 @@ class Axes:
     def of(
         cls, model: nn.Module, example_inputs: ExampleInputs, dynamic: Mapping[str | int, Mapping[int, str]]
     ) -> Axes:
-        """Find the batch among the inputs of a model in evaluation mode, and add what a user named.
+        """Find the batch dimensions of the inputs of a model in evaluation mode, and add those that a user has named.
 
         Raises:
-            ValueError: `dynamic` names no input or dimension, or the model runs with one number of samples only.
+            ValueError: `dynamic` names an unknown input or dimension, or the model runs with one batch size only.
         """
         plain = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
         leaves, spec = tree_flatten(plain)
@@ -68,12 +68,12 @@ class Axes:
         raise ValueError(
             f"{type(model).__name__} does not run with {n + 1} samples, made of the {n} of the example inputs: "
             f"{next(iter(str(error).strip().splitlines()), type(error).__name__)} The first dimension of the first "
-            f"tensor is taken for the batch."
+            f"tensor must be the batch: pass example_inputs batch first, with which the model runs at every batch size."
         ) from error
 
     @classmethod
     def of_program(cls, program: ExportedProgram) -> Axes:
-        """Read the dynamic dimensions of a program, whose example inputs these are."""
+        """Return the example inputs of a program, with their dynamic dimensions."""
         leaves, spec = tree_flatten(program.example_inputs)
         values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         inputs = [values.get(name) for name in program.graph_signature.user_inputs]
@@ -95,7 +95,7 @@ class Axes:
         }
 
     def resized(self, sizes: Mapping[str, int]) -> Any:
-        """Return the inputs in other sizes: entries are repeated, again from the first after the last."""
+        """Return the inputs in other sizes; entries are repeated from the first on where a size grows."""
         leaves = list(self.leaves)
         for i, named in enumerate(self.named):
             for dim, name in named.items():
@@ -104,10 +104,10 @@ class Axes:
         return tree_unflatten(leaves, self.spec)
 
     def others(self, run: Callable[[Any], Any]) -> Any:
-        """Return the inputs in other sizes than those of the example, with which `run` runs; near ones if it can.
+        """Return the inputs in other sizes, near those of the example, with which `run` succeeds.
 
         Raises:
-            ValueError: There are none.
+            ValueError: `run` fails with all other sizes that were tried.
         """
         sizes = self.sizes
         near = [[3] if name == BATCH else _near(size) for name, size in sizes.items()]
@@ -132,14 +132,14 @@ def _near(size: int) -> list[int]:
 
 
 def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the keyword arguments that example inputs are."""
+    """Return example inputs as positional and keyword arguments."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
 def exported(model: nn.Module, inputs: ExampleInputs, axes: Axes, dims: Mapping[str, Any]) -> ExportedProgram:
-    """Export the model in its present mode; `dims` says what torch.export makes of each named dimension."""
+    """Export the model in its present mode; `dims` has torch.export's dimension for each name of a dynamic one."""
     args, kwargs = arguments(inputs)
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for leaf, named in zip(tree_leaves((args, kwargs)), axes.named, strict=True):
@@ -151,7 +151,7 @@ def exported(model: nn.Module, inputs: ExampleInputs, axes: Axes, dims: Mapping[
 
 @contextmanager
 def spelled_out(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Let a forward of *args or **kwargs say which they are: torch.export tells dynamic dimensions by their names."""
+    """Give a forward of *args or **kwargs a signature with names, by which torch.export finds dynamic dimensions."""
     parameters = inspect.signature(model.forward).parameters.values()
     kinds = {one.kind for one in parameters}
     if not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
@@ -175,7 +175,7 @@ def spelled_out(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     def named(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    named.__signature__ = inspect.Signature(spelled)  # type: ignore[attr-defined]  # which inspect looks for
+    named.__signature__ = inspect.Signature(spelled)  # type: ignore[attr-defined]  # inspect reads it
     vars(model)["forward"] = named
     try:
         yield
@@ -195,7 +195,9 @@ def _named(
     for which, names in dynamic.items():
         place = next((i for i, leaf in enumerate(leaves) if leaf is inputs.get(which)), None)
         if place is None or not isinstance(leaves[place], Tensor):
-            raise ValueError(f"dynamic names {which!r}, no tensor among the inputs {', '.join(map(repr, inputs))}.")
+            raise ValueError(
+                f"dynamic names {which!r}, no tensor among the inputs: expected one of {', '.join(map(repr, inputs))}."
+            )
         for dim, name in names.items():
             axis = dim + leaves[place].dim() if dim < 0 else dim
             if not 0 <= axis < leaves[place].dim():

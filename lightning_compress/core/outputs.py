@@ -71,10 +71,9 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
     """Return the tensor that `output` picks from what a network or layer returned.
 
     Args:
-        found: A tensor, or a dict, tuple, list or object that has it.
-        output: Key, position or attribute; None: `logits`, as networks of `transformers` have it; a tensor is taken as
-            it is.
-        who: Whose output it is, for the message.
+        found: A tensor, which is returned itself, or a dict, tuple, list or object that contains one.
+        output: Key, position or attribute of the tensor; None: `logits`, as in networks of `transformers`.
+        who: Name of the network or layer, for the message.
 
     Raises:
         ValueError: There is no such entry, or it is no tensor.
@@ -87,18 +86,22 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if output is None and isinstance(logits, Tensor):
         return logits
-    if output is not None and not isinstance(found, Tensor):  # of student and teacher, one may return just the tensor
+    if output is not None and not isinstance(
+        found, Tensor
+    ):  # one of two networks with the same `output` may return just the tensor
         try:
             if isinstance(found, Mapping | tuple | list) and not (isinstance(output, str) and hasattr(found, output)):
                 picked = found[output]  # type: ignore[index]  # a selector that does not fit is refused below
             else:
                 picked = getattr(found, str(output))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"{who} returns {_described(found)}, which has no output={output!r}.") from error
+            raise ValueError(
+                f"{who} returns {_described(found)}, which has no output={output!r}: choose another one."
+            ) from error
     if not isinstance(picked, Tensor):
         what = _described(picked) if output is None else f"{_described(picked)} as output={output!r}"
         raise ValueError(
-            f"{who} returns {what}, and no tensor: pass output= with the key, position or attribute of it."
+            f"{who} returns {what}, and no tensor: pass output= with the key, position or attribute of a tensor."
         )
     return picked
 

@@ -127,7 +127,7 @@ def test_other_lengths_are_computed_where_they_are_named(tmp_path: Path) -> None
     positional = capture(model, tuple(batch(4).values()), dynamic={0: {1: "length"}, "mask": {1: "length"}})
     assert positional.module()(torch.randint(9, (3, 8)), torch.rand(3, 8))["logits"].shape == (3, 2)
     for wrong, words in (
-        ({"idz": {1: "length"}}, "'idz', no tensor among the inputs 'ids', 'mask'"),
+        ({"idz": {1: "length"}}, "'idz', no tensor among the inputs: expected one of 'ids', 'mask'"),
         ({"ids": {2: "n"}}, r"dimension 2 of 'ids', whose shape is \(4, 6\)"),
     ):
         with pytest.raises(ValueError, match=words):
