@@ -83,7 +83,7 @@ class Structure:
 
     @classmethod
     def own_keys(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return beginnings of names, within the module, of tensors that a network without the structure has not."""
+        """Return the prefixes, within the module, of the names of tensors that a network without the structure lacks."""
         return ()
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
@@ -339,11 +339,11 @@ def _warn_of_lost_records() -> None:
 def added_names(
     found: Mapping[str, Mapping[str, Mapping[str, Any]]], having: nn.Module | None = None
 ) -> tuple[str, ...]:
-    """Return how the names of tensors begin that belong to recorded structures, and not to the user's class.
+    """Return the prefixes of the names of tensors that recorded structures add to the user's class.
 
     Args:
         found: The records of a state dict, by kind and by path of the module.
-        having: A module; structures that it has are left out.
+        having: A module, whose own structures are left out.
     """
     layers = {} if having is None else dict(having.named_modules())
     missing = [
@@ -356,7 +356,7 @@ def added_names(
 
 
 def _without(state_dict: Mapping[str, Any], beginnings: tuple[str, ...]) -> dict[str, Any]:
-    """Return a state dict, with its metadata, without the tensors whose names begin so."""
+    """Return a state dict with its metadata, without the tensors whose names have one of these prefixes."""
     kept = OrderedDict((name, value) for name, value in state_dict.items() if not name.startswith(beginnings))
     kept._metadata = state_dict._metadata  # type: ignore[attr-defined]
     return kept
