@@ -83,7 +83,7 @@ class Structure:
 
     @classmethod
     def own_keys(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the prefixes, within the module, of the names of tensors that a network without the structure lacks."""
+        """Return the prefixes, within the module, of the names of tensors that an unchanged network lacks."""
         return ()
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
