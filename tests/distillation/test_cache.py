@@ -96,7 +96,7 @@ def test_another_input_is_refused() -> None:
     cache.store(index, checksums([x], 8), torch.zeros(8, 2))
     flipped = x.clone()
     flipped[[2, 5]] = x[[2, 5]].flip(-1)
-    match = r"sample 42 .* \(2 of 8 .*Random augmentation .* switch it off, or the cache"
+    match = r"sample 42 .* \(2 of 8 .*Random augmentation .* switch it off, or switch the cache off"
     with pytest.raises(ValueError, match=match):
         cache.lookup(index, checksums([flipped], 8))
     with pytest.raises(ValueError, match=match):
