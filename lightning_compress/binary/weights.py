@@ -84,7 +84,7 @@ class BinaryWeights(LatentWeights):
         super().__init__(model, names)
 
     def agree(self, held: Tensor, expected: Tensor) -> bool:
-        # Scales are not compared: a cut of channels changes the real weights, and the scales follow at the next step.
+        # Scales are not compared: after a cut of channels, those in the module are out of date until the next step.
         return torch.equal(held.sign(), expected.sign())
 
     def value(self, name: str, real: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import numpy as np
 from constriction import stream as constriction_stream
 
 from lightning_compress.coding import frequencies as tables
-from lightning_compress.coding.packing import packed_bytes
-from lightning_compress.coding.streams import PIECE, Array, Reader, Writer, count
+from lightning_compress.coding.packing import Array, packed_bytes
+from lightning_compress.coding.streams import PIECE, Reader, Writer, count
 
 AnsCoder = constriction_stream.stack.AnsCoder
 Categorical, Uniform = constriction_stream.model.Categorical, constriction_stream.model.Uniform

@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 
 from lightning_compress.coding import huffman
-from lightning_compress.coding.packing import packed_bytes
-from lightning_compress.coding.streams import PIECE, Array, Reader, Writer, count
+from lightning_compress.coding.packing import Array, packed_bytes
+from lightning_compress.coding.streams import PIECE, Reader, Writer, count
 
 _PIECE = 1 << 23  # symbols; it has so many lanes that the overhead of decoding them together pays off
 _LANE_BYTES = 3

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from math import isqrt
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from lightning_compress.coding.packing import Array
 
 PRECISION = 24  # bits, as constriction has them
 TOTAL = 1 << PRECISION

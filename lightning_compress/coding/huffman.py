@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from lightning_compress.coding.packing import Array
 
 MAX_LENGTH = 16  # bits of a code
 LANE = 1 << 13  # symbols per lane

@@ -10,14 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 
 from lightning_compress.coding.errors import CorruptFileError
-from lightning_compress.coding.packing import pack, packed_bytes, unpack
+from lightning_compress.coding.packing import Array, pack, packed_bytes, unpack
 
-Array = np.ndarray[Any, np.dtype[Any]]
 T = TypeVar("T")
 W = TypeVar("W", bound="Writer")
 

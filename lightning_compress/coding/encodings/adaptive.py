@@ -30,7 +30,8 @@ from functools import cache
 import numpy as np
 
 from lightning_compress.coding.frequencies import PRECISION, TOTAL
-from lightning_compress.coding.streams import Array, Reader, Writer
+from lightning_compress.coding.packing import Array
+from lightning_compress.coding.streams import Reader, Writer
 
 RATES = (9, 7)
 MOST_STEPS = 1 << 14  # with more steps coding takes too long

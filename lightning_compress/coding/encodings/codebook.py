@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from lightning_compress.coding.encodings.plain import read_plain, write_plain
+from lightning_compress.coding.packing import Array
 from lightning_compress.coding.patterns import Words, one_zero
-from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
+from lightning_compress.coding.streams import MAX_SYMBOLS, Reader, Writer
 
 _HASHED = 512  # most distinct values that a perfect hash looks up; for more, binary search is used
 _STEP = 1 << 16  # patterns that are looked up together; they fit into the cache

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_compress.coding.encodings.plain import read_plain, write_plain
+from lightning_compress.coding.packing import Array
 from lightning_compress.coding.patterns import Words
-from lightning_compress.coding.streams import MAX_SYMBOLS, Array, Reader, Writer
+from lightning_compress.coding.streams import MAX_SYMBOLS, Reader, Writer
 
 SCALED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST = MAX_SYMBOLS // 2 - 1

@@ -22,7 +22,8 @@ from lightning_compress.coding.encodings.adaptive import (
     read_adaptive,
     write_adaptive,
 )
-from lightning_compress.coding.streams import Array, Reader, Writer
+from lightning_compress.coding.packing import Array
+from lightning_compress.coding.streams import Reader, Writer
 
 W = TypeVar("W", bound=Writer)
 DENSE, MAP, RELATIVE = range(3)

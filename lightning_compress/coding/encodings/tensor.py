@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_compress.coding import patterns
 from lightning_compress.coding.encodings import codebook, grid, plain, positions
+from lightning_compress.coding.packing import Array
 from lightning_compress.coding.patterns import Words
-from lightning_compress.coding.streams import PIECE, Array, Reader, Writer
+from lightning_compress.coding.streams import PIECE, Reader, Writer
 
 _PLACES = ("dense", "zero map", "relative index")
 _PLAIN, _CODEBOOK, _GRID = range(3)
