@@ -154,9 +154,7 @@ def inspect(cfg: DictConfig) -> None:
         return
     module, callbacks = _seeded(cfg, _compressed(cfg), cfg.seed), build_named(cfg.callbacks)
     check_together(module, list(callbacks.values()))
-    if (
-        cfg.weights is not None and cfg.student is None
-    ):  # the weights are the dense network's, and a student does not start from them
+    if cfg.weights is not None and cfg.student is None:  # they are the dense network's; a student starts untrained
         load_weights(module, _listed(cfg.weights)[0])
     console = Console()
     for table in inspection_tables(callbacks, module, build_datamodule(cfg)):

@@ -39,12 +39,7 @@ def record(cfg: DictConfig) -> None:
 
 
 def recorded_settings(folder: Path, *, keep: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the config in a run's folder, with earlier names of keys and functions replaced by the current ones.
-
-    Args:
-        folder: The run's folder.
-        keep: Dotted keys that are not renamed.
-    """
+    """Return the config in a run's folder under the current names; the dotted keys in `keep` are not renamed."""
     content = OmegaConf.to_container(OmegaConf.load(folder / CONFIG), resolve=False)
     assert isinstance(content, dict)
     settings: dict[str, Any] = translated(content, keep=keep)
@@ -76,12 +71,7 @@ def working_where(recorded: DictConfig) -> Iterator[None]:
 
 
 def check_folder(cfg: DictConfig) -> None:
-    """Refuse to resume a checkpoint in another folder than that of its run.
-
-    Raises:
-        FileNotFoundError: The checkpoint does not exist.
-        ValueError: The command names another folder.
-    """
+    """Refuse a checkpoint that does not exist, and one that is not in the folder that the command names."""
     if not Path(cfg.ckpt_path).is_file():
         raise FileNotFoundError(f"ckpt_path={cfg.ckpt_path!r} does not exist (looked for in {Path.cwd()}).")
     folder = home(cfg.ckpt_path)

@@ -23,13 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COSTS = (
-    "non-zeros",
-    "bytes",
-    "smaller",
-    "ms",
-    "faster",
-)  # bytes and ms are followed by their ratios to the dense network
+COSTS = ("non-zeros", "bytes", "smaller", "ms", "faster")  # the ratios to the dense costs follow bytes and ms
 NARROW = 110  # characters; a narrower terminal shows only the ratios, and comparison.md shows all columns
 
 

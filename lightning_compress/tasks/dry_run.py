@@ -102,12 +102,8 @@ def effects_table(name: str, callback: DeclaresEffects, module: LightningModule)
         if layer in effects.inputs:
             happens = f"{happens}, and the layer's inputs quantized" if happens else "the layer's inputs are quantized"
         if happens or tensor.dim() > 1:
-            cells = (
-                parameter,
-                " x ".join(map(str, tensor.shape)),
-                happens or "skipped: target and exclude leave it out",
-            )
-            table.add_row(*map(Text, cells), style="bold" if happens else "dim")
+            shape, skipped = " x ".join(map(str, tensor.shape)), "skipped: target and exclude leave it out"
+            table.add_row(*map(Text, (parameter, shape, happens or skipped)), style="bold" if happens else "dim")
     return table
 
 

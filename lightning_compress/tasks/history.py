@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_compress.report import Epoch
 from lightning_compress.trainer.callback import techniques
-from lightning_compress.trainer.effects import Progress, declared_techniques
+from lightning_compress.trainer.effects import DeclaresEffects, Progress
 from lightning_compress.trainer.unwrap import LOGGED
 
 
@@ -65,7 +65,8 @@ class Recorder(Callback):
                 val_metric=float(metrics[self.val_metric]) if self.val_metric in metrics else None,
                 numbers={
                     one.logged_name(trainer, name).removeprefix(LOGGED): float(number())
-                    for one in declared_techniques(trainer)
+                    for one in trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+                    if isinstance(one, DeclaresEffects)
                     for name, number in one.progress().numbers.items()
                 },
                 phase=phase if any(one.fraction > 0 for one in found) else self.phase,

@@ -192,9 +192,7 @@ class Run:
         if student is not None:
             recorder.phase = "student"
         compressed = wrap(copy.deepcopy(dense.modules[0]) if student is None else student)
-        seed_everything(
-            self.seed, workers=True, verbose=False
-        )  # loaded and trained dense networks lead to the same run
+        seed_everything(self.seed, workers=True, verbose=False)  # independent of whether a dense training came before
         rank_zero_info("Compression.")
         bar = self._bar(dense.epochs, dense.epochs, callbacks)
         trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder, *bar], logger=list(loggers) or False)

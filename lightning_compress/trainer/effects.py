@@ -143,9 +143,3 @@ class DeclaresEffects:
     def logged_name(self, trainer: Trainer, name: str) -> str:
         """Return the name under which the technique logs one of its numbers."""
         return f"{LOGGED}{name}"
-
-
-def declared_techniques(trainer: Trainer) -> list[DeclaresEffects]:
-    """Return all techniques of a fit, callbacks and wrappers, in the order of the Trainer's callbacks."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
-    return [one for one in callbacks if isinstance(one, DeclaresEffects)]
