@@ -220,10 +220,11 @@ class IterativePruningCallback(CuttingCallback):
         if self.amount == 0:
             return Effects()
         state = self.loaded_state
-        names = set(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
+        targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
+        names = set(targets)
         if self.granularity == "neuron" and self.regrow and trainer is not None and len(techniques(trainer)) > 1:
             # The hidden values of biases and norms come back with the channel's weights.
-            self._traced = self._trace(trainer, pl_module, list(names), state)
+            self._traced = self._trace(trainer, pl_module, targets, state)
             names |= {member.tensor for group in self._traced.channels for member in group.members}
         ramp = None if trainer is None else self._planned(trainer, state)
         stopped = self._stopped if state is None else state["stopped"]

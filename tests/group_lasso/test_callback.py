@@ -303,7 +303,7 @@ class Three(SmallModule):
 
 @pytest.mark.parametrize("target", ["net.*", "net.3"])
 @pytest.mark.parametrize("end_epoch", [1.0, 9.0])
-def test_neurons_that_another_callback_masks_may_be_cut_out_by_the_penalty(target: str, end_epoch: float) -> None:
+def test_channels_that_another_callback_masks_may_be_cut_out_by_the_penalty(target: str, end_epoch: float) -> None:
     module = Three()
     pruning = IterativePruningCallback(
         0.5,
@@ -372,7 +372,7 @@ def test_pruned_weights_stay_zero_and_the_amount_is_met(granularity: Any, proxim
     assert NORMS["filter"](module.net).sum() < NORMS["filter"](alone.net).sum()
 
 
-def test_neurons_that_leave_during_the_fit_leave_the_penalty_too() -> None:
+def test_channels_that_leave_during_the_fit_leave_the_penalty_too() -> None:
     settings: dict[str, Any] = {"granularity": "neuron", "end_epoch": 1.5, "every_n_steps": 6, "shrink": "during_fit"}
     lasso = GroupLassoCallback(0.01, granularity="group", proximal=True)
     module = fit(IterativePruningCallback(0.5, scope="layer", **settings), lasso, max_epochs=3)
@@ -381,7 +381,7 @@ def test_neurons_that_leave_during_the_fit_leave_the_penalty_too() -> None:
     assert [one.norms().numel() for one in lasso._groups] == sizes
 
 
-def test_ranks_agree_when_neurons_are_pruned_under_the_penalty(rank_pair: RankPair, tmp_path: Path) -> None:
+def test_ranks_agree_when_channels_are_pruned_under_the_penalty(rank_pair: RankPair, tmp_path: Path) -> None:
     beside = (GroupLassoCallback(0.05, granularity="group", proximal=True),)
     first, second = rank_pair.run("support.jobs:fit_on_ranks", tmp_path, entry="pruning-neurons", callbacks=beside)
     second["weights"] |= {key: first["weights"][key] for key in first["weights"] if "running" in key}  # each rank's own

@@ -187,7 +187,7 @@ def test_regrow_brings_weights_back_under_every_criterion_that_multiplies_by_the
     assert sum(back) > 0
 
 
-def test_neurons_fall_silent_in_everything_they_own() -> None:
+def test_channels_fall_silent_in_everything_they_own() -> None:
     callback = IterativePruningCallback(0.5, granularity="neuron", scope="layer", end_epoch=2.0, shrink="never")
     module = run(callback)
     net = module.net.eval()
@@ -637,7 +637,7 @@ def test_fast_dev_run_takes_ordinary_settings(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_neurons_under_true_precisions(precision: Any) -> None:
+def test_channels_under_true_precisions(precision: Any) -> None:
     callback = IterativePruningCallback(0.5, granularity="neuron", end_epoch=1.0)
     run(callback, precision=precision, max_epochs=2)
     assert callback.sparsity == pytest.approx(0.5, abs=0.05)
@@ -698,7 +698,7 @@ def test_a_module_without_forward_needs_the_path_of_its_network() -> None:
     assert named.sparsity == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_weight_shared_with_an_embedding_keeps_its_neurons() -> None:
+def test_a_weight_shared_with_an_embedding_keeps_its_channels() -> None:
     class Tied(LightningModule):
         def __init__(self) -> None:
             super().__init__()

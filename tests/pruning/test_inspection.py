@@ -47,7 +47,7 @@ class StreamsModule(SmallModule):
 
 
 @pytest.mark.parametrize("patterns", PATTERNS)
-def test_the_same_for_neurons(patterns: dict) -> None:
+def test_the_same_for_channels(patterns: dict) -> None:
     module = SmallModule()
     verdicts = inspect_channels(module, torch.zeros(2, FEATURES), **patterns)
     said = {verdict.name for verdict in verdicts if verdict.action in ("pruned", "follows")}
@@ -64,7 +64,7 @@ def test_channels_are_counted() -> None:
 
 
 @pytest.mark.parametrize("network", ["", "net"])
-def test_neurons_of_groups(network: str) -> None:
+def test_channels_of_groups(network: str) -> None:
     """6 channels of the sum feed 2 blocks of 3, which make 2 each: 3 columns and 2 blocks there, 2 columns behind."""
     module = StreamsModule()
     verdicts = inspect_channels(module, torch.zeros(2, FEATURES), network=network)

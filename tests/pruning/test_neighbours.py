@@ -194,7 +194,7 @@ def test_a_dense_network_that_was_loaded_back_does_not_fit_the_masks() -> None:
 
 
 @pytest.mark.parametrize("first", ["conv", "hidden"])
-def test_neurons_of_neighbouring_layers_leave_by_two_callbacks(first: str) -> None:
+def test_channels_of_neighbouring_layers_leave_by_two_callbacks(first: str) -> None:
     modules = []
     for moments in (("never", "never"), ("during_fit", "during_fit"), ("during_fit", "on_fit_end")):
         pair = [

@@ -324,7 +324,7 @@ def test_fisher_equals_a_loop_over_samples():
     assert_equal(scores, times_square(model, mean_square(per_sample(model, batches, F.cross_entropy)), 0.5))
 
 
-def test_fisher_of_a_neuron_lets_all_its_weights_go_together():
+def test_fisher_of_a_channel_lets_all_its_weights_go_together():
     model, batches = make_model(), make_batches(3, 5)
     layers = make_channels(model)
     scores = estimate(Fisher(model, layers), model, loss_fn, batches)
@@ -457,7 +457,7 @@ def test_criteria_differ_from_each_other():
 
 
 @pytest.mark.parametrize("kind", [Taylor, Obd, Ewc, Mas])
-def test_a_neuron_is_the_sum_over_its_weights(kind):
+def test_a_channel_is_the_sum_over_its_weights(kind):
     model, batches = make_model(), make_batches(3, 5)
     layers, options = make_channels(model), outputs_of(model)[kind]
     scores = estimate(kind(model, layers, **options), model, loss_fn, batches)
@@ -523,7 +523,7 @@ def test_si_forgets_nothing_at_an_event_and_ignores_what_the_mask_moves():
     assert (statistic.sums["weight"][0, 1:] > omega[0, 1:]).all()
 
 
-def test_si_of_a_neuron_is_the_sum_over_its_weights():
+def test_si_of_a_channel_is_the_sum_over_its_weights():
     model, (batch,) = make_model(), make_batches(4)
     layers = make_channels(model)
     of_weights, of_channels = Si(model, WEIGHTS), Si(model, layers)
