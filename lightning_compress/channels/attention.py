@@ -1,15 +1,15 @@
 """Multi-head attention that still runs after channels or heads have been cut out of it.
 
 torch's nn.MultiheadAttention takes every shape from one number: embed_dim is the width of the query, the number of
-heads times their width, and the input width of out_proj. Cut one of the three alone, and its forward pass fails. Here
-the weights say each for itself. With H heads of width D (values: V), queries of width E and outputs of width O:
+heads times their width, and the input width of out_proj. A cut of one of the three makes its forward pass fail. Here
+every shape comes from the weights. With H heads of width D (values: V), queries of width E and outputs of width O:
 
     in_proj_weight   (3 H D, E)                 or, with kdim or vdim:  q_proj_weight  (H D, E)
     in_proj_bias     (3 H D) or (2 H D + H V)                           k_proj_weight  (H D, kdim)
     bias_k, bias_v   (1, 1, H D), (1, 1, H V)                           v_proj_weight  (H V, vdim)
     out_proj         (O, H V), (O)
 
-A packed in_proj_weight falls into three equal parts, so there V = D.
+A packed in_proj_weight has three equal parts, so that V = D.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lightning_compress.channels.attention_masks import merged_mask, shape_of
+
 
 class SliceableMultiheadAttention(nn.MultiheadAttention):
     """Computes out_proj(concat_h(softmax(scale Q_h K_h^T + mask) V_h)) over as many heads as the weights have rows for.
 
-    It is put on a module by `make_sliceable`, not constructed. `head_dim`, `value_head_dim` and `scale` are all that
-    the forward pass takes from attributes about shapes; `scale` stays that of the original heads, so that narrower
-    heads lose their missing channels' share of the scores and nothing else. Weights averaged over heads are averaged
-    over the heads that are left, and a 3-D `attn_mask` has N * H entries for the H that is left.
+    `make_sliceable` gives this class to a module; it has no constructor. The forward pass reads `head_dim`,
+    `value_head_dim` and `scale`, and takes all other shapes from the weights. `scale` stays that of the original heads,
+    so that narrower heads lose nothing but their missing channels' share of the scores. Averages over heads are over
+    those that are left, and a 3-D `attn_mask` has N * H entries for the H that are left.
 
-    Its forward pass keeps to the Python that torch.jit.script reads, as that of torch does.
+    torch.jit.script can read the forward pass, as it can that of torch.
 
-    The fast paths of nn.TransformerEncoderLayer and nn.MultiheadAttention are never taken. A nested tensor, which
-    nn.TransformerEncoder makes of padded input for their sake, is padded again and handed back nested.
+    The class never takes the fast paths of nn.TransformerEncoderLayer and nn.MultiheadAttention. It pads a nested
+    tensor, which nn.TransformerEncoder makes of padded input for these paths, and returns a nested one.
 
     Example:
         >>> attention = nn.MultiheadAttention(8, num_heads=4, batch_first=True)
@@ -62,22 +64,22 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # What TransformerEncoderLayer asks before it hands our weights to a fused kernel that knows dense shapes only.
-        # A property goes before the module's own entry of that name, which stays as it is for the way back.
+        # TransformerEncoderLayer reads it before it gives the weights to a fused kernel, which needs dense shapes.
+        # The property has precedence over the module's own entry of that name, which make_plain needs.
         return False
 
     def refresh(self, *, head_dim: int | None = None) -> None:
-        """Set the attributes to what the weights' shapes say, after a cut: H = rows of the query's part / head_dim.
+        """Set the attributes that follow from the weights' shapes, after a cut.
 
-        Sets embed_dim (the width of the query), kdim, vdim, num_heads, head_dim, value_head_dim (rows of the value's
-        part / H) and the two sizes of out_proj.
+        The method sets embed_dim (the width of the query), kdim, vdim, num_heads (rows of the query's part / head_dim),
+        head_dim, value_head_dim (rows of the value's part / num_heads) and the two sizes of out_proj.
 
         Args:
-            head_dim: The width of the query's and the key's heads, where it has changed: shapes alone do not tell
-                fewer heads from narrower ones.
+            head_dim: The width of the query's and the key's heads, if it has changed: fewer heads and narrower ones
+                can have the same shapes.
 
         Raises:
-            ValueError: The shapes do not fit each other; the attributes stay as they are.
+            ValueError: The shapes do not fit each other; no attribute changes.
         """
         head_dim = self.head_dim if head_dim is None else head_dim
         (q_rows, embed_dim), (k_rows, kdim), (v_rows, vdim) = (weight.shape for weight in self._in_weights())
@@ -89,7 +91,7 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
             )
         value_head_dim = v_rows // num_heads
         outputs, inputs = self.out_proj.weight.shape
-        sizes = {  # what is there, what fits
+        sizes = {  # the number that is there, and the one that fits
             "rows for the key": (k_rows, q_rows),
             "rows for the value": (v_rows, num_heads * max(value_head_dim, 1)),
             "columns of out_proj": (inputs, v_rows),
@@ -123,7 +125,7 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what nn.MultiheadAttention returns for the same arguments; a leaf for torch.fx, as that is."""
+        """Return what nn.MultiheadAttention returns for the same arguments; torch.fx does not trace into it either."""
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             leaf = leaf_of(self, given, {})
@@ -140,21 +142,21 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise ValueError("is_causal=True only says that attn_mask is the causal one: give attn_mask as well.")
         if query.dim() not in [2, 3] or query.dim() != key.dim() or key.dim() != value.dim():
-            shapes = f"{_shape(query)}, {_shape(key)}, {_shape(value)}"
+            shapes = f"{shape_of(query)}, {shape_of(key)}, {shape_of(value)}"
             raise ValueError(f"query, key and value must all be 3-D, or all 2-D without a batch; got {shapes}.")
 
         q, k, v = self._project(query, key, value)
         q, k, v = self._split(q, self.head_dim), self._split(k, self.head_dim), self._split(v, self.value_head_dim)
         mask: Tensor | None = None
-        if not (is_causal and key_padding_mask is None and not need_weights):  # else the kernel has its own
-            mask = _merge(attn_mask, key_padding_mask, q, k)
+        if not (is_causal and key_padding_mask is None and not need_weights):  # else the kernel makes the mask itself
+            mask = merged_mask(attn_mask, key_padding_mask, q, k)
             is_causal = False
         if self.bias_k is not None and self.bias_v is not None:
             k, v = _append(k, self.bias_k), _append(v, self.bias_v)
         if self.add_zero_attn:
             k, v = F.pad(k, [0, 0, 0, 1]), F.pad(v, [0, 0, 0, 1])
         appended = int(self.bias_k is not None) + int(self.add_zero_attn)
-        if mask is not None and appended > 0:  # what is appended is never masked
+        if mask is not None and appended > 0:  # appended keys are never masked
             mask = F.pad(mask, [0, appended])
 
         averaged: Tensor | None = None
@@ -172,14 +174,16 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
 
-        # the weight and not the layer, as in torch: a hook on out_proj does not run there either
+        # the weight and not the layer: a hook on out_proj does not run in torch either
         out = F.linear(heads.permute(2, 0, 1, 3).flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if query.dim() == 2:
             out = out.squeeze(1)
         elif self.batch_first:
-            out = out.transpose(0, 1)  # it lies in memory as torch's does, so that a dropout after it draws the same
+            out = out.transpose(
+                0, 1
+            )  # the same layout in memory as in torch, so that a dropout after it draws the same numbers
         if len(lengths) > 0:
-            if averaged is not None and key_padding_mask is not None:  # as the fast path has it
+            if averaged is not None and key_padding_mask is not None:  # as in the fast path
                 missing = key_padding_mask.unsqueeze(-1)
                 averaged = averaged.masked_fill(missing if average_attn_weights else missing.unsqueeze(1), 0.0)
             out = torch._nested_tensor_from_tensor_list([out[i, :length] for i, length in enumerate(lengths)])
@@ -202,7 +206,7 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
         return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
 
     def _split(self, x: Tensor, width: int) -> Tensor:
-        """(N, L, H * width), (L, N, H * width) or (L, H * width) to (N, H, L, width)."""
+        """Reshape (N, L, H * width), (L, N, H * width) or (L, H * width) to (N, H, L, width)."""
         x = torch.unflatten(x, -1, [-1, width])
         if x.dim() == 3:
             x = x.unsqueeze(0)
@@ -212,7 +216,7 @@ class SliceableMultiheadAttention(nn.MultiheadAttention):
 
 
 def leaf_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy | None:
-    """What torch.fx gets for the call of a module whose forward it should not look into; None where nothing traces."""
+    """Return the proxy with which torch.fx records a call without tracing into it; None if torch.fx is not tracing."""
     for proxy in (*args, *kwargs.values()):  # a plain loop: torch.compile below 2.7 knows no `next` with a default
         if isinstance(proxy, fx.Proxy) and isinstance(proxy.tracer, fx.Tracer):
             return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(module), args, kwargs)
@@ -220,9 +224,9 @@ def leaf_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def make_sliceable(module: nn.MultiheadAttention) -> Callable[[], None]:
-    """Turn the module, in place, into one that can be cut, and return what turns it back (see `make_plain`).
+    """Turn the module, in place, into one that can be cut; return a function that turns it back (see `make_plain`).
 
-    Parameters, their names, hooks and outputs stay the same. A module that is sliceable already stays so.
+    Parameters, their names, hooks and outputs stay the same. A sliceable module does not change.
 
     Raises:
         TypeError: The module is of another subclass, whose own forward pass would be lost.
@@ -248,12 +252,13 @@ def make_sliceable(module: nn.MultiheadAttention) -> Callable[[], None]:
 
 
 def make_plain(module: nn.MultiheadAttention) -> None:
-    """Turn a sliceable module back, in place, into a torch.nn.MultiheadAttention; a plain one stays as it is.
+    """Turn a sliceable module back, in place, into a torch.nn.MultiheadAttention; a plain one does not change.
 
-    After a cut this works where E = H * D, D = V and D is what it was: as many channels went as whole heads had.
+    After a cut this works where E = H * D, D = V and D has not changed, that is, where whole heads and as many channels
+    of the query as these had were cut.
 
     Raises:
-        ValueError: nn.MultiheadAttention could not run the module's shapes; the module stays sliceable.
+        ValueError: nn.MultiheadAttention cannot run the module's shapes; the module stays sliceable.
     """
     if type(module) is not SliceableMultiheadAttention:
         return
@@ -270,43 +275,6 @@ def make_plain(module: nn.MultiheadAttention) -> None:
 
 
 def _append(x: Tensor, bias: Tensor) -> Tensor:
-    """(N, H, S, width) and (1, 1, H * width) to (N, H, S + 1, width)."""
+    """Append a bias (1, 1, H * width) to keys or values (N, H, S, width) as one more place."""
     row = torch.unflatten(bias, -1, [-1, x.shape[-1]]).transpose(1, 2)
     return torch.cat([x, row.expand(x.shape[0], -1, -1, -1)], dim=2)
-
-
-def _merge(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The sum of the masks, -inf where nothing is to be seen, in a shape that broadcasts to (N, H, L, S)."""
-    batch, heads, length, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    mask: Tensor | None = None
-    if attn_mask is not None:
-        expected = [length, keys] if attn_mask.dim() == 2 else [batch * heads, length, keys]
-        if list(attn_mask.shape) != expected:
-            raise ValueError(
-                f"attn_mask has shape {_shape(attn_mask)}, expected ({length}, {keys}) or, for {batch} samples "
-                f"and {heads} heads, ({batch * heads}, {length}, {keys})."
-            )
-        given = _additive(attn_mask, q.dtype)
-        mask = given if given.dim() == 2 else torch.unflatten(given, 0, [batch, -1])
-    if key_padding_mask is not None:
-        padding = key_padding_mask.unsqueeze(0) if key_padding_mask.dim() == 1 else key_padding_mask
-        if list(padding.shape) != [batch, keys]:
-            raise ValueError(
-                f"key_padding_mask has shape {_shape(padding)}, expected ({batch}, {keys}), or ({keys},) "
-                "without a batch."
-            )
-        padding = _additive(padding, q.dtype)[:, None, None, :]
-        mask = padding if mask is None else mask + padding
-    return mask if mask is None else mask.to(q.dtype)
-
-
-def _shape(tensor: Tensor) -> str:
-    return "(" + ", ".join([str(size) for size in tensor.shape]) + ")"
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.is_floating_point():
-        return mask
-    if mask.dtype != torch.bool:
-        raise ValueError(f"A mask must be boolean or floating point; got {mask.dtype}.")
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

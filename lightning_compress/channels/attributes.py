@@ -1,7 +1,7 @@
-"""Numbers that a module's own code reads, such as its number of heads: they must follow when channels are cut.
+"""Numbers that a module's own code reads, such as its number of heads, and that must change when channels are cut.
 
-A name is tried only where its value is the number of units, or the length of the dimension, that is cut; and it stays
-only if the trial then agrees with the reference.
+A trial tries an attribute of one of these names if its value is the number of channels, or the length of the dimension
+that is cut. The attribute becomes a part of the group only if the thin network then agrees with the reference.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ _WIDTHS = (
     *("channels", "num_channels", "in_channels", "out_channels", "in_features", "out_features", "num_features"),
 )
 
-# All that a cut changes beside tensors; a record that comes with a file may set these and nothing else.
+# All attributes that a cut changes. A record that comes with a file may set no others.
 MAY_CHANGE = frozenset(
     (*_HEADS, *_HEAD_WIDTHS, *_WIDTHS, "groups", "num_groups", "num_channels", "num_features", "normalized_shape")
 )
 
+# sets of names that a trial tries, one after the other
 VARIANTS: tuple[tuple[str, ...], ...] = (
     (),
     _HEADS,
@@ -43,7 +44,7 @@ VARIANTS: tuple[tuple[str, ...], ...] = (
 
 
 def with_attributes(group: ChannelGroup, model: nn.Module, names: Sequence[str]) -> ChannelGroup:
-    """Add the numbers of those names that count the group's units, or the positions of one of its dimensions."""
+    """Add the attributes of some names that count the group's channels, or all positions of one of its dimensions."""
     if not names:
         return group
     modules = dict(model.named_modules(remove_duplicate=False))

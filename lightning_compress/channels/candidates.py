@@ -1,4 +1,4 @@
-"""What the graphs alone say of a network's channels: candidates for groups, before any trial."""
+"""Candidates for channel groups: what the exported graphs show, before any trial."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_compress.channels.conditioning import conditioned
 from lightning_compress.channels.graph.units import Units, Value
 from lightning_compress.channels.graph.walk import AXIS_ORDERS, OUTPUT, Places, Walk, export
 from lightning_compress.channels.groups import SINGLE, Attribute, ChannelGroup, Member
-from lightning_compress.channels.reshapes import Seen
+from lightning_compress.channels.reshape_trial import Seen
 from lightning_compress.channels.sandbox import doubles
 from lightning_compress.core.evaluation import entries_restored, set_mode
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, tensors
@@ -26,17 +26,29 @@ FEW = 2  # samples: batch norms in training mode need two
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What the graphs alone say: candidates for groups, which may overlap, and the walks that found them."""
+    """What the exported graphs show of a network.
+
+    Attributes:
+        places: The nodes of its parameters and buffers.
+        candidates: Candidates for groups, which may overlap.
+        halved: Identities of the groups whose channels slices take apart in the middle.
+        axis_orders: By identity of a group, the axis orders in which it was found.
+        walks: One walk through the evaluation graph for every axis order.
+        program: The evaluation graph.
+        inputs: The inputs of trials: few samples, in double precision.
+        factors: By parameter the factor of its trial weights that makes the network well conditioned.
+        trains_alike: Whether the network calls the same operators in training mode, apart from batch norms' counters.
+    """
 
     places: Places
     candidates: list[ChannelGroup]
-    halved: set[tuple[object, ...]]  # the identities of groups that slices take apart in the middle
-    axis_orders: dict[tuple[object, ...], set[int]]  # by the group's identity: where it was found
+    halved: set[tuple[object, ...]]
+    axis_orders: dict[tuple[object, ...], set[int]]
     walks: list[Walk]
     program: ExportedProgram
-    inputs: ExampleInputs  # of the sandbox: in double precision, and few
-    factors: dict[str, float]  # of the sandbox's weights, by parameter: what makes the network well conditioned
-    trains_alike: bool  # whether the code does the same in training mode, but for dropout and batch statistics
+    inputs: ExampleInputs
+    factors: dict[str, float]
+    trains_alike: bool
 
     @classmethod
     def make(cls, model: nn.Module, example_inputs: ExampleInputs) -> Plan:
@@ -46,9 +58,9 @@ class Plan:
         programs = []
         for training in (False, True):
             set_mode(model, training)
-            with entries_restored(model):  # what the code keeps for its next call is fake here
+            with entries_restored(model):  # the export leaves fake tensors in what the code keeps for its next call
                 programs.append(export(model, inputs))
-            programs[-1].state_dict.clear()  # the graphs are enough: weights are read from the model
+            programs[-1].state_dict.clear()  # frees memory: weights are read from the model
         set_mode(model, False)
         returned = programs[0].graph_signature.output_specs
         if not any(one.kind == OutputKind.USER_OUTPUT and isinstance(one.arg, TensorArgument) for one in returned):
@@ -60,7 +72,7 @@ class Plan:
         walks = []
         for axis_order in range(AXIS_ORDERS):
             units = Units(places.count)
-            with torch._C.DisableTorchFunction():  # the sandbox's precision is for the network's code, not for nodes
+            with torch._C.DisableTorchFunction():  # nodes are integers and need no double precision
                 both = [Walk(program, places, units, axis_order) for program in programs]
                 walks.append(both[0])
                 unused = set(places.names) - both[0].seen - both[1].seen
@@ -80,33 +92,33 @@ class Plan:
         return cls(places, list(candidates.values()), halved, axis_orders, walks, programs[0], inputs, factors, alike)
 
     def removed(self, drop: Iterable[tuple[ChannelGroup, Tensor]]) -> list[Tensor]:
-        """For every axis order, and every node, whether it leaves when some units of some groups do.
+        """Return for every axis order a mask of the nodes that leave with some channels.
 
-        An axis order has the rows or the columns of a dimension that a reshape takes apart: where only some rows
-        leave, all columns stay.
+        Where a reshape makes rows and columns of a dimension, an axis order knows the groups of either rows or columns.
+        A mask of one axis order leaves out the channels of groups that only another one knows.
         """
         gone = [torch.zeros(self.places.count, dtype=torch.bool) for _ in self.walks]
         nodes = {(place.tensor, place.dim): place.nodes for place in self.places.all()}
-        for group, units in drop:
+        for group, channels in drop:
             for axis_order in self.axis_orders[identity(group)]:
                 for member in group.members:
-                    gone[axis_order][nodes[member.tensor, member.dim][member.index[units].reshape(-1)]] = True
+                    gone[axis_order][nodes[member.tensor, member.dim][member.index[channels].reshape(-1)]] = True
         return gone
 
     def reshapes(self, group: ChannelGroup) -> dict[str, list[Seen]]:
-        """By module, the reshapes in its own code, labelled as in the group's axis order."""
+        """Return by module the reshapes in its own code, with the labels of the group's axis order."""
         return {
             module: [Seen(len(before.shape), after.shape, _along_one(after)) for before, after in values]
             for module, values in self.walks[min(self.axis_orders[identity(group)])].reshaped.items()
         }
 
-    def unit_of(self, group: ChannelGroup) -> Tensor:
-        """By node the unit of a group, -1 for those of others."""
+    def channel_of(self, group: ChannelGroup) -> Tensor:
+        """Return for every node the number of its channel in the group, -1 for nodes of other groups."""
         found = torch.full((self.places.count,), -1)
         nodes = {(place.tensor, place.dim): place.nodes for place in self.places.all()}
         for member in group.members:
-            units = torch.arange(group.size)[:, None].expand_as(member.index)
-            found[nodes[member.tensor, member.dim][member.index]] = units
+            channels = torch.arange(group.size)[:, None].expand_as(member.index)
+            found[nodes[member.tensor, member.dim][member.index]] = channels
         return found
 
 
@@ -119,15 +131,17 @@ def _counts(module: nn.Module | None, name: str, place: int | None, nodes: Tenso
 
 
 def _along_one(value: Value) -> dict[int, Tensor]:
-    """By dimension the nodes of what varies along it alone."""
+    """Return by dimension the nodes of the layer that varies along this dimension alone."""
     return {layer.dims[0]: layer.nodes.reshape(-1) for layer in value.layers if len(layer.dims) == 1}
 
 
 def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[ExampleInputs, list[Tensor]]:
-    """Two samples in double precision; or as many as there are, where the network mixes them or takes no more.
+    """Make the inputs of trials: two samples in double precision.
+
+    A network that mixes its samples keeps all of them, and one that takes a single sample keeps that.
 
     Returns:
-        The inputs, and what the network makes of them.
+        The inputs, and the network's outputs for them.
     """
     *doubled, given = _with_two(example_inputs)
     several = next((one for one in doubled if _runs(model, doubles(one, noise=False))), given)
@@ -146,7 +160,7 @@ def _trial_inputs(model: nn.Module, example_inputs: ExampleInputs) -> tuple[Exam
     few: ExampleInputs = tree_map_only(Tensor, first, inputs)
     try:
         alone = run(model, few)
-    except Exception:  # whatever the network's code says to fewer samples: then it gets them all
+    except Exception:  # the network's code may raise anything for fewer samples, and then gets all of them
         return inputs, outputs
     mixed = compare(alone, [first(one) for one in outputs], TOLERANCE) is not None
     return (inputs, outputs) if mixed else (few, alone)
@@ -163,7 +177,7 @@ def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
 
 
 def _operators(program: ExportedProgram) -> list[str]:
-    """What the graph calls, but for the counters of batch norms."""
+    """Return the operators that a graph calls, without those on the counters of batch norms."""
     return [
         str(node.target)
         for node in program.graph.nodes
@@ -176,9 +190,10 @@ def _is_counter(node: fx.Node) -> bool:
 
 
 def _with_two(example_inputs: ExampleInputs) -> list[ExampleInputs]:
-    """The example inputs as they are, last; before them what two samples may look like, where there is but one.
+    """Return the example inputs, and before them, where they are a single sample, guesses of how two look.
 
-    States of recurrent layers come as layers x batch x width, beside inputs whose batch comes first.
+    The batch is the first dimension of inputs, and in one guess the second dimension of states of recurrent layers,
+    which are layers x batch x width.
     """
     if batch_size(example_inputs) >= FEW:
         return [example_inputs]
@@ -196,13 +211,13 @@ def _with_two(example_inputs: ExampleInputs) -> list[ExampleInputs]:
 def _runs(model: nn.Module, inputs: ExampleInputs) -> bool:
     try:
         run(model, inputs)
-    except Exception:  # whatever the network's code says to two samples
+    except Exception:  # the network's code may raise anything for two samples
         return False
     return True
 
 
 def _groups(places: Places, units: Units) -> list[ChannelGroup]:
-    """Collect units whose slices lie alike into groups."""
+    """Collect into one group all units that have equally many positions in the same tensors."""
     root = units.solve()
     reasons = _reasons(root, units.frozen)
     notes = _reasons(root, units.inexact)
@@ -257,14 +272,14 @@ def _groups(places: Places, units: Units) -> list[ChannelGroup]:
 
 
 def _positions(units_of: Tensor, ordered: Tensor, count: int) -> Tensor:
-    """For each of the sorted units, the positions where it stands: shape (units, count)."""
+    """Return the positions of each of the sorted units: shape (units, count)."""
     at = torch.isin(units_of, ordered).nonzero().squeeze(1)
     by_unit = torch.argsort(units_of[at], stable=True)
     return at[by_unit].reshape(len(ordered), count)
 
 
 def _reasons(root: Tensor, said: Sequence[tuple[Tensor, str]]) -> dict[int, str]:
-    """The first thing said of every unit."""
+    """Return the first reason that was given for every unit."""
     found: dict[int, str] = {}
     for nodes, reason in said:
         for unit in torch.unique(root[nodes]).tolist():
@@ -273,5 +288,5 @@ def _reasons(root: Tensor, said: Sequence[tuple[Tensor, str]]) -> dict[int, str]
 
 
 def identity(group: ChannelGroup) -> tuple[object, ...]:
-    """Equal for groups that hold the same units, whichever axis order found them."""
+    """Return what identifies a group: equal for groups of the same slices, whichever axis order found them."""
     return tuple((one.tensor, one.dim, tuple(one.index.sort(1).values.reshape(-1).tolist())) for one in group.members)

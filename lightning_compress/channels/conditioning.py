@@ -1,8 +1,8 @@
-"""Trial weights under which a network is well conditioned, so that a difference is either rounding or an error.
+"""Trial weights with which a network is well conditioned, so that every difference is either tiny or an error.
 
 Random weights can make a deep network chaotic: a product of two branches grows from block to block, and a sine of
-thirty times its input takes every rounding error thirty times further. Then weights are scaled, layer by layer, until
-every layer's output has one size, the largest at which a tiny change of the weights stays tiny at the output.
+thirty times its input multiplies every rounding error by thirty. Then weights are scaled, layer by layer, until the
+outputs of all layers have one size: the largest one with which a tiny change of the weights changes the output little.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import run
 
 _TINY = 1e-13  # relative change of the weights; rounding is a thousandth of it
-_SENSITIVE = 1e3  # how much larger the output's relative change may be: ordinary networks have 1 to 5
-_SIZES = tuple(2.0**-step for step in range(10))  # of every layer's output: the smaller, the less of a softmax shows
+_SENSITIVE = 1e3  # the output's relative change may be so many times larger; in ordinary networks it is 1 to 5 times
+_SIZES = tuple(
+    2.0**-step for step in range(10)
+)  # of all layers' outputs; the smaller they are, the less a softmax changes
 
 
 def conditioned(model: nn.Module, example_inputs: ExampleInputs, outputs: Sequence[Tensor]) -> dict[str, float]:
-    """Scale the model's parameters until it is well conditioned, and return the factors by name; empty if it is.
+    """Scale the model's parameters until it is well conditioned.
 
-    Where no size helps, the one that helps most is taken, and the comparisons that follow freeze what they can't tell.
+    If no size suffices, the best one is taken, and trials then freeze the groups whose comparison fails.
 
     Args:
         model: The network, in the sandbox.
-        example_inputs: What it runs with.
-        outputs: What it makes of these as it is.
+        example_inputs: The inputs of trials.
+        outputs: The network's outputs for them before any scaling.
+
+    Returns:
+        By name the factor of every parameter that was scaled; empty for a network that was well conditioned.
     """
     if _sensitivity(model, example_inputs, outputs) <= _SENSITIVE:
         return {}
@@ -49,20 +54,20 @@ def conditioned(model: nn.Module, example_inputs: ExampleInputs, outputs: Sequen
 
 
 def with_factors(model: nn.Module, factors: Mapping[str, float]) -> None:
-    """Scale parameters by name."""
+    """Multiply parameters by factors."""
     for name, factor in factors.items():
         model.get_parameter(name).data *= factor
 
 
 def _sensitivity(model: nn.Module, example_inputs: ExampleInputs, before: Sequence[Tensor]) -> float:
-    """How much larger the relative change of the output is than that of the weights."""
+    """Return the ratio of the output's relative change to that of the weights."""
     generator = torch.Generator().manual_seed(1)
     with ExitStack() as back:
         for data in (one.data for one in model.parameters() if one.is_floating_point()):
             each = torch.randn([*data.shape[:1], *[1] * (data.dim() - 1)], generator=generator, dtype=torch.float64)
             factors = (1 + _TINY * each).to(data.device)
             data.mul_(factors)
-            back.callback(data.div_, factors)  # up to rounding: copies would be as large as the network
+            back.callback(data.div_, factors)  # restores it up to rounding, without the memory of a copy
         after = run(model, example_inputs)
     ratios = []
     for one, other in zip(before, after, strict=True):
@@ -75,7 +80,7 @@ def _sensitivity(model: nn.Module, example_inputs: ExampleInputs, before: Sequen
 
 
 def _factors(model: nn.Module, example_inputs: ExampleInputs, size: float) -> dict[str, float]:
-    """By name of a parameter, what makes the output of its layer as large as `size`, given that the others are."""
+    """Return by parameter the factor that gives its layer's output this size, given that all layers before have it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     factors: dict[str, float] = {}
 
@@ -86,7 +91,7 @@ def _factors(model: nn.Module, example_inputs: ExampleInputs, size: float) -> di
         if length == 0 or not math.isfinite(length):
             return None
         mine = [names[id(one)] for one in module._parameters.values() if one is not None and one.is_floating_point()]
-        if any(name in factors for name in mine):  # called before, or tied
+        if any(name in factors for name in mine):  # the layer was called before, or its weights are tied
             return None
         factors.update(dict.fromkeys(mine, size / length))
         return output * (size / length)

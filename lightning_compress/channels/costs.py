@@ -1,4 +1,4 @@
-"""What one channel costs: in parameters, in multiply-accumulates, or in seconds."""
+"""The cost of one channel: parameters, multiply-accumulates, or seconds."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Cost = Literal["parameters", "macs", "latency"]
 def channel_costs(
     model: nn.Module, groups: Iterable[ChannelGroup], example_inputs: ExampleInputs, *, cost: Cost
 ) -> dict[str, float]:
-    """Return what one channel of each group costs, on average over half of them.
+    """Return the cost of one channel of each group, averaged over half of the channels.
 
         cost = (whole network - network without half of the channels) / number of these channels
 
     Args:
-        model: The network; it is left as it was.
+        model: The network, which stays as it was.
         groups: Free groups.
         example_inputs: As for `channel_groups`.
-        cost: "parameters", "macs" (per sample) or "latency" (seconds, measured; at least a thousandth of the largest,
-            since a channel that seems to cost nothing only drowns in noise).
+        cost: "parameters", "macs" (multiply-accumulates per sample) or "latency" (measured seconds). A cost is at least
+            a thousandth of the largest one, because noise hides the latency of a small group.
 
     Example:
         >>> from lightning_compress.channels.find import channel_groups
@@ -55,7 +55,7 @@ def channel_costs(
             finally:
                 slices.undo()
     largest = max(found.values(), default=0.0)
-    if largest <= 0:  # nothing but noise was measured
+    if largest <= 0:  # the measured latencies are noise
         return dict.fromkeys(found, 1.0)
     return {name: max(value, largest / 1000) for name, value in found.items()}
 

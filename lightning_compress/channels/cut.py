@@ -22,10 +22,11 @@ from lightning_compress.core.tensors import named_tensors
 from lightning_compress.core.undo import forget_graphs
 
 Indices = Tensor | Sequence[int] | Set[int]
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}  # of the largest
+# largest difference, relative to the largest output
+_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
-@torch.inference_mode(False)  # in it new memory could not be trained any more
+@torch.inference_mode(False)  # tensors that are made in inference mode can never be trained
 def cut(
     model: nn.Module,
     *inputs: ExampleInputs,
@@ -40,31 +41,32 @@ def cut(
 ) -> nn.Module:
     """Cut channels out of some groups: `cut(model, x, keep={...})`, or `cut(model, x, remove={...})`.
 
-    Parameters stay the same objects, with their `requires_grad`, gradients and hooks; buffers, the sizes that modules
-    note, and the optimizers' state follow. The thin network is compared with the dense one without those channels on
-    the example inputs; if they differ, everything is put back.
+    Parameters stay the same objects, with their `requires_grad`, gradients and hooks. Buffers, the size attributes of
+    modules, and the optimizers' state are cut too. The function compares the thin network with the dense one without
+    those channels on the example inputs, and puts everything back if they differ.
 
     Args:
         model: The network, changed in place.
         inputs: The example inputs, where they are not given as `example_inputs=`.
-        keep: By group name the indices that stay, in ascending order or not; groups that are not named stay whole.
+        keep: By group name the indices that stay, in any order. A group that is not named stays whole.
         remove: By group name the indices that leave, instead of `keep`.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; batch first.
-        allow_inexact: Whether groups may be cut whose channels are counted by a norm or a softmax. The network
-            then computes what it would if these averaged over the channels that stay.
-        groups: What `channel_groups` returned for this model, to save the time of asking again.
+        allow_inexact: Whether to cut channels that a norm or a softmax counts. Norms and softmax then average over the
+            channels that stay.
+        groups: The groups that `channel_groups` returned for this model, to save the time of planning again.
         optimizers: Optimizers of the model's parameters.
-        copies: Modules with the same parameters that are cut alike, such as a moving average.
-        owner: The module that is saved and loaded, where the model is a part of it, such as a LightningModule. It takes
-            the shapes of what is loaded into it from now on, thinner or wider; by default the model and its copies do.
+        copies: Modules with parameters of the same names, such as a moving average, which are cut in the same way.
+        owner: The module that is saved and loaded, such as a LightningModule, where the model is a part of it. From now
+            on it takes the shapes of every state dict that is loaded into it, thinner or wider. By default the model
+            and its copies do.
 
     Returns:
         The model.
 
     Raises:
         TypeError: Not exactly one of `keep` and `remove` is given, or the example inputs are missing or given twice.
-        ValueError: A group is unknown or frozen, inexact without `allow_inexact`, or left with nothing; indices are out
-            of range; or the thin network does not compute what it should. The model is as it was then.
+        ValueError: A group is unknown, frozen, inexact without `allow_inexact`, or would have no channel left; indices
+            are out of range; or the thin network's outputs are wrong. The model is then as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -118,7 +120,7 @@ def cut(
             forget_graphs(tensor)
     for module in (model, *copies):
         renew_caches(module)
-    torch.clear_autocast_cache()  # it holds weights as they were
+    torch.clear_autocast_cache()  # it holds the dense weights
     return model
 
 
@@ -129,10 +131,10 @@ def parts_of(copies: Iterable[nn.Module], path: str) -> list[nn.Module]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Forward passes that leave nothing behind, and that neither torch.compile nor torch.autocast sees."""
+    """Run forward passes in the block without torch.compile and torch.autocast, and undo all that they change."""
     with ExitStack() as stack:
         for device in {tensor.device.type for tensor in named_tensors(model).values()} & {"cpu", "cuda", "mps", "xpu"}:
-            stack.enter_context(torch.autocast(device, enabled=False))  # it would go on with the weights of before
+            stack.enter_context(torch.autocast(device, enabled=False))  # it caches weights
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(side_outputs(model))
         stack.enter_context(entries_restored(model))
@@ -144,18 +146,18 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _loaded(
     model: nn.Module, copies: Iterable[nn.Module], owner: nn.Module | None, groups: ChannelGroups
 ) -> list[tuple[nn.Module, ChannelGroups]]:
-    """The modules whose loads follow the cut, with the groups by the names that they have there."""
+    """Return the modules that follow what is loaded into them, with the groups by the names of each module."""
     if owner is None:
         return [(module, groups) for module in (model, *copies)]
     path = next(path for path, module in owner.named_modules() if module is model)
     found = groups.prefixed(path)
-    for copy in copies:  # one that the owner holds is loaded with it
+    for copy in copies:  # the owner loads the copies that it holds
         found = found.copied(_renamed(copy, owner), groups)
     return [(owner, found)]
 
 
 def _renamed(copy: nn.Module, owner: nn.Module) -> dict[str, str]:
-    """The names of a copy's tensors, and of its modules, in the module that holds it; empty where that does not."""
+    """Return the names that a copy's tensors and modules have in the owner, without those that the owner lacks."""
     names = {id(one): name for name, one in (*named_tensors(owner).items(), *owner.named_modules())}
     own = (*named_tensors(copy).items(), *copy.named_modules())
     return {name: names[id(one)] for name, one in own if id(one) in names}
@@ -175,7 +177,7 @@ def _asked(
     remove: Mapping[str, Indices] | None,
     example_inputs: ExampleInputs | None,
 ) -> tuple[Mapping[str, Indices], str, ExampleInputs]:
-    """The indices by group, whether they are to "keep" or to "remove", and the example inputs."""
+    """Check the arguments; return the indices by group, "keep" or "remove", and the example inputs."""
     given = [*inputs, *([] if example_inputs is None else [example_inputs])]
     if (keep is None) == (remove is None) or len(given) != 1:
         raise TypeError(
@@ -190,38 +192,39 @@ def _asked(
 
 
 def _checked(named: Mapping[str, ChannelGroup], name: str, indices: Indices, side: str, allow_inexact: bool) -> Tensor:
-    """The indices that stay, in order; `side` says whether `indices` are those, or the ones to remove."""
+    """Check the indices of one group, and return those that stay, in order; `side` is "keep" or "remove"."""
     if name not in named:
         raise ValueError(f"There is no channel group {name!r}; there are {', '.join(map(repr, named))}.")
     group = named[name]
-    units = torch.as_tensor(sorted(indices) if isinstance(indices, Set) else indices, device="cpu").reshape(-1)
-    units = units.long() if units.numel() == 0 else units
-    if units.dtype == torch.bool or units.is_floating_point():
-        raise ValueError(f"{side} for {name!r} must be indices, that is integers; got {units.dtype}.")
-    if units.numel() and (int(units.min()) < 0 or int(units.max()) >= group.size):
+    channels = torch.as_tensor(sorted(indices) if isinstance(indices, Set) else indices, device="cpu").reshape(-1)
+    channels = channels.long() if channels.numel() == 0 else channels
+    if channels.dtype == torch.bool or channels.is_floating_point():
+        raise ValueError(f"{side} for {name!r} must be indices, that is integers; got {channels.dtype}.")
+    if channels.numel() and (int(channels.min()) < 0 or int(channels.max()) >= group.size):
         raise ValueError(
-            f"{side} for {name!r} must lie in 0 to {group.size - 1}; got {int(units.min())} to {int(units.max())}."
+            f"{side} for {name!r} must lie in 0 to {group.size - 1}; "
+            f"got {int(channels.min())} to {int(channels.max())}."
         )
-    chosen = torch.isin(torch.arange(group.size), units)
-    units = (chosen if side == "keep" else ~chosen).nonzero().squeeze(1)
-    if units.numel() == 0:
+    chosen = torch.isin(torch.arange(group.size), channels)
+    channels = (chosen if side == "keep" else ~chosen).nonzero().squeeze(1)
+    if channels.numel() == 0:
         raise ValueError(f"Nothing would be left of {name!r}: at least one of its {group.size} channels must stay.")
-    if len(units) < group.size and group.frozen is not None:
+    if len(channels) < group.size and group.frozen is not None:
         raise ValueError(f"{name!r} cannot be cut: {group.frozen}.")
-    if len(units) < group.size and not group.exact and not allow_inexact:
+    if len(channels) < group.size and not group.exact and not allow_inexact:
         raise ValueError(
             f"Cutting {name!r} changes the function, because {group.note}: pass allow_inexact=True to do so."
         )
-    return units
+    return channels
 
 
 def _describe(drop: Drop) -> str:
-    parts = [f"{len(units)} of {group.size} channels of {group.name!r}" for group, units in drop[:3]]
+    parts = [f"{len(channels)} of {group.size} channels of {group.name!r}" for group, channels in drop[:3]]
     return ", ".join(parts) + (f" and {len(drop) - 3} more groups" if len(drop) > 3 else "")
 
 
 def live_channels(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Tensor]:
-    """Return by group name which channels are not masked: something in what produces them is not zero."""
+    """Return by group name a mask of the live channels: those that not only zeros produce."""
     tensors = named_tensors(model)
     alive = {}
     for group in groups:
@@ -243,9 +246,9 @@ def shrink(
     copies: Iterable[nn.Module] = (),
     owner: nn.Module | None = None,
 ) -> nn.Module:
-    """Cut out every channel that is masked: zero in everything that produces it.
+    """Cut every masked channel: one that only zeros produce.
 
-    Only exact groups are cut. A network without masked channels stays as it is, so that shrinking twice does no harm.
+    The function cuts exact groups only. A network without masked channels stays as it is.
 
     Args:
         model: The network, changed in place.
@@ -259,7 +262,7 @@ def shrink(
         The model.
 
     Raises:
-        ValueError: All channels of a group are masked, or the cut fails; the model is as it was then.
+        ValueError: All channels of a group are masked, or the cut fails. The model is then as it was.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))

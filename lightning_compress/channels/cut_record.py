@@ -1,13 +1,14 @@
-"""The record of a cut: what a state dict must say beside its tensors, so that another process can rebuild the network.
+"""The record of a cut, from which another process can rebuild the network for a thin state dict.
 
 Shapes say how wide every tensor is, but not how many heads or convolution groups there are, which positions of a
-non-persistent buffer stayed, and how wide all of it was before. The record of this travels in the state dict's
-metadata, which survives checkpoints of weights alone and a strict load into the plain class. Dense networks have none.
+non-persistent buffer stayed, and how wide all of it was before. The record of these travels in the metadata of the
+state dict, which survives checkpoints of weights alone and a strict load into the plain class. A dense network has no
+record.
 
-    numbers         by module, what its code reads: {"layer.attention": {"num_heads": 2}}
-    buffers         by non-persistent buffer and dimension, the positions that stayed: {"scale": {0: [0, 3]}}
-    dense_shapes    of the tensors that were cut: {"fc.weight": (10, 3)}
-    dense_numbers   of all modules that have some
+    numbers         by module the attributes that its code reads: {"layer.attention": {"num_heads": 2}}
+    buffers         by non-persistent buffer and dimension the positions that stayed: {"scale": {0: [0, 3]}}
+    dense_shapes    shapes that the cut tensors had before: {"fc.weight": (10, 3)}
+    dense_numbers   as `numbers`, before the cut
 """
 
 from __future__ import annotations
@@ -73,8 +74,7 @@ class Shapes:
         for one in (attribute for group in free for attribute in group.attributes):
             module = model.get_submodule(one.module)
             dense = Pattern.of(one.name).dense if is_reshape(one.name) else None
-            if dense is not None or hasattr(module, one.name):
-                noted.setdefault(one.module, {})[one.name] = getattr(module, one.name, dense)
+            noted.setdefault(one.module, {})[one.name] = getattr(module, one.name, dense)
         self._add_numbers(noted)
         now = _shapes(model)
         self.dense_shapes = now | self._settled  # layers may have come, or changed, since the beginning
@@ -90,17 +90,17 @@ class Shapes:
         return all(now[name][dim] == self.dense_shapes[name][dim] for name, dim in axes)
 
     def is_dense(self, model: nn.Module) -> bool:
-        """Whether nothing has been cut out of the network."""
+        """Return whether no channel has been cut out of the network."""
         now = _shapes(model)
         return all(now.get(name, shape) == shape for name, shape in self.dense_shapes.items())
 
     def _add_numbers(self, numbers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note the numbers of the dense network; what is known already stays."""
+        """Store numbers of the dense network; a known number keeps its value."""
         for path, values in numbers.items():
             self.dense_numbers[path] = dict(values) | self.dense_numbers.get(path, {})
 
     def numbers(self, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """The attributes that follow a cut, by module; ordinary ones are told by shapes."""
+        """Return by module the attributes that a cut may change and that shapes do not reveal."""
         found: dict[str, dict[str, Any]] = {}
         for path, names in self.dense_numbers.items():
             module = model.get_submodule(path)
@@ -111,7 +111,7 @@ class Shapes:
         return found
 
     def record(self, model: nn.Module) -> dict[str, Any] | None:
-        """What a state dict needs to say beside its tensors; None for the dense network."""
+        """Return the record for a state dict of the model; None for the dense network."""
         self.agree(model)
         if self.is_dense(model):
             return None
@@ -137,15 +137,15 @@ class Shapes:
         return [*numbers, *dict.fromkeys(name for name in members if name not in self.dense_shapes)]
 
     def examine(self, model: nn.Module, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:
-        """Check all of a record that comes with these shapes; nothing changes.
+        """Check a record and the shapes that come with it; nothing changes.
 
         Raises:
             RecordError: No cut leaves such a record.
-            ValueError: The dense network was not this one, or no cut of it has these shapes.
+            ValueError: The record is of another dense network, or no cut of this one has these shapes.
         """
         self.agree(model)
         origin, differ = self._origin(incoming, record)
-        made_thin = bool(differ) and already(model, incoming)  # by its constructor
+        made_thin = bool(differ) and already(model, incoming)  # the constructor made the model thin
         check_record(
             record, model, incoming, _shapes(model), None if made_thin else self._numbers_before(model, record)
         )
@@ -159,7 +159,7 @@ class Shapes:
             self._check_shapes(model, incoming)
 
     def follow(self, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]) -> None:
-        """Learn what the dense network was from a record that was examined and adopted."""
+        """Learn the dense shapes and numbers from a record that was examined and adopted."""
         origin, differ = self._origin(incoming, record)
         if differ:
             self.groups = None
@@ -170,12 +170,12 @@ class Shapes:
     def _origin(
         self, incoming: Mapping[str, tuple[int, ...]], record: Mapping[str, Any]
     ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-        """The dense shapes that a record tells of, and the names of those that are not the dense ones of this model."""
+        """Return the dense shapes of the network in a record, and the names of those that differ from this model's."""
         origin = dict(incoming) | {name: tuple(shape) for name, shape in record["dense_shapes"].items()}
         return origin, [name for name, shape in origin.items() if self.dense_shapes.get(name, shape) != shape]
 
     def _numbers_before(self, model: nn.Module, record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """The numbers of the dense network that a record names, as far as they are known here."""
+        """Return the dense numbers of this model, those that a record names among them where they are known."""
         known = {path: dict(values) for path, values in self.dense_numbers.items()}
         if self.is_dense(model):
             modules = dict(model.named_modules(remove_duplicate=False))
@@ -231,7 +231,7 @@ def _axes_of(group: ChannelGroup) -> frozenset[tuple[str, int]]:
 
 
 def shapes_of(model: nn.Module) -> Shapes | None:
-    """What a module that follows checkpoints knows of itself; None for others."""
+    """Return the `Shapes` of a module that follows what is loaded into it; None for others."""
     known = (getattr(one, "shapes", None) for one in structures(model))
     return next((one for one in known if isinstance(one, Shapes)), None)
 
@@ -241,15 +241,15 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def already(model: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether what is loaded has the shapes that the module has."""
+    """Return whether incoming tensors have the module's present shapes."""
     now = _shapes(model)
     return all(now[name] == shape for name, shape in incoming.items())
 
 
 def merged(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The records of a module and of all that it holds, by path, as one.
+    """Return one record, given those of a module and of its submodules by path.
 
-    What was cut as a part of two modules, one within the other, is in both records, and its dense sizes are the larger.
+    Two modules, one within the other, may both have recorded a tensor; the larger of its dense shapes is right.
     """
     found: dict[str, Any] = {kind: {} for kind in KINDS}
     for path, record in records.items():

@@ -1,9 +1,10 @@
-"""Buffers that multiply a channel are no producers of it: where the channel is zero, so is the product.
+"""Buffers that multiply a channel do not produce it: where the channel is zero, the product is zero too.
 
-    relu(z) * mask           zeros in what makes z suffice
-    x * scale + shift        x and shift must be zero; of scale = w * rsqrt(v) and shift = b - m * scale: w and b
+    relu(z) * mask           it is zero where z is
+    x * scale + shift        it is zero where x and shift are; with scale = w * rsqrt(v) and shift = b - m * scale,
+                             where x, w and b are
 
-The graph ties them to the channel all the same, so a trial finds which of them have to be zero.
+The graph ties the buffers to the channel in both cases, so a trial finds those that have to be zero.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ ErrorOf = Callable[[Sequence[ChannelGroup]], str | None]
 def without_factors(
     groups: Sequence[ChannelGroup], model: nn.Module, parameters: Collection[str], error_of: ErrorOf
 ) -> list[ChannelGroup]:
-    """Return the groups without those buffers as producers that need not be zero for the channels to be zero.
+    """Return the groups, in which buffers that need not be zero for a channel to be zero do not produce it.
 
     Args:
-        groups: Groups that survive together.
+        groups: Groups that survive a cut together.
         model: The network, in the sandbox.
         parameters: The names of its parameters.
-        error_of: What goes wrong when some groups are cut, compared with zeros in all that makes them.
+        error_of: Returns the error when some groups are cut, compared with zeros in all slices that produce them.
     """
 
     def buffers_of(group: ChannelGroup) -> list[str]:
@@ -42,7 +43,7 @@ def without_factors(
     before = {name: tensors[name].clone() for group in concerned for name in buffers_of(group)}
     generator = torch.Generator().manual_seed(0)
     try:
-        for name, value in before.items():  # a shift of zero, as it often begins, would hide that it has to be zero
+        for name, value in before.items():  # a shift that happens to be zero would hide that it has to be
             values = torch.rand(value.shape, generator=generator, dtype=torch.float64).add_(0.5)
             if not bool((value.real > 0).all()):  # a variance stays positive
                 values *= torch.rand(value.shape, generator=generator, dtype=torch.float64).sub_(0.5).sign_()
@@ -64,7 +65,7 @@ def without_factors(
 
 
 def _dropped(groups: list[ChannelGroup], names: Collection[str], error_of: ErrorOf) -> list[ChannelGroup]:
-    """Remove the buffers of one name from the producers of channels: everywhere, or else where that changes nothing."""
+    """Make buffers of some names no producers: all of them, or else each one with which the trial finds no error."""
     together = _consuming(groups, names)
     if error_of(together) is None:
         return together

@@ -1,10 +1,10 @@
 """Find channel groups: the slices that must leave together with a channel.
 
-    conv.weight[i], bn.weight[i], bn.bias[i], bn.running_mean[i], ..., fc.weight[:, 49 i : 49 i + 49]   one unit
+    conv.weight[i], bn.weight[i], bn.bias[i], bn.running_mean[i], ..., fc.weight[:, 49 i : 49 i + 49]   one channel
     all 64 of them                                                                                      one group
 
-The exported graphs of the network, in training and in evaluation mode, say what is tied to what; a trial says whether
-the network's own code survives the cut.
+The exported graphs of the network, in training and in evaluation mode, show which slices are tied to each other. A
+trial shows whether the network's own code survives the cut.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def channel_groups(model: nn.Module, example_inputs: ExampleInputs) -> ChannelGr
     """Find which slices of which tensors must leave a network together.
 
     Args:
-        model: The network. It is left as it was.
+        model: The network, which stays as it was.
         example_inputs: A tensor, a tuple of positional arguments, or a dict of keyword arguments; batch first.
 
     Returns:
-        The groups, in the order of the network's parameters; frozen ones, with their reasons, among them. Inputs of the
-        network and rows that are looked up are no channels and are not listed.
+        The groups in the order of the network's parameters, with the frozen ones and their reasons. Inputs of the
+        network, and rows that are looked up by their number, are no channels and are not listed.
 
     Raises:
         ValueError: The model cannot be exported, is a script, has no values, or returns no tensor.
@@ -67,7 +67,7 @@ def _check(model: nn.Module) -> None:
 
 
 def _frozen_by_memory(groups: Sequence[ChannelGroup], shared: Sequence[tuple[str, str]]) -> list[ChannelGroup]:
-    """Freeze tensors that share memory, because each would get a memory of its own in a cut."""
+    """Freeze groups of tensors that share memory, because a cut would give each tensor a memory of its own."""
     partners = {name: f"{' and '.join(pair)} are two tensors over one memory" for pair in shared for name in pair}
     reasons = [
         next((partners[one.tensor] for one in group.members if one.tensor in partners), None) for group in groups

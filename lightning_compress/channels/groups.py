@@ -24,7 +24,7 @@ class Member:
         dim: The dimension that is cut.
         index: Shape (size, k): row i holds the k positions along `dim` that belong to channel i.
         produces: Whether the slice makes the channel's value (a weight's output side, a bias, a norm's scale and
-            shift), so that with zeros in all of them the channel is zero; the others read the channel or count it.
+            shift). A channel is zero when all slices that produce it are; the other slices read or count the channel.
     """
 
     tensor: str
@@ -35,9 +35,13 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Attribute:
-    """A number that a module's code reads and that counts channels: positions `index` (size, k) of what it counts.
+    """A number that a module's code reads and that counts channels.
 
-    `place` is the position in a tuple, or None for a plain number.
+    Attributes:
+        module: Path of the module.
+        name: Name of the attribute.
+        place: Position in a tuple, or None for a plain number.
+        index: Shape (size, k): row i holds the k positions that belong to channel i among those that the number counts.
     """
 
     module: str
@@ -51,12 +55,13 @@ class ChannelGroup:
     """Channels of which any non-empty subset may stay.
 
     Attributes:
-        name: Unique; the module, or bare parameter, that makes the channels.
-        size: Number of channels, or of whole units such as attention heads.
-        members: The slices of all tensors that belong to them.
-        attributes: Numbers in the modules that follow.
-        exact: Whether cutting channels equals zeroing what produces them.
-        frozen: None, or why nothing may be cut, in words.
+        name: Unique name: the module, or bare parameter, that makes the channels.
+        size: Number of channels. A whole attention head counts as one channel where its parts cannot leave alone.
+        members: The slices of all tensors that belong to the channels.
+        attributes: Numbers of modules that a cut changes.
+        exact: Whether cutting channels equals zeroing everything that produces them.
+        frozen: None, or the reason why nothing may be cut.
+        note: None, or the reason why the group is not exact.
     """
 
     name: str
@@ -65,11 +70,11 @@ class ChannelGroup:
     attributes: tuple[Attribute, ...] = ()
     exact: bool = True
     frozen: str | None = None
-    note: str | None = None  # why it is not exact
+    note: str | None = None
 
     @property
     def modules(self) -> list[str]:
-        """The modules whose tensors are cut."""
+        """The paths of the modules whose tensors are cut."""
         return list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in self.members))
 
 
@@ -111,11 +116,11 @@ class ChannelGroups(list[ChannelGroup]):
         )
 
     def copied(self, names: Mapping[str, str], originals: ChannelGroups) -> ChannelGroups:
-        """Return the same groups with the slices of a copy that is in the same module.
+        """Return the groups with the slices of a copy of the network added, where one module holds both.
 
         Args:
-            names: Of a copy's tensors and modules there, by their names in the network.
-            originals: The groups with the names that the network has.
+            names: Names of the copy's tensors and modules in that module, by their names in the network.
+            originals: The groups by the names of the network.
         """
         return ChannelGroups(
             replace(
@@ -133,7 +138,7 @@ class ChannelGroups(list[ChannelGroup]):
         )
 
     def free(self, *, inexact: bool = False) -> list[ChannelGroup]:
-        """The groups that may be cut, exactly or, if asked for, inexactly as well."""
+        """Return the groups that may be cut exactly, and those that may be cut inexactly if asked for."""
         return [group for group in self if group.frozen is None and (group.exact or inexact)]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -150,7 +155,7 @@ class ChannelGroups(list[ChannelGroup]):
         return capture.get()
 
     def to_json(self) -> str:
-        """Return all facts about the groups, as JSON."""
+        """Return everything that is known about the groups, as JSON."""
         return json.dumps(
             [
                 {
@@ -176,11 +181,11 @@ class ChannelGroups(list[ChannelGroup]):
 
 
 def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
-    """Return the groups of a network after a cut: fewer units, with the positions that their slices then have.
+    """Return the groups after a cut: with fewer channels, at the positions of the thin tensors, without a checker.
 
     Args:
         groups: The groups before the cut.
-        keep: By group name a mask of the units that stay; groups that are not named stay whole.
+        keep: By group name a mask of the channels that stay. A group without a mask stays whole.
 
     Example:
         >>> def group(name, *rows):
@@ -191,7 +196,8 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
         >>> thinned(both, {"a": torch.tensor([False, True])})[0].frozen
         'it has a single channel'
     """
-    leaves = _leaving(groups, keep)  # then by axis the new position of every old one, -1 for what has left
+    leaves = _leaving(groups, keep)
+    # by axis the new position of every old one, -1 where it has left
     after = {axis: ((~gone).cumsum(0) - 1).masked_fill(gone, -1) for axis, gone in leaves.items()}
     found = ChannelGroups()
     for group in groups:
@@ -199,7 +205,7 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
         moved = [_without_gone(after[axis][index[kept]]) for axis, index in _axes(group)]
         indices = [index for index in moved if index is not None]
         if len(indices) < len(moved):
-            continue  # a frozen group whose slices are cut by another one, unevenly
+            continue  # another group cuts unequal numbers of positions out of the slices of this frozen one
         n = len(group.members)
         members = tuple(replace(one, index=index) for one, index in zip(group.members, indices[:n], strict=True))
         attributes = tuple(replace(one, index=index) for one, index in zip(group.attributes, indices[n:], strict=True))
@@ -212,7 +218,7 @@ def thinned(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> ChannelGroups:
 def positions_kept(
     groups: ChannelGroups, keep: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[int, Tensor]]:
-    """Return the positions that stay in a cut, by name and dimension of every tensor that it slices.
+    """Return the positions that stay in a cut, by name and dimension of every tensor that the cut slices.
 
     Args:
         groups: The groups before the cut.
@@ -236,7 +242,7 @@ def positions_kept(
 
 
 def _leaving(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> dict[tuple[object, ...], Tensor]:
-    """By axis a mask of the positions that leave, as far as groups know the axis."""
+    """Return by axis a mask of the positions that leave, up to the last position that a group has."""
     leaves: dict[tuple[object, ...], Tensor] = {}
     for group in groups:
         for axis, index in _axes(group):
@@ -249,7 +255,7 @@ def _leaving(groups: ChannelGroups, keep: Mapping[str, Tensor]) -> dict[tuple[ob
 
 
 def _without_gone(positions: Tensor) -> Tensor | None:
-    """Rows of positions without those that are -1; None if they are not equally long then, or empty."""
+    """Return the rows without their entries -1; None if the rows would be empty or of unequal lengths."""
     counts = (positions >= 0).sum(1)
     if len(counts) == 0 or int(counts.min()) == 0 or int(counts.min()) != int(counts.max()):
         return None
@@ -257,6 +263,6 @@ def _without_gone(positions: Tensor) -> Tensor | None:
 
 
 def _axes(group: ChannelGroup) -> list[tuple[tuple[object, ...], Tensor]]:
-    """What is counted, tensors' dimensions and modules' numbers, with the units' positions there."""
+    """Return the axes of a group, dimensions of tensors and numbers of modules, with the positions along them."""
     members = [((one.tensor, one.dim), one.index) for one in group.members]
     return [*members, *(((one.module, one.name, one.place), one.index) for one in group.attributes)]

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class CutNetwork(Structure):
-    """The shapes of a network whose channels were cut, or may be."""
+    """The shapes of a network whose channels were cut, or may be cut later."""
 
     kind = "cut"
 
@@ -51,7 +51,8 @@ class CutNetwork(Structure):
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
         self.shapes.agree(module)
         incoming = _incoming(module, arriving.state_dict, arriving.prefix)
-        fails = arriving.strict and _other_names(module, arriving.state_dict, arriving.prefix)  # by itself
+        # torch itself refuses a strict load of other names
+        fails = arriving.strict and _other_names(module, arriving.state_dict, arriving.prefix)
         if record is not None:
             if not fails:
                 _adopt(module, incoming, record["numbers"], record["buffers"])
@@ -61,11 +62,11 @@ class CutNetwork(Structure):
                 _adopt(module, incoming, self.shapes.dense_numbers, {})
         elif already(module, incoming) and self.shapes.groups is not None and (untold := self.shapes.untold(module)):
             raise ValueError(lost(untold))
-        # Other shapes without a record are no cut of ours: the load tells what does not fit.
+        # Other shapes without a record come from no cut, and torch's load says which of them do not fit.
 
 
 class CutCopy(Structure):
-    """A copy, such as a moving average, of a network that was cut: it takes the shapes that its leader has taken."""
+    """A copy of a network, such as a moving average, that takes the shapes of its leader."""
 
     kind = "cut"
 
@@ -81,7 +82,7 @@ class CutCopy(Structure):
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
         shapes, incoming = shapes_of(self.leader), _incoming(module, arriving.state_dict, arriving.prefix)
         assert shapes is not None, "it follows checkpoints"
-        if already(self.leader, incoming):  # else it is of another network, and the load tells what does not fit
+        if already(self.leader, incoming):  # else the state dict is of another network, which torch's load refuses
             adopt_shapes(module, incoming, shapes.numbers(self.leader), positions_left(self.leader))
 
     def __deepcopy__(self, memo: Any) -> CutCopy:
@@ -94,14 +95,14 @@ def _adopt(module: nn.Module, incoming: Mapping[str, tuple[int, ...]], numbers: 
 
 
 def _other_names(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a state dict has other names than the module; a counter that torch fills in does not count."""
+    """Return whether a state dict has other names than the module; torch adds missing batch norms' counters itself."""
     mine = {name for name in saved_tensors(module) if not name.endswith("num_batches_tracked")}
     theirs = {name[len(prefix) :] for name in state_dict if name.startswith(prefix) and not is_extra(name)}
     return not mine <= theirs or not theirs <= set(saved_tensors(module))
 
 
 def is_extra(name: str) -> bool:
-    """Whether an entry of a state dict is what a module's `get_extra_state` returned: any value, of any shape."""
+    """Return whether an entry of a state dict comes from a module's `get_extra_state`, and so may be any value."""
     return str(name).rpartition(".")[2] == _EXTRA
 
 
@@ -118,13 +119,13 @@ def _say_wider(module: nn.Module, incoming: Mapping[str, tuple[int, ...]]) -> No
 
 
 def follow_leader(copy: nn.Module, leader: nn.Module) -> None:
-    """Make a copy, such as a moving average, take the shapes of what is loaded into it after its leader was loaded."""
+    """Make a copy, such as a moving average, take its leader's shapes when it is loaded after its leader."""
     if not any(isinstance(one, CutCopy) for one in structures(copy)):
         CutCopy(leader).attach(copy)
 
 
 def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """A state dict with the model's metadata, if it has none of its own."""
+    """Return a state dict with the model's metadata, unless it has metadata of its own."""
     if hasattr(state_dict, "_metadata"):
         return state_dict
     found: OrderedDict[str, Tensor] = OrderedDict(state_dict)
@@ -133,15 +134,15 @@ def with_record(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[s
 
 
 def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None = None) -> list[Removable]:
-    """Make a model take the shapes of what is loaded into it, thinner or wider, and note its numbers when it is saved.
+    """Make a model take the shapes of every state dict that is loaded into it, and write a record when it is saved.
 
     Args:
-        model: The model; its shapes are those of the dense network when the groups become known.
-        groups: Its channel groups: what is loaded must be a cut of them then. Without, shapes are taken if a record
-            comes with them, which only networks that may be cut leave.
+        model: The model, in place. Tensors that no cut has changed have the shapes of the dense network.
+        groups: Channel groups of the model. State dicts must then be cuts of these groups. Without groups the model
+            takes shapes that come with a record.
 
     Returns:
-        Handles that undo it; none if it had been done before.
+        Handles that undo it; none if the model followed before.
     """
     known = shapes_of(model)
     shapes = Shapes(model) if known is None else known
@@ -150,7 +151,7 @@ def follow_checkpoints(model: nn.Module, groups: Iterable[ChannelGroup] | None =
     return CutNetwork(shapes).attach(model) if known is None else []
 
 
-@torch.inference_mode(False)  # in it new memory could not be trained any more
+@torch.inference_mode(False)  # tensors that are made in inference mode can never be trained
 def adopt_shapes(
     model: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
@@ -163,10 +164,10 @@ def adopt_shapes(
         model: The module, changed in place.
         shapes: By name the new shapes.
         numbers: By module the attributes to set.
-        positions: By name of a non-persistent buffer what stays of the dense one, as `positions_left` tells it.
+        positions: Positions of non-persistent buffers that stay, as `positions_left` returns them.
 
     Raises:
-        ValueError: A buffer has no such positions; the module is as it was then.
+        ValueError: A buffer has no such positions; the module does not change.
     """
     refit_buffers(model, positions)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -178,7 +179,7 @@ def adopt_shapes(
             if tensor.requires_grad:
                 forget_graphs(tensor)
             changed.add(name.rpartition(".")[0])
-    for name, module in modules.items():  # attention that was not cut stays what it is, as in the process that cut
+    for name, module in modules.items():  # attention that was not cut keeps its class
         other = any(vars(module).get(attribute) != value for attribute, value in numbers.get(name, {}).items())
         if type(module) is nn.MultiheadAttention and (other or name in changed):
             make_sliceable(module)
@@ -201,21 +202,21 @@ def _incoming(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> 
 
 
 def has_record(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict says that its network was cut.
+    """Return whether a state dict has the record of a cut.
 
     Raises:
-        RecordError: It says so in a way that no cut does.
+        RecordError: No cut leaves such a record.
     """
     found = records(getattr(state_dict, "_metadata", None)).get("cut")
     return found is not None and merged(found) is not None
 
 
 def adopt_state(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load the state dict of a network that any technique may have changed into a model of its class: all it was.
+    """Load the state dict of a network that any technique may have changed into a dense model of its class.
 
     Raises:
         RuntimeError: Keys are missing or unexpected, as `load_state_dict` says.
-        ValueError: Shapes do not tell everything, and the record that does was lost.
+        ValueError: The shapes are those of a thin network, whose record was lost.
     """
     incoming = _incoming(model, state_dict, "")
     handles = follow_checkpoints(model)

@@ -1,4 +1,4 @@
-"""Call parts of a network alone, with their arguments in a run of the whole: cuts that crash there cost little."""
+"""Call single modules of a network with the arguments that they got in a run of the whole, to find crashes early."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Calls:
 
     Args:
         model: The network, which runs once.
-        example_inputs: What it runs with.
+        example_inputs: The inputs of this run.
     """
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
@@ -29,7 +29,7 @@ class Calls:
         handles = [
             module.register_forward_hook(self._recorder(name), with_kwargs=True)
             for name, module in model.named_modules(remove_duplicate=False)
-            if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
+            if not isinstance(module, torch.jit.ScriptModule)  # scripts take no hooks
         ]
         try:
             run(model, example_inputs)
@@ -53,7 +53,7 @@ class Calls:
         with silenced(self._model, drop, in_place=True):
             try:
                 expected = part()
-            except Exception as error:  # whatever the network's code raises
+            except Exception as error:  # the network's code may raise anything
                 return f"there is nothing to compare with ({error})"[:200]
         return compare(thin, expected, TOLERANCE)
 
@@ -64,7 +64,7 @@ class Calls:
         return record
 
     def _around(self, names: Sequence[str]) -> Callable[[], list[Tensor]]:
-        """Calls the smallest module around some tensors with the arguments of its first call."""
+        """Return a function that calls the smallest module around some tensors with the arguments of its first call."""
         paths = [name.split(".")[:-1] for name in names]
         common = []
         for parts in zip(*paths, strict=False):
@@ -72,8 +72,8 @@ class Calls:
                 break
             common.append(parts[0])
         if common and not any(True for _ in self._model.get_submodule(".".join(common)).children()):
-            common.pop()  # a layer alone gives its channels away
-        while ".".join(common) not in self._calls:  # containers are not called; the network itself was
+            common.pop()  # a single layer returns its channels: the module around it must survive
+        while ".".join(common) not in self._calls:  # containers are never called, and the network was
             common.pop()
         module, (args, kwargs) = self._model.get_submodule(".".join(common)), self._calls[".".join(common)]
 
@@ -81,15 +81,16 @@ class Calls:
 
 
 def without(model: nn.Module, drop: Drop, forward: Callable[[], list[Tensor]]) -> list[Tensor] | str:
-    """What `forward` returns while some channels are cut out of the model, or what the network's code says to it.
+    """Call `forward` while some channels are cut out of the model, which is in the sandbox.
 
-    The model is in the sandbox.
+    Returns:
+        Its result, or the message of the error that the network's code raised.
     """
     slices = Slices(sparing=True)
     try:
         take(slices, model, drop)
         return forward()
-    except Exception as error:  # whatever the network's code raises
+    except Exception as error:  # the network's code may raise anything
         return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
     finally:
         slices.undo()

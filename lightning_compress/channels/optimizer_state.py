@@ -1,8 +1,8 @@
-"""Slice an optimizer's state like the parameter, where the meaning of each state tensor is known.
+"""Slice an optimizer's state like its parameter, where the meaning of every state tensor is known.
 
-An optimizer's tensor is sliced if it has plain floats, the parameter's shape (or 1 in some of its dimensions), and a
-name that moments have; or another name which has that shape for parameters of several sizes. A length alone proves
-nothing: a map of 256 levels has the length of a layer with 256 rows, a preconditioner that of a square weight.
+A state tensor is sliced if it holds plain floats and has the parameter's shape (or 1 in some dimensions), and if its
+name is one of those of moments, or if tensors of its name have the shape of parameters of several sizes. A length alone
+proves nothing: a table of 256 levels is as long as a layer with 256 rows, and a preconditioner as a square weight.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Select = Callable[[Tensor, Mapping[int, Tensor]], Tensor]
 def slice_state(
     optimizer: Optimizer, parameter: nn.Parameter, dims: Mapping[int, Tensor], select: Select
 ) -> Callable[[], None]:
-    """Slice what an optimizer, and optimizers inside it, remember of a parameter; return what undoes it.
+    """Slice the state that an optimizer, and those inside it, keep for a parameter; return a function that undoes it.
 
     Args:
         optimizer: The optimizer, or Lightning's wrapper of it.
-        parameter: The parameter, which has its old shape still.
+        parameter: The parameter, which still has its old shape.
         dims: By dimension the positions that stay.
-        select: Takes positions out of a tensor.
+        select: Returns a tensor's entries at some positions.
 
     Raises:
-        ValueError: It can't be told how something would have to be sliced; nothing has changed.
+        ValueError: A part of the state has no known meaning; nothing changes.
     """
     _check_groups(optimizer)
     changes = []
@@ -66,7 +66,7 @@ def slice_state(
 def check_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Raise a ValueError unless the optimizer's state of these parameters could be sliced, now and after steps.
 
-    A twin of an optimizer that is not torch's own takes a step with copies of parameters, to show the state it keeps.
+    A twin of an optimizer that is not torch's own takes a step with copies of parameters, to show which state it keeps.
     """
     mine = {id(one) for level in _levels(optimizer) for group in level.param_groups for one in group["params"]}
     its = [one for one in parameters if id(one) in mine]
@@ -84,7 +84,7 @@ def _check(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def forget_unsliceable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> str | None:
-    """Forget the state of parameters that could not be sliced; return why, in words, or None if all could be."""
+    """Clear the state of every parameter whose state cannot be sliced; return the first reason, or None."""
     reason = None
     for parameter in parameters:
         try:
@@ -97,7 +97,7 @@ def forget_unsliceable(optimizer: Optimizer, parameters: Iterable[nn.Parameter])
 
 
 def _levels(optimizer: Any) -> list[Optimizer]:
-    """The optimizer and those inside it, as Lightning, SAM or ZeroRedundancyOptimizer wrap them."""
+    """Return the optimizer and those inside it: Lightning, SAM and ZeroRedundancyOptimizer wrap others."""
     found: list[Optimizer] = []
     todo = [optimizer]
     while todo:
@@ -115,7 +115,7 @@ def _states(optimizer: Optimizer, parameter: nn.Parameter) -> list[dict[str, Any
 
 
 def _check_groups(optimizer: Optimizer) -> None:
-    """Raise a ValueError if something is remembered of several parameters together."""
+    """Raise a ValueError if an optimizer keeps state for several parameters together."""
     for level in _levels(optimizer):
         loose: list[tuple[Any, Any]] = [
             (key, value) for key, value in level.state.items() if not isinstance(key, Tensor)
@@ -130,10 +130,10 @@ def _check_groups(optimizer: Optimizer) -> None:
 
 
 def _places(optimizer: Optimizer, parameter: nn.Parameter, name: str, value: Any) -> dict[int, int]:
-    """Which dimension of what is remembered belongs to which of the parameter's.
+    """Return by dimension of the parameter the dimension of a state tensor that belongs to it.
 
     Raises:
-        ValueError: That can't be told.
+        ValueError: The tensor has no known meaning.
     """
     tensors = [one for one in _tensors(value) if one.numel() > 1]
     if not tensors:
@@ -156,15 +156,15 @@ def _places(optimizer: Optimizer, parameter: nn.Parameter, name: str, value: Any
 def _fit(name: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> dict[int, int] | None:
     if len(shape) == len(parameter) and all(a in (b, 1) for a, b in zip(shape, parameter, strict=True)):
         return {dim: dim for dim, size in enumerate(shape) if size == parameter[dim]}
-    if "row" in name and shape == parameter[:-1]:  # factored second moments: a row's
+    if "row" in name and shape == parameter[:-1]:  # factored second moments of rows
         return {dim: dim for dim in range(len(shape))}
-    if "col" in name and len(parameter) > 1 and shape == (*parameter[:-2], parameter[-1]):  # and a column's
+    if "col" in name and len(parameter) > 1 and shape == (*parameter[:-2], parameter[-1]):  # and of columns
         return {dim: dim for dim in range(len(shape) - 1)} | {len(parameter) - 1: len(shape) - 1}
     return None
 
 
 def _is_proven(optimizer: Optimizer, name: str) -> bool:
-    """Whether something of this name has the shape of all parameters, and some of these have shapes that tell."""
+    """Return whether state tensors of this name have the shapes of all parameters, whose sizes are no coincidence."""
     lengths: set[int] = set()
     tells = False
     for level in _levels(optimizer):
@@ -191,9 +191,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _after_a_step(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> Optimizer | None:
-    """A twin of the optimizer that has taken a step with a copy of one parameter of each kind; None if that can't be.
+    """Return a twin of the optimizer after a step with a copy of one parameter of each shape; None if it cannot step.
 
-    Torch's own need none, and one that holds parameters in places of its own would step these.
+    Torch's own optimizers need no twin. The twin of an optimizer that holds parameters in other attributes would change
+    these parameters.
     """
     levels = _levels(optimizer)
     elsewhere = [
@@ -219,6 +220,6 @@ def _after_a_step(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> O
     with torch.random.fork_rng():
         try:
             type(optimizer).step(twins[id(levels[0])])
-        except Exception:  # it wants a closure, a device or other parameters: the first cut will tell
+        except Exception:  # it needs a closure, a device or other parameters; the first cut shows its state
             return None
     return twins[id(levels[0])]

@@ -1,7 +1,7 @@
-"""Whether a record of a cut may be followed: it comes from a file, so that nothing in it is taken for granted.
+"""Check the record of a cut before it is followed, because it comes from a file that may be corrupt or crafted.
 
-A record may only say what a cut does: numbers that count channels become smaller, and stay numbers; positions of
-buffers and sizes of tensors become fewer. All of it is checked before anything of the network changes.
+A cut makes numbers that count channels smaller, and leaves fewer positions of buffers and smaller sizes of tensors. A
+record may say nothing else. All of it is checked before the network changes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ KINDS = ("numbers", "buffers", "dense_shapes", "dense_numbers")
 
 
 def check_structure(record: Any) -> None:
-    """Refuse a record whose parts have other types than those that a cut writes, whatever the network.
+    """Refuse a record whose parts have other types than those that a cut writes.
 
     Raises:
-        RecordError: It has.
+        RecordError: A part has another type.
     """
     if not isinstance(record, Mapping) or set(record) != set(KINDS):
         found = ", ".join(map(repr, record)) if isinstance(record, Mapping) else f"none: it is {shown(record)}"
@@ -59,17 +59,17 @@ def check_record(
     shapes: Mapping[str, tuple[int, ...]],
     dense: Mapping[str, Mapping[str, Any]] | None,
 ) -> None:
-    """Refuse a record that the network has no place for, or that is out of the range of a cut.
+    """Refuse a record that names what the network lacks, or values that no cut leaves.
 
     Args:
-        record: One whose structure has been checked.
-        model: The network that is about to follow it.
-        incoming: Shapes of the tensors that come with it.
+        record: The record, whose structure has been checked.
+        model: The network that is about to follow the record.
+        incoming: Shapes of the tensors that come with the record.
         shapes: Shapes of the model's tensors.
-        dense: Numbers of the dense network by module; None where the model does not know them.
+        dense: Numbers of the dense network by module; None if they are not known.
 
     Raises:
-        RecordError: As above; nothing was changed.
+        RecordError: The record is refused; nothing changes.
     """
     for name, before in record["dense_shapes"].items():
         if name not in shapes:
@@ -86,7 +86,7 @@ def check_record(
     for kind in ("numbers", "dense_numbers"):
         for path, values in record[kind].items():
             for name, value in values.items():
-                noted = Pattern.of(name).dense if is_reshape(name) else None  # at the first cut
+                noted = Pattern.of(name).dense if is_reshape(name) else None  # the module has no such attribute yet
                 have = vars(modules[path]).get(name, noted) if path in modules else None
                 if have is None:
                     _fail(f"sets {name!r} of {path!r}, and {type(model).__name__} has no such number")
@@ -107,7 +107,7 @@ def check_record(
             if kind == "numbers":
                 _check_divisible(path, values, incoming)
     for path, values in record["dense_numbers"].items():
-        for name in values:  # a reshape is noted where it is cut, and not before
+        for name in values:  # a module has an attribute for a reshape only after the cut
             if name not in record["numbers"].get(path, {}) and not is_reshape(name):
                 _fail(f"says what {name!r} of {path!r} was before the cut, and not what it is")
     hidden = {

@@ -1,4 +1,4 @@
-"""The reference for a cut: the dense graph without some channels, with averages over those that stay."""
+"""The reference for a cut: the dense graph with zeros in place of some channels, and averages over the others."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lightning_compress.core.tensors import named_tensors
 
 
 class Reference(fx.Interpreter):
-    """Runs an exported graph whose dropped channels are zero.
+    """Runs an exported graph with averages over the channels that stay.
 
-    Operators that average over channels see only those that stay; what they drop is zero in their result.
+    An operator that averages over channels gets only those that stay, and its result is zero for the others.
 
     Args:
         program: The exported network.
-        averages: By the name of the graph's node, what it averages over.
-        removed: For every axis order, and every node, whether it is dropped.
+        averages: By name of an operator's node in the graph, the channels that it averages over.
+        removed: For every axis order a mask of the nodes that leave.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Reference(fx.Interpreter):
         self._program, self._averages, self._removed = program, averages, removed
 
     def outputs(self, model: nn.Module, example_inputs: ExampleInputs) -> list[Tensor]:
-        """Return the tensors of the network's output, with the model's present parameters and buffers."""
+        """Return the tensors in the network's output for the model's present parameters and buffers."""
         tensors = named_tensors(model)
         given = iter(tree_leaves(example_inputs if not isinstance(example_inputs, Mapping) else dict(example_inputs)))
         inputs: list[Any] = []
@@ -83,7 +83,9 @@ class Reference(fx.Interpreter):
             return n.target(**arguments)
         assert full is not None
         for dim, kept in thin.items():
-            per_channel = n.target._schema.name.endswith(("batch_norm", "instance_norm"))  # scale and shift go along 1
+            per_channel = n.target._schema.name.endswith(
+                ("batch_norm", "instance_norm")
+            )  # vectors belong to dimension 1
             arguments = {
                 name: value if per_channel and name != "input" else _narrow(value, dim, kept, full, name)
                 for name, value in arguments.items()
@@ -121,8 +123,8 @@ def dense_without(
 ) -> list[Tensor]:
     """Return the output of the dense network with zeros in place of some channels.
 
-    Where averages count the channels, they count those that stay: that needs the plan. With the plan, the model must be
-    in the sandbox, whose tensors may be written.
+    Inexact groups need the plan, so that averages count only the channels that stay. With a plan the model must be in
+    the sandbox, because zeros are written into its tensors.
     """
     with silenced(model, drop, in_place=plan is not None):
         if all(group.exact for group, _ in drop):

@@ -23,20 +23,20 @@ def silenced(model: nn.Module, drop: Drop, *, in_place: bool = False) -> Iterato
     Args:
         model: The network.
         drop: The channels.
-        in_place: Whether the tensors themselves are written, as those of the sandbox may be: only the slices that
-            become zero are kept then. Without it, copies take their place, since the network's memory may be shared.
+        in_place: Whether to write zeros into the tensors themselves, which needs little memory and is allowed in the
+            sandbox. By default copies take their place, because other tensors may share the network's memory.
     """
     tensors = named_tensors(model)
     copied: set[str] = set()
     with ExitStack() as back:
-        for group, units in drop:
+        for group, channels in drop:
             for member in (one for one in group.members if one.produces):
                 tensor = tensors[member.tensor]
                 if not in_place and member.tensor not in copied:
                     copied.add(member.tensor)
                     back.callback(setattr, tensor, "data", tensor.data)
                     tensor.data = tensor.data.clone()
-                positions = member.index[units].reshape(-1).to(tensor.device)
+                positions = member.index[channels].reshape(-1).to(tensor.device)
                 if in_place:
                     dense = tensor.data.index_select(member.dim, positions)
                     back.callback(tensor.data.index_copy_, member.dim, positions, dense)
@@ -51,7 +51,7 @@ def take(
     *,
     optimizers: Iterable[torch.optim.Optimizer] = (),
 ) -> None:
-    """Cut units of groups out of a model, or out of a copy that has some of its parts."""
+    """Cut channels out of a model, or out of a copy that has only some of its parts."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in {member.tensor.rpartition(".")[0] for group, _ in drop for member in group.members}:
         attention = modules.get(path)
@@ -62,39 +62,39 @@ def take(
     tensors = named_tensors(model)
     stay: dict[str, dict[int, Tensor]] = {}
     counts: dict[tuple[str, str, int | None], int] = {}
-    for group, units in drop:
+    for group, channels in drop:
         for member in (one for one in group.members if one.tensor in tensors):
             size = tensors[member.tensor].shape[member.dim]
             here = stay.setdefault(member.tensor, {}).setdefault(member.dim, torch.ones(size, dtype=torch.bool))
-            here[member.index[units].reshape(-1)] = False
+            here[member.index[channels].reshape(-1)] = False
         for one in (one for one in group.attributes if one.module in modules):
             key = (one.module, one.name, one.place)
-            before = _get(model, one)
+            before = _get(modules[one.module], one)
             count = counts.get(key, before)
-            whole = one.index.numel() == before  # then groups that cross each take their share
-            counts[key] = count * (group.size - len(units)) // group.size if whole else count - one.index[units].numel()
+            whole = one.index.numel() == before  # heads and their width, which cross, each take their share of it
+            counts[key] = (
+                count * (group.size - len(channels)) // group.size if whole else count - one.index[channels].numel()
+            )
     for (module, name, place), count in counts.items():
-        owner = model.get_submodule(module)
-        if hasattr(owner, name):
-            value: Any = count
-            if place is not None:
-                value = tuple(count if at == place else size for at, size in enumerate(getattr(owner, name)))
-            slices.set(owner, name, value)
+        value: Any = count
+        if place is not None:
+            value = tuple(count if at == place else size for at, size in enumerate(getattr(modules[module], name)))
+        slices.set(modules[module], name, value)
     kept = {name: {dim: mask.nonzero().squeeze(1) for dim, mask in dims.items()} for name, dims in stay.items()}
     slices.take(model, kept, optimizers=optimizers)
 
 
-def _get(model: nn.Module, attribute: Attribute) -> int:
-    value: Any = getattr(model.get_submodule(attribute.module), attribute.name, 0)  # a functional call notes nothing
-    return int(value[attribute.place] if isinstance(value, tuple) and attribute.place is not None else value)
+def _get(module: nn.Module, attribute: Attribute) -> int:
+    value: Any = getattr(module, attribute.name)
+    return int(value if attribute.place is None else value[attribute.place])
 
 
 def drop_of(groups: Mapping[str, ChannelGroup], keep: Mapping[str, Tensor]) -> list[tuple[ChannelGroup, Tensor]]:
-    """Turn the units that stay of every group into the units that leave."""
+    """Return the channels that leave every group, given those that stay."""
     drop = []
-    for name, units in keep.items():
+    for name, channels in keep.items():
         gone = torch.ones(groups[name].size, dtype=torch.bool)
-        gone[units] = False
+        gone[channels] = False
         if bool(gone.any()):
             drop.append((groups[name], gone.nonzero().squeeze(1)))
     return drop

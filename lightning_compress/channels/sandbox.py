@@ -28,13 +28,14 @@ from lightning_compress.core.example_inputs import ExampleInputs
 
 @contextmanager
 def sandbox(model: nn.Module) -> Iterator[None]:
-    """Give a network random parameters, double precision and evaluation mode, and restore everything afterwards.
+    """Give a network random parameters, double precision and evaluation mode in the block, and restore it afterwards.
 
-    Every branch of the network then changes the outputs, also one that a tiny layer scale or a norm that starts at
-    zero would hide, and a difference is either rounding or an error.
+    Then every branch of the network changes the outputs, even behind a tiny layer scale or a norm whose scale begins at
+    zero, and every difference is either tiny or an error.
     """
     generator = torch.Generator().manual_seed(0)
-    # Others in their place: the network's own carry hooks, such as DistributedDataParallel's, which a new dtype drops.
+    # New tensors take the place of the network's, because a new dtype would drop hooks, such as those of
+    # DistributedDataParallel.
     others: dict[int, Tensor] = {
         id(one): _random_parameter(name, one, generator) for name, one in model.named_parameters()
     }
@@ -44,12 +45,12 @@ def sandbox(model: nn.Module) -> Iterator[None]:
         back.enter_context(_old_objects_left_alone())
         back.callback(_let_go, others.values())
         back.enter_context(torch.compiler.set_stance("force_eager"))
-        # torch below 2.7 refuses to trace compiled modules, although they are called as they were before.
+        # torch below 2.7 refuses to trace compiled modules, although force_eager calls the original ones.
         back.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))
         back.enter_context(random_state_restored(model))
         back.enter_context(torch.no_grad())
         back.enter_context(entries_restored(model))
-        for table in tables:  # also those of scripted modules, which are not among their entries
+        for table in tables:  # entries_restored does not restore the tables of scripted modules
             back.callback(_fill, table, dict(table.items()))
         back.callback(torch.set_default_dtype, torch.get_default_dtype())
         take_rounding_away(model)
@@ -61,17 +62,17 @@ def sandbox(model: nn.Module) -> Iterator[None]:
             back.enter_context(context)
         torch.set_default_dtype(torch.float64)  # for constants that the network's code makes
         set_mode(model, True)
-        set_mode(model, False)  # in two steps, so that what modules keep for evaluation is made anew of these weights
+        set_mode(model, False)  # in two steps, so that modules renew the weights that they cache for evaluation
         yield
 
 
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
     """Restrict Python's frequent garbage collections to new objects, because torch alone has a million old ones."""
-    if gc.get_freeze_count():  # someone else's
+    if gc.get_freeze_count():  # the user's own code has frozen objects
         yield
         return
-    gc.collect(1)  # what is young and garbage would stay until later
+    gc.collect(1)  # else garbage among young objects would be frozen, too
     gc.freeze()
     try:
         yield
@@ -80,22 +81,22 @@ def _old_objects_left_alone() -> Iterator[None]:
 
 
 def _let_go(tensors: Iterable[Tensor]) -> None:
-    """Free the tensors' memory now: torch.export keeps them in circles, which are collected at some later time."""
+    """Free the tensors' memory now; torch.export refers to them in cycles, which are collected much later."""
     for tensor in tensors:
         tensor.data = tensor.data.new_empty(0)
 
 
 def _fill(table: Any, values: dict[str, Any]) -> None:
-    """Write into a module's table of parameters or buffers; a scripted module's takes no others than it has."""
+    """Write what differs into a module's table of parameters or buffers; scripted modules take no new names."""
     for name, value in values.items():
         if table[name] is not value:
             table[name] = value
 
 
 def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> None:
-    """Put tensors in double precision in place of those that a module holds as attributes, in dicts and lists too.
+    """Replace the tensors among a module's attributes, also in its dicts and lists, by copies in double precision.
 
-    `known` has, by the id of a parameter or buffer, what stands for it already.
+    `known` has the copies of parameters and buffers by the id of the original.
     """
     for name, value in list(entries.items()):
         if name not in ("_parameters", "_buffers", "_modules") and isinstance(value, Tensor | list | tuple | dict):
@@ -103,7 +104,7 @@ def _double_attributes(entries: dict[str, Any], known: Mapping[int, Tensor]) -> 
 
 
 def _doubled(value: Any, known: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, nn.Parameter):  # recurrent layers keep a list of theirs
+    if isinstance(value, nn.Parameter):  # recurrent layers keep a list of their parameters
         return known.get(id(value), value)
     if isinstance(value, Tensor):
         return known.get(id(value), _wide(value.detach()))
@@ -117,7 +118,7 @@ def _doubled(value: Any, known: Mapping[int, Tensor]) -> Any:
 
 
 class _Doubles(TorchFunctionMode):
-    """Double precision wherever the code asks for less, and no dropout, whose numbers depend on the width."""
+    """Uses double precision where the code asks for less, and skips dropout, whose numbers depend on the width."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -125,7 +126,7 @@ class _Doubles(TorchFunctionMode):
         if func in _TO_LESS:
             return args[0].double()
         name = getattr(func, "__name__", "")
-        if name in _SINGLE:  # nothing but rounding is lost, and the planner does not look into them
+        if name in _SINGLE:
             return convert(
                 torch.float64, torch.float32, func(*convert(torch.float32, torch.float64, args), **(kwargs or {}))
             )
@@ -146,7 +147,7 @@ class _Doubles(TorchFunctionMode):
 _LESS = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64) | dict.fromkeys(
     (torch.complex32, torch.complex64), torch.complex128
 )
-_SINGLE = ("_grouped_mm", "_scaled_mm")  # have no kernel for double precision
+_SINGLE = ("_grouped_mm", "_scaled_mm")  # operators without a kernel for double precision
 _TO_LESS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 
@@ -168,14 +169,14 @@ def _double(name: str, buffer: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """A copy in double precision."""
+    """Return a copy in double precision."""
     dtype = torch.complex128 if tensor.is_complex() else torch.float64 if tensor.is_floating_point() else tensor.dtype
     return tensor.to(dtype, copy=True)
 
 
 @contextmanager
 def all_sliceable(model: nn.Module) -> Iterator[None]:
-    """Torch's attention modules in the form that survives a cut."""
+    """Turn torch's attention modules in the block into ones that can be cut."""
     undo = [make_sliceable(one) for one in model.modules() if type(one) is nn.MultiheadAttention]
     try:
         yield
@@ -185,7 +186,7 @@ def all_sliceable(model: nn.Module) -> Iterator[None]:
 
 
 def doubles(example_inputs: ExampleInputs, *, noise: bool) -> ExampleInputs:
-    """The example inputs in double precision, with noise of the values' own size: zeros would hide errors."""
+    """Return the example inputs in double precision; noise of the values' size shows errors that zeros would hide."""
     generator = torch.Generator().manual_seed(0)
 
     def change(tensor: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def _noisy(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights of variance 1 / fan-in; scales and variances around 1, so that signals keep their size."""
+    """Return random weights of variance 1 / fan-in, or scales and variances around 1: signals keep their size."""
     shape = tuple(tensor.shape)
     normal = torch.randn(shape, dtype=torch.float32, generator=generator).double()  # twice as fast as doubles
     if name.endswith(("running_var", "weight")) and len(shape) == 1:

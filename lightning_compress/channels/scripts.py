@@ -1,4 +1,4 @@
-"""Scripted and traced parts of a network: opened to torch.export where that can be done, and one operator where not."""
+"""Scripted and traced parts of a network: torch.export looks into them, or else they are a single operator."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-_CLOSED: dict[int, _Part] = {}  # the parts of the networks that are being planned, as long as they are
+_CLOSED: dict[int, _Part] = {}  # by number the scripted methods of networks that are being planned
 _NUMBERS = count()
 
 
 @contextmanager
 def scripts_callable(model: nn.Module) -> Iterator[None]:
-    """Let torch.export, and calls in double precision, trace scripted modules, within `entries_restored`."""
+    """Let torch.export trace scripted modules, and let double precision call them, within `entries_restored`."""
     with ExitStack() as back:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -31,10 +31,11 @@ def scripts_callable(model: nn.Module) -> Iterator[None]:
 
 
 class _Part:
-    """A method of a scripted module. One with constants in single precision, such as a frozen one, is called in that.
+    """A method of a scripted module.
 
-    torch.export sees its operators. Where it cannot, for constants or control flow that depends on data, it sees the
-    operator `closed_part`, which is unknown to the planner, so that everything that it touches stays whole.
+    A method with constants in single precision, such as that of a frozen module, is called in single precision.
+    torch.export traces the method's operators. If constants or control flow on data prevent that, it records the
+    operator `closed_part`, which the planner does not know, so that all channels that it touches are frozen.
     """
 
     def __init__(self, method: Callable[..., Any]) -> None:
@@ -49,9 +50,9 @@ class _Part:
                 return self._run(args, kwargs)
             if not self._single:
                 try:
-                    with torch._C.DisableTorchFunctionSubclass():  # a call of theirs would pass the module twice
+                    with torch._C.DisableTorchFunctionSubclass():  # else torch would pass the module twice
                         return self._method(*args, **kwargs)
-                except Exception:  # whatever torch's tracer says to what it cannot see through
+                except Exception:  # torch's tracer may raise anything
                     if not self._outputs:
                         raise
             leaves, self._inputs = tree_flatten((args, kwargs))

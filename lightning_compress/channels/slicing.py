@@ -21,16 +21,15 @@ from lightning_compress.core.tensors import Kept, select
 Undo = Callable[[], None]
 
 _Cut = tuple[Tensor, dict[int, Tensor]]  # a dense buffer, and by dimension the positions that stayed
-_DENSE = "_dense_buffers"  # on a module whose non-persistent buffers were cut: a _Cut by name
+_DENSE = "_dense_buffers"  # attribute of a module whose non-persistent buffers were cut: by name a _Cut
 
 
 class Slices:
-    """A record of slices that were taken; `undo` restores everything.
+    """A record of changes that slicing made; `undo` takes them back.
 
     Args:
-        sparing: Whether `undo` makes the dense tensors anew from what stayed and what left, so that no more memory is
-            needed than theirs. It is for tensors without gradients in memory that nothing else sees, such as the
-            sandbox's.
+        sparing: Whether to store only the positions that leave, and to rebuild the dense tensors in `undo`. This saves
+            memory, and is for tensors without gradients whose memory nothing else shares, such as the sandbox's.
     """
 
     def __init__(self, *, sparing: bool = False) -> None:
@@ -38,7 +37,7 @@ class Slices:
         self._undo: list[Undo] = []
 
     def undo(self) -> None:
-        """Restore everything, the last change first, also where one step fails."""
+        """Take all changes back, the last one first, and go on if one of them fails."""
         with ExitStack() as back:
             for undo in self._undo:
                 back.callback(undo)
@@ -48,7 +47,7 @@ class Slices:
         """Slice parameters with their gradients, buffers, optimizer state, and the size attributes of modules.
 
         Raises:
-            ValueError: An optimizer keeps state that cannot be sliced like its parameter.
+            ValueError: An optimizer keeps state that cannot be sliced like its parameter; nothing changes.
         """
         try:
             modules = dict(model.named_modules(remove_duplicate=False))
@@ -73,11 +72,11 @@ class Slices:
             raise
 
     def on_undo(self, undo: Undo) -> None:
-        """Register another function for `undo` to call."""
+        """Have `undo` call another function."""
         self._undo.append(undo)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute."""
+        """Set an attribute, until `undo` sets it back."""
         old = getattr(owner, name)
         self._undo.append(lambda: setattr(owner, name, old))
         setattr(owner, name, value)
@@ -114,7 +113,7 @@ class Slices:
         tensor.data = select(tensor.data, {dim: keep})
 
     def _remember(self, module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
-        """Store a dense buffer that no state dict holds, and the positions that stay of it."""
+        """Store a dense buffer that no state dict holds, and the positions that stay in it."""
         known: dict[str, _Cut] = vars(module).get(_DENSE, {})
         dense, before = known.get(name, (module.get_buffer(name).data, {}))
         here = {dim: before[dim][keep.cpu()] if dim in before else keep.cpu() for dim, keep in dims.items()}
@@ -122,7 +121,7 @@ class Slices:
         _set_dense(module, known | {name: (dense, before | here)})
 
     def _refresh(self, module: nn.Module) -> None:
-        """Set the size attributes of a module of torch."""
+        """Set the size attributes of one of torch's layers."""
         for name, value in sizes(module).items():
             if getattr(module, name) != value:
                 self.set(module, name, value)
@@ -142,7 +141,7 @@ def _set_dense(module: nn.Module, known: dict[str, _Cut]) -> None:
 
 
 def positions_left(model: nn.Module) -> dict[str, dict[int, list[int]]]:
-    """By name of a non-persistent buffer that was cut, and by dimension, the positions of the dense one that stayed."""
+    """Return by name and dimension the positions that stayed of every non-persistent buffer that was cut."""
     return {
         f"{path}.{name}".lstrip("."): {dim: keep.tolist() for dim, keep in dims.items()}
         for path, module in model.named_modules()
@@ -151,10 +150,14 @@ def positions_left(model: nn.Module) -> dict[str, dict[int, list[int]]]:
 
 
 def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
-    """Give non-persistent buffers the positions that `positions_left` told of another network, and the others all.
+    """Slice the dense non-persistent buffers to some positions, and make the other buffers dense again.
+
+    Args:
+        model: The network, changed in place.
+        positions: What `positions_left` returned for another network of the same class.
 
     Raises:
-        RecordError: A buffer has not that many; all are as they were then.
+        RecordError: A buffer has fewer positions; no buffer changes.
     """
     changes: list[tuple[nn.Module, str, Tensor, dict[int, Tensor]]] = []
     for path, module in model.named_modules():
@@ -167,7 +170,7 @@ def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequenc
             dense = known[name][0] if name in known else buffer.data
             fits = all(dim < dense.dim() for dim in where)
             if name not in known and fits and all(dense.shape[dim] == len(keep) for dim, keep in where.items()):
-                continue  # the class makes it thin itself
+                continue  # the class itself makes the buffer thin
             for dim, keep in where.items():
                 if dim >= dense.dim() or max(keep) >= dense.shape[dim]:
                     raise RecordError(
@@ -184,7 +187,7 @@ def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequenc
 
 
 def sizes(module: nn.Module) -> dict[str, Any]:
-    """What a module's size attributes should be, by the shapes of its tensors."""
+    """Return the size attributes of one of torch's layers that fit its weight; none for other modules."""
     with evaluating(module) if is_parametrized(module, "weight") else nullcontext():  # it computes the weight anew
         weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):

@@ -20,9 +20,11 @@ from lightning_compress.channels.factors import without_factors
 from lightning_compress.channels.graph.walk import export
 from lightning_compress.channels.groups import ChannelGroup, Drop
 from lightning_compress.channels.module_calls import Calls, without
+from lightning_compress.channels.overlaps import compatible, kind_of, kinds_of, needed_to_cover, overlap
 from lightning_compress.channels.reference import dense_without
 from lightning_compress.channels.removal import take
-from lightning_compress.channels.reshapes import Solving, attributes_needed, is_reshape
+from lightning_compress.channels.reshape_trial import Solving, attributes_needed
+from lightning_compress.channels.reshapes import is_reshape
 from lightning_compress.channels.sandbox import sandbox
 from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.evaluation import entries_restored, set_mode
@@ -34,17 +36,17 @@ Follower = Callable[[ChannelGroup], ChannelGroup]
 
 
 class Trial:
-    """Cuts candidates of a plan, inside a sandbox, and compares with the dense network without those channels."""
+    """Cuts candidates of a plan in the sandbox, and compares the thin network with the dense one."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._plan, self._inputs = model, plan, plan.inputs
         self._calls: Calls | None = None
 
     def survivors(self) -> list[ChannelGroup]:
-        """The groups that may be cut, in any combination, and the frozen ones that say why not."""
+        """Return the groups that may be cut in any combination, and the frozen ones with their reasons."""
         free = [group for group in self._plan.candidates if group.frozen is None]
         frozen = [group for group in self._plan.candidates if group.frozen is not None]
-        chosen = _compatible(free)
+        chosen = compatible(free)
         if self._error(chosen) is not None:
             chosen, more = self._sorted_out(free)
             frozen += more
@@ -59,53 +61,59 @@ class Trial:
         def position(group: ChannelGroup) -> tuple[int, int, int]:
             return min((order[one.tensor], one.dim, int(one.index.min())) for one in group.members if one.produces)
 
-        return sorted(chosen + _telling(frozen, chosen), key=position)
+        return sorted(chosen + needed_to_cover(frozen, chosen), key=position)
 
     def _sorted_out(self, free: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
-        """The free groups that survive together, and the others; each way costs more forward passes than the last.
+        """Return the groups that survive a cut together, and the others.
 
-        Groups of one kind are like blocks: the first represents all of them, until they do not survive together.
+        The first group of a kind represents the others, until the chosen groups do not survive together. Every further
+        way of trying needs more forward passes.
         """
         stuck: set[tuple[object, ...]] = set()
         for trial in (self._first_tried, partial(self._tried, error_of=self._crash)):
-            chosen, frozen = self._told_apart([group for kind in _kinds(free) for group in trial(kind)])
+            chosen, frozen = self._distinguished([group for kind in kinds_of(free) for group in trial(kind)])
             if self._error(chosen) is None:
                 return chosen, frozen
             stuck = {identity(group) for group in frozen}
         left = [group for group in free if identity(group) not in stuck]
-        tried, more = self._told_apart([group for kind in _kinds(left) for group in self._tried(kind, self._error)])
+        tried, more = self._distinguished(
+            [group for kind in kinds_of(left) for group in self._tried(kind, self._error)]
+        )
         frozen += more
         chosen, more = self._together([], tried)
         return chosen, frozen + more
 
-    def _told_apart(self, tried: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
-        """Of groups that were tried, those that can be cut in any combination, and the frozen ones.
+    def _distinguished(self, tried: Sequence[ChannelGroup]) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
+        """Return the groups that can be cut in any combination, and the frozen ones, of groups that were tried alone.
 
-        Where a module reshapes keys and values alike, and only the keys' width leaves without them, half of the heads
-        leaves as many values as half of the width would: a reshape can't tell which of the two has left.
+        A module may reshape keys and values in the same way, where a channel of the keys' width has no values. After a
+        cut of half of the heads the values are as many as half of the width would be, so that a reshape cannot
+        distinguish the two cuts. Of such a pair the group with fewer members is frozen.
         """
-        chosen = _compatible([group for group in tried if group.frozen is None])
+        chosen = compatible([group for group in tried if group.frozen is None])
         frozen = [group for group in tried if group.frozen is not None]
         noting: dict[str, list[ChannelGroup]] = {}
         for group in chosen:
             for module in dict.fromkeys(one.module for one in group.attributes if is_reshape(one.name)):
                 noting.setdefault(module, []).append(group)
-        errors: dict[tuple[object, ...], str | None] = {}  # by kinds: the first pair represents the others of its kind
+        errors: dict[tuple[object, ...], str | None] = {}  # by kinds, of which the first pair represents the others
         stuck: dict[int, str] = {}
         for pair in (pair for groups in noting.values() for pair in combinations(groups, 2)):
-            share, kinds = math.gcd(*(group.size for group in pair)), tuple(map(_kind, pair))
+            share, kinds = math.gcd(*(group.size for group in pair)), tuple(map(kind_of, pair))
             if share > 1 and kinds not in errors:
                 errors[kinds] = self._parts.crash([(group, torch.arange(group.size // share)) for group in pair])
             if errors.get(kinds) is not None:
                 fewer = min(pair, key=lambda group: len(group.members))
-                stuck[id(fewer)] = f"a reshape in the network's code can't tell it from other groups: {errors[kinds]}"
+                stuck[id(fewer)] = (
+                    f"a reshape in the network's code cannot distinguish it from other groups: {errors[kinds]}"
+                )
         frozen += [replace(group, frozen=stuck[id(group)]) for group in chosen if id(group) in stuck]
         return [group for group in chosen if id(group) not in stuck], frozen
 
     def _first_tried(self, kind: list[ChannelGroup]) -> list[ChannelGroup]:
-        """Free or freeze groups as the first of them does around its own modules, by what comes out of these if it can.
+        """Free or freeze all groups of a kind by a trial of the first group in the smallest module around it.
 
-        Modules may return what nobody reads, so that a difference there says less than a crash.
+        If the module's output differs, a crash alone decides, because the network may not read the difference.
         """
         for error_of in (self._difference, self._crash) if kind[0].exact else (self._crash,):
             groups = self._tried(kind, partial(_of_first, error_of), alike=True)
@@ -114,9 +122,9 @@ class Trial:
         return groups
 
     def _tried(self, kind: list[ChannelGroup], error_of: ErrorOf, *, alike: bool = False) -> list[ChannelGroup]:
-        """Free or freeze the groups of one kind, with what follows them in their modules where the code needs it.
+        """Free or freeze the groups of one kind; free groups get the attributes of modules that the code needs changed.
 
-        Where nothing helps the first of them, the others are frozen with it if they are `alike`.
+        Where no attributes help the first group, the others are frozen with it if they are `alike`.
         """
         if not kind:
             return []
@@ -144,7 +152,7 @@ class Trial:
         return self._tried(kind[:middle], error_of) + self._tried(kind[middle:], error_of)
 
     def _followers(self, first: ChannelGroup) -> Iterator[Follower]:
-        """What adds to a group the numbers of its modules, or the sizes of their reshapes, that must follow it."""
+        """Return functions that add attributes to a group: numbers of its modules, then sizes of their reshapes."""
         variants = {_numbers(with_attributes(first, self._model, names)): names for names in reversed(VARIANTS)}
         for names in reversed(variants.values()):
             yield partial(with_attributes, model=self._model, names=names)
@@ -152,18 +160,18 @@ class Trial:
             yield partial(self._with_reshapes, names=names)
 
     def _with_reshapes(self, group: ChannelGroup, names: Sequence[str]) -> ChannelGroup:
-        """Add the numbers of those names, and the reshapes that ask for more than is there without half the group."""
+        """Add the numbers of some names, and the reshapes that ask for more than half of the group leaves."""
         group = with_attributes(group, self._model, names)
-        units = torch.arange(group.size // 2)
-        removed = self._plan.removed([(group, units)])[min(self._plan.axis_orders[identity(group)])]
+        channels = torch.arange(group.size // 2)
+        removed = self._plan.removed([(group, channels)])[min(self._plan.axis_orders[identity(group)])]
         solving = Solving(self._model, self._plan.reshapes(group), removed)
         with solving.watching():
-            self._parts.crash([(group, units)])
-        found = attributes_needed(solving.needed, self._plan.unit_of(group), group.size)
+            self._parts.crash([(group, channels)])
+        found = attributes_needed(solving.needed, self._plan.channel_of(group), group.size)
         return replace(group, attributes=(*group.attributes, *found)) if found else group
 
     def _halves_move(self, groups: Sequence[ChannelGroup]) -> bool:
-        """Whether slice boundaries still fall at the same fractions after a cut, which outputs may not show."""
+        """Return whether slices begin and end at the same fractions after a cut, which outputs may not show."""
         slices = Slices(sparing=True)
         try:
             take(slices, self._model, [(group, torch.arange(max(1, group.size // 2))) for group in groups])
@@ -178,7 +186,7 @@ class Trial:
     def _together(
         self, free: list[ChannelGroup], groups: Sequence[ChannelGroup]
     ) -> tuple[list[ChannelGroup], list[ChannelGroup]]:
-        """The free groups with those others that survive together with them, and the rest, by halves."""
+        """Add to the free groups those of `groups` that survive a cut with them; return both, and the frozen rest."""
         error = self._error([*free, *groups]) if groups else None
         if error is None:
             return [*free, *groups], []
@@ -189,7 +197,7 @@ class Trial:
         return free, frozen + more
 
     def _error(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Cut all groups, several times, and compare; return None, or a description of the error."""
+        """Cut all groups, several times, and compare; return the first error, or None."""
         drops = _drops(groups)
         for drop in drops:
             error = self.compared(drop)
@@ -199,7 +207,7 @@ class Trial:
             return None
         set_mode(self._model, True)
         try:
-            error = self.compared([(group, units) for group, units in drops[0] if group.exact])
+            error = self.compared([(group, channels) for group, channels in drops[0] if group.exact])
         finally:
             set_mode(self._model, False)
         return error and f"in training mode {error}"
@@ -210,12 +218,12 @@ class Trial:
         return self._calls
 
     def _crash(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Cut one group after the other, by a single unit; return None, or the first error of the code around it."""
+        """Cut one channel out of each group in turn, and call the module around it; return the first error, or None."""
         drops = ([(group, torch.arange(1))] for group in groups)
         return next(filter(None, map(self._parts.crash, drops)), None)
 
     def _difference(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """The same for exact groups, where what comes out of the modules around them must be that of zeros, too."""
+        """Cut half of each exact group in turn; return the first error or difference around it, or None."""
         drops = ([(group, torch.arange(group.size // 2))] for group in groups)
         return next(filter(None, map(self._parts.difference, drops)), None)
 
@@ -227,7 +235,7 @@ class Trial:
             return got
         try:
             expected = dense_without(self._model, self._inputs, drop, self._plan)
-        except Exception as error:  # the reference can't say what should come out: nothing is free without it
+        except Exception as error:  # no group is free without the reference
             return f"there is nothing to compare with ({error})"[:200]
         return compare(got, expected, TOLERANCE)
 
@@ -246,7 +254,7 @@ class PlanChecker:
 
 
 def _numbers(group: ChannelGroup) -> frozenset[tuple[str, str, int | None]]:
-    """The numbers that follow a group."""
+    """Return what identifies the attributes of a group."""
     return frozenset((one.module, one.name, one.place) for one in group.attributes)
 
 
@@ -255,10 +263,11 @@ def _of_first(error_of: ErrorOf, groups: Sequence[ChannelGroup]) -> str | None:
 
 
 def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tensor]]]:
-    """Return the trial cuts: every group in two sizes, so that a fixed number in the network's code fails in one.
+    """Return the trial cuts: every group in two sizes, of which a fixed number in the network's code fits one at most.
 
-    One unit of every group comes first, because little hides behind channels that are gone. Rows leave without columns,
-    too, and columns without rows: together they may leave a number of channels that fits by chance.
+    The first cut takes one channel of every group, because most errors show while most channels are there. Where groups
+    are rows and columns of the same positions, each side is also cut alone: both together may leave a number of
+    positions that fits by chance.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -267,7 +276,7 @@ def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tens
 
     sides: list[list[ChannelGroup]] = []
     for group in groups:
-        side = next((side for side in sides if not any(_overlap(group, other) for other in side)), None)
+        side = next((side for side in sides if not any(overlap(group, other) for other in side)), None)
         if side is None:
             sides.append([group])
         else:
@@ -278,15 +287,6 @@ def _drops(groups: Sequence[ChannelGroup]) -> list[list[tuple[ChannelGroup, Tens
         for number, group in enumerate(groups)
     ]
     return [few, many, *([some(group, group.size - group.size // 2) for group in side] for side in sides[1:] and sides)]
-
-
-def _overlap(a: ChannelGroup, b: ChannelGroup) -> bool:
-    others = {(one.tensor, one.dim): one.index for one in b.members}
-    return any(
-        bool(torch.isin(one.index, others[one.tensor, one.dim]).any())
-        for one in a.members
-        if (one.tensor, one.dim) in others
-    )
 
 
 def _slices(program: ExportedProgram) -> list[tuple[Fraction, Fraction]]:
@@ -300,66 +300,3 @@ def _slices(program: ExportedProgram) -> list[tuple[Fraction, Fraction]]:
             first, last = places
             found.append((Fraction(first, size), Fraction(size if end is None else last, size)))
     return found
-
-
-# ---------------------------------------------------------------------- candidates
-
-
-def _compatible(groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """Return those of overlapping groups that can be cut in any combination, finer ones first."""
-    chosen: list[ChannelGroup] = []
-    for group in sorted(groups, key=lambda one: -one.size):
-        if all(_crosses(group, other) for other in chosen):
-            chosen.append(group)
-    return chosen
-
-
-def _crosses(a: ChannelGroup, b: ChannelGroup) -> bool:
-    """Whether two groups are disjoint, or as rows are to columns."""
-    others = {(one.tensor, one.dim): one for one in b.members}
-    for one in a.members:
-        other = others.get((one.tensor, one.dim))
-        if other is None:
-            continue
-        size = int(max(one.index.max(), other.index.max())) + 1
-        row, column = torch.full((size,), -1), torch.full((size,), -1)
-        row[one.index] = torch.arange(a.size)[:, None].expand_as(one.index)
-        column[other.index] = torch.arange(b.size)[:, None].expand_as(other.index)
-        if not bool(((row >= 0) & (column >= 0)).any()):
-            continue
-        if not torch.equal(row >= 0, column >= 0):
-            return False
-        both = (row * b.size + column)[row >= 0].bincount(minlength=a.size * b.size)
-        if int(both.min()) == 0 or int(both.min()) != int(both.max()):
-            return False
-    return True
-
-
-def _telling(frozen: Sequence[ChannelGroup], free: Sequence[ChannelGroup]) -> list[ChannelGroup]:
-    """Return the frozen groups that cover slices which no other group covers, larger ones first."""
-    told: list[ChannelGroup] = []
-    said = {place for group in free for place in _made(group)}
-    for group in sorted(frozen, key=lambda one: -one.size):
-        if not _made(group) <= said:
-            told.append(group)
-            said |= _made(group)
-    return told
-
-
-def _made(group: ChannelGroup) -> set[tuple[str, int, int]]:
-    """Every position that a group's producing slices cover."""
-    makers = (one for one in group.members if one.produces)
-    return {(one.tensor, one.dim, at) for one in makers for at in one.index.reshape(-1).tolist()}
-
-
-def _kinds(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
-    """Groups that look alike: the same tensors of the same shapes, at other places in the network."""
-    kinds: dict[tuple[object, ...], list[ChannelGroup]] = {}
-    for group in groups:
-        kinds.setdefault(_kind(group), []).append(group)
-    return list(kinds.values())
-
-
-def _kind(group: ChannelGroup) -> tuple[object, ...]:
-    slices = (("".join(x for x in one.tensor if not x.isdigit()), one.dim, one.index.shape) for one in group.members)
-    return group.size, *slices

@@ -1,11 +1,13 @@
-"""Units: sets of slices that must leave a network together.
+"""Labels of tensors, and units: sets of positions that must leave a network together.
 
     a node: one position of one dimension of one parameter    conv.weight, dim 0, position 5
     a tie: two nodes that must leave together                 ... ~ bn.weight, dim 0, position 5
     a unit: a connected component                             ... ~ next.weight, dim 1, position 5
 
-An activation carries labels: for every position the node that it stands for. Structural operators (reshape, cat,
-permute) act on the labels as they act on the values, so nothing has to be known about them.
+A unit may be a channel of a group, a whole head, or no channel at all, such as a position of a kernel or an output.
+
+An activation carries labels: for every position the node that it belongs to. Structural operators (reshape, cat,
+permute) rearrange the labels as they rearrange the values.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FIXED = 0  # the node of every position that is no channel: inputs, places, looked-up rows
+FIXED = 0  # the node of every position that can never leave: inputs, places, looked-up rows
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Labels of a tensor: a tensor of nodes with one entry in every dimension along which they are the same.
+    """Labels of a tensor.
 
-    `silent` says whether a channel whose producers are zero reads zero here.
+    Attributes:
+        nodes: A tensor of nodes, with size 1 in every dimension along which they do not vary.
+        silent: Whether entries of a channel are zero here when all slices that produce it are.
     """
 
     nodes: Tensor
@@ -31,7 +35,7 @@ class Layer:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """The dimensions along which the nodes vary."""
+        """Dimensions along which the nodes vary."""
         return tuple(dim for dim, size in enumerate(self.nodes.shape) if size > 1)
 
 
@@ -39,10 +43,13 @@ class Layer:
 class Value:
     """A tensor of the graph: its shape and its labels.
 
-    `uniform`: every entry is the same or random, as in `torch.zeros`, so it would fit other widths just as well.
-    `repeated`: dimensions along which one entry was expanded, which code does to any width as well.
-    `parameter`: made from parameters alone.
-    `zero`: every entry is zero, so that to add it changes nothing.
+    Attributes:
+        shape: Its shape.
+        layers: Its labels.
+        uniform: Whether all entries are equal or random, as in `torch.zeros`, so that code can make it in any width.
+        parameter: Whether it is computed from parameters and buffers alone.
+        repeated: Dimensions along which one entry was expanded, which code can do to any width.
+        zero: Whether all entries are zero.
     """
 
     shape: tuple[int, ...]
@@ -53,7 +60,7 @@ class Value:
     zero: bool = False
 
     def along(self, dim: int) -> list[Layer]:
-        """The layers that vary along `dim`."""
+        """Return the layers that vary along `dim`."""
         return [layer for layer in self.layers if dim % len(self.shape) in layer.dims] if self.shape else []
 
 
@@ -78,7 +85,18 @@ def align(nodes: Tensor, dims: int) -> Tensor:
 
 
 class Units:
-    """Ties between nodes, and the reasons for which nodes are frozen or inexact."""
+    """Ties between nodes, and what the rules of operators found out about nodes.
+
+    Attributes:
+        count: Number of nodes.
+        frozen: Nodes that cannot leave, with the reason.
+        inexact: Nodes without which the network computes something else than with zeros, with the reason.
+        consumed: Nodes of slices that read channels.
+        produced: Nodes of slices that produce channels, although others read them as well.
+        attributes: Numbers that count nodes: module, name, place in a tuple, nodes.
+        halved: Nodes of channels that slices take apart in the middle.
+        read: Whether the axis order has mattered.
+    """
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
@@ -87,17 +105,17 @@ class Units:
         self.inexact: list[tuple[Tensor, str]] = []
         self.consumed: list[Tensor] = []
         self.produced: list[Tensor] = []
-        self.attributes: list[tuple[str, str, int | None, Tensor]] = []  # module, name, place in a tuple, nodes
-        self.halved: list[Tensor] = []  # nodes of channels that slices take apart in the middle
-        self.read = False  # whether the axis order has mattered
+        self.attributes: list[tuple[str, str, int | None, Tensor]] = []
+        self.halved: list[Tensor] = []
+        self.read = False
 
     def new(self, size: int) -> Tensor:
-        """Make nodes."""
+        """Make new nodes."""
         self.count += size
         return torch.arange(self.count - size, self.count)
 
     def tie(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Tie two tensors of nodes entry by entry; where one is fixed, the other is frozen for that `reason`."""
+        """Tie two tensors of nodes entry by entry; where one is fixed, freeze the other for this reason."""
         shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
         a, b = a.expand(shape), b.expand(shape)
         a, b = a.reshape(-1), b.reshape(-1)
@@ -108,17 +126,17 @@ class Units:
         self._ties.append((a, b))
 
     def freeze(self, nodes: Tensor, reason: str) -> None:
-        """Record that nodes can't leave."""
+        """Record that nodes cannot leave."""
         nodes = nodes.reshape(-1)
         self.frozen.append((nodes[nodes != FIXED], reason))
 
     def mark_inexact(self, nodes: Tensor, reason: str) -> None:
-        """Record that the network without these nodes computes something else than with zeros in their place."""
+        """Record that the network computes something else without these nodes than with zeros in their place."""
         nodes = nodes.reshape(-1)
         self.inexact.append((nodes[nodes != FIXED], reason))
 
     def solve(self) -> Tensor:
-        """Return the unit of every node: the smallest node that it is tied to, directly or not.
+        """Return the unit of every node: the smallest node to which it is tied, directly or not.
 
         Example:
             >>> units = Units()
@@ -143,10 +161,10 @@ class Units:
 
 
 def split_apart(nodes: Tensor, dims: Sequence[int], axis_order: int, units: Units, reason: str) -> Tensor:
-    """Group nodes that vary along several dimensions into slabs along one of them, and return one node per slab.
+    """Tie nodes that vary along several dimensions into slabs along one of them, and return one node per slab.
 
-    A cut must leave a box: whole rows or whole columns of a matrix can leave, not single entries. `axis_order` chooses
-    between them: slabs along the last of the dimensions for 0, along the one before for 1.
+    A cut must leave a box: whole rows or whole columns of a matrix can leave, but no single entries. With axis order 0
+    the slabs lie along the last of the dimensions, with 1 along the one before.
     """
     chosen = dims[max(0, len(dims) - 1 - axis_order)]
     first = nodes

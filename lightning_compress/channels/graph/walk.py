@@ -23,7 +23,7 @@ CONTRACTIONS = {  # operators of input, weight and bias
     *("linear", "convolution"),
     *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)),
 }
-AXIS_ORDERS = 3  # of what a reshape takes apart: (3, heads, width), (heads, 3, width) and (heads, width, 3) are in use
+AXIS_ORDERS = 3  # for reshapes to (3, heads, width), (heads, 3, width) and (heads, width, 3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Place:
 
 
 class Places:
-    """The nodes of parameters, and of buffers that hold values or masks; one and the same tensor has one name."""
+    """The nodes of parameters, and of buffers of values or masks; all names of a tensor share its nodes."""
 
     def __init__(self, model: nn.Module) -> None:
         units = Units()
@@ -52,13 +52,13 @@ class Places:
                 continue
             first[id(tensor)] = name
             holds = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-            sizes = tensor.shape if holds or name in self.parameters else ()  # other integers count, or name places
+            sizes = tensor.shape if holds or name in self.parameters else ()  # integer buffers are counters or indices
             self.by_name[name] = [Place(name, dim, units.new(n)) for dim, n in enumerate(sizes) if n > 1]
         self.names = list(first.values())
         self.count = units.count
 
     def all(self) -> list[Place]:
-        """Every dimension of every tensor, in order."""
+        """Return the places of all tensors, in order."""
         return [place for name in self.names for place in self.by_name[name]]
 
     def value(self, name: str) -> Value:
@@ -94,7 +94,7 @@ def export(model: nn.Module, example_inputs: ExampleInputs) -> ExportedProgram:
             f"{type(model).__name__} cannot be exported, so its channel groups cannot be found: {first_line} "
             f"{_advice(str(error))}"
         ) from error
-    program.graph.eliminate_dead_code()  # such as attention weights averaged over heads, where nobody reads them
+    program.graph.eliminate_dead_code()  # such as averages of attention weights that the network does not use
     return program
 
 
@@ -108,13 +108,25 @@ def _advice(error: str) -> str:
 
 
 class Walk:
-    """One walk through an exported graph, with one order of the axes that a reshape makes of a dimension."""
+    """One walk through an exported graph, which labels every tensor in it.
+
+    Args:
+        program: The exported network.
+        places: The nodes of its parameters and buffers.
+        units: Collects ties and reasons.
+        axis_order: Which axis of several that a reshape makes of one dimension gets the labels.
+
+    Attributes:
+        averages: By name of an operator's node in the graph, the channels that it averages over.
+        seen: Names of the parameters and buffers that the graph reads.
+        reshaped: By module the values before and after the reshapes in its code.
+    """
 
     def __init__(self, program: ExportedProgram, places: Places, units: Units, axis_order: int) -> None:
         self._places, self._units, self._axis_order = places, units, axis_order
-        self.averages: dict[str, list[Average]] = {}  # by the name of the graph's node
+        self.averages: dict[str, list[Average]] = {}
         self.seen: set[str] = set()
-        self.reshaped: dict[str, list[tuple[Value, Value]]] = {}  # by module, before and after the reshapes in its code
+        self.reshaped: dict[str, list[tuple[Value, Value]]] = {}
         inputs: list[Any] = []
         used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
         for spec in program.graph_signature.input_specs:
@@ -187,7 +199,7 @@ class Walk:
 
 
 def _is_view(node: Any) -> bool:
-    """Whether a node's value is a part of another tensor, which an operator in place would change as well."""
+    """Return whether a node's value is a part of another tensor, which an operator in place would change as well."""
     if isinstance(node, fx.Node) and node.target is operator.getitem:
         node = node.args[0]
     target = getattr(node, "target", None)
@@ -200,7 +212,7 @@ def _is_view(node: Any) -> bool:
 
 
 def module_of(node: fx.Node) -> str:
-    """Return the name of the module whose forward an operator stands in, "" for the network's own."""
+    """Return the path of the module whose forward calls an operator, "" for the network itself."""
     stack = node.meta.get("nn_module_stack") or {}
     return str(list(stack.values())[-1][0]) if stack else ""
 
@@ -211,11 +223,11 @@ def operator_of(node: Any) -> str:
     return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
 
 
-_SOME = 1009  # stands for a number that depends on the data: large and prime, so that it is like no other
+_SOME = 1009  # in place of a size that depends on the data: a large prime, which equals no other size
 
 
 def _plain(size: int | torch.SymInt) -> int:
-    """Return the size, with a stand-in for each part of it that depends on the data."""
+    """Return a size as a number, with `_SOME` in place of every symbol that depends on the data."""
     if isinstance(size, int):
         return size
     expression = size.node.expr

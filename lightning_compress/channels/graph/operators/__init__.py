@@ -4,6 +4,7 @@ from lightning_compress.channels.graph.operators import (  # noqa: F401  # each 
     contractions,
     convolutions,
     elementwise,
+    indexing,
     norms,
     reductions,
     structure,

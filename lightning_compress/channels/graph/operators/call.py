@@ -1,6 +1,6 @@
 """An operator in the graph, and the table of rules by which operators propagate labels.
 
-An operator without a rule freezes what it touches: a wrong guess is a silently wrong network.
+An operator without a rule freezes all channels that it touches, because a wrong guess makes a silently wrong network.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from lightning_compress.channels.graph.units import Layer, Units, Value
 
 
 class Average(NamedTuple):
-    """An operator that averages over channels: `argument` holds them along `dim`, as `nodes` say."""
+    """Channels that an operator averages over.
+
+    Attributes:
+        argument: Name of the operator's argument; "tensors.1" is the second tensor of a list.
+        dim: The argument's dimension along which the channels lie.
+        nodes: The nodes along this dimension.
+        zero: Whether the reference sets channels that leave to zero before the operator, instead of leaving them out.
+        axis_order: Axis order of the nodes.
+    """
 
     argument: str
     dim: int
     nodes: Tensor
-    zero: bool  # the reference sets dropped channels to zero before the operator, instead of leaving them out
+    zero: bool
     axis_order: int
 
 
@@ -38,7 +46,7 @@ class Call:
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Name of the operator, and of the module that calls it, for messages."""
         return f"{self.name} in {self.module!r}" if self.module else self.name
 
     def freeze(self, layers: Sequence[Layer], why: str) -> None:
@@ -47,7 +55,7 @@ class Call:
             self.units.freeze(layer.nodes, why)
 
     def inexact(self, argument: str, dim: int, layers: Sequence[Layer], why: str, *, zero: bool = False) -> None:
-        """Note that the operator depends on how many channels there are."""
+        """Record that the operator's result depends on the number of channels."""
         for layer in layers:
             self.units.mark_inexact(layer.nodes, why)
             self.averages.append(Average(argument, dim, layer.nodes, zero, self.axis_order))
@@ -69,14 +77,14 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 
 
 def run_rule(call: Call) -> Any:
-    """Return the value, or values, of an operator's output."""
+    """Return the labelled output of an operator."""
     known = RULES.get(call.name)
     if known is None:
         return unknown(call, f"the operator {call.where} is unknown to the planner")
     try:
         result = known(call)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
-        # A rule that meets arguments it was not written for: like an operator without a rule, and said aloud.
+        # The rule was not written for these arguments. The reason of the frozen groups says so.
         return unknown(call, f"the planner does not understand {call.where}: {type(error).__name__}: {error}")
     if not _fits(result, call.shape):
         return unknown(call, f"the planner does not understand {call.where}, which returns something else here")
@@ -84,7 +92,7 @@ def run_rule(call: Call) -> Any:
 
 
 def _fits(result: Any, shape: Any) -> bool:
-    """Whether a rule's result has the structure of the operator's: overloads of one name may return one or several."""
+    """Return whether a rule's result has the structure of the operator's output, which may differ between overloads."""
     if isinstance(shape, torch.Size):
         return isinstance(result, Value) and len(result.shape) == len(shape)
     if isinstance(shape, list):
@@ -100,14 +108,14 @@ def unknown(call: Call, why: str) -> Any:
 
 
 def blank(shape: Any) -> Any:
-    """Values without channels, in the structure of an operator's output."""
+    """Return values without labels, in the structure of an operator's output."""
     if isinstance(shape, torch.Size):
         return Value(tuple(shape))
     return [blank(one) for one in shape] if isinstance(shape, list) else None
 
 
 def values_in(tree: Any) -> list[Value]:
-    """The values among nested arguments, in order."""
+    """Return the values among nested arguments, in order."""
     if isinstance(tree, Value):
         return [tree]
     if isinstance(tree, dict):

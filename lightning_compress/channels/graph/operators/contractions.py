@@ -15,18 +15,30 @@ from lightning_compress.channels.graph.units import Layer, Value
 
 @dataclass(frozen=True, eq=False)
 class _Laid:
-    """A layer of one factor, laid out over all letters of the equation."""
+    """A layer of one factor, with one dimension for every letter of the equation.
+
+    Attributes:
+        nodes: Its nodes in these dimensions.
+        layer: The layer.
+        factor: Number of the factor.
+        letters: Letters along which the nodes vary.
+    """
 
     nodes: Tensor
     layer: Layer
     factor: int
-    letters: frozenset[str]  # along which it varies
+    letters: frozenset[str]
 
 
 def contract(call: Call, equation: str, a: Value, b: Value, *, arguments: tuple[str, str] = ("", "")) -> Value:
     """Tie the dimensions that `torch.einsum(equation, a, b)` sums over, and pass the others on.
 
-    `arguments` are the names of the operator's arguments that a and b are.
+    Args:
+        call: The operator.
+        equation: The equation, with two factors and an arrow.
+        a: The first factor.
+        b: The second factor.
+        arguments: Names of the operator's arguments that hold the factors.
     """
     left, right = equation.split("->")
     factors, spelled = (a, b), left.split(",")
@@ -78,7 +90,7 @@ def _lay(layer: Layer, letters: str, order: Sequence[str]) -> Tensor:
 
 
 def _sum_over(call: Call, sides: Sequence[_Laid], factors: Sequence[Value], arguments: tuple[str, str]) -> None:
-    """Record the reader of the channels, and whether leaving out a channel differs from setting it to zero."""
+    """Record which slices read the summed channels, and that a cut is inexact where these are not silent."""
     weights = [side for side in sides if factors[side.factor].parameter]
     data = [side for side in sides if not factors[side.factor].parameter]
     if all(value.parameter for value in factors):

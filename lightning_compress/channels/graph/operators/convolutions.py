@@ -44,7 +44,7 @@ def _first(layer: Layer, dims: int) -> Layer:
 
 
 def _grouped(call: Call, x: Value, weight: Value, groups: int, *, transposed: bool) -> Value:
-    """Tie the channels of a grouped convolution: whole blocks leave, or the same channels of every block."""
+    """Tie the channels of a grouped convolution: either whole blocks can leave, or the same channels of every block."""
     channel = len(x.shape) - 1
     why = f"{call.where} has groups of one size"
     rows, columns = weight.along(0), weight.along(1)
@@ -52,7 +52,7 @@ def _grouped(call: Call, x: Value, weight: Value, groups: int, *, transposed: bo
         call.freeze(x.layers, f"{call.where} has a weight whose channels are not known")
         return Value((*x.shape[:channel], groups * (weight.shape[1] if transposed else weight.shape[0] // groups)))
     n_in, n_out = x.shape[channel] // groups, (weight.shape[1] if transposed else weight.shape[0] // groups)
-    dim_rows = n_in if transposed else n_out  # what the weight's first dimension holds of every block
+    dim_rows = n_in if transposed else n_out  # positions of the weight's first dimension in every block
     blocks = rows[0].nodes.reshape(groups, dim_rows)
     inputs = x.along(channel)
     for layer in x.layers:

@@ -30,7 +30,7 @@ _LOSES_ZERO = (
 def elementwise(call: Call) -> Value:
     operands = values_in(call.arguments)
     silent = _SILENT.get(call.name)
-    if call.name == "div" and _divides_by_its_own(call):  # which is not made zero along with the channels
+    if call.name == "div" and _divides_by_its_own(call):  # zeros in the divisor would make infinities
         call.units.consumed += [layer.nodes for layer in call["other"].layers]
     if silent is None:
         keeps = call.name in _KEEPS_ZERO.split()
@@ -39,18 +39,18 @@ def elementwise(call: Call) -> Value:
 
 
 def _zero(call: Call, *names: str) -> bool:
-    """Whether the plain numbers among some arguments are zero."""
+    """Return whether the plain numbers among some arguments are zero."""
     return all(call[name] == 0 for name in names if not isinstance(call[name], Value))
 
 
 def _divides_by_its_own(call: Call) -> bool:
-    """Whether an activation is divided by a parameter or a buffer, such as a standard deviation."""
+    """Return whether the operator divides an activation by a parameter or a buffer, such as a standard deviation."""
     over, by = call["self"], call["other"]
     return isinstance(by, Value) and by.parameter and isinstance(over, Value) and not over.parameter
 
 
 def _bounds(call: Call, sign: int, name: str) -> bool:
-    """Whether a bound leaves zero as it is: none, or a number on its side of zero."""
+    """Return whether a bound keeps zero: there is none, or it is a number on its own side of zero."""
     bound = call[name]
     return bound is None or (isinstance(bound, int | float) and bound * sign >= 0)
 
@@ -79,7 +79,10 @@ _SILENT: dict[str, Callable[[Call, list[bool]], bool]] = {
 def combine(call: Call, operands: Sequence[Value], silent: Callable[[list[bool]], bool]) -> Value:
     """Tie operands that are combined entry by entry, with broadcasting.
 
-    `silent` returns whether the result is zero where the operands that have a channel do (`True` in its list).
+    Args:
+        call: The operator.
+        operands: The operands.
+        silent: Returns whether the result is zero, given for every operand whether it is.
     """
     shape = broadcast([value.shape for value in operands])
     layers: list[Layer] = []
@@ -87,7 +90,7 @@ def combine(call: Call, operands: Sequence[Value], silent: Callable[[list[bool]]
         here = [_at(value, dim, len(shape)) for value in operands]
         present = [layer for found in here for layer in found]
         if not present or any(layer.dims[0] < dim for layer in present):
-            # Nothing varies along this dimension, or its layers were met before.
+            # No layer varies along this dimension, or the layers were tied along an earlier one.
             call.freeze([one for one in present if one.dims[0] == dim], f"{call.where} mixes channels with places")
             continue
         why = f"{call.where} meets values that are no channels, such as an input, a place or a constant"
@@ -130,7 +133,7 @@ def broadcast(shapes: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def _at(value: Value, dim: int, dims: int) -> list[Layer]:
-    """A value's layers along a dimension of the broadcast result."""
+    """Return a value's layers along a dimension of the broadcast result."""
     aligned = [Layer(align(layer.nodes, dims), layer.silent) for layer in value.layers]
     return [layer for layer in aligned if dim in layer.dims]
 
@@ -144,7 +147,7 @@ def prelu(call: Call) -> Value:
 
 
 def broadcast_at(value: Value, dim: int, dims: int) -> Value:
-    """A vector, laid along one dimension."""
+    """Reshape a vector to lie along one dimension."""
     shape = [1] * dims
     shape[dim] = value.shape[0]
     layers = tuple(Layer(layer.nodes.reshape(shape), layer.silent) for layer in value.layers)

@@ -1,4 +1,4 @@
-"""Norms: those over the batch stay exact after a cut; those over channels depend on the number of channels."""
+"""Norms: a cut is exact for norms over the batch, and inexact for norms over channels, which count them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def batch_norm(call: Call) -> Any:
     for value in state:
         call.units.consumed += [layer.nodes for layer in value.layers]
     vectors = [broadcast_at(value, 1, len(x.shape)) for value in affine + state]
-    # By the statistics of the input itself a silent channel stays silent; by running ones it does not.
+    # With statistics of the input itself a silent channel stays silent; running statistics may shift it.
     own_mean = not state and True in (call["use_input_stats"], call["training"])
-    averaged = [layer for layer in x.layers if own_mean and 1 not in layer.dims]  # as where weights are standardised
+    averaged = [
+        layer for layer in x.layers if own_mean and 1 not in layer.dims
+    ]  # the weight of a layer that standardises it
     for layer in averaged:
         if torch.unique(layer.nodes).numel() * x.shape[1] == math.prod(x.shape):
             call.freeze([layer], f"{call.where} needs more than one value per channel, and one would be left")
@@ -77,7 +79,9 @@ def group_norm(call: Call) -> Value:
     groups = call["num_groups"]
     affine = [call[name] for name in ("weight", "bias") if call[name] is not None]
     each = x.shape[1] // groups
-    whole = each == 1 or (groups > 1 and call.axis_order > 0)  # whole groups leave, or channels out of every group
+    whole = each == 1 or (
+        groups > 1 and call.axis_order > 0
+    )  # either whole groups can leave, or channels of every group
     layers = []
     for layer in x.layers:
         if 1 not in layer.dims:

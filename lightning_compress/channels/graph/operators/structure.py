@@ -1,9 +1,8 @@
-"""Operators that rearrange entries: they rearrange the labels in the same way as the values."""
+"""Operators that rearrange, join or split entries: they do the same with the labels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ def _repeated(source: Value, shape: Sequence[int]) -> frozenset[int]:
 
 @rule("slice narrow")
 def cut_out(call: Call) -> Value:
-    """Return the slice of a tensor: halves lose equally many channels each; any other boundary is fixed in the code."""
+    """Return the slice of a tensor; halves must lose equally many channels each, other boundaries are fixed."""
     source: Value = call["self"]
     dim = (call["dim"] or 0) % len(source.shape)
     size, length = source.shape[dim], call.shape[dim]
@@ -59,7 +58,7 @@ def cut_out(call: Call) -> Value:
             call.units.halved.append(first.reshape(-1))
             layers.append(Layer(first, layer.silent))
         else:
-            # Positions after the last one that the code names may leave; a cut before it would move that one.
+            # Positions behind the boundary may leave, but a cut before the boundary would move it.
             named = size if step != 1 else start if start + length == size else start + length
             why = f"{call.where} takes channels apart at a place that its code names"
             call.units.freeze(layer.nodes.narrow(dim, 0, named), why)
@@ -109,7 +108,7 @@ def _operation(call: Call) -> Callable[[Tensor], Tensor]:
             for name, value in call.arguments.items()
         }
         arguments[first] = nodes
-        if call.name in ("view", "_unsafe_view"):  # the labels, expanded, may need a copy where the values do not
+        if call.name in ("view", "_unsafe_view"):  # a view of expanded labels may be impossible
             return nodes.reshape(list(call["size"]))
         assert call.operate is not None
         result: Tensor = call.operate(**arguments)
@@ -131,7 +130,7 @@ def pieces(call: Call) -> list[Value]:
             call.units.freeze(named, f"{call.where} takes channels apart at places that its code names")
     for index, layer in enumerate(layers):
         if equal and dim in layer.dims and call.name != "unbind":
-            # Code that asks for so many equal pieces gets them from thinner channels only if every piece gives as many.
+            # A thin tensor still has equal pieces only if every piece loses the same positions.
             stacked = torch.unflatten(layer.nodes, dim, (len(sizes), sizes[0]))
             first = stacked.narrow(dim, 0, 1)
             call.units.tie(stacked, first, f"{call.where} takes channels apart")
@@ -251,87 +250,3 @@ def as_complex(call: Call) -> Value:
     call.freeze(source.along(last), f"{call.where} makes one number of two channels")
     layers = tuple(Layer(one.nodes.squeeze(-1), one.silent) for one in source.layers if last not in one.dims)
     return Value(tuple(call.shape), layers, source.uniform, source.parameter, zero=source.zero)
-
-
-@rule("index_add")
-def index_add(call: Call) -> Value:
-    dim = call["dim"] % len(call.shape)
-    return _written(call, [call["self"], call["source"]], lambda place: place == dim)
-
-
-@rule("index_put")
-def index_put(call: Call) -> Value:
-    places = list(call["indices"])
-    leading = len(places)
-    if any(place is None for place in places):
-        raise ValueError("it names places behind others that it does not name")
-    for value in values_in(places):
-        call.freeze(value.layers, f"{call.where} looks places up")
-    return _written(call, [call["self"], call["values"]], lambda place: place < leading)
-
-
-def _written(call: Call, parts: list[Value], places: Callable[[int], bool]) -> Value:
-    """Tie the values that are written to the tensor that they are written into, but for the dimensions of places."""
-    rank, flat = len(call.shape), []
-    for value in parts:
-        ahead = rank - len(value.shape)  # values may have fewer dimensions, or several for the places
-        shape, layers = [1] * rank, []
-        for dim, size in enumerate(value.shape):
-            if ahead + dim >= 0 and not places(ahead + dim):
-                shape[ahead + dim] = size
-        for layer in value.layers:
-            if all(ahead + dim >= 0 and not places(ahead + dim) for dim in layer.dims):
-                here = layer.nodes.reshape([layer.nodes.shape[dim] for dim in range(max(-ahead, 0), len(value.shape))])
-                layers.append(Layer(here.reshape([1] * max(ahead, 0) + list(here.shape)), layer.silent))
-            else:
-                call.freeze([layer], f"{call.where} looks rows up by their number")
-        flat.append(Value(tuple(shape), tuple(layers), value.uniform, value.parameter, zero=value.zero))
-    result = combine(call, flat, all)
-    return Value(tuple(call.shape), result.layers, result.uniform, result.parameter, zero=result.zero)
-
-
-@rule("index_select gather take_along_dim cumsum cumprod sort topk argsort log_cumsum_exp")
-def along_dim(call: Call) -> Any:
-    source: Value = call["self"]
-    dim = (-1 if call["dim"] is None else call["dim"]) % max(len(source.shape), 1)
-    others = [value for value in values_in(call.arguments) if value is not source]
-    for value in others:
-        call.freeze(value.layers, f"{call.where} looks places up")
-    call.freeze(source.along(dim), f"{call.where} tells channels apart by their place")
-    layers = tuple(layer for layer in source.layers if dim not in layer.dims)
-    keeps = call.name in ("index_select", "cumsum", "sort", "topk")
-    shapes = call.shape if isinstance(call.shape, list) else [call.shape]
-    found = [Value(tuple(shape), tuple(Layer(one.nodes, one.silent and keeps) for one in layers)) for shape in shapes]
-    return found if isinstance(call.shape, list) else found[0]
-
-
-@rule("index")
-def index(call: Call) -> Value:
-    source: Value = call["self"]
-    places = list(call["indices"])
-    for value in values_in(places):
-        call.freeze(value.layers, f"{call.where} looks places up")
-    looked_up = [dim for dim, place in enumerate(places) if place is not None]
-    zeros = [None if place is None else torch.zeros(place.shape, dtype=torch.long) for place in places]
-    layers = []
-    for layer in source.layers:
-        if any(dim in layer.dims for dim in looked_up):
-            call.freeze([layer], f"{call.where} looks rows up by their number")
-        else:
-            nodes = compress(torch.ops.aten.index(layer.nodes.expand(source.shape), zeros))
-            layers.append(Layer(nodes, layer.silent))
-    return Value(tuple(call.shape), tuple(layers), source.uniform, source.parameter, zero=source.zero)
-
-
-@rule("embedding")
-def embedding(call: Call) -> Value:
-    weight: Value = call["weight"]
-    call.freeze(weight.along(0), f"{call.where} looks rows up by their number")
-    call.units.consumed += [layer.nodes for layer in weight.along(0)]
-    for value in values_in(call["indices"]):
-        call.freeze(value.layers, f"{call.where} looks rows up by channels")
-    layers = []
-    for layer in weight.along(1):
-        call.units.produced.append(layer.nodes)
-        layers.append(Layer(layer.nodes.reshape([1] * (len(call.shape) - 1) + [-1]), layer.silent))
-    return Value(tuple(call.shape), tuple(layers))
