@@ -181,26 +181,32 @@ def score(output: Any, rule: Rule, temperature: float = 1.0, *, confidence: Conf
     return top[:, 0] if rule == "confidence" else top[:, 0] - top[:, 1]
 
 
-def streak(logits: Tensor, before: Tensor | None = None) -> Tensor:
+def predict(logits: Any) -> Tensor:
+    """Return the likeliest class of each sample (N,), and -1 where logits are not finite numbers."""
+    logits = _logits(logits)
+    finite = logits.logsumexp(1).isfinite()  # single classes may have -inf: they are forbidden
+    predicted: Tensor = logits.argmax(1).where(finite, -1)
+    return predicted
+
+
+def streak(predicted: Tensor, before: Tensor | None = None) -> Tensor:
     """Return the class that each sample is predicted, and how many exits in a row predicted it: integers (N, 2).
 
     Args:
-        logits: Of this exit, (N, C).
+        predicted: What `predict` returned at this exit.
         before: What this function returned for the exit before, for the same samples in the same order.
 
     Example:
-        >>> one = streak(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-        >>> streak(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), one)
-        tensor([[0, 2],
-                [0, 1]])
+        >>> one = streak(torch.tensor([0, 1, -1]))
+        >>> streak(torch.tensor([0, 0, -1]), one)
+        tensor([[ 0,  2],
+                [ 0,  1],
+                [-1,  0]])
     """
-    logits = _logits(logits)
-    finite = logits.logsumexp(1).isfinite()  # single classes may have -inf: they are forbidden
-    predicted = logits.argmax(1)
     length = torch.ones_like(predicted)
     if before is not None:
         length = length + before[:, 1] * (predicted == before[:, 0])
-    return torch.stack([predicted.where(finite, -1), length.where(finite, 0)], 1)
+    return torch.stack([predicted, length.where(predicted >= 0, 0)], 1)
 
 
 def leaves(
@@ -216,7 +222,7 @@ def leaves(
         confidence: The callable of the rule "custom".
     """
     if rule.rule == "patience":
-        after = streak(output, before)
+        after = streak(predict(output), before)
         return after[:, 1] >= rule.thresholds[k], after
     return score(output, rule.rule, rule.temperatures[k], confidence=confidence) >= rule.thresholds[k], None
 
