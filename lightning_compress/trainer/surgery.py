@@ -1,4 +1,4 @@
-"""Change a module's shapes while a Trainer holds it, and the base class of callbacks that do so."""
+"""Change the shapes of a module during a fit, and the base class of the callbacks that do so."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lightning_compress.trainer.callback import CompressionCallback, techniques
 from lightning_compress.trainer.unwrap import innermost
 
 _TO_SHRINK = (
-    "Once it is loaded, lightning_compress.shrink(network, example_inputs) takes them out; trainer.test(module) "
-    "without ckpt_path tests the network as the fit left it."
+    "After loading it, cut them out by lightning_compress.shrink(network, example_inputs). To test the network that "
+    "the fit has cut, call trainer.test(module) without ckpt_path."
 )
 
 
@@ -34,19 +34,19 @@ class Cut(Protocol):
 
 
 class CuttingCallback(CompressionCallback):
-    """A technique that may take channels out of the network: `cut_in_fit` does so, and its checkpoints may be thin.
+    """A technique that may cut channels out of the network by `cut_in_fit`, so that its checkpoints may be thin.
 
     Attributes:
-        removes: Whether channels leave the network; a subclass sets it.
+        removes: Whether this callback cuts channels out; a subclass sets it.
     """
 
     removes = False
-    _n_parameters_left: int | None = None  # once channels have left at a fit's end
+    _n_parameters_left: int | None = None  # set when channels were cut out at a fit's end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.removes:
-            # The module, and averages of it, take the shapes of checkpoints, which may hold a thinner or wider network.
+            # The module and its averages take the shapes of loaded checkpoints, which may hold other networks than now.
             follow_checkpoints(pl_module)
             for average in averaged_modules(trainer):
                 follow_leader(average, pl_module)
@@ -57,15 +57,15 @@ class CuttingCallback(CompressionCallback):
             keep_metadata(checkpoint, pl_module)
 
     def cut_in_fit(self, trainer: Trainer, cut: Cut, *, at_end: bool) -> None:
-        """Cut the network that is being trained: its optimizers, averages, wrapper and other callbacks follow.
+        """Cut the network of a fit, and with it the optimizers, the averages, the wrapper and other callbacks' state.
 
-        At the fit's end an optimizer's state that cannot be cut is forgotten, for no step follows; a warning says so.
+        At the fit's end, optimizer state that can't be cut is discarded with a warning, because no step follows.
         """
         for optimizer in trainer.optimizers if at_end else ():
             if reason := forget_unsliceable(optimizer, trainer.lightning_module.parameters()):
                 warnings.warn(
-                    f"{reason} The fit is over, so this state is forgotten: a fit that is resumed from a later "
-                    f"checkpoint starts it anew.",
+                    f"{reason} The fit is over, so this state is discarded: a fit that is resumed from a later "
+                    f"checkpoint makes it anew.",
                     stacklevel=2,
                 )
         with rewrapped(trainer):
@@ -79,8 +79,8 @@ class CuttingCallback(CompressionCallback):
             files = [one.best_model_path for one in trainer.callbacks if isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]
             if kept and any(files):
                 rank_zero_info(
-                    f"Channels have left the network at the fit's end; {', '.join(filter(None, files))} is of before "
-                    f"and holds it with masked channels. {_TO_SHRINK}"
+                    f"Channels were cut out of the network at the fit's end, but {', '.join(filter(None, files))} is "
+                    f"from before the cut and holds it with masked channels. {_TO_SHRINK}"
                 )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,12 +95,12 @@ class CuttingCallback(CompressionCallback):
         self._warn_if_wide(pl_module)
 
     def _warn_if_wide(self, pl_module: LightningModule) -> None:
-        """Warn where a checkpoint of before the cut has been loaded back, as by `trainer.test(ckpt_path="best")`."""
+        """Warn if a checkpoint from before the cut was loaded, as by `trainer.test(ckpt_path="best")`."""
         left, found = self._n_parameters_left, _count(pl_module)
         if left is not None and found > left:
             warnings.warn(
-                f"The network has {found} parameters, and had {left} when channels had left at the fit's end: a "
-                f"checkpoint of before, with masked channels, has been loaded. {_TO_SHRINK}",
+                f"The network has {found} parameters, but {left} after channels were cut out at the fit's end: a "
+                f"checkpoint from before, with masked channels, was loaded. {_TO_SHRINK}",
                 stacklevel=2,
             )
 

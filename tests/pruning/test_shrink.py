@@ -197,7 +197,7 @@ def test_state_that_cannot_be_cut_is_refused_before_the_first_step() -> None:
 
 
 def test_state_that_cannot_be_cut_is_forgotten_at_the_fits_end() -> None:
-    with pytest.warns(UserWarning, match="InBits keeps 'qmap1'.*The fit is over, so this state is forgotten"):
+    with pytest.warns(UserWarning, match="InBits keeps 'qmap1'.*The fit is over, so this state is discarded"):
         trainer, module = run(pruning(), make=InBitsModule)
     assert sum(widths(module)) == 11
     assert all("qmap1" not in trainer.optimizers[0].state[one] for one in module.parameters())
@@ -325,12 +325,17 @@ def test_a_best_checkpoint_of_before_the_cut_is_said_to_be_wide(
     best = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max")
     with caplog.at_level("INFO"):
         trainer, module = run(pruning(), best, enable_checkpointing=True)
-    assert f"{best.best_model_path} is of before and holds it with masked channels. Once it is loaded" in caplog.text
+    assert (
+        f"{best.best_model_path} is from before the cut and holds it with masked channels. After loading it"
+        in caplog.text
+    )
     thin = sum(parameter.numel() for parameter in module.parameters())
     recwarn.clear()
     trainer.test(module, plain(), verbose=False)
-    assert not [one for one in recwarn if "has been loaded" in str(one.message)]
-    with pytest.warns(UserWarning, match=f"had {thin} when channels had left at the fit's end: a checkpoint of before"):
+    assert not [one for one in recwarn if "was loaded" in str(one.message)]
+    with pytest.warns(
+        UserWarning, match=f"but {thin} after channels were cut out at the fit's end: a checkpoint from before"
+    ):
         trainer.test(module, plain(), ckpt_path="best", verbose=False)
     shrink(module.net, X)
     assert sum(parameter.numel() for parameter in module.parameters()) == thin
