@@ -33,9 +33,8 @@ def reached_by_forward(module: LightningModule) -> set[str] | None:
         The paths; None where reading the code is not enough: the class has no `forward` of its own or no source, the
         code passes `self` to other code, or it finds submodules by `getattr` or in a loop over all of them.
     """
-    own = getattr(
-        vars(module).get("forward"), "__func__", vars(module).get("forward")
-    )  # Lightning may leave a bound copy there
+    # Lightning may leave a bound copy there.
+    own = getattr(vars(module).get("forward"), "__func__", vars(module).get("forward"))
     if not is_overridden("forward", module) or own not in (None, type(module).forward):
         return None
     if type(module).__getattr__ is not nn.Module.__getattr__:

@@ -42,9 +42,7 @@ class ResumableCallback(DeclaresEffects, Callback):
     def __init__(self, **settings: Any) -> None:
         self.name = type(self).__name__
         self.settings = settings
-        self._state_key = self._generate_state_key(
-            **settings
-        )  # made once: the Trainer's profiler reads it at every hook
+        self._state_key = self._generate_state_key(**settings)  # made once: the profiler reads it at every hook
         self.generator = torch.Generator()  # its own, so that the network's random numbers stay the same
         self._steps = 0
         self._offset = 0
@@ -52,11 +50,9 @@ class ResumableCallback(DeclaresEffects, Callback):
         self._fitted: weakref.ref[LightningModule] | None = None
         self._loaded: dict[str, Any] | None = None  # the state from a checkpoint, until the fit starts
         self._loads_state = True
-        self._resumes = (
-            False  # a checkpoint was loaded, until the fit starts; so for the next two, of the first technique
-        )
-        self._metrics: list[dict[str, Any]] | None = None  # of every rank, from the checkpoint
-        self._epoch_end: EpochEnd | None = None  # of the checkpoint
+        self._resumes = False  # whether a checkpoint was loaded for the fit that starts
+        self._metrics: list[dict[str, Any]] | None = None  # of every rank, from it, if this is the first technique
+        self._epoch_end: EpochEnd | None = None  # likewise
         self._numbers: dict[str, dict[str, Any]] = {}  # the module's numbers when the fit began
 
     # ------------------------------------------------------------------ what a technique supplies
@@ -142,6 +138,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         return self is next(one for one in callbacks if isinstance(one, ResumableCallback))
 
     def _make_up_for_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the logged metrics, and make up for what Lightning leaves out before the first batch."""
         epoch_end, self._epoch_end = self._epoch_end, None
         metrics, self._metrics = self._metrics, None
         if epoch_end is not None:
