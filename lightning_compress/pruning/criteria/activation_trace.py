@@ -76,10 +76,7 @@ class LayerCall:
 
 @dataclass(eq=False)
 class _Value:
-    """The value of a non-linearity, computed from ``calls``.
-
-    It is reported when it is clear that it does not serve as a gate, as in x * sigmoid(x).
-    """
+    """The value of a non-linearity on ``calls``, reported once it is clear that it is no gate, as in x * sigmoid(x)."""
 
     tensor: Tensor | None
     version: int
@@ -273,11 +270,7 @@ class ActivationTrace(TorchFunctionMode):
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Linear | _ConvNd:
-    """Return the linear layer or convolution with that qualified name.
-
-    Raises:
-        ValueError: There is no module with that name, or it is another kind of layer.
-    """
+    """Return the linear layer or convolution with that qualified name; raise a ValueError if there is none."""
     try:
         layer = model.get_submodule(name)
     except AttributeError as error:
