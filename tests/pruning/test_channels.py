@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.pruning import channels as module_under_test
@@ -707,12 +707,18 @@ def test_a_depthwise_convolution_of_the_input_is_frozen() -> None:
 
 
 def test_a_weight_that_is_computed_from_others_freezes_what_it_touches() -> None:
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), weight_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2))
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), orthogonal(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2))
     found = find(net, SEQUENCE, [name for name, parameter in net.named_parameters() if parameter.dim() > 1])
     assert free(found) == []
     computed = [one for one in found.values() if "parametrizations" in one.name]
     assert computed
-    assert all("_weight_norm in '2.parametrizations.weight.0' is unknown" in str(one.frozen) for one in computed)
+    assert all("in '2.parametrizations.weight.0' tells places apart" in str(one.frozen) for one in computed)
+
+
+def test_channels_of_a_weight_norm_are_free() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), weight_norm(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2))
+    found = find(net, SEQUENCE, [name for name, parameter in net.named_parameters() if parameter.dim() > 1])
+    assert free(found) == ["0", "2.parametrizations.weight.original0"]
 
 
 @pytest.mark.parametrize("function", [torch.mul, torch.add], ids=["scale", "shift"])
