@@ -6,6 +6,8 @@ sample meets temperatures that it has fitted, and all of them choose the thresho
 
 An allowed drop is met with one standard error to spare. The solver picks the luckiest of many thresholds, so that the
 accuracy that it sees is too high; the error of the difference to the full network, sample by sample, is about as large.
+Where no thresholds are as good on few samples, the safest ones do, those whose drop and error are the least, if both
+together are within 0.3 points of what is allowed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ __all__ = ["Outcome", "Swept", "Table", "calibrate", "evaluate", "fit_temperatur
 
 _FEWEST = 20  # samples of a calibration
 _POINTS = 30  # of a rule's frontier
+_TOLERANCE = 0.003  # of an allowed drop
+_TRIED = 64  # choices, for the safest one
 _ALL_SUBSETS = 6  # exits, of which patience tries every subset as the open ones
 
 
@@ -78,6 +82,7 @@ def calibrate(
         (14.9, (0.51, 0.49), 0.91)
     """
     _check(table, budget, accuracy_drop, slack)
+    _check_rule(table, rule, temperature)
     right = table.quality()
     exits = len(table.heads)
     temperatures = (1.0,) * (exits + 1)
@@ -90,14 +95,15 @@ def calibrate(
     else:
         temperatures, scores = _cross_fitted(table, rule, seed)
         choices = _Scores(table, right, scores, table.confidences(rule, temperatures))
+    best: int | None
     if budget is not None:
-        chosen = choices.thresholds(_within(choices.costs, budget, table, unit))
+        best = _within(choices.costs, budget, table, unit)
     else:
         assert accuracy_drop is not None
         best = _allowed(choices, right, accuracy_drop, slack)
-        chosen = (math.inf,) * exits if best is None else choices.thresholds(best)
+    chosen = (math.inf,) * exits if best is None else choices.thresholds(best)
     closed = [k + 1 for k, threshold in enumerate(chosen) if threshold == math.inf]
-    if closed:
+    if closed and best is not None:
         warnings.warn(
             f"No sample leaves at {'exit' if len(closed) == 1 else 'exits'} {', '.join(map(str, closed))} of {exits}: "
             "what it would gain is less than it costs. These heads are not run",
@@ -239,6 +245,15 @@ def _check(table: Table, budget: float | None, accuracy_drop: float | None, slac
         )
 
 
+def _check_rule(table: Table, rule: Rule, temperature: bool) -> None:
+    if rule == "custom":
+        return
+    if not table.logits:
+        raise ValueError(f'rule="{rule}": the table has no logits; pass rule="custom" for scores of your own')
+    if table.targets is None and temperature and rule != "patience":
+        raise ValueError("The table has no targets, which temperatures are fitted to: pass them, or temperature=False")
+
+
 def _cross_fitted(table: Table, rule: Rule, seed: int) -> tuple[tuple[float, ...], Tensor]:
     """Return temperatures, and the scores that each half of the samples gets with those of the other half."""
     assert table.targets is not None
@@ -275,22 +290,36 @@ def _within(costs: Tensor, budget: float, table: Table, unit: Unit) -> int:
 
 
 def _allowed(choices: _Choices, right: Tensor, drop: float, slack: float) -> int | None:
-    """Return the cheapest choice whose drop of accuracy, with standard errors to spare, is allowed."""
-    full, samples = right[-1], right.shape[1]
-    i = 0
-    while i < len(choices.costs):
-        lost = full - right.gather(0, choices.exit_index(i)[None])[0]
-        error = float(lost.std(correction=0)) / math.sqrt(samples)
-        if float(lost.mean()) + slack * error <= drop + 1e-12:
+    """Return the cheapest choice whose drop is allowed, or else the safest, or None for the full network."""
+    samples, full = right.shape[1], float(right[-1].mean())
+
+    def with_slack(i: int) -> tuple[float, float]:
+        index = choices.exit_index(i)
+        lost = right[-1] - right.gather(0, index[None])[0]
+        unseen = 1 if bool((index < len(right) - 1).any()) else 0  # one more sample may differ
+        squares = float((lost - lost.mean()).square().sum()) + unseen
+        error = slack * math.sqrt(squares) / samples
+        return float(lost.mean()) + error, error
+
+    close = (choices.accuracies >= full - drop - _TOLERANCE).nonzero()[:, 0]
+    tried: list[int] = close[torch.linspace(0, len(close) - 1, min(len(close), _TRIED)).long()].tolist()
+    risks = [with_slack(i) for i in tried]
+    for before, i, (worst, _) in zip([-1, *tried], tried, risks, strict=False):
+        if worst <= drop + 1e-12:
+            while i - before > 1:  # one between two of those that were tried may do
+                middle = (before + i) // 2
+                before, i = (before, middle) if with_slack(middle)[0] <= drop + 1e-12 else (middle, i)
             return i
-        enough = float(full.mean()) - drop + slack * error
-        i = max(i + 1, int((choices.accuracies < enough - 1e-12).sum()))
-    warnings.warn(
-        f"accuracy_drop={drop}: on {samples} samples, no thresholds are within it with {slack} standard errors "
-        "to spare, so that every exit is closed. Allow more, pass more samples, or a smaller slack",
-        stacklevel=3,
+    said = (
+        f"accuracy_drop={drop}: on {samples} samples no thresholds are within it with {slack} standard errors to spare."
     )
-    return None
+    (worst, error), safest = min(zip(risks, tried, strict=True), default=((math.inf, 0.0), 0))
+    if worst > drop + _TOLERANCE:
+        said += " Every exit is closed. Allow more, pass more samples, or a smaller slack"
+        warnings.warn(said, stacklevel=3)
+        return None
+    warnings.warn(f"{said} The safest ones lose {worst - error:.4f}, with an error of {error:.4f}", stacklevel=3)
+    return safest
 
 
 def _frontier(choices: _Choices) -> tuple[tuple[float, tuple[float, ...]], ...]:
