@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_compress.core.axes import BATCH, arguments
 from lightning_compress.core.evaluation import evaluating
@@ -16,10 +15,13 @@ from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.answers import Answers, WholeBatchAnswers
 from lightning_compress.early_exit.gains import left_out, measured
+from lightning_compress.early_exit.inputs import Inputs
 from lightning_compress.early_exit.live import Live, StaleError
 from lightning_compress.early_exit.rules import Confidence, ExitRule
 from lightning_compress.early_exit.split import Examples, MixedSamplesError, SplitError, axes_of, running, split
 from lightning_compress.early_exit.stages import Stage, Stages
+from lightning_compress.early_exit.static import Static, WholeStatic
+from lightning_compress.early_exit.whole_batch import run_whole
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +94,12 @@ class EarlyExitNetwork(nn.Module):
             axes = axes_of(network, plain, output)
         self._kept = min(axes.sizes[BATCH], _KEPT)
         few = axes.resized({BATCH: self._kept})
-        examples, self._spec = tree_flatten(arguments(few))
-        self._keywords = tuple(plain) if isinstance(plain, dict) else ()
-        self._examples: list[Any] = [None if isinstance(one, Tensor) else one for one in examples]
-        self._has_samples = [BATCH in named.values() for named in axes.named]
-        for i, one in enumerate(examples):
+        args, kwargs = arguments(few)
+        self._inputs = Inputs(args, kwargs, [BATCH in named.values() for named in axes.named])
+        for i, one in enumerate(self._inputs.leaves):
             if isinstance(one, Tensor):
                 self.register_buffer(f"_example_{i}", one.detach().clone(), persistent=False)
+        self._inputs.forget_tensors()
         self._stages: Stages | None = None
         self._live: Live | None = None
         self._compiled: dict[Stage, Any] = {}
@@ -120,13 +121,11 @@ class EarlyExitNetwork(nn.Module):
             **kwargs: Of the network.
         """
         self._refuse_training()
-        inputs = self._checked(args, kwargs)
-        samples = next(one.shape[0] for one, has in zip(inputs, self._has_samples, strict=True) if has)
-        reference = next(one for one in inputs if isinstance(one, Tensor))
+        inputs, samples = self._inputs.checked(args, kwargs, self._example_leaves())
         if samples == 0:
-            shape, dtype = self._answer_shape, self._answer_type
-            none = torch.empty(0, *shape, dtype=dtype, device=reference.device)
-            return none, torch.empty(0, dtype=torch.long, device=reference.device)
+            device = next(one.device for one in inputs if isinstance(one, Tensor))
+            none = torch.empty(0, *self._answer_shape, dtype=self._answer_type, device=device)
+            return none, torch.empty(0, dtype=torch.long, device=device)
         if exit is not None:
             if budget is not None:
                 raise ValueError(f"exit={exit} and budget={budget}: pass one of them.")
@@ -163,22 +162,22 @@ class EarlyExitNetwork(nn.Module):
         if self._stages is None:
             self._prepare()
         if self._stages is None:
-            return _WholeStatic(self, exit)
+            return WholeStatic(self, exit)
         stage = self._stages.between(0, exit, leave=True)
         tensors = dict(zip(stage.names, Live(self.network, self._stages).tensors(stage), strict=True))
         head = None if exit == last else self.heads[exit - 1]
-        return _Static(self._stages.alone(exit, tensors), head).train(self.training)
+        return Static(self._stages.alone(exit, tensors), head).train(self.training)
 
     def example_inputs(self) -> Any:
         """Return some samples as positional and keyword arguments."""
-        return tree_unflatten(self._example_leaves(), self._spec)
+        return self._inputs.arguments(self._example_leaves())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_live": None, "_compiled": {}}
 
     def _example_leaves(self) -> list[Any]:
-        found = enumerate(self._examples)
-        return [getattr(self, f"_example_{i}", one) if one is None else one for i, one in found]
+        buffers = self._buffers
+        return [buffers.get(f"_example_{i}", one) for i, one in enumerate(self._inputs.leaves)]
 
     def _rule(self, budget: float | None) -> tuple[ExitRule, list[int]]:
         if self.rule is None:
@@ -187,8 +186,8 @@ class EarlyExitNetwork(nn.Module):
         return rule, [k + 1 for k in rule.open if k not in self.left_out]
 
     def _refuse_training(self) -> None:
-        modules = self.network.modules() if self._live is None else self._live.modules
-        if not self.training and not any(module.training for module in modules):
+        modules = list(self.network.modules()) if self._live is None else self._live.modules
+        if not self.training and True not in [module.training for module in modules]:
             return
         for name, module in self.network.named_modules():
             if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
@@ -197,36 +196,6 @@ class EarlyExitNetwork(nn.Module):
                     f"so that none can leave before the others: call .eval() first."
                 )
         raise ValueError("A network with exits runs in evaluation mode only: call .eval() first.")
-
-    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Return the leaves of the inputs, which must be like those of the example."""
-        kwargs = {name: kwargs[name] for name in self._keywords if name in kwargs} | kwargs  # in the example's order
-        leaves, spec = tree_flatten((args, kwargs))
-        if spec != self._spec:
-            raise ValueError(
-                f"The inputs are {_structure(args, kwargs)}, and those of the example were "
-                f"{_structure(*self.example_inputs())}: pass the same arguments."
-            )
-        number: int | None = None
-        for i, (leaf, has_samples) in enumerate(zip(leaves, self._has_samples, strict=True)):
-            example = self._examples[i]
-            if example is None and (example := getattr(self, f"_example_{i}", None)) is None:
-                continue
-            if not isinstance(example, Tensor):
-                if leaf != example:
-                    raise ValueError(f"An input is {leaf!r}, and was {example!r} in the example.")
-                continue
-            alike = leaf.shape[1:] == example.shape[1:] if has_samples and leaf.dim() else leaf.shape == example.shape
-            if not alike or leaf.dtype != example.dtype:
-                raise ValueError(
-                    f"An input has shape {tuple(leaf.shape)} and type {leaf.dtype}, and in the example it had "
-                    f"{tuple(example.shape)} and {example.dtype}: only the number of samples may differ."
-                )
-            if has_samples:
-                if number is not None and leaf.shape[0] != number:
-                    raise ValueError(f"One input has {number} samples, and another one {leaf.shape[0]}.")
-                number = leaf.shape[0]
-        return leaves
 
     def _prepare(self) -> None:
         """Cut the network, or find that it runs whole batches, and see that the heads fit."""
@@ -284,13 +253,19 @@ class EarlyExitNetwork(nn.Module):
     ) -> Tensor | None:
         if self._stages is None and not self.whole_batch:
             self._prepare()
+        visit = _never if batch is None else batch.visit
         if self.whole_batch:
-            return self._run_whole(inputs, exits, batch, last)
+            args, kwargs = self._inputs.arguments(inputs)
+
+            def forward() -> Tensor:
+                return select_output(self.network(*args, **kwargs), self.output, type(self.network).__name__)
+
+            layers = {cut: self.network.get_submodule(name) for cut, name in enumerate(self.exits, 1)}
+            return run_whole(forward, layers, exits, visit, last)
         assert self._stages is not None
         if self._live is None:
             self._live = Live(self.network, self._stages)
         tensors = [one for one in inputs if isinstance(one, Tensor)]
-        visit = _never if batch is None else batch.visit
         try:
             return self._stages.run(self._execute, tensors, exits, visit, last)
         except StaleError:
@@ -309,61 +284,6 @@ class EarlyExitNetwork(nn.Module):
             module = self._compiled[stage]
         return module(*carried, *self._live.tensors(stage))
 
-    def _run_whole(
-        self, inputs: Sequence[Any], exits: Sequence[int], batch: Answers | None, last: int | None
-    ) -> Tensor | None:
-        def at(cut: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-                if cut == last:
-                    raise _Leave(output)
-                assert batch is not None
-                stay = batch.visit(cut, output)
-                if stay is not None and stay.shape[0] == 0:
-                    raise _Leave(None)
-
-            return hook
-
-        watched = [*exits, *([last] if last else [])]
-        handles = [self.network.get_submodule(self.exits[cut - 1]).register_forward_hook(at(cut)) for cut in watched]
-        try:
-            args, kwargs = tree_unflatten(list(inputs), self._spec)
-            return select_output(self.network(*args, **kwargs), self.output, type(self.network).__name__)
-        except _Leave as leave:
-            return leave.found
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _Leave(BaseException):  # which no network's code catches
-    def __init__(self, found: Tensor | None) -> None:
-        self.found = found
-
 
 def _never(cut: int, feature: Tensor) -> Tensor | None:
     return None
-
-
-class _Static(nn.Module):
-    def __init__(self, stage: nn.Module, head: nn.Module | None) -> None:
-        super().__init__()
-        self.stage, self.head = stage, head
-
-    def forward(self, *args: Any) -> Tensor:
-        found: Tensor = self.stage(*args)
-        return found if self.head is None else self.head(found)
-
-
-class _WholeStatic(nn.Module):
-    def __init__(self, early: EarlyExitNetwork, exit: int) -> None:
-        super().__init__()
-        self.early, self.exit = early, exit
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        answer: Tensor = self.early(*args, exit=self.exit, **kwargs)[0]
-        return answer
-
-
-def _structure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    named = f" and {', '.join(map(repr, kwargs))}" if kwargs else ""
-    return f"{len(args)} positional{named}"

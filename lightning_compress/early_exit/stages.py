@@ -226,6 +226,7 @@ class Stages:
             if node.op != "get_attr" and not isinstance(node.meta.get("val"), _SYMBOLS):
                 env[node] = graph.node_copy(node, known)
         graph.output(env[feature] if leave else (env[feature], *(env[node] for node in carried)))
+        _reuse_memory(graph)
         return Stage(fx.GraphModule(self.graph.module, graph), tuple(self.graph.names[node] for node in weights))
 
     def _size(
@@ -251,6 +252,27 @@ class Stages:
         return graph.call_function(operator.add, (result, size[1])) if size[1] else result
 
 
+def _reuse_memory(graph: fx.Graph) -> None:
+    """Have activations and sums write into what they alone read, which is freshly made: memory is what they cost."""
+    fresh: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in _FRESH:
+            fresh.add(node)
+        other = _IN_PLACE.get(node.target)
+        first = node.args[0] if other else None
+        if first not in fresh or len(first.users) > 1 or node.all_input_nodes.count(first) > 1:
+            continue
+        mine, its = node.meta["val"], first.meta["val"]
+        if (mine.shape, mine.dtype) == (its.shape, its.dtype):
+            node.target = other
+
+
+_ATEN = torch.ops.aten
+_IN_PLACE = {_ATEN.relu.default: _ATEN.relu_.default, _ATEN.add.Tensor: _ATEN.add_.Tensor}
+_FRESH = {  # what they return is no view, and no gradient needs its values
+    *(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.linear.default),
+    *(_ATEN.batch_norm.default, _ATEN.add.Tensor),
+}
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 

@@ -105,6 +105,23 @@ class Recurrent(nn.Module):
         return self.fc(self.rnn(time_first)[0][-1] + pooled)
 
 
+class Views(nn.Module):
+    """Views of one tensor cross, one is written to later; an activation could overwrite what a view still shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(5, 6), nn.Linear(3, 3), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        left, whole = y[:, :3], y.view(-1, 6)
+        z = self.b(left)
+        y += 1
+        z = z + y.relu()[:, 3:]
+        left += z  # seen in `whole`
+        return self.fc(torch.cat([whole, z], 1))
+
+
 class Asks(nn.Module):
     """Data decide what runs, which torch.export refuses."""
 
@@ -143,6 +160,7 @@ class Case:
             "dense": (Dense, {"layers.0": pooled(4), "layers.2": pooled(4)}, (3, 6, 6), None),
             "tokens": (Tokens, {"blocks.0.norm": LastToken(), "blocks.1.mix": LastToken()}, (5, 5), "scores"),
             "recurrent": (Recurrent, {"first": LastTime(), "norm": nn.Linear(6, 4)}, (5, 5), None),
+            "views": (Views, {"a": nn.Linear(6, 4), "b": nn.Linear(3, 4)}, (5,), None),
             "asks": (Asks, {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)}, (5,), None),
         }[name]
         self.network = network().to(dtype).eval()
@@ -225,7 +243,7 @@ class LastTime(nn.Module):
         return self.fc(x[:, -1])
 
 
-SPLIT = ["residual", "in place", "dense", "tokens", "recurrent"]
+SPLIT = ["residual", "in place", "dense", "tokens", "recurrent", "views"]
 
 
 def same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = 1e-9) -> None:
@@ -424,7 +442,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stem\.1 \(BatchNorm2d\) is in training mode"):
         early.train()(case.inputs)
     early.eval()
-    with pytest.raises(ValueError, match=r"An input has shape \(12, 3, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"An input is a tensor of shape \(12, 3, 5, 5\)"):
         early(case.inputs[..., :5, :5])
     with pytest.raises(ValueError, match="pass the same arguments"):
         early(case.inputs, case.inputs)
