@@ -40,7 +40,7 @@ from lightning_compress.hydra import (
 )
 from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.recorded import check_folder, plain, record, recorded_config, resumed_config, working_where
-from lightning_compress.report import comparison_table, gather, runs_table, write_comparison
+from lightning_compress.report import comparison_table, gather, points_table, runs_table, write_comparison
 from lightning_compress.report.figure import can_draw
 from lightning_compress.report.renamed import refusal
 from lightning_compress.report.write import write_text
@@ -118,6 +118,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         metric_mode=cfg.metric_mode,
         epochs=cfg.trainer.get("max_epochs") if cfg.trainer.get("enable_progress_bar", True) else None,
         settings=_for_json(plain(cfg, resolve=False)),  # not resolved: a folder's name would differ in every run
+        calibration=plain(cfg.calibration) if cfg.calibration else None,
         **cfg.measure,
         **cfg.file,
     )
@@ -134,11 +135,14 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         wrap=partial(build_wrapped, cfg.wrappers),
         dense=plain(cfg.dense),
         weights=_listed(cfg.weights),
+        controls={str(name): _seeded(cfg, f"controls.{name}", cfg.seed) for name in cfg.controls},
         ckpt_path=cfg.ckpt_path,
     )
     if report is not None:
         console = Console()
         console.print(comparison_table(report))
+        if report.points:
+            console.print(points_table(report))
         console.print(f"Written to {cfg.output_dir}", soft_wrap=True)
         if cfg.verify:
             alone = cfg.trainer.get("accelerator") == "cpu" and not distributed.is_initialized()

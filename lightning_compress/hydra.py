@@ -86,14 +86,15 @@ def register_resolvers() -> None:
 
 
 def build_module(cfg: DictConfig, key: str = "model") -> LightningModule:
-    """Return the LightningModule that the config describes below `key`, "model" or "student".
+    """Return the LightningModule that the config describes below `key`, such as "model" or "controls.narrow".
 
     Raises:
         ValueError: The `_target_` is, or returns, something else.
     """
-    target, group = cfg[key]._target_, "model" if key == "model" else f"model@{key}"
+    node: Any = OmegaConf.select(cfg, key)
+    target, group = node._target_, "model" if key == "model" else f"model@{key}"
     wrap_it = f"A plain network goes into a Classifier: {group}=classifier {key}.network._target_={target}"
-    return _build_checked(cfg[key], LightningModule, key, wrap_it)
+    return _build_checked(node, LightningModule, key, wrap_it)
 
 
 def build_datamodule(cfg: DictConfig) -> LightningDataModule:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -55,6 +55,22 @@ def batch_size(example_inputs: ExampleInputs) -> int:
             f"example_inputs need at least one sample, batch first; the first tensor has shape {tuple(first.shape)}."
         )
     return first.shape[0]
+
+
+def first_samples(example_inputs: ExampleInputs, samples: int) -> ExampleInputs:
+    """Return the example inputs with at most so many samples.
+
+    Example:
+        >>> first_samples((torch.zeros(8, 3), {"scale": torch.ones(2)}), 2)[0].shape
+        torch.Size([2, 3])
+    """
+    n = batch_size(example_inputs)
+
+    def first(leaf: Any) -> Any:
+        return leaf[:samples] if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,) else leaf
+
+    few: ExampleInputs = tree_map(first, _plain(example_inputs))
+    return few
 
 
 def to_device(example_inputs: ExampleInputs, device: torch.device | str) -> ExampleInputs:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_compress.core.example_inputs import ExampleInputs
-from lightning_compress.early_exit.objective import EarlyExits, Gradient, Training, check_layers
+from lightning_compress.core.example_inputs import ExampleInputs, to_device
+from lightning_compress.early_exit.calibration import Outcome, Table, calibrate, evaluate
+from lightning_compress.early_exit.collect import collect, trained_on
+from lightning_compress.early_exit.costs import costs_of
+from lightning_compress.early_exit.heads import heads_of
+from lightning_compress.early_exit.network import EarlyExitNetwork
+from lightning_compress.early_exit.objective import EarlyExits, Gradient, Training, backbone, check_layers
+from lightning_compress.early_exit.record import take_heads
+from lightning_compress.early_exit.rules import Confidence, ExitRule, Rule, Unit
+from lightning_compress.trainer.distributed import gather
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.operating_points import OperatingPoint
+from lightning_compress.trainer.replay import with_output
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
+
+_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of the full network's cost, for reports
 
 
 class EarlyExitHeads(CompressionModule):
@@ -110,3 +127,180 @@ class EarlyExitHeads(CompressionModule):
             if given is not None:
                 objective.build(found, given)
         super().__init__(module, objective)
+
+    def calibrate(
+        self,
+        loader: Any,
+        *,
+        budget: float | None = None,
+        unit: Unit | Literal["share"] = "macs",
+        accuracy_drop: float | None = None,
+        rule: Rule = "confidence",
+        confidence: Confidence | None = None,
+        targets: Callable[[Any], Tensor] | None = None,
+        right: Callable[[Tensor, Tensor], Tensor] | None = None,
+        trainer: Trainer | None = None,
+        **options: Any,
+    ) -> Outcome:
+        """Find the thresholds at which samples leave, and keep them with the heads.
+
+        The module's own validation step runs over the loader, as in `trainer.validate`. Each exit gets a temperature,
+        and the thresholds are the most accurate ones within a budget, or the cheapest ones within a drop: see
+        `early_exit.calibration`.
+
+        Args:
+            loader: Of samples that the network was not trained on; or a LightningDataModule.
+            budget: The largest mean cost per sample.
+            unit: Of the budget: "macs"; "ms" per sample, measured now in batches of the loader's size; or "share" of
+                the full network's MACs.
+            accuracy_drop: How far the accuracy may be below the full network's: 0.003 is 0.3 points.
+            rule: "confidence", "entropy", "margin" or "patience".
+            confidence: For outputs that are no classification: a function from a head's output to a number per sample.
+            targets: Picks the targets of a batch; by default its last part, or what it has under a name as "labels".
+            right: With `confidence`: a function from an output and the targets to how good the output is for each
+                sample, 0 to 1.
+            trainer: Runs the validation; None: one on the module's device that reports nothing.
+            options: Of `early_exit.calibration.calibrate`.
+
+        Returns:
+            What the rule does to these samples: accuracy, mean cost, shares by exit.
+
+        Raises:
+            ValueError: There are no heads yet; neither or both of budget and drop; a budget below the first exit.
+        """
+        objective = self._objective()
+        heads = objective.heads(self)
+        if not heads:
+            raise ValueError(
+                "The exits have no heads yet, as no fit has begun: pass example_inputs=, or fit or load the module."
+            )
+        if (confidence is None) != (right is None):
+            raise ValueError("confidence= needs right=, which says how good an output is, and the other way round.")
+        if trained_on(self, loader):
+            warnings.warn(
+                "The loader has samples that the network was trained on, of which it is surer than of others: exits "
+                "will open too early. Pass other samples.",
+                stacklevel=2,
+            )
+        found = collect(self, objective, loader, targets=targets, trainer=trainer)
+        assert found.inputs is not None
+        early = self._deployed(found.inputs, rule=None, output=objective.output, confidence=confidence)
+        costs = costs_of(early, found.inputs, "ms" if unit == "ms" else "macs")
+        outputs, aims = found.outputs(), torch.cat(found.targets)
+        table = Table(stages=costs.stages, heads=costs.heads, logits=outputs, targets=aims)
+        if confidence is not None and right is not None:
+            table = Table(
+                stages=costs.stages,
+                heads=costs.heads,
+                scores=torch.stack([confidence(one) for one in outputs[:-1]]),
+                right=torch.stack([right(one, aims) for one in outputs]),
+            )
+        given = budget * sum(costs.stages) if unit == "share" and budget is not None else budget
+        chosen = calibrate(
+            table,
+            budget=given,
+            accuracy_drop=accuracy_drop,
+            rule=rule if confidence is None else "custom",
+            unit="ms" if unit == "ms" else "macs",
+            **options,
+        )
+        chosen = ExitRule.from_dict(gather(chosen.to_dict())[0])  # milliseconds differ from rank to rank
+        heads.rule = chosen
+        return evaluate(table, chosen)
+
+    def deploy(self, *, example_inputs: ExampleInputs | None = None, **options: Any) -> EarlyExitNetwork:
+        """Return the network as a plain module whose easy samples leave early: `forward(x) -> (output, exit_index)`.
+
+        It is a copy in evaluation mode, with the thresholds of `calibrate`; `forward(x, exit=k)` needs none.
+
+        Args:
+            example_inputs: Some samples; None: those with which the heads were made.
+            options: `min_gain`, `compile`, `whole_batch` and `confidence` of `EarlyExitNetwork`.
+
+        Raises:
+            ValueError: There are no heads yet, or no example inputs.
+        """
+        objective = self._objective()
+        heads = objective.heads(self)
+        given = example_inputs if example_inputs is not None else objective.example_inputs
+        given = self.example_input_array if given is None else given
+        if not heads or given is None:
+            raise ValueError(
+                "deploy() needs heads and example inputs: fit or load the module first, and pass example_inputs=."
+            )
+        return self._deployed(given, rule=heads.rule, output=objective.output, **options)
+
+    def operating_points(self) -> list[OperatingPoint]:
+        """Return the points of each exit, of the thresholds, and of a few budgets of their frontier."""
+        objective = self._objective()
+        heads = objective.heads(self)
+        if not heads or objective.example_inputs is None:
+            return []
+        early = self.deploy()
+        points = [self._point(early, f"exit {k}", exit=k) for k in range(1, len(heads) + 1)]
+        rule = heads.rule
+        if rule is not None:
+            full = sum(rule.stages)
+            shares = {round(cost / full, 2) for cost, _ in rule.frontier}
+            budgets = [share for share in _BUDGETS if min(shares) <= share < 1.0]
+            points += [self._point(early, f"{share:.0%} of {rule.unit}", budget=share * full) for share in budgets]
+            points.append(self._point(early, "calibrated"))
+        return points
+
+    def _point(self, early: EarlyExitNetwork, name: str, **options: Any) -> OperatingPoint:
+        """Return one way to run the network: at an exit, within a budget, or by the thresholds."""
+        objective = self._objective()
+        served = Served(early, options)
+
+        @contextmanager
+        def serving() -> Iterator[None]:
+            objective.serving = partial(self._served, served)
+            try:
+                yield
+            finally:
+                objective.serving = None
+
+        return OperatingPoint(name, served, serving)
+
+    def _served(self, served: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return what the network returns, with the outputs of an operating point in it."""
+        objective = self._objective()
+        network: Any = resolve_network(self, objective.network)
+        whole = type(network).forward(network, *args, **kwargs)  # for whatever it returns beside the logits
+        return with_output(whole, objective.output, served(*args, **kwargs), "The network")
+
+    def _objective(self) -> EarlyExits:
+        """Return the objective of the outermost wrapper of this kind."""
+        levels = reversed(self._lightning_compress.levels)
+        return next(level.objective for level in levels if isinstance(level.objective, EarlyExits))
+
+    def _deployed(self, inputs: ExampleInputs, *, rule: ExitRule | None, **options: Any) -> EarlyExitNetwork:
+        objective = self._objective()
+        was, self._trainer = self._trainer, None  # which would be copied
+        try:
+            network = copy.deepcopy(backbone(resolve_network(self, objective.network)))
+        finally:
+            self._trainer = was
+        heads = heads_of(network)
+        assert heads is not None
+        take_heads(network)
+        device = next((one.device for one in network.parameters()), torch.device("cpu"))
+        moved = to_device(inputs, device)
+        return EarlyExitNetwork(network.eval(), heads.eval().by_layer(), rule, moved, **options).eval()
+
+
+class Served(nn.Module):
+    """A network with exits that is called as the plain network, and returns outputs alone.
+
+    Args:
+        early: The network.
+        options: `exit` or `budget` of its calls.
+    """
+
+    def __init__(self, early: EarlyExitNetwork, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.early, self.options = early, dict(options)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        answer: Tensor = self.early(*args, **kwargs, **self.options)[0]
+        return answer

@@ -11,17 +11,19 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import entries_restored, evaluating, modes_restored, set_mode
-from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.heads import ExitHeads, heads_of, layer_of, make_heads, reading
+from lightning_compress.early_exit.placing import place_exits
 from lightning_compress.early_exit.record import give_heads, note_heads
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
-from lightning_compress.trainer.replay import Before, Replica, replaying, returning, traces, with_output
+from lightning_compress.trainer.replay import Before, Replica, answering, replaying, returning, traces, with_output
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.unwrap import SLOT, innermost
 from lightning_compress.trainer.wrapper import Objective
@@ -29,6 +31,7 @@ from lightning_compress.trainer.wrapper import Objective
 Training = Literal["joint", "frozen"]
 Gradient = Literal["full", "equilibrium", "stop"]
 NAMED_WEIGHTS = ("equal", "rising")
+_FEW = 4  # samples that are kept of a peeked batch, with which the network is cut into stages
 _FIRST_RISING = 0.01  # the weight from which rising weights begin
 
 
@@ -36,8 +39,9 @@ class EarlyExits(Objective):
     """The objective that `EarlyExitHeads` adds; its arguments are that wrapper's.
 
     Attributes:
-        collecting: Called in evaluation with the batch and the logits of every exit and of the full network; while it
-            is set, steps are not replayed.
+        collecting: Called in evaluation with the batch, the network's arguments, and the logits of every exit and of
+            the full network; while it is set, steps are not replayed.
+        serving: What answers in the place of the network in evaluation, if anything does; steps are not replayed then.
     """
 
     def __init__(self, exits: int | Sequence[float] | Sequence[str] | None, *, example_inputs: Any, **settings: Any):
@@ -54,7 +58,8 @@ class EarlyExits(Objective):
         self.gradient: Gradient = settings["gradient"]
         self.network: str = settings["network"]
         self.output: str | int | None = settings["output"]
-        self.collecting: Callable[[Any, list[Tensor]], None] | None = None
+        self.collecting: Callable[[Any, Any, list[Tensor]], None] | None = None
+        self.serving: Callable[..., Any] | None = None
         self._scheduled: list[Scheduled] = []
         self._frozen: list[nn.Parameter] = []
         self._step = 0
@@ -102,9 +107,16 @@ class EarlyExits(Objective):
         """
         bare = backbone(network)
         assert self.exits is not None, "a network without exits= has its heads already"
-        layers = [one for one in self.exits if isinstance(one, str)] if isinstance(self.exits, list) else []
-        if not layers:
+        exits = self.exits
+        if isinstance(exits, int):
+            exits = [(number + 1) / (exits + 1) for number in range(exits)]
+        if not exits:
             return
+        layers = [one for one in exits if isinstance(one, str)]
+        if not layers:
+            shares = [one for one in exits if isinstance(one, float)]
+            layers = place_exits(bare, inputs, shares, output=self.output)
+            rank_zero_info(f"Exits are placed after {', '.join(layers)}.")
         twice = next((layer for layer in layers if layers.count(layer) > 1), None)
         if twice is not None:
             raise ValueError(f"exits has {twice!r} twice: name each layer once.")
@@ -115,7 +127,8 @@ class EarlyExits(Objective):
             torch.compiler.set_stance("force_eager"),
             reading(bare, layers, features.__setitem__),
         ):
-            logits = select_output(call(bare, inputs), self.output, "The network")
+            whole = call(bare, inputs)
+        logits = select_output(whole, self.output, "The network")
         with torch.random.fork_rng([]):  # the random draws of the fit stay what they are without heads
             heads = make_heads(
                 layers,
@@ -126,6 +139,7 @@ class EarlyExits(Objective):
                 is_1d=lambda layer: type(bare.get_submodule(layer)).__name__.endswith("1d"),
             )
         give_heads(bare, heads)
+        self.example_inputs = first_samples(inputs, _FEW)
 
     def adopt(self, network: nn.Module) -> bool:
         """Take the heads that a network has already; return whether it has some.
@@ -269,6 +283,9 @@ class EarlyExits(Objective):
         heads = self.heads(module)
         if not heads:
             return run(*args, **kwargs)
+        if self.serving is not None:
+            with answering(resolve_network(module, self.network), self.serving):
+                return run(*args, **kwargs)
         passed = _Pass(self, module, heads, (args, kwargs))
         with passed.real_step():
             result = run(*args, **kwargs)
@@ -276,7 +293,8 @@ class EarlyExits(Objective):
             return result
         exits = passed.exits()
         if self.collecting is not None:
-            self.collecting(args[0] if args else next(iter(kwargs.values())), [*exits, passed.logits])
+            batch = args[0] if args else next(iter(kwargs.values()))
+            self.collecting(batch, passed.inputs, [*exits, passed.logits])
             return result
         for number, logits in enumerate(exits, start=1):
             with passed.replay(number, logits):
@@ -285,7 +303,7 @@ class EarlyExits(Objective):
 
     def at_epoch_hook(self, module: LightningModule, run: Callable[[], Any]) -> Any:
         heads = self.heads(module)
-        if not heads or self.collecting is not None:
+        if not heads or self.collecting is not None or self.serving is not None:
             return run()
         network = backbone(resolve_network(module, self.network))
         before = Before.of(module, network, self.replicas.values(), None)
@@ -318,6 +336,7 @@ class _Pass:
         self.network = resolve_network(module, objective.network)
         self.before = Before.of(module, backbone(self.network), objective.replicas.values(), batch)
         self.features: dict[str, Tensor] = {}
+        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self.output: Any = None
         self.called = False
         self.was_called: Callable[[], None] = lambda: None
@@ -334,6 +353,7 @@ class _Pass:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.before.check_batch(self.module)
+        self.inputs = (args, kwargs)
 
     def _end(self, output: Any) -> None:
         self.output, self.called = output, True

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lightning_compress.report.metric import Metric
-from lightning_compress.report.summary import Epoch, Layer, Report
+from lightning_compress.report.summary import Epoch, Layer, Point, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,16 +56,37 @@ def report_figure(report: Report) -> Figure:
     """Return the figure of report.png.
 
     Its left panel shows the validation metric over the epochs, with the first number of the first technique that names
-    one, such as the sparsity. Its right panel shows the layers.
+    one, such as the sparsity. The next panel shows the layers, and a third one, where the network can be run in several
+    ways, the test's metric by time.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = new_figure(12, min(max(4.6, 1.6 + 0.3 * len(report.layers)), 16))
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    height = min(max(4.6, 1.6 + 0.3 * len(report.layers)), 16)
+    if report.points:
+        figure = new_figure(18, height)
+        left, right, last = figure.subplots(1, 3, width_ratios=(1.15, 1, 1.15))
+        _draw_points(last, report.points, report.tested)
+    else:
+        figure = new_figure(12, height)
+        left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _draw_history(left, report.history, report.validated)
     _draw_layers(right, report.layers)
     return figure
+
+
+def _draw_points(axes: Axes, points: Sequence[Point], metric: Metric) -> None:
+    axes.set_title(f"{metric.name} by time", loc="left", fontweight="bold", pad=22)
+    tidy(axes)
+    axes.set_xlabel("latency of a batch (ms)")
+    axes.set_ylabel(metric.label)
+    for kind, color, marker in (("point", BLUE, "o"), ("control", ORANGE, "s"), ("dense", GREY, "D")):
+        known = [(one, one.test_metric) for one in points if one.kind == kind and one.test_metric is not None]
+        places = [(one.latency_ms, metric.scaled(value)) for one, value in known]
+        axes.plot([x for x, _ in places], [y for _, y in places], marker, color=color, label=kind)
+        for (one, _), place in zip(known, places, strict=True):
+            axes.annotate(one.name, place, xytext=(4, 4), textcoords="offset points", fontsize=8, color=color)
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:

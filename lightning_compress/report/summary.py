@@ -110,6 +110,26 @@ class Layer:
     nonzero_compressed: int
 
 
+@dataclass(frozen=True)
+class Point:
+    """One way to run a network, or one network: its quality and what a forward pass costs.
+
+    Attributes:
+        name: Such as "exit 1" or "40% of macs".
+        kind: "dense" for the network before compression, "point" for a way to run the compressed one, "control" for a
+            network that was trained alone, as a comparison.
+        test_metric: As in `Measurement`.
+        macs: Mean multiply-accumulates per sample of the timed batch.
+        latency_ms: Milliseconds of a forward pass of that batch.
+    """
+
+    name: str
+    kind: str
+    test_metric: float | None
+    macs: float
+    latency_ms: float
+
+
 def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> tuple[Layer, ...]:
     """Count the non-zero entries of every parameter with two or more dimensions, in the order of the dense network.
 
@@ -165,6 +185,8 @@ class Report:
         val_metric: Name under which the validation logs the metric of the epochs.
         metric_mode: "max" or "min", the direction in which both metrics get better, where their names do not say so.
         busy: Whether other processes kept the machine so busy that the latencies can't be compared.
+        points: The ways in which the compressed network can be run, beside the dense network and the controls; none
+            where it can be run in one way only and there is no control.
     """
 
     dense: Measurement
@@ -177,6 +199,7 @@ class Report:
     val_metric: str = "val_acc"
     metric_mode: Mode | None = None
     busy: bool = False
+    points: tuple[Point, ...] = ()
 
     @property
     def tested(self) -> Metric:
@@ -217,6 +240,7 @@ class Report:
             val_metric=_expect(_get(content, "val_metric", "the top level"), str, "val_metric"),
             metric_mode=_mode(_text(content, "metric_mode")),
             busy=_expect(_get(content, "busy", "the top level"), bool, "busy"),
+            points=_build_all(Point, {"points": []} | content, "points"),
         )
 
     @classmethod
@@ -232,7 +256,7 @@ class Report:
             raise ValueError(f"{path} is no complete report: {error}") from error
 
 
-_TEXT_FIELDS = {"phase", "name"}
+_TEXT_FIELDS = {"phase", "name", "kind"}
 
 
 def _renamed_epochs(history: Any) -> list[Any]:

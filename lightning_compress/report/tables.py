@@ -111,10 +111,41 @@ def comparison_table(report: Report, *, title: str | None = "dense beside compre
     return table
 
 
+POINTS_HEADER = ("", "test", "MACs per sample", "latency (ms)", "time against dense")
+
+
+def points_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """Return the rows below `POINTS_HEADER`: the dense network, the ways to run the compressed one, the controls."""
+    dense = next((one.latency_ms for one in report.points if one.kind == "dense"), None)
+    metric = report.tested
+    return [
+        (
+            f"{point.name} (trained alone)" if point.kind == "control" else point.name,
+            metric.show(point.test_metric),
+            f"{point.macs:,.0f}",
+            f"{point.latency_ms:,.3f}",
+            "" if dense is None else f"{point.latency_ms / dense:.2f}",
+        )
+        for point in report.points
+    ]
+
+
+def points_table(report: Report) -> Table:
+    """Return the table of the ways to run the compressed network, for a rich console."""
+    table = Table(title="ways to run the network", title_style="bold", title_justify="left")
+    for i, heading in enumerate(POINTS_HEADER):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in points_rows(report):
+        table.add_row(*row)
+    return table
+
+
 def report_markdown(report: Report) -> str:
     """Return the content of report.md: the table with its notes, the layers, and the settings."""
     lines = ["# Dense beside compressed", "", *markdown_table(HEADER, comparison_rows(report)), ""]
     lines += [line for note in notes(report) for line in (note, "")]
+    if report.points:
+        lines += ["## Ways to run the network", "", *markdown_table(POINTS_HEADER, points_rows(report)), ""]
     lines += ["## What is left of each layer", ""]
     if report.layers:
         header = ("layer", "parameters", "non-zero, dense", "non-zero, compressed", "left")

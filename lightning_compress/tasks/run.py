@@ -23,11 +23,12 @@ from lightning_compress.coding.weights import load_weights
 from lightning_compress.core.example_inputs import to_device
 from lightning_compress.core.files import replacing
 from lightning_compress.measure.footprint import time_in_turns
-from lightning_compress.report import Epoch, Measurement, Report, compare_layers, write_report
+from lightning_compress.report import Epoch, Measurement, Point, Report, compare_layers, write_report
 from lightning_compress.report.figure import can_draw
 from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.history import Recorder
-from lightning_compress.tasks.inputs import example_inputs
+from lightning_compress.tasks.inputs import example_inputs, samples
+from lightning_compress.tasks.points import Way, check_calibration, tested_ways, timed_points
 from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
 from lightning_compress.tasks.run_folder import COMPRESSED, SMALL, dense_files
@@ -57,6 +58,8 @@ class Run:
             test, and compressed.ckpt contains the rounded weights too.
         settings: Settings of the run, for the report.
         epochs: Number of epochs of the compression, for a progress bar over the whole run; with None there is no bar.
+        calibration: Arguments of the compressed network's `calibrate`, which then runs on the validation data when the
+            compression has ended; None: it is not calibrated.
     """
 
     datamodule: LightningDataModule
@@ -72,6 +75,7 @@ class Run:
     half: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    calibration: Mapping[str, Any] | None = None
 
     def run(
         self,
@@ -83,6 +87,7 @@ class Run:
         wrap: Callable[[LightningModule], LightningModule] = lambda module: module,
         dense: Mapping[str, Any],
         weights: Sequence[str | Path] = (),
+        controls: Mapping[str, LightningModule] | None = None,
         ckpt_path: str | Path | None = None,
     ) -> Report | None:
         """Go through all stages.
@@ -96,6 +101,8 @@ class Run:
             wrap: Function that puts the network to compress inside its wrappers.
             dense: The Trainer's arguments for the dense training.
             weights: Files with the weights of `modules`, one for each, which replace the dense training.
+            controls: Untrained networks by name, which are trained alone for as many epochs as the dense network and
+                its compression together, and stand beside the ways to run the compressed network in the report.
             ckpt_path: Checkpoint of this run's compression that is resumed, with the dense networks in the folder.
 
         Returns:
@@ -113,9 +120,14 @@ class Run:
             trained, student=student, callbacks=callbacks, loggers=loggers, wrap=wrap, ckpt_path=ckpt_path
         )
         compressed.trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
+        alone = dict(controls or {})
+        epochs = int(dense.get("max_epochs") or 0) + compressed.trainer.current_epoch
+        self._train_dense(list(alone.values()), {**dense, "max_epochs": epochs}, None)
+        ways = tested_ways(trained, compressed, alone, self._test)
         if not compressed.trainer.is_global_zero:
             return None
-        return self.report(trained, compressed, self.measure(trained, compressed, self.folder / SMALL))
+        costs = self.measure(trained, compressed, self.folder / SMALL)
+        return self.report(trained, compressed, costs, self.time(ways))
 
     def _check(
         self, modules: Sequence[LightningModule], student: LightningModule | None, weights: Sequence[str | Path]
@@ -192,11 +204,15 @@ class Run:
         if student is not None:
             recorder.phase = "student"
         compressed = wrap(copy.deepcopy(dense.modules[0]) if student is None else student)
+        check_calibration(compressed, self.calibration)
         seed_everything(self.seed, workers=True, verbose=False)  # independent of whether a dense training came before
         rank_zero_info("Compression.")
         bar = self._bar(dense.epochs, dense.epochs, callbacks)
         trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder, *bar], logger=list(loggers) or False)
         trainer.fit(compressed, datamodule=self.datamodule, ckpt_path=ckpt_path)
+        if self.calibration is not None:
+            wrapper: Any = compressed
+            wrapper.calibrate(self.datamodule, **self.calibration)
         before_recovery = None
         if recorder.snapshot is not None:
             snapshot = copy.deepcopy(compressed)
@@ -235,7 +251,19 @@ class Run:
             busy=latency["dense"].busy,
         )
 
-    def report(self, dense: Dense, compressed: Compressed, costs: Costs) -> Report:
+    def time(self, ways: Sequence[Way]) -> tuple[Point, ...]:
+        """Time the ways to run the network on a batch of test samples, on one process."""
+        if not ways:
+            return ()
+        module = ways[0].network
+        assert isinstance(module, LightningModule)
+        device = next((one.device for one in ways[-1].network.parameters()), module.device)
+        for way in ways:
+            way.network.to(device)
+        inputs = samples(module, self.datamodule, batch_size=self.batch_size, test=True)
+        return timed_points(ways, to_device(inputs, device), repeats=self.repeats)
+
+    def report(self, dense: Dense, compressed: Compressed, costs: Costs, points: Sequence[Point] = ()) -> Report:
         """Make the report, and write its files into the folder."""
         report = Report(
             dense=costs.dense,
@@ -250,13 +278,16 @@ class Run:
             val_metric=self.val_metric,
             metric_mode=self.metric_mode,
             busy=costs.busy,
+            points=tuple(replace(one, test_metric=_number(self.metric, one.test_metric)) for one in points),
         )
         write_report(report, self.folder, figure=can_draw())
         return report
 
     # ------------------------------------------------------------------ parts of stages
 
-    def _train_dense(self, modules: Sequence[LightningModule], options: Mapping[str, Any], recorder: Recorder) -> None:
+    def _train_dense(
+        self, modules: Sequence[LightningModule], options: Mapping[str, Any], recorder: Recorder | None
+    ) -> None:
         for number, module in enumerate(modules):
             seed_everything(self.seed + number, workers=True, verbose=False)
             rank_zero_info(f"Dense training{f', {number + 1} of {len(modules)}' if len(modules) > 1 else ''}.")
@@ -266,7 +297,7 @@ class Run:
             trainer = trainer_of(
                 self.make_trainer,
                 **options,
-                callbacks=[recorder, *bar] if number == 0 else bar,
+                callbacks=[recorder, *bar] if number == 0 and recorder is not None else bar,
                 logger=False,
                 enable_checkpointing=False,
             )

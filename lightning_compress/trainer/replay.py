@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,10 +140,13 @@ def replaying(module: LightningModule, label: str, replica: Replica, before: Bef
 @contextmanager
 def returning(network: nn.Module, output: Any) -> Iterator[None]:
     """Have calls of a network return `output`, without running it."""
+    with answering(network, lambda *args, **kwargs: output):
+        yield
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return output
 
+@contextmanager
+def answering(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Have another function answer calls of a network."""
     held = {name: vars(network).get(name, _MISSING) for name in ("forward", "_compiled_call_impl")}
     vars(network).update({"forward": forward, "_compiled_call_impl": None})
     try:

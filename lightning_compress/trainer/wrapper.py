@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.trainer.effects import Effects, Progress
+from lightning_compress.trainer.operating_points import OperatingPoint
 from lightning_compress.trainer.replay import Replica
 from lightning_compress.trainer.resume import ResumableCallback
 from lightning_compress.trainer.unwrap import LOGGED, SLOT, innermost
@@ -146,6 +147,10 @@ class CompressionModule(LightningModule):
             for level in self._lightning_compress.levels:
                 run = partial(level.objective.step, self, run)
         return run(*args, **kwargs)
+
+    def operating_points(self) -> list[OperatingPoint]:
+        """Return the ways in which the trained network can be run, beside running all of it."""
+        return []
 
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         inside = self._lightning_compress

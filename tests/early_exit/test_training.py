@@ -375,6 +375,16 @@ def test_heads_that_no_optimizer_trains_are_refused() -> None:
         quiet_trainer(max_epochs=1).fit(with_exits(Module()), plain(0))
 
 
+@pytest.mark.parametrize("exits", [2, [0.1, 0.9]])
+def test_exits_are_placed_by_their_share_of_the_cost(exits: Any) -> None:
+    wrapped = with_exits(SmallModule(), exits)
+    heads = heads_of(wrapped)
+    assert heads is not None
+    assert heads.layers == ("net.norm", "net.dropout"), "the last layers before 15 and 97 % of the cost are passed"
+    with pytest.raises(ValueError, match="wants others"):
+        with_exits(wrapped, 3)
+
+
 def test_heads_are_made_from_a_peeked_batch_where_nothing_else_is_given() -> None:
     wrapped = EarlyExitHeads(SmallModule(), EXITS, num_classes=CLASSES)
     assert heads_of(wrapped) is None

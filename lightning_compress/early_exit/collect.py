@@ -1,0 +1,141 @@
+"""Collect the outputs of all exits for the samples of a loader, by the module's own validation step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from lightning_compress.core.evaluation import random_state_restored
+from lightning_compress.core.example_inputs import ExampleInputs
+
+_TARGETS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass
+class Collected:
+    """Outputs by exit, the last one the full network's, with the targets; on the CPU, in float32.
+
+    Attributes:
+        inputs: What the network was called with for the first batch.
+    """
+
+    logits: list[list[Tensor]] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    inputs: ExampleInputs | None = None
+
+    def outputs(self) -> list[Tensor]:
+        """Return one tensor for each exit."""
+        return [torch.cat(some) for some in zip(*self.logits, strict=True)]
+
+
+def collect(
+    module: LightningModule,
+    objective: Any,
+    loader: Any,
+    *,
+    targets: Callable[[Any], Tensor] | None,
+    trainer: Trainer | None,
+) -> Collected:
+    """Run the module's validation step over a loader, with its transforms, precision and device; nothing is logged.
+
+    Args:
+        module: The wrapper.
+        objective: Its objective, whose `collecting` is called in each step.
+        loader: Of samples that the network was not trained on; or a LightningDataModule.
+        targets: Picks the targets of a batch; by default its last part, or what it has under a name such as "labels".
+        trainer: Runs the validation; None: one of the same accelerator that reports nothing.
+
+    Raises:
+        ValueError: The module has no validation step, the loader no batch, or the targets can't be told.
+    """
+    found = Collected()
+    pick = targets or targets_of
+
+    def keep(batch: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], logits: Sequence[Tensor]) -> None:
+        found.logits.append([one.detach().float().cpu() for one in logits])
+        found.targets.append(pick(batch).detach().cpu())
+        if found.inputs is None:
+            args, kwargs = inputs
+            if args and kwargs:
+                raise ValueError(
+                    "The network is called with positional and with keyword arguments, from which no example inputs "
+                    "can be made: call it with one kind."
+                )
+            found.inputs = kwargs or args
+
+    was, fitted = module._trainer, trainer or quiet_trainer(module)
+    objective.collecting = keep
+    try:
+        with random_state_restored(module):
+            fitted.validate(module, loader, verbose=False)
+    finally:
+        objective.collecting = None
+        module._trainer = was
+    if not found.logits:
+        raise ValueError(
+            f"The validation_step of {type(module).__name__} did not call the network for any batch of the loader: "
+            f"there is nothing to calibrate with."
+        )
+    return found
+
+
+def quiet_trainer(module: LightningModule) -> Trainer:
+    """Return a Trainer for the device that a module is on, which reports and saves nothing."""
+    return Trainer(
+        accelerator="gpu" if module.device.type == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def targets_of(batch: Any) -> Tensor:
+    """Return the targets of a batch: its last part, or what a mapping has under a usual name.
+
+    Raises:
+        ValueError: There are none.
+
+    Example:
+        >>> targets_of({"input_ids": torch.zeros(2, 3), "labels": torch.tensor([1, 0])})
+        tensor([1, 0])
+    """
+    if isinstance(batch, Mapping):
+        name = next((one for one in _TARGETS if isinstance(batch.get(one), Tensor)), None)
+        found = None if name is None else batch[name]
+    else:
+        found = batch[-1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"A batch is a {type(batch).__name__}, in which the targets can't be told: pass targets=, a function from "
+            f"the batch to its targets."
+        )
+    return found
+
+
+def trained_on(module: LightningModule, loader: Any) -> bool:
+    """Whether a loader has samples of the loader of the module's last fit."""
+    trainer = module._trainer
+    known = None if trainer is None else trainer.train_dataloader
+    return any(_overlap(one.dataset, other.dataset) for one in _loaders(loader) for other in _loaders(known))
+
+
+def _loaders(found: Any) -> list[DataLoader[Any]]:
+    if isinstance(found, DataLoader):
+        return [found]
+    inside = found.values() if isinstance(found, Mapping) else found if isinstance(found, list | tuple) else ()
+    return [one for some in inside for one in _loaders(some)]
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    if isinstance(one, Subset) and isinstance(other, Subset) and one.dataset is other.dataset:
+        return bool(set(one.indices) & set(other.indices))
+    bare = [some.dataset if isinstance(some, Subset) else some for some in (one, other)]
+    return bare[0] is bare[1]

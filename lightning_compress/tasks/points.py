@@ -1,0 +1,96 @@
+"""Test and time the ways in which a compressed network can be run, beside networks trained alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_compress.core.evaluation import evaluating
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.measure.footprint import time_in_turns
+from lightning_compress.measure.macs import count_macs
+from lightning_compress.report import Point
+from lightning_compress.tasks.results import Compressed, Dense
+from lightning_compress.trainer.wrapper import CompressionModule
+
+
+def check_calibration(module: LightningModule, settings: Mapping[str, Any] | None) -> None:
+    """Refuse a calibration of a network that has nothing to calibrate.
+
+    Raises:
+        ValueError: It has not.
+    """
+    if settings is not None and not hasattr(module, "calibrate"):
+        raise ValueError(
+            f"calibration={dict(settings)} is for wrappers that have thresholds, such as EarlyExitHeads, and "
+            f"{type(module).__name__} has none of them: leave calibration out, or add compress=early_exit."
+        )
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a network, or one network, with the test's metric; the fields are those of `Point`."""
+
+    name: str
+    kind: str
+    network: nn.Module
+    test_metric: float | None
+
+
+def tested_ways(
+    dense: Dense,
+    compressed: Compressed,
+    controls: Mapping[str, LightningModule],
+    test: Callable[[LightningModule], float | None],
+) -> list[Way]:
+    """Return what a report compares; nothing where the network can be run in one way only and there is no control.
+
+    Every rank takes part.
+
+    Args:
+        dense: The network before compression.
+        compressed: The network after it.
+        controls: Networks that were trained alone, by name.
+        test: Returns the test's metric of a module.
+    """
+    module = compressed.module
+    found = module.operating_points() if isinstance(module, CompressionModule) else []
+    if not found and not controls:
+        return []
+    ways = [Way("dense", "dense", dense.modules[0], dense.metric)]
+    for one in found:
+        with one.answering():
+            ways.append(Way(one.name, "point", one.network, test(module)))
+    ways.append(Way("compressed", "point", module, compressed.metric))
+    return ways + [Way(name, "control", one, test(one)) for name, one in controls.items()]
+
+
+def timed_points(ways: Sequence[Way], inputs: ExampleInputs, *, repeats: int) -> tuple[Point, ...]:
+    """Return the points of a report, timed in turns with one batch.
+
+    Args:
+        ways: What is compared.
+        inputs: Test samples: how long a network with exits takes depends on them.
+        repeats: How often each is timed.
+    """
+    names = [f"{number} {way.name}" for number, way in enumerate(ways)]
+    networks = {name: (way.network, inputs) for name, way in zip(names, ways, strict=True)}
+    latency = time_in_turns(networks, repeats=repeats) if ways else {}
+    points = []
+    for name, way in zip(names, ways, strict=True):
+        with evaluating(way.network):
+            macs, _ = count_macs(way.network, inputs)
+        points.append(
+            Point(
+                name=way.name,
+                kind=way.kind,
+                test_metric=way.test_metric,
+                macs=float(macs),
+                latency_ms=1000.0 * latency[name].seconds,
+            )
+        )
+    return tuple(points)
