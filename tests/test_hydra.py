@@ -93,7 +93,7 @@ def test_technique_files_say_what_the_constructor_says(name: str) -> None:
     (node,) = [one for key, one in [*cfg.callbacks.items(), *cfg.wrappers.items()] if key != "checkpoint"]
     signature = inspect.signature(get_object(node._target_)).parameters
     written = {str(key): value for key, value in OmegaConf.to_container(node).items() if key != "_target_"}
-    assert signature.keys() - written.keys() == {"example_inputs", "student"} & signature.keys()  # no YAML for them
+    assert signature.keys() - written.keys() == {"example_inputs", "student", "module"} & signature.keys()  # no YAML for them
     defaults = {key: parameter.default for key, parameter in signature.items() if key in written}
     differ = {key for key, value in written.items() if value != defaults[key] and (value, defaults[key]) != ([], ())}
     assert differ == DELIBERATE.get(("compress", name), set())

@@ -227,7 +227,8 @@ class Report:
         if (found := content.get("format", 1)) not in (2, FORMAT):
             raise ValueError(f"its format is {found!r}, and this version reads 2 and {FORMAT}: write it anew.")
         if found == 2:
-            content = content | {"history": _renamed_epochs(_get(content, "history", "the top level"))}
+            history = _renamed_epochs(_get(content, "history", "the top level"))
+            content = content | {"history": history, "points": []}
         before = _expect(_get(content, "before_recovery", "the top level"), dict, "before_recovery")
         return cls(
             dense=_build(Measurement, _get(content, "dense", "the top level"), "dense"),
@@ -240,7 +241,7 @@ class Report:
             val_metric=_expect(_get(content, "val_metric", "the top level"), str, "val_metric"),
             metric_mode=_mode(_text(content, "metric_mode")),
             busy=_expect(_get(content, "busy", "the top level"), bool, "busy"),
-            points=_build_all(Point, {"points": []} | content, "points"),
+            points=_build_all(Point, content, "points"),
         )
 
     @classmethod
