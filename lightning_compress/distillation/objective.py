@@ -117,11 +117,16 @@ class Distillation(Objective):
                     raise ValueError(f"{hint}: the layer of the {who} does not run in the forward pass of its network.")
                 self.auxiliary[key] = hint.make_regressor(mine[key], theirs[key]).to(device)
 
+    @property
+    def _learns(self) -> bool:
+        """Whether the student ever learns from the teacher's outputs."""
+        return max(self.alpha.start, self.alpha.end) > 0.0
+
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         return replace(
             super().effects(trainer, module),
-            looks_at=frozenset({"layers"}) if self.hints else frozenset(),
-            options={"looks_at": "hints=...", "modules": "hints=..., with a regressor"},
+            looks_at=frozenset({"layers", "output"} if self.hints else {"output"} if self._learns else ()),
+            options=({"looks_at": "hints=..."} if self.hints else {}) | {"modules": "hints=..., with a regressor"},
         )
 
     def progress(self) -> Progress:

@@ -23,7 +23,15 @@ from lightning_compress.early_exit.record import give_heads, note_heads
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
-from lightning_compress.trainer.replay import Before, Replica, answering, replaying, returning, traces, with_output
+from lightning_compress.trainer.replay import (
+    Before,
+    Replica,
+    answering,
+    replaying,
+    returning,
+    traces,
+    with_output,
+)
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.unwrap import SLOT, innermost
 from lightning_compress.trainer.wrapper import Objective
@@ -189,11 +197,12 @@ class EarlyExits(Objective):
         return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
-        own = frozenset(self.own_parameters(module))
+        heads = self.heads(module)
         return replace(
             super().effects(trainer, module),
-            modules=own,
-            looks_at=frozenset({"layers"}) if own else frozenset(),
+            modules=frozenset(self.own_parameters(module)),
+            looks_at=frozenset({"layers", "output"}) if heads else frozenset(),
+            replays=1 if heads is None else len(heads) + 1,
             options={"looks_at": "exits=...", "modules": "exits=..."},
         )
 
@@ -246,7 +255,7 @@ class EarlyExits(Objective):
 
     def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         heads = self.heads(module)
-        if not heads:
+        if not heads or self._is_inside_another(module):
             return run(*args, **kwargs)
         passed = _Pass(self, module, heads, (args, kwargs))
         with self._as_trained(module, heads), passed.real_step():
@@ -281,7 +290,7 @@ class EarlyExits(Objective):
 
     def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         heads = self.heads(module)
-        if not heads:
+        if not heads or self._is_inside_another(module):
             return run(*args, **kwargs)
         if self.serving is not None:
             with answering(resolve_network(module, self.network), self.serving):
@@ -301,9 +310,14 @@ class EarlyExits(Objective):
                 run(*args, **kwargs)
         return result
 
+    def _is_inside_another(self, module: LightningModule) -> bool:
+        """Whether another wrapper of this kind is around it, with which a fit will be refused."""
+        levels: Any = getattr(module, SLOT).levels
+        return any(isinstance(level.objective, EarlyExits) for level in levels[self.depth + 1 :])
+
     def at_epoch_hook(self, module: LightningModule, run: Callable[[], Any]) -> Any:
         heads = self.heads(module)
-        if not heads or self.collecting is not None or self.serving is not None:
+        if not heads or self.collecting or self.serving or self._is_inside_another(module):
             return run()
         network = backbone(resolve_network(module, self.network))
         before = Before.of(module, network, self.replicas.values(), None)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_compress.trainer.unwrap import LOGGED
 
 Kind = Literal["zeros", "codebook", "grid", "signs", "bounds", "penalty"]
-Sight = Literal["magnitudes", "gradients", "layers", "second_backward"]
+Sight = Literal["magnitudes", "gradients", "layers", "output", "second_backward"]
 FEW_VALUES: tuple[Kind, ...] = ("codebook", "grid", "signs")
 _SHOWN = 3  # settings in a message
 
@@ -32,7 +32,9 @@ class Effects:
         rewinds: Whether it may restore the network of an earlier step.
         shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
         looks_at: The basis of its decisions: the "magnitudes" of weights, their "gradients", the inputs or outputs of
-            "layers" inside the forward pass, or a "second_backward" pass from the loss.
+            "layers" inside the forward pass, the "output" of the network in the user's step, or a "second_backward"
+            pass from the loss.
+        replays: How often it runs the user's step for each batch.
         begins: The optimizer step after which it acts for the first time; None if unknown. A callback also counts the
             steps of its earlier fits. `declared` counts as the Trainer does: a technique that began in an earlier fit
             has a step below 0.
@@ -50,6 +52,7 @@ class Effects:
     rewinds: bool = False
     shapes: Literal["never", "on_fit_end", "during_fit"] = "never"
     looks_at: frozenset[Sight] = frozenset()
+    replays: int = 1
     begins: int | None = 0
     final: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)

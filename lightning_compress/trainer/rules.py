@@ -186,6 +186,21 @@ PAIR_RULES = (
         remedy="give {other} shrink='never', or give it shrink='on_fit_end' and put it after {one} in "
         "Trainer(callbacks=[...])",
     ),
+    PairRule(
+        name="two wrappers that replay",
+        meets=lambda one, other, first: first and one.replays > 1 and other.replays > 1,
+        shows=("replays", "replays"),
+        reason="{one} and {other} both run the user's step several times for each batch",
+        remedy="use one of them",
+    ),
+    PairRule(
+        name="replays inside another wrapper",
+        meets=lambda one, other, first: first and one.replays > 1 and "output" in other.looks_at,
+        shows=("replays", "looks_at"),
+        reason="{one} runs the user's step several times for each batch, and {other} around it expects one output of "
+        "the network",
+        remedy="put {one} around {other}",
+    ),
 )
 
 

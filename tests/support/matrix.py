@@ -28,7 +28,7 @@ from torch.multiprocessing import ProcessRaisedException
 from lightning_compress.trainer.compatibility import IncompatibleError
 from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES, Rule
 from support.ranks import TESTS, RankPair
-from support.registry import Entry, binary, clustering, distillation, lasso, pruning, qat
+from support.registry import Entry, binary, clustering, distillation, exits, lasso, pruning, qat
 from support.small import ManualModule, SmallModule, plain, quiet_trainer, shuffled
 
 README = TESTS.parent / "README.md"
@@ -63,6 +63,7 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "quantization, tensor": lambda **options: qat(start_epoch=0.5, granularity="tensor", **options),
     "distillation": lambda **options: distillation(),
     "distillation, hints": lambda **options: distillation(hints=[_HINT]),
+    "exits": lambda **options: exits(),
 }
 
 
