@@ -39,9 +39,9 @@ class Table:
         exits = len(self.heads)
         if not exits or len(self.stages) != exits + 1:
             raise ValueError(f"stages={list(self.stages)}, heads={list(self.heads)}: pass one stage more than heads")
-        if not all(0 <= cost < math.inf for cost in (*self.stages, *self.heads)) or not self.stages[0] > 0:
+        if not all(0 <= cost < math.inf for cost in (*self.stages, *self.heads)) or not sum(self.stages) > 0:
             raise ValueError(
-                f"stages={list(self.stages)}, heads={list(self.heads)}: costs must be finite and not negative"
+                f"stages={list(self.stages)}, heads={list(self.heads)}: costs must be finite, none negative, not all 0"
             )
         if self.right is None and self.targets is None:
             raise ValueError("A table needs targets, or right=, how good each output of each sample is")

@@ -190,6 +190,14 @@ def test_exits_at_which_nobody_leaves_are_said_and_their_heads_are_not_paid(tabl
     assert evaluate(dear, found).mean_cost == pytest.approx(3.0, rel=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:No sample leaves")
+def test_stages_that_measure_as_nothing_cost_nothing(table: Table) -> None:
+    free = replace(table, stages=(0.0, 1.0, 0.0, 2.0))
+    found = calibrate(free, budget=1.0)
+    assert evaluate(free, found).mean_cost <= 1.0
+    assert evaluate(free, found).accuracy > float(table.quality()[0].mean())
+
+
 def test_ties_leave_together_and_the_budget_still_holds() -> None:
     table = drawn(300, 1)
     tied = replace(table, logits=[(z / 2).round() for z in table.logits])
@@ -304,7 +312,8 @@ def test_too_few_samples_are_refused() -> None:
     ("changes", "shown"),
     [
         ({"stages": (1.0, 2.0, 3.0)}, "one stage more than heads"),
-        ({"heads": (1.0, -1.0, 1.0)}, "not negative"),
+        ({"heads": (1.0, -1.0, 1.0)}, "none negative"),
+        ({"stages": (0.0, 0.0, 0.0, 0.0)}, "not all 0"),
         ({"logits": []}, "0 tensors of logits: pass 4"),
         ({"logits": [torch.zeros(600, 1)] * 4}, r"\(600, 1\)"),
         ({"logits": [torch.zeros(600, 3)] * 4}, "targets go from 0 to 4: expected classes from 0 to 2"),
