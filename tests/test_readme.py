@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 HEADINGS = ["What it does", "Use", "How it works", "Measured", "When it did not help", "Papers"]
 MORE = {"coding": {"The format, version 2"}}
-CARDS = ["pruning", "group_lasso", "clustering", "binary", "quantization", "distillation", "coding", "deploy"]
+CARDS = [
+    "pruning",
+    "group_lasso",
+    "clustering",
+    "binary",
+    "quantization",
+    "distillation",
+    "early_exit",
+    "coding",
+    "deploy",
+]
 PAGES = ["README.md", "conf/README.md"]
 PAGES += [f"lightning_compress/{room}/README.md" for room in (*CARDS, "trainer", "channels")]
 

@@ -590,7 +590,7 @@ class Headless(Plain):
         (Plain, Plain, {"temperature": float("nan")}, "temperature is a number above 0; got nan"),
         (Plain, Plain, {"loss": "kl"}, "loss must be one of soft_target, logit_regression, cosine; got 'kl'"),
         (Plain, [Plain(), Plain()], {"teacher_weights": [1.0]}, "teacher_weights has 1 numbers for 2 teachers"),
-        (Plain, [], {}, "names no teacher"),
+        (Plain, [], {}, "contains no teacher"),
         (Plain, Headless, {}, "The teacher Headless has no forward: pass teacher_network="),
         (Plain, Plain, {"mask": "attention"}, "mask='attention' is no keyword argument"),
         (Plain, Plain, {"hints": [{"student": "net.0"}]}, "A hint has student= and teacher="),
