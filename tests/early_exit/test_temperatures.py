@@ -29,7 +29,7 @@ def bisected(logits: Tensor, targets: Tensor) -> float:
     for _ in range(80):
         b = torch.tensor(math.sqrt(low * high), dtype=torch.double, requires_grad=True)
         (slope,) = torch.autograd.grad(F.cross_entropy(b * logits.double(), targets), b)
-        low, high = (low, float(b)) if slope > 0 else (float(b), high)
+        low, high = (low, b.item()) if slope > 0 else (b.item(), high)
     return 1 / low
 
 
