@@ -187,8 +187,9 @@ class EarlyExitHeads(CompressionModule):
         early = self._deployed(found.inputs, rule=None, output=objective.output, confidence=confidence)
         costs = costs_of(early, found.inputs, "ms" if unit == "ms" else "macs")
         outputs, aims = found.outputs(), torch.cat(found.targets)
-        table = Table(stages=costs.stages, heads=costs.heads, logits=outputs, targets=aims)
-        if confidence is not None and right is not None:
+        if confidence is None or right is None:
+            table = Table(stages=costs.stages, heads=costs.heads, logits=outputs, targets=aims)
+        else:
             table = Table(
                 stages=costs.stages,
                 heads=costs.heads,
