@@ -197,6 +197,7 @@ class EarlyExitNetwork(nn.Module):
                 )
         raise ValueError("A network with exits runs in evaluation mode only: call .eval() first.")
 
+    @torch.inference_mode(False)  # torch.export needs tensors of every mode
     def _prepare(self) -> None:
         """Cut the network, or find that it runs whole batches, and see that the heads fit."""
         args, kwargs = self.example_inputs()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_compress.core.axes import BATCH, Axes
-from lightning_compress.core.evaluation import caches_off, entries_restored, evaluating
+from lightning_compress.core.evaluation import caches_off, entries_restored, evaluating, take_rounding_away
 from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.outputs import compare, select_output
 from lightning_compress.core.tensors import named_tensors
@@ -62,11 +62,37 @@ def split(
         ['relu']
     """
     axes = axes_of(network, example_inputs, output)
-    examples = Examples(network, layers, axes, output)
-    try:
-        return _proved(Stages(trace(network, axes, layers, output), layers), network, examples)
-    except _SharedMemoryError:
-        return _proved(Stages(trace(network, axes, layers, output, functional=True), layers), network, examples)
+    with _unrounded(network) as rounds:
+        examples = Examples(network, layers, axes, output)
+        stages = Stages(trace(network, axes, layers, output), layers)
+        functional = False
+        try:
+            _prove(stages, network, examples)
+        except _SharedMemoryError:
+            functional = True
+            stages = Stages(trace(network, axes, layers, output, functional=True), layers)
+            _prove(stages, network, examples)
+    if not rounds:
+        return stages
+    rounding = Stages(trace(network, axes, layers, output, functional=functional), layers)
+    for cut, nodes in enumerate(stages.crossing):
+        pairs = zip(rounding.crossing[cut], nodes, strict=False)
+        rounding.rows.update({mine: stages.rows[other] for mine, other in pairs})
+    with running(network):
+        _try_together(rounding, network, examples)
+    return rounding
+
+
+@contextmanager
+def _unrounded(network: nn.Module) -> Iterator[bool]:
+    """Run a network without the hooks that round inputs: a sample alone differs in the last bit, and is rounded away.
+
+    Yields whether there are any.
+    """
+    with running(network):
+        before = sum(len(module._forward_pre_hooks) for module in network.modules())
+        take_rounding_away(network)
+        yield before > sum(len(module._forward_pre_hooks) for module in network.modules())
 
 
 def axes_of(network: nn.Module, example_inputs: ExampleInputs, output: str | int | None) -> Axes:
@@ -106,18 +132,14 @@ class Examples:
 
     def __init__(self, network: nn.Module, layers: Sequence[str], axes: Axes, output: str | int | None) -> None:
         self.network, self.layers, self.axes, self.output = network, layers, axes, output
-        missing = [
-            name for name in layers if not name or name not in dict(network.named_modules(remove_duplicate=False))
-        ]
-        if missing:
-            raise ValueError(
-                f"{missing[0]!r} is no layer of {type(network).__name__}: pass the names of modules in it."
-            )
+        known = dict(network.named_modules(remove_duplicate=False))
+        if missing := [name for name in layers if not name or name not in known]:
+            raise ValueError(f"{type(network).__name__} has no layer {missing[0]!r}: pass the names of modules in it.")
         self.leaves = _different(axes)
-        with running(network):
-            self.together = self._computed(range(_TRIED))
+        with _unrounded(network):
+            self.together = self.computed(range(_TRIED))
             try:
-                self.alone = [self._computed([i]) for i in range(_TRIED)]
+                self.alone = [self.computed([i]) for i in range(_TRIED)]
             except Exception as error:  # whatever the network's code raises
                 raise SplitError(f"{type(network).__name__} does not run with one sample: {error}") from error
         for i, alone in enumerate(self.alone):
@@ -135,7 +157,7 @@ class Examples:
             for leaf, named in zip(self.leaves, self.axes.named, strict=True)
         ]
 
-    def _computed(self, samples: Iterable[int]) -> list[Tensor]:
+    def computed(self, samples: Iterable[int]) -> list[Tensor]:
         """Return the layers' outputs and the answer, as the network computes them."""
         found: list[tuple[str, Any]] = []
 
@@ -205,8 +227,8 @@ def differ(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _proved(stages: Stages, network: nn.Module, examples: Examples) -> Stages:
-    """Return stages that have been tried, with random samples leaving at every exit, against samples one by one.
+def _prove(stages: Stages, network: nn.Module, examples: Examples) -> None:
+    """Try stages, with random samples leaving at every exit, against samples one by one.
 
     Raises:
         SplitError: They compute something else.
@@ -242,7 +264,17 @@ def _proved(stages: Stages, network: nn.Module, examples: Examples) -> Stages:
         except RuntimeError as error:  # a size that the graph does not take
             line = next(iter(str(error).strip().splitlines()), "")
             raise SplitError(f"The stages of {type(network).__name__} do not run with fewer samples: {line}") from error
-    return stages
+
+
+def _try_together(stages: Stages, network: nn.Module, examples: Examples) -> None:
+    """Compare what the stages compute of a batch that nobody leaves with what the network does."""
+    found: list[Tensor] = []
+    inputs = [leaf for leaf in examples.of(range(_TRIED)) if isinstance(leaf, Tensor)]
+    cuts = range(1, len(stages.layers) + 1)
+    answer = stages.run(executor(network, stages), inputs, cuts, lambda _, feature: found.append(feature.clone()))
+    assert answer is not None
+    if difference := differ([*found, answer], examples.computed(range(_TRIED))):
+        raise SplitError(f"The stages were tried, and something is wrong: {difference}.")
 
 
 def _check_crossing(stages: Stages, cut: int, some: Sequence[Tensor], all_: Sequence[Tensor], samples: Tensor) -> None:

@@ -114,9 +114,12 @@ def trace(
                 program = program.run_decompositions({})
     except Exception as error:  # whatever the network's code or torch.export raises
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        newer = (
+            f" Or use torch 2.13, which exports more than {torch.__version__}." if torch.__version__ < "2.13" else ""
+        )
         raise SplitError(
             f"torch.export cannot trace {type(network).__name__} for batches of any size: "
-            f"{' '.join(lines[:2])[:300] or type(error).__name__}"
+            f"{' '.join(lines[:2])[:300] or type(error).__name__}{newer}"
         ) from error
     return _read(program, axes)
 

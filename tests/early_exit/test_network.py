@@ -447,7 +447,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="pass the same arguments"):
         early(case.inputs, case.inputs)
     for heads, message in {
-        ("nowhere",): "'nowhere' is no layer of Residual",
+        ("nowhere",): "Residual has no layer 'nowhere'",
         ("c", "a"): r"are not in the order in which their layers return: \['a', 'c'\]",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -534,3 +534,112 @@ def test_kwargs_in_any_order_and_inputs_without_samples() -> None:
     assert torch.allclose(output, both[index, torch.arange(9)], atol=1e-6)
     with pytest.raises(ValueError, match=r"An input is 0\.7, and was 0\.5"):
         early(**inputs | {"scale": 0.7})
+
+
+@pytest.mark.parametrize("name", ["residual", "asks"])
+def test_the_host_waits_once_at_each_open_exit(name: str) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten, waits = torch.ops.aten, []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (aten.nonzero.default, aten._local_scalar_dense.default, aten.equal.default):
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    case = Case(name)
+    for closed, count in (((), 2), ((1,), 1), ((0, 1), 0)):
+        early = case.early(case.rule(closed=closed))
+        waits.clear()
+        with torch.no_grad(), Count():
+            early(case.inputs)
+        assert len(waits) == count + (name == "asks")  # its own question
+
+
+def test_compiled_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dynamo, whose graphs run as they are: to compile them takes long."""
+    compiled: list[nn.Module] = []
+    real = torch.compile
+
+    def compile(module: nn.Module) -> Any:
+        compiled.append(module)
+        return real(module, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    case = Case("residual")
+    rule = case.rule()
+    early = case.early(rule, compile=True)
+    with torch.no_grad():
+        same(early(case.inputs), case.one_by_one(rule, case.inputs))
+        number = len(compiled)
+        same(early(case.inputs[:7]), case.one_by_one(rule, case.inputs[:7]))
+        assert len(compiled) == number
+        same(copy.deepcopy(early)(case.inputs), case.one_by_one(rule, case.inputs))
+    assert {id(one) for one in compiled} <= {id(stage.module) for stage in early._stages._stages.values()}
+
+
+def test_inference_mode_and_gradients() -> None:
+    case = Case("residual")
+    rule = case.rule()
+    expected = case.one_by_one(rule, case.inputs)
+    early = pickle.loads(pickle.dumps(case.early(rule)))  # is split at the first call
+    with torch.inference_mode():
+        same(early(case.inputs), expected)
+    assert not early.whole_batch
+    output, _ = early(case.inputs)
+    output.square().sum().backward()
+    loss = sum(
+        torch.stack([*case.early(None)(one[None], exit=int(k) + 1)[0]]).square().sum()
+        for one, k in zip(case.inputs, expected[1], strict=True)
+    )
+    loss.backward()
+    for mine, theirs in zip(early.network.parameters(), case.network.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_inputs_that_hooks_round(bits: int) -> None:
+    """A sample alone may be rounded to another step, which is no sign of mixed samples."""
+    from lightning_compress.quantization.input_grids import InputGrid, quantize_inputs
+
+    case = Case("residual", torch.float32)
+    names = [name for name, module in case.network.named_modules() if isinstance(module, nn.Conv2d)]
+    quantize_inputs(case.network, {name: InputGrid.covering(-3.0, 3.0, bits) for name in names})
+    early = case.early(None)
+    assert not early.whole_batch
+    for k, expected in enumerate(case.answers(case.inputs)):
+        with torch.no_grad():
+            assert torch.allclose(early(case.inputs, exit=k + 1)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+ZOO_PART = {  # windows and heads that are folded into the batch, masks, tables of positions, keys that are shared
+    "swin": ["swin.encoder.layers.0.blocks.0.attention.k_proj", "swin.encoder.layers.1.blocks.0.layernorm_after"],
+    "shufflenet v2": ["one.4", "two.3"],
+    "gpt2": ["transformer.h.0.mlp.act", "transformer.h.1.attn.c_proj"],
+    "llama": ["model.layers.0.mlp.up_proj", "model.layers.1.post_attention_layernorm"],
+    "bert": ["bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.attention.self.query"],
+}
+
+
+@pytest.mark.parametrize("name", ZOO_PART)
+def test_networks_of_all_kinds_split_inside_blocks(name: str) -> None:
+    from support.reference import randomize, to_double
+    from support.zoo import ZOO
+
+    from lightning_compress.core.example_inputs import call
+    from lightning_compress.early_exit.split import Examples, axes_of, differ, executor, split
+
+    torch.manual_seed(0)
+    network, inputs = randomize(ZOO[name].make(), seed=1).double().eval(), to_double(ZOO[name].inputs())
+    stages = split(network, ZOO_PART[name], inputs)
+    assert len(stages.crossing[1]) > 1
+    examples = Examples(network, ZOO_PART[name], axes_of(network, inputs, None), None)
+    with torch.no_grad():
+        leaves = [leaf for leaf in examples.of([0, 1, 2, 3]) if isinstance(leaf, Tensor)]
+        stay = {1: torch.tensor([3, 1, 0]), 2: torch.tensor([2, 1])}  # in another order, too
+        answer = stages.run(executor(network, stages), leaves, [1, 2], lambda cut, _: stay[cut])
+        keywords = dict(zip(inputs, leaves, strict=True)) if isinstance(inputs, dict) else None
+        found = call(network, keywords or leaves[0])["logits" if keywords or name == "swin" else slice(None)]
+    assert answer is not None
+    assert differ([answer], [found[[0, 1]]]) is None
