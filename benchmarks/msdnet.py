@@ -5,7 +5,7 @@ does (Huang et al., 1703.09844). Anytime: the accuracy of classifier k on all te
 of the heads before it included. Budgeted batch: thresholds on the largest softmax probability, chosen on validation
 images; the paper's, with which the share of samples that leave at classifier k is proportional to q^k, one q after the
 other; and those of `calibrate` for the same mean cost. Accuracy and mean MACs are those of the test images under these
-thresholds. The control is ResNet-20 of several widths, each trained alone for as many epochs.
+thresholds. The controls are the same network without exits and ResNet-20 of several widths, trained as long.
 
 What is less than in the paper: its budgeted network has 5 blocks (15 layers), 16 channels at first, growth 6 and heads
 of 128, and trains for 300 epochs on 45,000 images with Nesterov momentum and a learning rate that falls at two epochs;
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from _cifar10 import SHAPE, PartOfCIFAR10, Setting, UpTo, accuracies, classifier
 from mnist_pruning import silence
 from rich.console import Console
 from rich.table import Table as Printed
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress import EarlyExitHeads
 from lightning_compress.baselines import MSDNet, ResNet20, msdnet_classifier
@@ -96,8 +97,9 @@ def budgeted(val: Table, test: Table) -> dict[str, list[Point]]:
     return found
 
 
-def control(width: int, data: PartOfCIFAR10, setting: Setting) -> Point:
-    network = initial(lambda: ResNet20(width=width), setting)
+def alone(make: Callable[[], nn.Module], data: PartOfCIFAR10, setting: Setting) -> Point:
+    """MACs and accuracy of a network that is trained without exits."""
+    network = initial(make, setting)
     module = classifier(network, setting)
     fit(module, data, setting)
     return float(count_macs(network.eval(), torch.zeros(1, *SHAPE))[0]), accuracies(module, data)["test_acc"]
@@ -145,7 +147,8 @@ def main() -> None:
     fit(module, data, setting)
     val, test = tables(network, data)
     found = {"anytime": anytime(test), **budgeted(val, test)}
-    found["plain ResNet-20"] = [control(width, data, setting) for width in arguments.widths]
+    found["without exits"] = [alone(small_msdnet, data, setting)]
+    found["plain ResNet-20"] = [alone(partial(ResNet20, width=width), data, setting) for width in arguments.widths]
 
     training = f"{setting.images:,} training images of CIFAR-10, {setting.epochs} epochs, seed {setting.seed}"
     table = Printed(title=f"Anytime, and plain networks; {training}")
@@ -154,8 +157,9 @@ def main() -> None:
     table.add_column("test accuracy", justify="right")
     for k, (macs, accuracy) in enumerate(found["anytime"], start=1):
         table.add_row(f"MSDNet, classifier {k}", f"{macs / 1e6:.2f}", f"{accuracy:.1%}")
-    for width, (macs, accuracy) in zip(arguments.widths, found["plain ResNet-20"], strict=True):
-        table.add_row(f"ResNet-20 of width {width}", f"{macs / 1e6:.2f}", f"{accuracy:.1%}")
+    others = ["MSDNet without exits", *(f"ResNet-20 of width {width}" for width in arguments.widths)]
+    for name, (macs, accuracy) in zip(others, [*found["without exits"], *found["plain ResNet-20"]], strict=True):
+        table.add_row(name, f"{macs / 1e6:.2f}", f"{accuracy:.1%}")
     console.print(table)
     table = Printed(title=f"Budget per batch: mean million MACs, and test accuracy; {training}")
     for column in ("validation", "test, q-sweep", "", "test, calibrate", ""):
