@@ -19,7 +19,8 @@ from lightning_compress.early_exit.collect import collect, trained_on
 from lightning_compress.early_exit.costs import costs_of
 from lightning_compress.early_exit.heads import heads_of
 from lightning_compress.early_exit.network import EarlyExitNetwork
-from lightning_compress.early_exit.objective import EarlyExits, Gradient, Training, backbone, check_layers
+from lightning_compress.early_exit.objective import EarlyExits, Training, check_layers
+from lightning_compress.early_exit.one_step import Gradient, backbone
 from lightning_compress.early_exit.record import take_heads
 from lightning_compress.early_exit.rules import Confidence, ExitRule, Rule, Unit
 from lightning_compress.trainer.distributed import gather

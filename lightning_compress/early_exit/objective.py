@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.evaluation import entries_restored, evaluating, modes_restored, set_mode
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.heads import ExitHeads, heads_of, layer_of, make_heads, reading
+from lightning_compress.early_exit.losses import soft_targets
+from lightning_compress.early_exit.one_step import (
+    Gradient,
+    OneStep,
+    also_logged,
+    backbone,
+    exit_labels,
+    full_label,
+)
 from lightning_compress.early_exit.placing import place_exits
 from lightning_compress.early_exit.record import give_heads, note_heads
-from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
-from lightning_compress.trainer.replay import (
-    Before,
-    Replica,
-    answering,
-    replaying,
-    returning,
-    traces,
-    with_output,
-)
+from lightning_compress.trainer.replay import answering, replaying
+from lightning_compress.trainer.replica import Before, Replica, traces
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.unwrap import SLOT, innermost
 from lightning_compress.trainer.wrapper import Objective
 
 Training = Literal["joint", "frozen"]
-Gradient = Literal["full", "equilibrium", "stop"]
 NAMED_WEIGHTS = ("equal", "rising")
 _FEW = 4  # samples that are kept of a peeked batch, with which the network is cut into stages
 _FIRST_RISING = 0.01  # the weight from which rising weights begin
@@ -71,6 +71,8 @@ class EarlyExits(Objective):
         self._scheduled: list[Scheduled] = []
         self._frozen: list[nn.Parameter] = []
         self._step = 0
+        self._returned: dict[str, Any] = {}  # by replays of the last batch
+        self._said: set[str] = set()
         self._check()
 
     def _check(self) -> None:
@@ -246,7 +248,7 @@ class EarlyExits(Objective):
 
     def state(self) -> dict[str, Any]:
         numbers = {
-            label: {name: one for name, one in replica.values.items() if isinstance(one, int | float | str | Tensor)}
+            label: {name: one for name, one in replica.own().items() if isinstance(one, int | float | str | Tensor)}
             for label, replica in self.replicas.items()
         }
         return {"weights": [weight.state() for weight in self._scheduled], "values": numbers}
@@ -257,28 +259,43 @@ class EarlyExits(Objective):
         heads = self.heads(module)
         if not heads or self._is_inside_another(module):
             return run(*args, **kwargs)
-        passed = _Pass(self, module, heads, (args, kwargs))
-        with self._as_trained(module, heads), passed.real_step():
+        one = self._begin(module, heads, (args, kwargs))
+        with self._as_trained(module, heads), one.real_step():
             result = run(*args, **kwargs)
         own = loss_of(result)
         if own is None:  # a step that is skipped; Lightning refuses anything else
             return result
-        passed.was_called()
-        weights = [one.at(self._step) for one in self._scheduled] or [1.0] * (len(heads) + 1)
+        one.was_called()
+        weights = [weight.at(self._step) for weight in self._scheduled] or [1.0] * (len(heads) + 1)
         total = weights[-1] * own if self.train == "joint" else torch.zeros_like(own)
-        for number, (logits, weight) in enumerate(zip(passed.exits(), weights, strict=False), start=1):
-            with passed.replay(number, logits):
-                loss = loss_of(run(*args, **kwargs))
+        for label, logits, weight in zip(one.replicas, one.exits(), weights, strict=False):
+            replayed = one.replayed(label, logits, run)
+            loss = loss_of(replayed)
             if loss is None:
                 continue
+            self._returned[label] = replayed if isinstance(replayed, Mapping) else {"loss": loss}
             if self.distill > 0.0:
-                taught = soft_targets(logits, passed.logits.detach(), self.temperature)
+                taught = soft_targets(logits, one.logits.detach(), self.temperature)
                 loss = (1.0 - self.distill) * loss + self.distill * taught
             total = total + weight * loss
+        self._keep_returned(module, "on_train_batch_end")
         return {**result, "loss": total} if isinstance(result, Mapping) else total
 
+    def _begin(self, module: LightningModule, heads: ExitHeads, batch: Any) -> OneStep:
+        self._returned.clear()
+        folder = getattr(module, SLOT).label
+        # Before the real step, in which Lightning looks for metrics by their names.
+        replicas = {name: self.replica(module, name) for name in (f"{folder}{label}" for label in exit_labels(heads))}
+        return OneStep(module, heads, self.network, self.output, self.gradient, replicas, batch)
+
+    def _keep_returned(self, module: LightningModule, hook: str) -> None:
+        """Keep what replays have returned for the hook at the batch's end, if the module has it."""
+        if getattr(type(innermost(module)), hook) is getattr(LightningModule, hook):
+            self._returned.clear()
+        self._returned = tree_map_only(Tensor, Tensor.detach, self._returned)
+
     @contextmanager
-    def _as_trained(self, module: LightningModule, heads: ExitHeads) -> Any:
+    def _as_trained(self, module: LightningModule, heads: ExitHeads) -> Iterator[None]:
         """Run a frozen backbone as in evaluation, without gradients; another one as it is."""
         if self.train != "frozen":
             yield
@@ -290,24 +307,33 @@ class EarlyExits(Objective):
 
     def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         heads = self.heads(module)
+        if not heads and self.exits:
+            self._say(
+                f"The exits of {type(innermost(module)).__name__} have no heads yet, as no fit has begun: what is "
+                f"logged is of the full network alone. Pass example_inputs=, or fit or load the module."
+            )
         if not heads or self._is_inside_another(module):
             return run(*args, **kwargs)
         if self.serving is not None:
             with answering(resolve_network(module, self.network), self.serving):
                 return run(*args, **kwargs)
-        passed = _Pass(self, module, heads, (args, kwargs))
-        with passed.real_step():
+        one = self._begin(module, heads, (args, kwargs))
+        with one.real_step():
             result = run(*args, **kwargs)
-        if not passed.called:  # a step that does not ask the network
+        if not one.called:
+            self._say(
+                f"The {module.trainer.state.stage} step of {type(innermost(module)).__name__} does not call the "
+                f"network {self.network!r}: what it logs is of the full network alone."
+            )
             return result
-        exits = passed.exits()
+        exits = one.exits()
         if self.collecting is not None:
             batch = args[0] if args else next(iter(kwargs.values()))
-            self.collecting(batch, passed.inputs, [*exits, passed.logits])
+            self.collecting(batch, one.inputs, [*exits, one.logits])
             return result
-        for number, logits in enumerate(exits, start=1):
-            with passed.replay(number, logits):
-                run(*args, **kwargs)
+        for label, logits in zip(one.replicas, exits, strict=True):
+            self._returned[label] = one.replayed(label, logits, run)
+        self._keep_returned(module, f"on_{'test' if module.trainer.testing else 'validation'}_batch_end")
         return result
 
     def _is_inside_another(self, module: LightningModule) -> bool:
@@ -315,21 +341,31 @@ class EarlyExits(Objective):
         levels: Any = getattr(module, SLOT).levels
         return any(isinstance(level.objective, EarlyExits) for level in levels[self.depth + 1 :])
 
-    def at_epoch_hook(self, module: LightningModule, run: Callable[[], Any]) -> Any:
+    def _say(self, message: str) -> None:
+        """Warn of something once."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(message)
+
+    def at_hook(self, name: str, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         heads = self.heads(module)
         if not heads or self.collecting or self.serving or self._is_inside_another(module):
-            return run()
+            return run(*args, **kwargs)
         network = backbone(resolve_network(module, self.network))
-        before = Before.of(module, network, self.replicas.values(), None)
-        inside: Any = getattr(module, SLOT)
-        was = traces(module, before)
-        with _also(inside, f"exit{len(heads) + 1}/"):
-            result = run()
-        if traces(module, before) != was:  # else it has nothing to do with what the steps have found
-            for number in range(1, len(heads) + 1):
-                label = f"exit{number}"
-                with replaying(module, label, self.replica(module, label), before):
-                    run()
+        replicas = {label: self.replica(module, label) for label in exit_labels(heads)}
+        before = Before(module, network, replicas.values(), (args, kwargs))
+        was = traces(module, before, replicas.values())
+        with also_logged(module, full_label(heads)):
+            result = run(*args, **kwargs)
+        if traces(module, before, replicas.values()) == was:
+            return result  # it has nothing to do with what the steps have found
+        before.after_real_step()
+        for label, replica in replicas.items():
+            again, by_name = before.batch()
+            if name.endswith("batch_end") and again:  # what the step has returned comes first
+                again = (self._returned.get(label, again[0]), *again[1:])
+            with replaying(module, label, replica, before):
+                run(*again, **by_name)
         return result
 
     def replica(self, module: LightningModule, label: str) -> Replica:
@@ -339,132 +375,10 @@ class EarlyExits(Objective):
         return self.replicas[label]
 
 
-class _Pass:
-    """One batch: the real step, in which the network runs, and the replays that get the logits of exits."""
-
-    def __init__(self, objective: EarlyExits, module: LightningModule, heads: ExitHeads, batch: Any) -> None:
-        self.objective, self.module, self.heads = objective, module, heads
-        folder = getattr(module, SLOT).label
-        # Before the real step, in which Lightning looks for metrics by their names.
-        self.replicas = [objective.replica(module, f"{folder}exit{number}") for number in range(1, len(heads) + 1)]
-        self.network = resolve_network(module, objective.network)
-        self.before = Before.of(module, backbone(self.network), objective.replicas.values(), batch)
-        self.features: dict[str, Tensor] = {}
-        self.inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self.output: Any = None
-        self.called = False
-        self.was_called: Callable[[], None] = lambda: None
-
-    @contextmanager
-    def real_step(self) -> Any:
-        """Catch the features of exit layers, and the network's output, while the block runs the user's step."""
-        inside: Any = getattr(self.module, SLOT)
-        with ExitStack() as stack:
-            stack.enter_context(_also(inside, f"exit{len(self.heads) + 1}/"))
-            stack.enter_context(reading(backbone(self.network), self.heads.layers, self._read))
-            self.was_called = stack.enter_context(captured(self.module, self.objective.network, self._begin, self._end))
-            yield
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.before.check_batch(self.module)
-        self.inputs = (args, kwargs)
-
-    def _end(self, output: Any) -> None:
-        self.output, self.called = output, True
-
-    def _read(self, layer: str, features: Tensor) -> Tensor | None:
-        """Keep the features for the exit's head; return what the network goes on with, if that is another tensor."""
-        if self.objective.gradient == "stop":
-            self.features[layer] = features.detach()
-        elif self.objective.gradient == "equilibrium" and features.requires_grad:
-            left = len(self.heads) + 1 - self.heads.layers.index(layer)  # classifiers from here on
-            self.features[layer] = scale_gradient(features, 1.0 / left)
-            return scale_gradient(features, (left - 1.0) / left)
-        else:
-            self.features[layer] = features
-        return None
-
-    @property
-    def logits(self) -> Tensor:
-        """The full network's."""
-        return select_output(self.output, self.objective.output, "The network")
-
-    def exits(self) -> list[Tensor]:
-        """Return the logits of each exit."""
-        found = []
-        for layer, head in self.heads.by_layer().items():
-            if layer not in self.features:
-                raise ValueError(f"The exit layer {layer!r} did not run in the network's forward pass.")
-            found.append(head(self.features[layer]))
-        return found
-
-    @contextmanager
-    def replay(self, number: int, logits: Tensor) -> Any:
-        """Have the user's step see an exit's logits as the network's output, while the block runs it."""
-        replica = self.replicas[number - 1]
-        output = with_output(self.output, self.objective.output, logits, "The network")
-        with replaying(self.module, f"exit{number}", replica, self.before), returning(self.network, output):
-            yield
-
-
-@contextmanager
-def _also(inside: Any, label: str) -> Any:
-    """Log what the block logs under a second folder as well."""
-    before, inside.second_label = inside.second_label, label
-    try:
-        yield
-    finally:
-        inside.second_label = before
-
-
-def backbone(network: nn.Module) -> nn.Module:
-    """Return a network without what torch.compile wraps around it."""
-    found: nn.Module = getattr(network, "_orig_mod", network)
-    return found
-
-
 def loss_of(result: Any) -> Tensor | None:
     """Return the loss of what a step returns; None if there is none."""
     loss = result.get("loss") if isinstance(result, Mapping) else result
     return loss if isinstance(loss, Tensor) else None
-
-
-def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over samples and positions.
-
-    Example:
-        >>> soft_targets(torch.zeros(2, 3), torch.zeros(2, 3), 4.0).item()
-        0.0
-    """
-    log_student = F.log_softmax(student.float() / temperature, -1).flatten(0, -2)
-    log_teacher = F.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-
-
-class _ScaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.scale, None
-
-
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return x, whose gradient is multiplied by `scale` on its way back.
-
-    Paper:
-        Li et al., Improved techniques for training adaptive deep networks (1908.06294), section 3.1.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> scale_gradient(x, 0.25).sum().backward(); x.grad
-        tensor([0.2500, 0.2500])
-    """
-    scaled: Tensor = _ScaledGradient.apply(x, scale)  # type: ignore[no-untyped-call]
-    return scaled
 
 
 def check_layers(network: nn.Module, exits: Any) -> None:

@@ -41,7 +41,7 @@ def captured(
         calls += 1
         if calls > 1:
             raise ValueError(
-                f"{_said(module, network)} was called twice in one training_step, so that the "
+                f"{_said(module, network)} was called twice in one step, so that the "
                 f"output to use is not clear: call it once, with all samples in one batch."
             )
         before(args, kwargs)

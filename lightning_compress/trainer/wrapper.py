@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.operating_points import OperatingPoint
-from lightning_compress.trainer.replay import Replica
+from lightning_compress.trainer.replica import Replica
 from lightning_compress.trainer.resume import ResumableCallback
 from lightning_compress.trainer.unwrap import LOGGED, SLOT, innermost
 
@@ -32,7 +32,7 @@ class Objective:
             its state dict, no target of a pattern.
         depth: How many wrappers are inside this one.
         fitting: Whether a fit goes on, in which `auxiliary` is among the wrapper's parameters.
-        replicas: What the replays of a step have to themselves, by the folder of what they log: see `trainer.replay`.
+        replicas: What the replays of a step have to themselves, by the folder of what they log: see `trainer.replica`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -50,9 +50,9 @@ class Objective:
         """Return what `validation_step` or `test_step` returns; `run(*args, **kwargs)` is the step without this."""
         return run(*args, **kwargs)
 
-    def at_epoch_hook(self, module: LightningModule, run: Callable[[], Any]) -> Any:
-        """Run the module's own hook at the beginning or end of an epoch of training, validation or test."""
-        return run()
+    def at_hook(self, name: str, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own hook `name` at the start or end of a fit, validation or test, epoch or batch."""
+        return run(*args, **kwargs)
 
     def configure(self, module: LightningModule) -> None:
         """Add parameters for a fit, before checkpoint, device and optimizer; it may be called more than once."""
@@ -248,7 +248,7 @@ def _class_over(wrapper: type[CompressionModule], own: type[LightningModule]) ->
         return own.load_from_checkpoint(*args, **kwargs)
 
     changed = {name: _evaluated(getattr(own, name)) for name in _EVALUATIONS if _is_own(own, name)}
-    changed |= {name: _at_epoch(getattr(own, name)) for name in _EPOCH_HOOKS if _is_own(own, name)}
+    changed |= {name: _hooked(name, getattr(own, name)) for name in _HOOKS if _is_own(own, name)}
     namespace: dict[str, Any] = changed | {
         "__slots__": (),
         "__module__": wrapper.__module__,
@@ -266,7 +266,12 @@ def _class_over(wrapper: type[CompressionModule], own: type[LightningModule]) ->
 
 
 _EVALUATIONS = ("validation_step", "test_step")
-_EPOCH_HOOKS = [f"on_{what}_epoch_{when}" for what in ("train", "validation", "test") for when in ("start", "end")]
+_HOOKS = [
+    f"on_{what}_{of}{when}"
+    for what in ("train", "validation", "test")
+    for of in ("", "epoch_", "batch_")
+    for when in ("start", "end")
+]
 
 
 def _is_own(own: type[LightningModule], name: str) -> bool:
@@ -286,13 +291,13 @@ def _evaluated(method: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def _at_epoch(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook at an epoch's beginning or end that the objectives see."""
+def _hooked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that the objectives see."""
 
     @wraps(method)
-    def hook(self: CompressionModule) -> Any:
-        around = [level.objective.at_epoch_hook for level in self._lightning_compress.levels]
-        return _run_once(self, method, around)
+    def hook(self: CompressionModule, *args: Any, **kwargs: Any) -> Any:
+        around = [partial(level.objective.at_hook, name) for level in self._lightning_compress.levels]
+        return _run_once(self, method, around, *args, **kwargs)
 
     return hook
 

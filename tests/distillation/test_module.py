@@ -569,7 +569,7 @@ class Headless(Plain):
         (Plain, nn.Unflatten(1, (3, 4)), {}, r"shape \(8, 3\), the teacher's \(8, 3, 4\)"),
         (Plain, Plain, {"network": "body"}, "network='body' is no submodule of Plain, whose children are 'net'"),
         (Direct, Plain, {}, "The forward of Direct was not called in the training_step .* pass network="),
-        (Twice, Plain, {}, "The forward of Twice was called twice in one training_step"),
+        (Twice, Plain, {}, "The forward of Twice was called twice in one step"),
         (Tupled, Plain, {}, "student's network returns a tuple of 2, and no tensor: pass output="),
         (Plain, Tupled, {}, "teacher returns a tuple of 2, and no tensor: pass output="),
         (Tupled, Plain, {"output": 5}, "returns a tuple of 2, which has no output=5"),

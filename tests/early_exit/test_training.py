@@ -18,8 +18,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import DistillationModule
 from lightning_compress.early_exit.heads import heads_of
+from lightning_compress.early_exit.losses import scale_gradient
 from lightning_compress.early_exit.module import EarlyExitHeads
-from lightning_compress.early_exit.objective import scale_gradient
 
 X = torch.zeros(2, FEATURES)
 EXITS = ["net.norm", "net.hidden"]
