@@ -5,9 +5,11 @@ where one tensor crosses the cut) and two inside blocks (where more do). A rando
 exit. The largest difference to the eager network and its heads, sample by sample, over the largest entry.
 
 `clock`: networks in single precision, exits placed at 25, 50 and 75 % of the multiply-accumulates. Of 64 samples about
-30 % leave at each exit; the time is compared with the share of the multiply-accumulates that are executed, times that
-of the eager network. Then nobody leaves: with every exit closed, and with heads that run but are never sure. Medians
-over rounds in which all take turns.
+30 % leave at each exit, others at each call. "time / share": against the share of the multiply-accumulates that are
+executed, times the eager time; early layers take more time than their share of these. "time / static": against what the
+static networks of the exits (and the eager one) would take for those who left there, which counts gathering, waiting,
+heads before the last one, and kernels that are made for a new number of samples. Then nobody leaves: with every exit
+closed, and with heads that run but are never sure. Medians over rounds in which all take turns.
 
     PYTHONPATH=tests python benchmarks/exit_splits.py zoo
     python benchmarks/exit_splits.py clock --only resnet20 resnet18
@@ -133,7 +135,7 @@ def zoo(options: argparse.Namespace, console: Console) -> None:
     for column in ("network", "at", "exits", "tensors that cross", "how", "difference", "seconds"):
         table.add_column(column, overflow="fold")
     counts: dict[str, dict[str, int]] = {"blocks": {}, "inside": {}}
-    wrong = 0
+    wrong, tried, split = 0, set(), set()
     for name in options.only or ZOO:
         torch.manual_seed(0)
         network = randomize(ZOO[name].make(), seed=1).double().eval()
@@ -158,6 +160,8 @@ def zoo(options: argparse.Namespace, console: Console) -> None:
                 how = "whole batches" if early.whole_batch else "split"
             except Exception as error:  # its row says so, and the other networks go on
                 how, difference = f"{type(error).__name__}: {error}"[:80], math.inf
+            tried.add(name)
+            split |= {name} if how == "split" else set()
             wrong += how in ("split", "whole batches") and difference > CLAIM
             counts[where][how] = counts[where].get(how, 0) + 1
             crossing = ", ".join(str(one.tensors) for one in exits)
@@ -168,6 +172,7 @@ def zoo(options: argparse.Namespace, console: Console) -> None:
             print(name, where, how, f"{difference:.0e}", flush=True)
             start = time.process_time()
     console.print(table)
+    console.print(f"{len(split)} networks split somewhere; {len(tried)} have a layer that an exit can follow.")
     for where, found in counts.items():
         console.print(f"{where}: {', '.join(f'{count} {how}' for how, count in found.items())}")
     console.print(f"{wrong} of them differ by more than {CLAIM:.0e}.")
@@ -197,7 +202,8 @@ def rounds(calls: dict[str, Callable[[], Any]], number: int, clock: Callable[[],
 def clock(options: argparse.Namespace, console: Console) -> None:
     timer = time.process_time if options.processor else time.perf_counter
     table = Table(
-        *("network", "samples", "eager ms", "work done", "time", "time / work", "all closed", "nobody sure"),
+        *("network", "samples", "eager ms", "share of MACs", "time", "time / share", "time / static"),
+        *("all closed", "nobody sure"),
         title=f"Time over that of the eager network, torch {torch.__version__}, {options.threads} threads, "
         f"{'processor time, ' if options.processor else ''}medians of {options.rounds}",
     )
@@ -229,13 +235,10 @@ def clock(options: argparse.Namespace, console: Console) -> None:
             ).eval()
         for number in options.samples:
             inputs = torch.randn(number, 3, pixels, pixels)
-            work: list[float] = []
+            left: list[Tensor] = []
 
-            def leaving(
-                inputs: Tensor = inputs, work: list[float] = work, made: Any = made, shares: Any = shares
-            ) -> None:
-                index = made["leaving"](inputs)[1]
-                work.append(float(torch.tensor([*shares, 1.0])[index].mean()))
+            def leaving(inputs: Tensor = inputs, left: list[Tensor] = left, early: Any = made["leaving"]) -> None:
+                left.append(early(inputs)[1])
 
             calls: dict[str, Callable[[], Any]] = {
                 "eager": lambda network=network, inputs=inputs: network(inputs),
@@ -243,12 +246,26 @@ def clock(options: argparse.Namespace, console: Console) -> None:
                 "closed": lambda made=made, inputs=inputs: made["closed"](inputs),
                 "unsure": lambda made=made, inputs=inputs: made["unsure"](inputs),
             }
+            for k in range(1, len(exits) + 1):
+                calls[f"exit {k}"] = lambda made=made, inputs=inputs, k=k: made["closed"](inputs, exit=k)
             with torch.no_grad():
-                times = rounds(calls, options.rounds, timer)
-            done = statistics.median(work[1:])
-            time_left = {key: times[key] / times["eager"] for key in calls}
-            row = [name, str(number), f"{1e3 * times['eager']:.2f}", f"{done:.2f}", f"{time_left['leaving']:.2f}"]
-            row += [f"{time_left['leaving'] / done:.2f}", f"{time_left['closed']:.2f}", f"{time_left['unsure']:.2f}"]
+                for _ in range(options.warm):
+                    leaving()
+                left.clear()
+                times = {key: 1e3 * one for key, one in rounds(calls, options.rounds, timer).items()}
+            index = torch.cat(left[1:])
+            macs = float(torch.tensor([*shares, 1.0])[index].mean())
+            by_clock = [*(times[f"exit {k}"] for k in range(1, len(exits) + 1)), times["eager"]]
+            ideal = float(torch.tensor(by_clock)[index].mean())
+            row = [
+                name,
+                str(number),
+                f"{times['eager']:.2f}",
+                f"{macs:.2f}",
+                f"{times['leaving'] / times['eager']:.2f}",
+            ]
+            row += [f"{times['leaving'] / times['eager'] / macs:.2f}", f"{times['leaving'] / ideal:.2f}"]
+            row += [f"{times[key] / times['eager']:.2f}" for key in ("closed", "unsure")]
             print(*row, flush=True)
             table.add_row(*row)
     console.print(table)
@@ -260,6 +277,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of networks; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--warm", type=int, default=30, help="calls before, as new numbers of samples need new kernels")
     parser.add_argument("--samples", type=int, nargs="+", default=[64, 1])
     parser.add_argument(
         "--processor", action="store_true", help="the processor's seconds, on a machine with other work"
