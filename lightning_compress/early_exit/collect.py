@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -90,7 +91,7 @@ def quiet_trainer(module: LightningModule) -> Trainer:
     return Trainer(
         accelerator="gpu" if module.device.type == "cuda" else "cpu",
         devices=1,
-        logger=False,
+        logger=DummyLogger(),  # for hooks that call the logger themselves
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

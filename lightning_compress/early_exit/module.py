@@ -21,7 +21,7 @@ from lightning_compress.early_exit.heads import heads_of
 from lightning_compress.early_exit.network import EarlyExitNetwork
 from lightning_compress.early_exit.objective import EarlyExits, Training, check_layers
 from lightning_compress.early_exit.one_step import Gradient, backbone
-from lightning_compress.early_exit.record import take_heads
+from lightning_compress.early_exit.record import note_heads, take_heads
 from lightning_compress.early_exit.rules import Confidence, ExitRule, Rule, Unit
 from lightning_compress.trainer.distributed import gather
 from lightning_compress.trainer.inputs import resolve_network
@@ -65,7 +65,7 @@ class EarlyExitHeads(CompressionModule):
         network: Dotted path of the submodule whose output is the prediction; empty: the module's own forward.
         output: Key, position or attribute of the logits, where the network returns more than a tensor.
         example_inputs: What the network is called with, to find shapes; None: the module's `example_input_array`, or
-            else one peeked batch when the fit begins, until which there are no heads.
+            else one peeked batch when the fit begins, until which there are no heads, unless a checkpoint brings them.
 
     Raises:
         TypeError: `module` is no LightningModule.
@@ -127,6 +127,8 @@ class EarlyExitHeads(CompressionModule):
             check_layers(found, exits)
             if given is not None:
                 objective.build(found, given)
+            elif exits:
+                note_heads(backbone(found), objective.named_layers())
         super().__init__(module, objective)
 
     def calibrate(

@@ -53,7 +53,7 @@ class EarlyExits(Objective):
     """
 
     def __init__(self, exits: int | Sequence[float] | Sequence[str] | None, *, example_inputs: Any, **settings: Any):
-        self.exits: int | list[float | str] | None = exits if exits is None or isinstance(exits, int) else [*exits]
+        self.exits = checked_exits(exits)
         plain = {name: value for name, value in settings.items() if name != "head"}
         super().__init__(exits=self.exits, **plain)
         self.example_inputs: ExampleInputs | None = example_inputs
@@ -122,7 +122,7 @@ class EarlyExits(Objective):
             exits = [(number + 1) / (exits + 1) for number in range(exits)]
         if not exits:
             return
-        layers = [one for one in exits if isinstance(one, str)]
+        layers = self.named_layers()
         if not layers:
             shares = [one for one in exits if isinstance(one, float)]
             layers = place_exits(bare, inputs, shares, output=self.output)
@@ -151,6 +151,10 @@ class EarlyExits(Objective):
         give_heads(bare, heads)
         self.example_inputs = first_samples(inputs, _FEW)
 
+    def named_layers(self) -> list[str]:
+        """Return the names in `exits`."""
+        return [one for one in self.exits if isinstance(one, str)] if isinstance(self.exits, list) else []
+
     def adopt(self, network: nn.Module) -> bool:
         """Take the heads that a network has already; return whether it has some.
 
@@ -160,8 +164,7 @@ class EarlyExits(Objective):
         heads = heads_of(backbone(network))
         if heads is None:
             return False
-        wanted = self.exits
-        names = [one for one in wanted if isinstance(one, str)] if isinstance(wanted, list) else []
+        wanted, names = self.exits, self.named_layers()
         if names and set(names) != set(heads.layers):
             raise ValueError(
                 f"The network has exits at {', '.join(heads.layers)} already, and exits= says {', '.join(names)}."
@@ -379,6 +382,29 @@ def loss_of(result: Any) -> Tensor | None:
     """Return the loss of what a step returns; None if there is none."""
     loss = result.get("loss") if isinstance(result, Mapping) else result
     return loss if isinstance(loss, Tensor) else None
+
+
+def checked_exits(exits: Any) -> int | list[float | str] | None:
+    """Return exits as a number, as names or as shares of the network's cost; None for those that it has already.
+
+    Raises:
+        ValueError: They are none of these.
+
+    Example:
+        >>> checked_exits(("block1", "block2")), checked_exits(3)
+        (['block1', 'block2'], 3)
+    """
+    if exits is None or (isinstance(exits, int) and not isinstance(exits, bool) and exits >= 0):
+        return exits
+    given = exits if isinstance(exits, Sequence) and not isinstance(exits, str) else [None]
+    names = all(isinstance(one, str) for one in given)
+    shares = all(isinstance(one, float) and 0.0 < one < 1.0 for one in given)
+    if not (names or shares):
+        raise ValueError(
+            f"exits is a list of names of layers, a number of exits, 0 or more, or an ascending list of shares of the "
+            f"network's cost between 0 and 1, such as [0.25, 0.5, 0.75]; got {exits!r}."
+        )
+    return [*given]
 
 
 def check_layers(network: nn.Module, exits: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,9 +14,17 @@ from lightning_compress.early_exit.rules import ExitRule
 
 
 class ExitStructure(Structure):
-    """A network with exit heads: their layers, how each was made, and the rule by which samples leave."""
+    """A network with exit heads: their layers, how each was made, and the rule by which samples leave.
+
+    Args:
+        wanted: The layers of heads that the network does not have yet, in any order, as far as they are known: a state
+            dict with heads at other layers is refused.
+    """
 
     kind: ClassVar[str] = "exits"
+
+    def __init__(self, wanted: Collection[str] = ()) -> None:
+        self.wanted = frozenset(wanted)
 
     @classmethod
     def own_keys(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -45,18 +53,19 @@ class ExitStructure(Structure):
         layers, described = _layers(record), _described(record)
         _rule(record)
         known = heads_of(module)
+        others = known.layers if known is not None else tuple(sorted(self.wanted))
+        if others and (known.layers != layers if known is not None else self.wanted != set(layers)):
+            raise RecordError(
+                f"The network was saved with exits at {', '.join(layers)}, and this one has them at "
+                f"{', '.join(others)}: build it with the same exits."
+            )
         if known is not None:
-            if known.layers != layers:
-                raise RecordError(
-                    f"The network was saved with exits at {', '.join(layers)}, and this one has them at "
-                    f"{', '.join(known.layers)}: build it with the same exits."
-                )
             return
         for layer, one in zip(layers, described, strict=True):
             if one is None:
                 raise ValueError(
                     f"The head of {layer!r} is a module of your own, which no file can rebuild: wrap the module in "
-                    f"EarlyExitHeads with the same exits and heads first, then load."
+                    f"EarlyExitHeads with the same exits, heads and example_inputs= first, then load."
                 )
             try:
                 module.get_submodule(layer)
@@ -94,10 +103,15 @@ def give_heads(network: nn.Module, heads: ExitHeads) -> None:
     note_heads(network)
 
 
-def note_heads(network: nn.Module) -> None:
-    """Have the state dicts of a network say what heads it has, and its loads take that from others."""
+def note_heads(network: nn.Module, wanted: Collection[str] = ()) -> None:
+    """Have the state dicts of a network say what heads it has, and its loads take that from others.
+
+    Args:
+        network: It may have no heads yet; a load then makes those of the state dict.
+        wanted: The layers of the heads that it may get so, as far as they are known.
+    """
     if not any(isinstance(one, ExitStructure) for one in structures(network)):
-        ExitStructure().attach(network)
+        ExitStructure(wanted).attach(network)
 
 
 def take_heads(network: nn.Module) -> None:

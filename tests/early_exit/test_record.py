@@ -157,3 +157,33 @@ def test_a_record_that_nothing_writes_is_refused(field: str, value: Any, tmp_pat
     with pytest.raises(RecordError), following(module):
         module.load_state_dict(state)
     assert heads_of(module) is None
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize("exits", [EXITS, 2])
+def test_a_checkpoint_brings_heads_that_nothing_else_could_make(verb: str, exits: Any, tmp_path: Path) -> None:
+    wrapped, trainer = with_exits(), quiet_trainer(max_epochs=1)
+    trainer.fit(wrapped, plain(0))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fresh = EarlyExitHeads(SmallModule(), exits, num_classes=CLASSES)  # another process, without example inputs
+    said = {} if verb == "predict" else {"verbose": False}
+    found = getattr(quiet_trainer(), verb)(fresh, plain(1), ckpt_path=tmp_path / "last.ckpt", weights_only=True, **said)
+    assert_same(fresh, wrapped)
+    expected = getattr(quiet_trainer(), verb)(wrapped, plain(1), **said)
+    if verb != "predict":
+        assert found == expected
+        assert any(name.startswith("exit1/") for name in found[0])
+    assert torch.equal(fresh.deploy(example_inputs=X)(X, exit=1)[0], wrapped.deploy()(X, exit=1)[0])
+    quiet_trainer(max_epochs=1).fit(fresh, plain(0))
+
+
+def test_a_checkpoint_with_heads_at_other_layers_than_named_is_refused() -> None:
+    fresh = EarlyExitHeads(SmallModule(), ["net.conv"], num_classes=CLASSES)
+    with pytest.raises(RecordError, match=r"with exits at net\.norm, net\.hidden, and this one has them at net\.conv"):
+        fresh.load_state_dict(with_exits().state_dict())
+    assert heads_of(fresh) is None
+
+
+def test_exits_that_have_no_heads_yet_are_said() -> None:
+    with pytest.warns(UserWarning, match="have no heads yet, as no fit has begun"):
+        quiet_trainer().validate(EarlyExitHeads(SmallModule(), 2, num_classes=CLASSES), plain(1), verbose=False)

@@ -98,6 +98,16 @@ def test_calibrating_leaves_the_module_as_it_was(trained: EarlyExitHeads) -> Non
     assert all(torch.equal(one, was[name]) for name, one in wrapped.state_dict().items())
 
 
+def test_hooks_that_call_the_logger_are_no_hindrance() -> None:
+    class Module(SmallModule):
+        def on_validation_epoch_end(self) -> None:
+            self.logger.experiment.add_scalar("one", 1.0)  # type: ignore[union-attr]
+            self.logger.log_metrics({"one": 1.0})  # type: ignore[union-attr]
+
+    wrapped = EarlyExitHeads(Module(), EXITS, num_classes=CLASSES, example_inputs=torch.zeros(2, FEATURES))
+    wrapped.calibrate(loader(5), budget=0.9, unit="share")
+
+
 def test_samples_of_the_training_are_said(trained: EarlyExitHeads) -> None:
     seed_everything(1)
     wrapped = EarlyExitHeads(SmallModule(), EXITS, num_classes=CLASSES)

@@ -313,6 +313,7 @@ def test_distillation_inside_teaches_every_exit() -> None:
         ({"distill": 2.0}, "distill is the share"),
         ({"head": lambda features, classes: nn.Flatten()}, "returns \\(2, 72\\), and the network \\(2, 3\\)"),
         ({"exits": None}, "has no exits"),
+        *(({"exits": odd}, "exits is a list of names") for odd in (-1, True, 1.0, "net.norm", [2], [0.5, "net.norm"])),
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:
