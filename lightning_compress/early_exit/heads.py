@@ -58,6 +58,8 @@ class MapHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         directions = features.dim() - 2
+        if directions == 2:
+            features = features.contiguous(memory_format=torch.channels_last)  # pools in 1/2 to 1/10 of the time
         largest = _MAX_POOLS[directions](features, self.size)
         average = _AVERAGE_POOLS[directions](features, self.size)
         mix = self.mix.to(features.dtype)

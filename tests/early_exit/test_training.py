@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import DistillationModule
-from lightning_compress.early_exit.heads import heads_of
+from lightning_compress.early_exit.heads import MapHead, heads_of
 from lightning_compress.early_exit.losses import scale_gradient
 from lightning_compress.early_exit.module import EarlyExitHeads
 
@@ -391,3 +391,21 @@ def test_heads_are_made_from_a_peeked_batch_where_nothing_else_is_given() -> Non
     assert heads_of(wrapped) is None
     quiet_trainer(max_epochs=1).fit(wrapped, plain(0))
     assert heads_of(wrapped) is not None
+
+
+@pytest.mark.parametrize("extents", [(7, 9), (2, 3), (14, 8)])
+def test_the_head_of_a_map_mixes_maxima_and_means_of_windows(extents: tuple[int, int]) -> None:
+    def windows(extent: int) -> list[slice]:
+        parts = min(4, extent)
+        return [slice(i * extent // parts, -(-(i + 1) * extent // parts)) for i in range(parts)]
+
+    head = MapHead((3, *extents), CLASSES)
+    torch.nn.init.constant_(head.mix, 0.3)
+    x = torch.randn(2, 3, *extents, requires_grad=True)
+    parts = [x[:, :, rows, columns] for rows in windows(extents[0]) for columns in windows(extents[1])]
+    mixed = torch.stack([0.3 * part.amax((2, 3)) + 0.7 * part.mean((2, 3)) for part in parts], 2)
+    expected = head.linear(mixed.flatten(1))
+    found = head(x)
+    torch.testing.assert_close(found, expected)
+    by_hand, by_head = (torch.autograd.grad(one.square().sum(), x)[0] for one in (expected, found))
+    torch.testing.assert_close(by_head, by_hand)
