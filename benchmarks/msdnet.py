@@ -118,6 +118,8 @@ def draw(found: dict[str, list[Point]], path: Path) -> None:
         for name, color in zip((*names, "plain ResNet-20"), (BLUE, ORANGE, GREY)[-len(names) - 1 :], strict=True):
             macs, accuracy = zip(*sorted(found[name]), strict=True)
             axes.plot([one / 1e6 for one in macs], accuracy, color=color, marker="o", markersize=4, label=name)
+        for macs, accuracy in found["without exits"]:
+            axes.plot([macs / 1e6], [accuracy], color="black", marker="D", linestyle="", label="MSDNet without exits")
         axes.set_xlabel("million MACs per image")
         axes.legend(frameon=False)
     figure.axes[0].set_ylabel("test accuracy")
