@@ -244,10 +244,13 @@ class EarlyExitHeads(CompressionModule):
         points = [self._point(early, f"exit {k}", exit=k) for k in range(1, len(heads) + 1)]
         rule = heads.rule
         if rule is not None:
-            full = sum(rule.stages)
-            shares = {round(cost / full, 2) for cost, _ in rule.frontier}
-            budgets = [share for share in _BUDGETS if min(shares) <= share < 1.0]
-            points += [self._point(early, f"{share:.0%} of {rule.unit}", budget=share * full) for share in budgets]
+            full, known = sum(rule.stages), {rule.thresholds}
+            for share in _BUDGETS:
+                if rule.frontier and share * full >= rule.frontier[0][0]:
+                    thresholds = rule.within(share * full).thresholds
+                    if thresholds not in known:
+                        points.append(self._point(early, f"{share:.0%} of {rule.unit}", budget=share * full))
+                    known.add(thresholds)
             points.append(self._point(early, "calibrated"))
         return points
 
