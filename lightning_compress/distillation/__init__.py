@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_compress.core.losses import cosine_loss, logit_regression_loss, soft_target_loss, soften
 from lightning_compress.distillation.cache import Indexed
 from lightning_compress.distillation.hint_losses import attention_transfer_loss, fitnet_loss
-from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss, soften
 
 __all__ = [
     "Indexed",

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from lightning_compress.core.losses import cosine_loss
 from lightning_compress.core.outputs import select_output
 from lightning_compress.distillation.hint_losses import (
     attention_transfer_loss,
@@ -17,7 +18,6 @@ from lightning_compress.distillation.hint_losses import (
     regressor,
     selected,
 )
-from lightning_compress.distillation.losses import cosine_loss
 from lightning_compress.trainer.capture import hooked
 
 Side = Literal["student", "teacher"]

@@ -14,14 +14,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_compress.core.aligned import named_mask
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
+from lightning_compress.core.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.core.outputs import select_output
-from lightning_compress.distillation.aligned import named_mask
 from lightning_compress.distillation.cache import OutputCache, checksums, without_index
 from lightning_compress.distillation.hint_hooks import Hint, features, watching
 from lightning_compress.distillation.hint_losses import left_out
-from lightning_compress.distillation.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.evaluation import entries_restored, evaluating, modes_restored, set_mode
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
+from lightning_compress.core.losses import soft_target_loss
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.heads import ExitHeads, heads_of, layer_of, make_heads, reading
-from lightning_compress.early_exit.losses import soft_targets
 from lightning_compress.early_exit.one_step import (
     Gradient,
     OneStep,
@@ -278,7 +278,7 @@ class EarlyExits(Objective):
                 continue
             self._returned[label] = replayed if isinstance(replayed, Mapping) else {"loss": loss}
             if self.distill > 0.0:
-                taught = soft_targets(logits, one.logits.detach(), self.temperature)
+                taught = soft_target_loss(logits, one.logits.detach(), temperature=self.temperature, class_dim=-1)
                 loss = (1.0 - self.distill) * loss + self.distill * taught
             total = total + weight * loss
         self._keep_returned(module, "on_train_batch_end")

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_compress.core.outputs import select_output
+from lightning_compress.early_exit.gradients import scale_gradient
 from lightning_compress.early_exit.heads import ExitHeads, reading
-from lightning_compress.early_exit.losses import scale_gradient
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.replay import replaying, returning, with_output

@@ -17,8 +17,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_compress import DistillationModule
+from lightning_compress.early_exit.gradients import scale_gradient
 from lightning_compress.early_exit.heads import MapHead, heads_of
-from lightning_compress.early_exit.losses import scale_gradient
 from lightning_compress.early_exit.module import EarlyExitHeads
 
 X = torch.zeros(2, FEATURES)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_compress.distillation.losses import (
+from lightning_compress.core.losses import (
     cosine_loss,
     logit_regression_loss,
     soft_target_loss,

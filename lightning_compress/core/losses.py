@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_compress.core.aligned import align
 from lightning_compress.core.precision import widened
-from lightning_compress.distillation.aligned import align
 
 
 def soften(logits: Tensor, temperature: float, dim: int = -1) -> Tensor:

@@ -1,24 +1,11 @@
-"""Losses of exits: what they learn from the full network, and how much of their gradients reaches the layers before."""
+"""Gradients of exits: how much of them reaches the layers before."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over samples and positions.
-
-    Example:
-        >>> soft_targets(torch.zeros(2, 3), torch.zeros(2, 3), 4.0).item()
-        0.0
-    """
-    log_student = F.log_softmax(student.float() / temperature, -1).flatten(0, -2)
-    log_teacher = F.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 class _ScaledGradient(torch.autograd.Function):
