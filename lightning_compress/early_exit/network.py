@@ -183,7 +183,8 @@ class EarlyExitNetwork(nn.Module):
         if self.rule is None:
             raise ValueError("There are no thresholds yet: calibrate the exits, or pass exit= with the number of one.")
         rule = self.rule if budget is None else self.rule.within(budget)
-        return rule, [k + 1 for k in rule.open if k not in self.left_out]
+        left_out = self.left_out if budget is None else ()  # found with the shares of the rule's own thresholds
+        return rule, [k + 1 for k in rule.open if k not in left_out]
 
     def _refuse_training(self) -> None:
         modules = list(self.network.modules()) if self._live is None else self._live.modules

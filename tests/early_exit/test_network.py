@@ -8,6 +8,7 @@ import math
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,8 +270,11 @@ def counted(early: EarlyExitNetwork) -> Iterator[list[tuple[str, int]]]:
         yield found
 
 
-@pytest.mark.parametrize("name", [*SPLIT, "asks"])
-@pytest.mark.parametrize("kind", ["margin", "confidence", "patience"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "margin") for name in (*SPLIT, "asks"))]
+    + [(name, kind) for name in ("residual", "asks") for kind in ("confidence", "patience")],
+)
 def test_a_batch_is_answered_as_its_samples_one_by_one(name: str, kind: str) -> None:
     case = Case(name)
     rule = case.rule(kind)
@@ -502,7 +506,7 @@ def test_an_exit_that_does_not_pay_is_left_out(min_gain: float, caplog: pytest.L
     """By the clock; how gains follow from times is computed by hand in the function's own example."""
     case = Case("residual")
     rule = case.rule()
-    rule = ExitRule(rule=rule.rule, thresholds=rule.thresholds, temperatures=rule.temperatures, shares=(0.4, 0.4, 0.2))
+    rule = replace(rule, shares=(0.4, 0.4, 0.2), frontier=((1.0, (0.0, math.inf)),))
     with caplog.at_level("INFO"):
         early = case.early(rule, min_gain=min_gain)
     assert sorted(early.left_out) == ([0, 1] if min_gain > 0 else [])
@@ -510,6 +514,7 @@ def test_an_exit_that_does_not_pay_is_left_out(min_gain: float, caplog: pytest.L
     assert len(said) == len(early.left_out)
     with torch.no_grad():
         index = early(case.inputs)[1]
+        assert early(case.inputs, budget=1)[1].tolist() == [0] * 12  # where other shares leave
     assert bool((index == 2).all()) == (min_gain > 0)
 
 
