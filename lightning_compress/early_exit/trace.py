@@ -19,6 +19,7 @@ from lightning_compress.core.axes import BATCH, Axes, exported
 from lightning_compress.core.evaluation import caches_off, entries_restored, evaluating
 from lightning_compress.core.outputs import select_output
 
+_MOST = 2**30  # samples: before torch 2.7 a slice asks whether there are as many as there are integers
 _SAMPLES = 3  # in the traced batch: torch.export makes constants of sizes 0 and 1
 
 
@@ -109,7 +110,7 @@ def trace(
             back.enter_context(torch.compiler.set_stance("force_eager"))
             back.enter_context(_answering(network, output))
             back.enter_context(_marking(network, layers))
-            program = exported(network, axes.resized({BATCH: _SAMPLES}), axes, {BATCH: Dim(BATCH)})
+            program = exported(network, axes.resized({BATCH: _SAMPLES}), axes, {BATCH: Dim(BATCH, max=_MOST)})
             if functional:
                 program = program.run_decompositions({})
     except Exception as error:  # whatever the network's code or torch.export raises

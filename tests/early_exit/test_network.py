@@ -637,6 +637,8 @@ def test_networks_of_all_kinds_split_inside_blocks(name: str) -> None:
 
     torch.manual_seed(0)
     network, inputs = randomize(ZOO[name].make(), seed=1).double().eval(), to_double(ZOO[name].inputs())
+    if missing := set(ZOO_PART[name]) - set(dict(network.named_modules())):
+        pytest.skip(f"this version of transformers has no {', '.join(missing)}")
     stages = split(network, ZOO_PART[name], inputs)
     assert len(stages.crossing[1]) > 1
     examples = Examples(network, ZOO_PART[name], axes_of(network, inputs, None), None)
