@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_compress.channels.load import adopt_state, has_record, is_extra
+from lightning_compress.core.lost_records import added_names
 from lightning_compress.core.records import kind_class, records
-from lightning_compress.core.structure import added_names
 from lightning_compress.core.tensors import named_tensors
 
 

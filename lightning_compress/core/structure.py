@@ -11,19 +11,16 @@ A new kind of record needs a subclass of `Structure` in the room that writes it,
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_compress.core.records import KEY, KINDS, RecordError, UnknownRecordError, kind_class, records
+from lightning_compress.core.records import KEY, KINDS, RecordError, kind_class, records
 from lightning_compress.core.undo import as_before_on_error
 
 _NEXT = "next_handle"  # key in the state of pickled hooks
@@ -117,6 +114,12 @@ def structures(module: nn.Module) -> list[Structure]:
 def detach(module: nn.Module, structure: Structure) -> None:
     """Detach a structure from a module; nothing happens if it is not attached."""
     _Handle(module, structure).remove()
+
+
+def follows(model: nn.Module) -> bool:
+    """Return whether loads into a model rebuild it from all records that come."""
+    hooks = _hooks_of(model)
+    return hooks is not None and hooks.follows
 
 
 def follow(model: nn.Module) -> Removable:
@@ -301,65 +304,3 @@ class _Handle:
                     key for key, one in held.items() if isinstance(getattr(one, "hook", one), _Hooks | _OnLoad)
                 ]:
                     del held[key]
-
-
-def _warn_of_lost_records() -> None:
-    """Make every load of a state dict warn of records in it that nothing has followed, and skip tensors that they add.
-
-    In a user's own class, as in `load_from_checkpoint`, no other code of this package could warn.
-    """
-    load = nn.Module.load_state_dict
-
-    @wraps(load)
-    def load_and_look(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            found = records(getattr(state_dict, "_metadata", None))
-        except (RecordError, UnknownRecordError) as error:
-            result = load(module, state_dict, *args, **kwargs)
-            warnings.warn(f"{type(module).__name__} has loaded tensors alone. {error}", stacklevel=2)
-            return result
-        hooks = _hooks_of(module)
-        rebuilds = hooks is not None and hooks.follows
-        extra = () if rebuilds or not found else added_names(found, having=module)
-        result = load(module, _without(state_dict, extra) if extra else state_dict, *args, **kwargs)
-        layers = dict(module.named_modules()) if found else {}
-        lost: dict[type[Structure], list[str]] = {}
-        for kind, given in found.items():
-            for name in given:
-                if name in layers and all(one.kind != kind for one in structures(layers[name])):
-                    lost.setdefault(kind_class(kind), []).append(name)
-        for one, names in lost.items():
-            if (message := one.when_lost(module, names)) is not None:
-                warnings.warn(message, stacklevel=2)
-        return result
-
-    nn.Module.load_state_dict = load_and_look  # type: ignore[assignment,method-assign]
-
-
-def added_names(
-    found: Mapping[str, Mapping[str, Mapping[str, Any]]], having: nn.Module | None = None
-) -> tuple[str, ...]:
-    """Return the prefixes of the names of tensors that recorded structures add to the user's class.
-
-    Args:
-        found: The records of a state dict, by kind and by path of the module.
-        having: A module, whose own structures are left out.
-    """
-    layers = {} if having is None else dict(having.named_modules())
-    missing = [
-        (f"{path}." if path else "", kind_class(kind), record)
-        for kind, given in found.items()
-        for path, record in given.items()
-        if having is None or (path in layers and all(one.kind != kind for one in structures(layers[path])))
-    ]
-    return tuple(f"{start}{name}" for start, kind, record in missing for name in kind.own_keys(record))
-
-
-def _without(state_dict: Mapping[str, Any], beginnings: tuple[str, ...]) -> dict[str, Any]:
-    """Return a state dict with its metadata, without the tensors whose names have one of these prefixes."""
-    kept = OrderedDict((name, value) for name, value in state_dict.items() if not name.startswith(beginnings))
-    kept._metadata = state_dict._metadata  # type: ignore[attr-defined]
-    return kept
-
-
-_warn_of_lost_records()
