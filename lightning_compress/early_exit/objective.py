@@ -331,6 +331,7 @@ class EarlyExits(Objective):
             return result
         exits = one.exits()
         if self.collecting is not None:
+            args, kwargs = one.before.batch()  # the step may have taken its batch apart
             batch = args[0] if args else next(iter(kwargs.values()))
             self.collecting(batch, one.inputs, [*exits, one.logits])
             return result

@@ -26,8 +26,9 @@ def check_calibration(module: LightningModule, settings: Mapping[str, Any] | Non
     """
     if settings is not None and not hasattr(module, "calibrate"):
         raise ValueError(
-            f"calibration={dict(settings)} is for wrappers that have thresholds, such as EarlyExitHeads, and "
-            f"{type(module).__name__} has none of them: leave calibration out, or add compress=early_exit."
+            f"calibration={dict(settings)} is for wrappers that have thresholds, such as EarlyExitHeads, and the "
+            f"outermost one around {type(module).__name__} has none: leave calibration out, or name early_exit last in "
+            f"compress=[...]."
         )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,13 @@ from torchmetrics import Metric, MetricCollection
 
 MISSING = object()  # stands for an attribute that does not exist
 Places = Mapping[str, dict[str, Any]]
-_CONTAINERS = (list, dict, set, deque, tuple)
 _SCALARS = (int, float, complex, str, bytes)
-_MANY = 4096  # entries, beyond which a container is compared by its length, and an array by its identity
+_MANY = 4096  # parts of a value that are looked at; of what is beyond, a container is compared by its length
 _DEPTH = 6  # of containers and objects within each other; what is deeper is shared
 _OF_LIGHTNING = {*vars(LightningModule()), "_log_hyperparams", "_hparams", "_hparams_initial", "_hparams_name"}
 _OF_TORCH = {"training", "forward"}
-_LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_compress", "builtins"}
-_LIBRARIES |= {"functools", "numpy", "omegaconf", "transformers", "torchvision", "sklearn", "PIL"}
+_LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_compress"}
+_LIBRARIES |= {"numpy", "omegaconf", "transformers", "torchvision", "sklearn", "PIL", *sys.stdlib_module_names}
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _BIG = (nn.Module, Dataset, DataLoader, Sampler, LightningDataModule, Callback, Logger, torch.optim.Optimizer)
 
@@ -73,71 +73,100 @@ def _at(places: Places, path: str) -> tuple[dict[str, Any], str]:
     return places[parent + dot], name
 
 
-def copied(value: Any, known: Mapping[int, Any], depth: int = 0) -> Any:
+def copied(value: Any, known: Mapping[int, Any]) -> Any:
     """Copy what a step may change: containers, tensors, metrics and plain objects of the user's own classes, nested.
 
     Args:
         value: What to copy. Modules, data sets, functions and objects of libraries are shared.
         known: Copies of what is in the module under a name too, by the identity of the original.
-        depth: How deep within another value it is.
     """
-    if id(value) in known:
-        return known[id(value)]
-    if isinstance(value, nn.Parameter) or depth > _DEPTH:
-        return value
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, (Metric, MetricCollection, np.ndarray, *_GENERATORS)):
-        return copy.deepcopy(value)
-    if isinstance(value, torch.Generator):
-        return value.clone_state()
-    if isinstance(value, tuple):
-        items = [copied(one, known, depth + 1) for one in value]
-        same = all(a is b for a, b in zip(items, value, strict=True))
-        return value if same else type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict | list | deque | set):
-        container: Any = copy.copy(value)
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            if not isinstance(value, set):
-                container[key] = copied(one, known, depth + 1)
-        return container
-    if _is_plain_object(value):
-        made = copy.copy(value)
-        if made is not value:
-            vars(made).update({name: copied(one, known, depth + 1) for name, one in vars(value).items()})
-        return made
-    return value
+    return _Walk().copied(value, known, 0)
 
 
-def fingerprint(value: Any, depth: int = 0) -> Any:
+def fingerprint(value: Any) -> Any:
     """Return something that is equal as long as neither the value nor anything in it that `copied` copies changes."""
-    if value is None or isinstance(value, _SCALARS):
-        return type(value), value if value == value else "nan"
-    if isinstance(value, Tensor):
-        if not value.is_inference():
-            return id(value), value._version
-        return id(value), value.shape, value.double().sum().item() if value.numel() <= _MANY else 0
-    if isinstance(value, Metric):
-        return id(value), value.update_count
-    if isinstance(value, np.ndarray):
-        return id(value), value.tobytes() if value.size <= _MANY else 0
-    if isinstance(value, torch.Generator):
-        return id(value), value.get_state().numpy().tobytes()
-    if isinstance(value, _GENERATORS):
-        return id(value), pickle.dumps(value)
-    if depth > _DEPTH:
-        return id(value)
-    if isinstance(value, _CONTAINERS):
-        if len(value) > _MANY:
-            return id(value), len(value)
-        keys = tuple(value) if isinstance(value, dict) else ()
-        items = value.values() if isinstance(value, dict) else value
-        return id(value), keys, tuple(fingerprint(one, depth + 1) for one in items)
-    if isinstance(value, MetricCollection):
-        return id(value), tuple(one.update_count for one in value.values(copy_state=False))
-    if _is_plain_object(value):
-        return id(value), tuple((name, fingerprint(one, depth + 1)) for name, one in vars(value).items())
-    return id(value)
+    return _Walk().fingerprint(value, 0)
+
+
+class _Walk:
+    """A walk through one value, in which both functions see the same parts, and no more than some thousands."""
+
+    def __init__(self) -> None:
+        self.left = _MANY
+
+    def _parts(self, value: Any, depth: int) -> list[tuple[Any, Any]] | None:
+        """Return the parts of a container or plain object, by key; None if it has none that may be looked at."""
+        parts: Iterable[tuple[Any, Any]]
+        if isinstance(value, dict):
+            parts = value.items()
+        elif isinstance(value, list | deque | tuple):
+            parts = enumerate(value)
+        elif isinstance(value, set):
+            parts = ((one, None) for one in value)
+        elif _is_plain_object(value):
+            value = vars(value)
+            parts = value.items()
+        else:
+            return None
+        if depth > _DEPTH or len(value) > self.left:
+            return None
+        self.left -= len(value)
+        return list(parts)
+
+    def copied(self, value: Any, known: Mapping[int, Any], depth: int) -> Any:
+        if id(value) in known:
+            return known[id(value)]
+        if isinstance(value, Tensor):
+            return value if isinstance(value, nn.Parameter) else value.detach().clone()
+        if isinstance(value, (Metric, MetricCollection, np.ndarray, *_GENERATORS)):
+            return copy.deepcopy(value)
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        parts = self._parts(value, depth)
+        if parts is None:
+            return copy.copy(value) if isinstance(value, dict | list | deque | set) else value
+        made: Any = [self.copied(part, known, depth + 1) for _, part in parts]
+        if isinstance(value, tuple):
+            same = all(one is part for one, (_, part) in zip(made, parts, strict=True))
+            return value if same else type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+        other: Any = copy.copy(value)
+        if other is not value and not isinstance(value, set):
+            table = other if isinstance(value, dict | list | deque) else vars(other)
+            for (key, _), one in zip(parts, made, strict=True):
+                table[key] = one
+        return other
+
+    def fingerprint(self, value: Any, depth: int) -> Any:
+        if value is None or isinstance(value, _SCALARS):
+            return type(value), value if value == value else "nan"
+        found: Any = None
+        if isinstance(value, Tensor):
+            found = _version(value)
+        elif isinstance(value, Metric):
+            found = value.update_count
+        elif isinstance(value, MetricCollection):
+            found = tuple(one.update_count for one in value.values(copy_state=False))
+        elif isinstance(value, np.ndarray):
+            found = value.tobytes() if value.size <= _MANY and value.dtype != object else None
+        elif isinstance(value, torch.Generator):
+            found = value.get_state().numpy().tobytes()
+        elif isinstance(value, _GENERATORS):
+            found = pickle.dumps(value)
+        elif (parts := self._parts(value, depth)) is not None:
+            found = [(_name(key), self.fingerprint(part, depth + 1)) for key, part in parts]
+        elif isinstance(value, dict | list | deque | set):
+            found = len(value)
+        return id(value), found
+
+
+def _version(tensor: Tensor) -> Any:
+    if not tensor.is_inference():
+        return tensor._version
+    return tensor.double().sum().item() if tensor.numel() <= _MANY else None
+
+
+def _name(key: Any) -> Any:
+    return key if isinstance(key, _SCALARS) else id(key)
 
 
 def _is_plain_object(value: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,9 +25,9 @@ EXITS = ["net.norm", "net.hidden"]
 LABELS = ("", "exit1/", "exit2/", "exit3/")
 
 
-def with_exits(module: SmallModule) -> EarlyExitHeads:
+def with_exits(kind: type[SmallModule]) -> EarlyExitHeads:
     seed_everything(1)
-    return EarlyExitHeads(module, EXITS, num_classes=CLASSES, example_inputs=torch.zeros(2, FEATURES))
+    return EarlyExitHeads(kind(), EXITS, num_classes=CLASSES, example_inputs=torch.zeros(2, FEATURES))
 
 
 def accuracies(wrapped: EarlyExitHeads, batches: Any) -> dict[str, float]:
@@ -163,7 +165,7 @@ class Tracked(SmallModule):
 
 @pytest.mark.parametrize("kind", [Numbers, Nested, Meters, AtBatchEnd, Tracked])
 def test_every_exit_counts_for_itself_in_every_epoch(kind: type[SmallModule]) -> None:
-    wrapped = with_exits(kind())
+    wrapped = with_exits(kind)
     for epochs in (2, 1):
         trainer = quiet_trainer(max_epochs=epochs, num_sanity_val_steps=2)
         trainer.fit(wrapped, plain(0), plain(1))
@@ -174,13 +176,48 @@ def test_every_exit_counts_for_itself_in_every_epoch(kind: type[SmallModule]) ->
             assert found
 
 
+class Pair(NamedTuple):
+    hits: list[Tensor]
+    name: str
+
+
+def test_whatever_else_a_module_holds_does_no_harm() -> None:
+    """Loops, locks, generators, loggers, the module itself, and large lists; what is counted among it is kept apart."""
+
+    class Odd(SmallModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair, self.by_name = Pair([], "a"), defaultdict(list)
+            self.loop: list[Any] = []
+            self.loop += [self.loop, {"module": self}]
+            self.held = [threading.Lock(), logging.getLogger(), (i for i in range(3)), SmallModule, torch.float32]
+            self.large = [[str(i)] for i in range(20_000)]
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.pair.hits.append(hits := hits_of(self, batch))
+            self.by_name["acc"].append(hits)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("a", torch.cat(self.pair.hits).mean())
+            self.log("b", torch.cat(self.by_name["acc"]).mean())
+            self.pair.hits.clear()
+            self.by_name.clear()
+
+    wrapped = with_exits(Odd)
+    for _ in range(2):
+        found = quiet_trainer().validate(wrapped, plain(1), verbose=False)[0]
+        for label, accuracy in accuracies(wrapped, plain(1)).items():
+            assert (found[f"{label}a"], found[f"{label}b"]) == pytest.approx((accuracy, accuracy))
+
+
 def test_an_exit_that_is_never_right_does_not_begin_with_the_full_networks_hits() -> None:
-    wrapped = with_exits(Numbers())
+    wrapped = with_exits(Numbers)
     heads = heads_of(wrapped)
     assert heads is not None
     linear: Any = heads.get_submodule("1").linear
-    nn.init.zeros_(linear.weight)
-    linear.bias.data.copy_(torch.tensor([0.0, 0.0, 1.0]))  # always class 2, of which there is none
+    for layer, bias in ((linear, [0.0, 0.0, 1.0]), (wrapped.net.head, [1.0, 0.0, 0.0])):
+        nn.init.zeros_(layer.weight)
+        layer.bias.data.copy_(torch.tensor(bias))  # the exit always says class 2, of which there is none
     batches = [(x[y != 2], y[y != 2]) for x, y in plain(1)]
     loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     found = quiet_trainer().validate(wrapped, loader, verbose=False)[0]
@@ -207,7 +244,7 @@ def test_the_best_so_far_forgets_the_sanity_check() -> None:
             self.log("best", self.best.compute())
 
     trainer = quiet_trainer(max_epochs=1, num_sanity_val_steps=2)
-    trainer.fit(with_exits(Best()), plain(0), plain(1))
+    trainer.fit(with_exits(Best), plain(0), plain(1))
     for label in LABELS:
         assert trainer.callback_metrics[f"{label}best"] == trainer.callback_metrics[f"{label}acc"] < 1.0
 
@@ -224,7 +261,7 @@ def test_training_outputs_of_an_exit_reach_the_hook_at_the_batchs_end() -> None:
             self.log("own", outputs["own"])
 
     trainer = quiet_trainer(max_steps=1, log_every_n_steps=1)
-    trainer.fit(with_exits(Module()), plain(0))
+    trainer.fit(with_exits(Module), plain(0))
     for label in LABELS:
         assert trainer.callback_metrics[f"{label}own"] == trainer.callback_metrics[f"{label}train_loss"]
 
@@ -243,7 +280,7 @@ def test_a_step_may_take_its_batch_apart() -> None:
             self.log("acc", (self(**batch).argmax(1) == labels).float().mean())
 
     samples = [{"x": x, "labels": y} for x, y in zip(*dataset(1).tensors, strict=True)]
-    wrapped = with_exits(Pops())
+    wrapped = with_exits(Pops)
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(wrapped, DataLoader(samples, batch_size=8), DataLoader(samples, batch_size=8))  # type: ignore[arg-type]
     found = {label: float(trainer.callback_metrics[f"{label}acc"]) for label in LABELS}
@@ -263,7 +300,7 @@ def test_a_step_that_writes_into_its_batch_is_refused(when: str) -> None:
             return F.cross_entropy(logits, y)
 
     with pytest.raises(ValueError, match="changes a tensor of its batch in place"):
-        quiet_trainer(max_epochs=1).fit(with_exits(Writes()), plain(0))
+        quiet_trainer(max_epochs=1).fit(with_exits(Writes), plain(0))
 
 
 def test_generators_of_the_modules_own_give_replays_the_same_numbers() -> None:
@@ -279,7 +316,7 @@ def test_generators_of_the_modules_own_give_replays_the_same_numbers() -> None:
             drawn.append((float(torch.rand((), generator=self.of_torch)), self.of_numpy.random()))
             return F.cross_entropy(self(batch[0]), batch[1])
 
-    quiet_trainer(max_epochs=1).fit(with_exits(Module()), plain(0))
+    quiet_trainer(max_epochs=1).fit(with_exits(Module), plain(0))
     assert drawn[0::3] == drawn[1::3] == drawn[2::3]
     assert len(set(drawn)) == len(drawn) // 3
 
@@ -290,4 +327,4 @@ def test_a_validation_that_does_not_call_the_network_is_said() -> None:
             self.log("acc", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
 
     with pytest.warns(UserWarning, match="does not call the network"):
-        quiet_trainer().validate(with_exits(Around()), plain(1), verbose=False)
+        quiet_trainer().validate(with_exits(Around), plain(1), verbose=False)

@@ -98,6 +98,31 @@ def test_calibrating_leaves_the_module_as_it_was(trained: EarlyExitHeads) -> Non
     assert all(torch.equal(one, was[name]) for name, one in wrapped.state_dict().items())
 
 
+def test_points_of_a_report_are_different_ways_within_the_budgets(trained: EarlyExitHeads) -> None:
+    wrapped = copy.deepcopy(trained)
+    wrapped.calibrate(loader(5), budget=0.9, unit="share")
+    rule = heads_of(wrapped).rule  # type: ignore[union-attr]
+    assert rule is not None
+    budgets = [one.network.options["budget"] for one in wrapped.operating_points() if "budget" in one.network.options]  # type: ignore[index,operator]
+    ways = [rule.within(budget).thresholds for budget in budgets]
+    assert budgets == sorted(budgets)
+    assert len(set(ways)) == len(ways) > 0
+
+
+def test_targets_are_those_of_a_batch_that_the_step_takes_apart() -> None:
+    class Pops(SmallModule):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            batch.pop("labels")
+            self(**batch)
+
+    samples = [{"x": x, "labels": y} for x, y in zip(*dataset(5, 600).tensors, strict=True)]
+    wrapped = EarlyExitHeads(Pops(), EXITS, num_classes=CLASSES, example_inputs=torch.zeros(2, FEATURES))
+    wrapped.calibrate(DataLoader(samples, batch_size=50), budget=0.9, unit="share")  # type: ignore[arg-type]
+
+
 def test_hooks_that_call_the_logger_are_no_hindrance() -> None:
     class Module(SmallModule):
         def on_validation_epoch_end(self) -> None:
