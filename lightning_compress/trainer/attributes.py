@@ -21,7 +21,7 @@ from torchmetrics import Metric, MetricCollection
 MISSING = object()  # stands for an attribute that does not exist
 Places = Mapping[str, dict[str, Any]]
 _SCALARS = (int, float, complex, str, bytes)
-_MANY = 4096  # parts of a value that are looked at; of what is beyond, a container is compared by its length
+_MANY = 1024  # parts of a value that are looked at; of what is beyond, a container is compared by its length
 _DEPTH = 6  # of containers and objects within each other; what is deeper is shared
 _OF_LIGHTNING = {*vars(LightningModule()), "_log_hyperparams", "_hparams", "_hparams_initial", "_hparams_name"}
 _OF_TORCH = {"training", "forward"}
@@ -89,7 +89,7 @@ def fingerprint(value: Any) -> Any:
 
 
 class _Walk:
-    """A walk through one value, in which both functions see the same parts, and no more than some thousands."""
+    """A walk through one value, in which both functions see the same parts, and no more than a thousand of them."""
 
     def __init__(self) -> None:
         self.left = _MANY
