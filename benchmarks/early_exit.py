@@ -38,6 +38,7 @@ from lightning_compress import EarlyExitHeads
 from lightning_compress.baselines import CIFAR10, MNIST, Classifier, ResNet20, TensorLoader
 from lightning_compress.baselines.datamodule import ImageData
 from lightning_compress.early_exit import EarlyExitNetwork, ExitRule, Table, calibrate, evaluate, exit_costs, q_sweep
+from lightning_compress.measure.macs import count_macs
 
 WIDTH = 16
 EPOCHS = {"mnist": 3, "cifar10": 12}
@@ -263,9 +264,10 @@ def sweep(val: Table, test: Table, found: Found) -> None:
 
 def times(
     ways: dict[str, Callable[[Tensor], Any]], batches: Sequence[Tensor], rounds: int, clock: Callable[[], float]
-) -> dict[str, float]:
-    """Seconds for all batches: in turns batch by batch, the median of the rounds, summed."""
-    seconds, order = dict.fromkeys(ways, 0.0), random.Random(0)
+) -> dict[str, list[float]]:
+    """Seconds of every batch: in turns, the median of the rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    order = random.Random(0)
     with torch.no_grad():
         for way in ways.values():
             for batch in batches[:3]:
@@ -278,7 +280,7 @@ def times(
                     ways[name](batch)
                     of_batch[name].append(clock() - start)
             for name, rounds_of_it in of_batch.items():
-                seconds[name] += statistics.median(rounds_of_it)
+                seconds[name].append(statistics.median(rounds_of_it))
     return seconds
 
 
@@ -293,31 +295,43 @@ def timing(
     """Times of all ways to run the network, and of narrower ones, with the MACs that were executed."""
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     early, networks = next(iter(networks.values())), dict(networks)
-    assert early.rule is not None
+    rule = early.rule
+    assert rule is not None
     for name, threshold in (("nobody leaves, closed", math.inf), ("nobody leaves, never sure", 2.0)):
         networks[name] = copy.deepcopy(early)
         networks[name].left_out = ()
-        networks[name].rule = replace(early.rule, thresholds=(threshold,) * len(early.exits))
-    ways: dict[str, Callable[[Tensor], Any]] = {"full network": plain, **networks}
-    ways |= {f"exit {k} alone": early.static(k) for k in range(1, len(early.exits) + 1)}
-    ways |= {f"width {width}": one for width, one in narrow.items()}
+        networks[name].rule = replace(rule, thresholds=(threshold,) * len(early.exits))
+    static = {f"exit {k} alone": early.static(k) for k in range(1, len(early.exits) + 1)}
+    smaller = {f"width {width}": one for width, one in narrow.items()}
+    ways: dict[str, Callable[[Tensor], Any]] = {"full network": plain, **networks, **static, **smaller}
+    example, full_macs = test.inputs[:1], sum(rule.stages)
+    for name, network in {**static, **smaller}.items():
+        found.add(TIMES, name, MACs_at_64=count_macs(network, example)[0] / full_macs)
     order = torch.randperm(len(test.inputs), generator=torch.Generator().manual_seed(0))
-    measured: dict[int, dict[str, float]] = {}
+    measured: dict[str, float] = {}
     for size, count, rounds in ((64, 2, 1), (1, 10, 1)) if arguments.quick else ((64, 40, 3), (1, 300, 3)):
         batches = test.inputs[order[: size * count]].split(size)
-        measured[size] = times(ways, batches, rounds, clock)
-        full = measured[size]["full network"]
-        for name, seconds in measured[size].items():
-            found.add(TIMES, name, **{f"time_at_{size}": seconds / full})
+        seconds = times(ways, batches, rounds, clock)
+        full = sum(seconds["full network"])
+        measured = {name: sum(of_batches) / full for name, of_batches in seconds.items()}
+        found.add(TIMES, "full network", **{f"ms_at_{size}": 1000 * full / count})
+        for name, of_batches in seconds.items():
+            found.add(TIMES, name, **{f"time_at_{size}": measured[name]})
+            if size == 1:
+                typical = statistics.median(of_batches) / statistics.median(seconds["full network"])
+                found.add(TIMES, name, median_at_1=typical)
             if name in networks:
                 with torch.no_grad():
                     index = torch.cat([networks[name](batch)[1] for batch in batches])
-                share = float(costs(networks[name])[index].mean())
-                found.add(TIMES, name, **{f"MACs_at_{size}": share, f"time_/_MACs_at_{size}": seconds / full / share})
-        found.add(TIMES, "full network", **{f"ms_at_{size}": 1000 * full / count})
-    for name in WANTED if narrow else ():
-        width = min(narrow, key=lambda width: abs(measured[64][f"width {width}"] - measured[64][name]))
-        found.add(TIMES, name, width_of_equal_time=width)
+                share, each = float(costs(networks[name])[index].mean()), index.bincount(minlength=len(static) + 1)
+                alone = [*(measured[way] for way in static), 1.0]
+                ideal = sum(float(n) * way for n, way in zip(each / len(index), alone, strict=True))
+                found.add(TIMES, name, **{f"MACs_at_{size}": share, f"time_/_MACs_at_{size}": measured[name] / share})
+                found.add(TIMES, name, **{f"time_/_static_at_{size}": measured[name] / ideal})
+        if size == 64 and narrow:
+            for name in WANTED:
+                width = min(narrow, key=lambda width: abs(measured[f"width {width}"] - measured[name]))
+                found.add(TIMES, name, width_of_equal_time=width)
 
 
 class Stopwatch(Callback):
@@ -358,7 +372,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--precision", default="bf16-mixed", help="of training")
-    parser.add_argument("--exits", nargs="+", choices=list(EXITS), default=["joint", "frozen"], help="how they train")
+    parser.add_argument("--exits", nargs="*", choices=list(EXITS), default=["joint", "frozen"], help="how they train")
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 6, 8, 11], help="of the narrower networks")
     parser.add_argument("--weights", type=Path, help="a folder to which weights are written, or from which they come")
     parser.add_argument("--only", choices=["train", "accuracy", "time"])
