@@ -99,5 +99,5 @@ def test_a_calibration_of_nothing_is_refused(tmp_path: Path) -> None:
         folder=tmp_path,
         calibration={"budget": 1.0},
     )
-    with pytest.raises(ValueError, match="Classifier has none of them: leave calibration out"):
+    with pytest.raises(ValueError, match="Classifier has none: leave calibration out"):
         job.run([classifier()], callbacks=[], dense={"max_epochs": 1})
