@@ -57,8 +57,8 @@ def cut(
         optimizers: Optimizers of the model's parameters.
         copies: Modules with parameters of the same names, such as a moving average, which are cut in the same way.
         owner: The module that is saved and loaded, such as a LightningModule, where the model is a part of it. From now
-            on it takes the shapes of every state dict that is loaded into it, thinner or wider. By default the model
-            and its copies do.
+            on it and the model take the shapes of every state dict that is loaded into them, thinner or wider. By
+            default the model and its copies do.
 
     Returns:
         The model.
@@ -153,7 +153,7 @@ def _loaded(
     found = groups.prefixed(path)
     for copy in copies:  # the owner loads the copies that it holds
         found = found.copied(_renamed(copy, owner), groups)
-    return [(owner, found)]
+    return [(owner, found)] if model is owner else [(owner, found), (model, groups)]
 
 
 def _renamed(copy: nn.Module, owner: nn.Module) -> dict[str, str]:

@@ -83,6 +83,7 @@ class Shapes:
         new = [group for group in free if _axes_of(group) not in known]
         whole = self.is_dense(model) or (self.groups is not None and all(self._is_whole(group, now) for group in new))
         self.groups = [*(self.groups or ()), *new] if whole else None
+        self.agree(model)  # so that parts know these numbers when they are saved by themselves
 
     def _is_whole(self, group: ChannelGroup, now: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether a group has all its channels still."""

@@ -47,7 +47,7 @@ class CuttingCallback(CompressionCallback):
         super().setup(trainer, pl_module, stage)
         if self.removes:
             # The module and its averages take the shapes of loaded checkpoints, which may hold other networks than now.
-            follow_checkpoints(pl_module)
+            _follow_checkpoints(pl_module)
             for average in averaged_modules(trainer):
                 follow_leader(average, pl_module)
 
@@ -68,6 +68,7 @@ class CuttingCallback(CompressionCallback):
                     f"checkpoint makes it anew.",
                     stacklevel=2,
                 )
+        _follow_checkpoints(trainer.lightning_module)  # its children may have been made since `setup`
         with rewrapped(trainer):
             copies = [*averaged_modules(trainer), *copies_inside(innermost(trainer.lightning_module))]
             kept = cut(optimizers=trainer.optimizers, copies=copies)
@@ -103,6 +104,14 @@ class CuttingCallback(CompressionCallback):
                 f"checkpoint from before, with masked channels, was loaded. {_TO_SHRINK}",
                 stacklevel=2,
             )
+
+
+def _follow_checkpoints(pl_module: LightningModule) -> None:
+    """Make a module and its networks take the shapes of loaded state dicts; each of them can be saved by itself."""
+    follow_checkpoints(pl_module)
+    for child in pl_module.children():
+        if any(True for _ in child.children()):
+            follow_checkpoints(child)
 
 
 def _count(module: nn.Module) -> int:

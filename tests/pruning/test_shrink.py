@@ -110,6 +110,44 @@ def test_what_comes_after(shrink: str, tmp_path: Path) -> None:
     assert widths(new) == reached
 
 
+class AttentionModule(SmallModule):
+    """A network whose heads, which shapes do not reveal, are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Unflatten(1, (3, 4)), _Attention(), nn.Flatten(), nn.Linear(12, 3))  # type: ignore[assignment]
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [SmallModule, AttentionModule])
+@pytest.mark.parametrize(
+    "options", [{}, {"shrink": "during_fit"}, {"network": "net", "example_inputs": X}], ids=["end", "during", "part"]
+)
+def test_the_network_of_a_module_can_be_saved_by_itself(
+    make: Callable[[], Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    target = ["*in_proj_weight"] if make is AttentionModule else None
+    _, module = run(pruning(target=target, **options), checkpoint, make=make, enable_checkpointing=True)
+    resumed = make()
+    trainer = quiet_trainer(callbacks=[pruning(target=target, **options)])
+    trainer.fit(resumed, shuffled(), plain(), ckpt_path=tmp_path / "step=12.ckpt")
+    for cut in (module, resumed):
+        fresh = make()
+        assert cut.net.state_dict().keys() == fresh.net.state_dict().keys()
+        assert any(one.shape != two.shape for one, two in zip(cut.parameters(), fresh.parameters(), strict=True))
+        adopt_state(fresh.net, cut.net.state_dict())
+        assert torch.equal(fresh.eval().net(X), cut.eval().net(X))
+
+
 def test_a_new_process_tests_a_thin_checkpoint(tmp_path: Path) -> None:
     trainer, module = run(pruning(shrink="during_fit"))
     trainer.save_checkpoint(tmp_path / "thin.ckpt")
