@@ -520,7 +520,10 @@ def test_real_weights_that_are_no_numbers_stop_the_fit() -> None:
 
 
 def test_a_fit_that_ends_before_the_start_says_so() -> None:
-    with pytest.warns(UserWarning, match="ended at step 12, before weights were binary at step 24: start_epoch=2.0"):
+    with pytest.warns(
+        UserWarning,
+        match=r"ended at step 12, before weights were binary at step 24: use an earlier start_epoch than 2\.0",
+    ):
         run(BinaryWeightsCallback(start_epoch=2.0), max_epochs=1)
 
 

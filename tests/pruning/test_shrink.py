@@ -115,7 +115,8 @@ class AttentionModule(SmallModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Unflatten(1, (3, 4)), _Attention(), nn.Flatten(), nn.Linear(12, 3))  # type: ignore[assignment]
+        net: Any = nn.Sequential(nn.Unflatten(1, (3, 4)), _Attention(), nn.Flatten(), nn.Linear(12, 3))
+        self.net = net
 
 
 class _Attention(nn.Module):
@@ -140,12 +141,12 @@ def test_the_network_of_a_module_can_be_saved_by_itself(
     resumed = make()
     trainer = quiet_trainer(callbacks=[pruning(target=target, **options)])
     trainer.fit(resumed, shuffled(), plain(), ckpt_path=tmp_path / "step=12.ckpt")
-    for cut in (module, resumed):
+    for thin in (module, resumed):
         fresh = make()
-        assert cut.net.state_dict().keys() == fresh.net.state_dict().keys()
-        assert any(one.shape != two.shape for one, two in zip(cut.parameters(), fresh.parameters(), strict=True))
-        adopt_state(fresh.net, cut.net.state_dict())
-        assert torch.equal(fresh.eval().net(X), cut.eval().net(X))
+        assert thin.net.state_dict().keys() == fresh.net.state_dict().keys()
+        assert any(one.shape != two.shape for one, two in zip(thin.parameters(), fresh.parameters(), strict=True))
+        adopt_state(fresh.net, thin.net.state_dict())
+        assert torch.equal(fresh.eval().net(X), thin.eval().net(X))
 
 
 def test_a_new_process_tests_a_thin_checkpoint(tmp_path: Path) -> None:
