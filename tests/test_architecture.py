@@ -13,9 +13,10 @@ from lightning_compress.core.records import KINDS
 PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 HYDRA_FILES = {"hydra.py", "recorded.py", "cli.py", "__main__.py"}
-TECHNIQUES = {"pruning", "group_lasso", "clustering", "binary", "quantization", "distillation", "early_exit"}
-ROOMS = TECHNIQUES | {"coding", "deploy"}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
+SHARED = {"core", "measure", "channels", "trainer", "baselines", "report", "tasks"}
+ROOMS = {path.parts[0] for path in FILES if len(path.parts) > 1} - SHARED
+TECHNIQUES = ROOMS - {"coding", "deploy"}
 
 
 def imported(path: Path) -> set[str]:

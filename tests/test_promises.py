@@ -119,6 +119,13 @@ def test_doing_nothing_is_nothing(entry: str) -> None:
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
+def test_a_technique_does_something(entry: str, whole: Whole) -> None:
+    like = next(one for one in ENTRIES if REGISTRY[one].module == REGISTRY[entry].module)
+    weights = whole(entry)[0]["weights"]
+    assert differences(bare(like)["weights"], weights) != []
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(entry: str, whole: Whole) -> None:
     checkpoint = torch.load(whole(entry)[1] / f"step={4 * EPOCH}.ckpt", weights_only=True)
     assert_compressed(entry, checkpoint["state_dict"])

@@ -52,15 +52,15 @@ class InputHook(NotScriptable, Structure):
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
         """Return the input that the layer gets instead of x."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply change().")
 
     def record(self) -> dict[str, Any] | None:
         """Return the settings of this hook as plain numbers; None while it changes no input."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply record().")
 
     def take(self, record: Mapping[str, Any] | None) -> None:
         """Take the settings in the record of another hook; None: change no input."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply take().")
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
         return self.record()

@@ -58,7 +58,7 @@ class LatentWeights(Projection):
 
     def value(self, name: str, real: Tensor) -> Tensor:
         """Return the quantized values W~ of real values, in a new tensor."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply value().")
 
     def shown_value(self, name: str, real: Tensor) -> Tensor:
         """Return the values to validate and save, for the real values of a parameter or of an average of it."""

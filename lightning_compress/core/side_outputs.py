@@ -19,7 +19,7 @@ class SideReader(nn.Module):
             network: The parent.
             found: Gets the outputs.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply reading().")
 
 
 @contextmanager

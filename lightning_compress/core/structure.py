@@ -88,15 +88,15 @@ class Structure:
 
         A value that is a dict may have names of the module's tensors as its keys.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply write().")
 
     def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
         """Raise a RecordError unless `write` could have made this record for such a module; nothing changes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply check().")
 
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
         """Change the module as a checked record says; None: the state dict has no record of this kind for it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply rebuild().")
 
     def attach(self, module: nn.Module) -> list[Removable]:
         """Make the module's state dicts contain this record, and its loads rebuild the module."""

@@ -58,7 +58,7 @@ class CompressionCallback(TargetingCallback):
 
     def project_copy(self, module: torch.nn.Module) -> None:
         """Project an averaged copy of the LightningModule, or of a part of it, in place."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply project_copy().")
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
         """Slice all state of tensors from which another callback has cut channels.

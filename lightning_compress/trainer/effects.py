@@ -133,7 +133,7 @@ class DeclaresEffects:
             trainer: The Trainer, whose optimizers and loaders exist. None before any fit: then steps are unknown.
             pl_module: The LightningModule.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply effects().")
 
     def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         """Return its effects, with steps counted as by the Trainer, for `compatibility`."""

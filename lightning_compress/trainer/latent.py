@@ -35,11 +35,11 @@ class LatentCallback(QuantizingCallback):
 
     def make_weights(self, pl_module: LightningModule) -> LatentWeights:
         """Make the latent weights, and write their quantized values into the module."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply make_weights().")
 
     def hook_inputs(self, pl_module: LightningModule) -> InputHooks | None:
         """Put hooks on the layers whose inputs are quantized; return None if there are none."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply hook_inputs().")
 
     # ------------------------------------------------------------------ latent weights
 

@@ -55,7 +55,7 @@ class QuantizingCallback(CompressionCallback):
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Quantize the weights and set `self.projection`; return the reason that monitors give for counting anew."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply begin().")
 
     def wants(self, pl_module: LightningModule) -> Collection[str]:
         """Return the names of the parameters to quantize."""

@@ -63,14 +63,14 @@ class ResumableCallback(DeclaresEffects, Callback):
         The module is on its device, and the loaders exist. `state` is the `technique_state` of a checkpoint; if it is
         None, the technique goes on from an earlier fit of this module, if there was one.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply prepare().")
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Act after optimizer step number `step`; 0 is the moment before the first one."""
 
     def technique_state(self) -> dict[str, Any]:
         """Return the state that a resume needs: tensors, numbers, strings, lists and dicts."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply technique_state().")
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
         """Move planned steps when an epoch has another number of steps; `moment` maps an old step to a new one."""

@@ -338,7 +338,9 @@ TRAINER_RULES = (
     ),
     TrainerRule(
         name="one codebook in several optimizers",
-        meets=lambda one, fit: one.effects.span == "network" and fit.trained_apart(list(one.effects.values)),
+        meets=lambda one, fit: (
+            one.effects.span == "network" and fit.trained_apart(sorted(one.effects.named("codebook")))
+        ),
         shows=("span",),
         reason="{one} moves all weights of a cluster together, but {what} is frozen, or no optimizer or another one "
         "trains it",

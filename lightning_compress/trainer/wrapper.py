@@ -44,7 +44,7 @@ class Objective:
 
     def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what `training_step` returns; `run(*args, **kwargs)` is the step without this wrapper."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must supply step().")
 
     def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return what `validation_step` or `test_step` returns; `run(*args, **kwargs)` is the step without this."""
