@@ -123,6 +123,8 @@ def resumed_config(folder: Path, composed: DictConfig, overrides: Sequence[str])
             + "\n".join(refused)
             + f"\nLeave that out, or start a new run. What may change are {', '.join(CHANGEABLE)}."
         )
+    for name in [str(key) for key in composed if key not in recorded]:  # the version that began the run lacked them
+        OmegaConf.update(recorded, name, OmegaConf.select(composed, name), force_add=True)
     for line in changes.values():
         rank_zero_info(line)
     if kept:

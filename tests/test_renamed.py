@@ -106,6 +106,7 @@ def _renamed_back(config: dict[str, Any]) -> dict[str, Any]:
     names = {new.split(".")[-1]: old.split(".")[-1] for old, new in KEYS.items()}
     for section in ("callbacks", "wrappers"):
         config[section] = {names.get(key, key): value for key, value in config[section].items()}
+    del config["calibration"], config["controls"]  # keys that the earlier version did not have
     node = config["wrappers"]["distillation"]
     node["cache"] = node.pop("index")
     node["teacher"]["_target_"] = "lightning_compress.distillation.finding.load_teachers"
@@ -119,4 +120,5 @@ def test_a_run_of_an_earlier_version_is_tested_and_goes_on(of_yesterday: Callabl
     recorded = yaml.safe_load(Path("run/config.yaml").read_text())
     assert list(recorded["callbacks"])[:3] == ["checkpoint", "iterative_pruning", "weight_clustering"]
     assert "index" in recorded["wrappers"]["distillation"]
+    assert (recorded["calibration"], recorded["controls"]) == (None, {})
     assert found(of_yesterday, Path("run/compressed.lcz")) > 0.1
