@@ -109,6 +109,7 @@ def calibrate(
             "what it would gain is less than it costs. These heads are not run",
             stacklevel=2,
         )
+    outcome = choices.outcome(chosen)
     return ExitRule(
         rule=rule,
         thresholds=chosen,
@@ -117,7 +118,10 @@ def calibrate(
         unit=unit,
         stages=tuple(map(float, table.stages)),
         heads=tuple(map(float, table.heads)),
-        shares=choices.outcome(chosen).shares,
+        shares=outcome.shares,
+        advantages=tuple(
+            float(torch.where(outcome.exit_index == k, right[k] - right[-1], 0.0).mean()) for k in range(exits)
+        ),
     )
 
 

@@ -34,6 +34,7 @@ def costs_of(early: EarlyExitNetwork, inputs: ExampleInputs, unit: Unit = "macs"
         unit: "macs" as `count_macs` counts them, or "ms", medians of passes in turns.
 
     Example:
+        >>> import torch
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> early = EarlyExitNetwork(network, {"1": nn.Linear(8, 2)}, None, torch.randn(3, 4)).eval()
         >>> costs_of(early, torch.randn(6, 4))

@@ -47,7 +47,8 @@ class EarlyExitNetwork(nn.Module):
         confidence: The callable of the rule "custom".
         min_gain: The share of the full network's time that an exit must save to be used, measured here if the rule has
             the shares of samples that leave at each exit: the rest of the network for those that leave, less the head
-            and the gathering for those that come there. An exit that saves less is left out, which is logged.
+            and the gathering for those that come there. An exit that saves less is left out, which is logged,
+            unless it is more often right there than the full network.
         compile: Compile every stage with torch.compile.
         whole_batch: Run whole batches, and cut nothing.
 

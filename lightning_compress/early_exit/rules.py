@@ -40,6 +40,8 @@ class ExitRule:
         stages: Cost per sample of the K + 1 stages of the network, between its exits and without their heads.
         heads: Cost per sample of the K heads.
         shares: Of the calibration's samples, the share that left at each exit, and at the full network.
+        advantages: Of the calibration's samples, the share that an exit gets right and the full network does not, less
+            the share with which it is the other way round, among those that left at each exit.
 
     Raises:
         ValueError: Numbers do not fit each other, or the rule.
@@ -61,6 +63,7 @@ class ExitRule:
     stages: tuple[float, ...] = ()
     heads: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
+    advantages: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         exits = len(self.thresholds)
@@ -71,6 +74,7 @@ class ExitRule:
             ("stages", exits + 1),
             ("heads", exits),
             ("shares", exits + 1),
+            ("advantages", exits),
         ):
             if len(getattr(self, name)) not in ({expected} if name == "temperatures" else {0, expected}):
                 raise ValueError(
@@ -113,7 +117,7 @@ class ExitRule:
                 f"budget={budget}: the cheapest thresholds cost {self.frontier[0][0]:.6g} {self.unit} per sample "
                 "in the mean; pass at least that"
             )
-        return replace(self, thresholds=thresholds[-1], shares=())
+        return replace(self, thresholds=thresholds[-1], shares=(), advantages=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as strings, numbers, lists and dicts; infinity is a string, as JSON has no such number."""

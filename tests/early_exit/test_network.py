@@ -501,6 +501,12 @@ def test_whole_batches_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "torch.export cannot trace Asks" in early.reason
 
 
+def test_an_exit_that_is_more_often_right_than_the_network_stays() -> None:
+    case = Case("residual")
+    rule = replace(case.rule(), shares=(0.4, 0.4, 0.2), advantages=(0.1, -0.1))
+    assert case.early(rule, min_gain=math.inf).left_out == (1,)
+
+
 @pytest.mark.parametrize("min_gain", [-math.inf, math.inf])
 def test_an_exit_that_does_not_pay_is_left_out(min_gain: float, caplog: pytest.LogCaptureFixture) -> None:
     """By the clock; how gains follow from times is computed by hand in the function's own example."""

@@ -48,6 +48,18 @@ def test_the_deployed_network_does_what_the_calibration_says(trained: EarlyExitH
         assert outcome.mean_cost <= 0.6 * full
 
 
+def test_the_rule_knows_what_exits_are_right_about(trained: EarlyExitHeads) -> None:
+    wrapped = copy.deepcopy(trained)
+    outcome = wrapped.calibrate(loader(5), budget=0.7, unit="share")
+    early, y = wrapped.deploy(min_gain=float("-inf")), dataset(5, 600).tensors[1]
+    answers, full = (early(dataset(5, 600).tensors[0], **options)[0].argmax(1) == y for options in ({}, {"exit": 3}))
+    rule = heads_of(wrapped).rule  # type: ignore[union-attr]
+    assert rule is not None
+    for k, advantage in enumerate(rule.advantages):
+        there = outcome.exit_index == k
+        assert advantage == pytest.approx(float((answers[there].float() - full[there].float()).sum()) / 600)
+
+
 def test_every_sample_gets_the_answer_of_its_exit(trained: EarlyExitHeads) -> None:
     wrapped = copy.deepcopy(trained).eval()
     wrapped.calibrate(loader(5), budget=0.7, unit="share")
