@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.find import channel_groups
-from lightning_compress.channels.groups import ChannelGroup, ChannelGroups, Drop
+from lightning_compress.channels.groups import ChannelGroup, ChannelGroups, Drop, positions_kept
 from lightning_compress.channels.load import follow_checkpoints
 from lightning_compress.channels.reference import dense_without
 from lightning_compress.channels.removal import drop_of, take
@@ -18,7 +18,7 @@ from lightning_compress.core.evaluation import entries_restored, evaluating, ren
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import compare, run
 from lightning_compress.core.side_outputs import side_outputs
-from lightning_compress.core.tensors import named_tensors
+from lightning_compress.core.tensors import Kept, named_tensors
 from lightning_compress.core.undo import forget_graphs
 
 Indices = Tensor | Sequence[int] | Set[int]
@@ -124,9 +124,38 @@ def cut(
     return model
 
 
-def parts_of(copies: Iterable[nn.Module], path: str) -> list[nn.Module]:
+def _parts_of(copies: Iterable[nn.Module], path: str) -> list[nn.Module]:
     """Return the submodule at `path` of every copy that has one; a copy may have a part of the module alone."""
     return [modules[path] for modules in (dict(one.named_modules()) for one in copies) if path in modules]
+
+
+def cut_part(
+    owner: nn.Module,
+    path: str,
+    example_inputs: ExampleInputs,
+    live: Mapping[str, Tensor],
+    *,
+    groups: ChannelGroups,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+) -> Kept:
+    """Cut the part of a module at `path`, its copies and its optimizers' states down to the `live` channels of groups.
+
+    Returns:
+        By tensor of the owner and dimension the positions that stayed.
+    """
+    names = {f"{path}.{name}" if path else name: mask for name, mask in live.items()}
+    kept = positions_kept(groups.prefixed(path), names, named_tensors(owner))
+    cut(
+        owner.get_submodule(path),
+        example_inputs,
+        keep={name: mask.nonzero().squeeze(1) for name, mask in live.items()},
+        groups=groups,
+        optimizers=optimizers,
+        copies=_parts_of(copies, path),
+        owner=owner,
+    )
+    return kept
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_compress.channels.cut import cut, live_channels, parts_of
+from lightning_compress.channels.cut import cut_part, live_channels
 from lightning_compress.channels.find import channel_groups
-from lightning_compress.channels.groups import ChannelGroups, positions_kept
+from lightning_compress.channels.groups import ChannelGroups
 from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients, select_parameters
-from lightning_compress.core.tensors import Kept, named_tensors
+from lightning_compress.core.tensors import Kept
 from lightning_compress.group_lasso.penalty import (
     WeightGroups,
     add_gradient,
@@ -228,11 +228,9 @@ class GroupLassoCallback(CuttingCallback):
                 f"than {self.strength}.",
                 stacklevel=2,
             )
-        kept = positions_kept(groups, keep, named_tensors(network))
-        indices = {name: live.nonzero().squeeze(1) for name, live in keep.items()}
-        averages = parts_of(copies, self.network)
-        cut(network, self._inputs, keep=indices, groups=groups, optimizers=optimizers, copies=averages, owner=pl_module)
-        return {f"{self.network}.{name}".lstrip("."): dims for name, dims in kept.items()}
+        return cut_part(
+            pl_module, self.network, self._inputs, keep, groups=groups, optimizers=optimizers, copies=copies
+        )
 
     # ------------------------------------------------------------------ around every optimizer step
 

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.channels.costs import Cost, channel_costs
-from lightning_compress.channels.cut import cut, parts_of
+from lightning_compress.channels.cut import cut_part
 from lightning_compress.channels.find import channel_groups
-from lightning_compress.channels.groups import ChannelGroups, positions_kept, thinned
+from lightning_compress.channels.groups import ChannelGroups, thinned
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.select import select_parameters
-from lightning_compress.core.tensors import Kept, named_tensors
+from lightning_compress.core.tensors import Kept
 from lightning_compress.pruning.channels import Channels, find_channels
 from lightning_compress.trainer.distributed import gather, on_all_ranks
 from lightning_compress.trainer.inputs import traced_network
@@ -169,16 +169,14 @@ class ChannelRemover:
         """
         here = {name.removeprefix(self._start): mask.cpu()[self.keep[name]] for name, mask in keep.items()}
         here = {name: mask for name, mask in here.items() if not bool(mask.all())}
-        names = {self._start + name: mask for name, mask in here.items()}
-        kept = positions_kept(self._groups.prefixed(self._network), names, named_tensors(self._model))
-        cut(
-            self._model.get_submodule(self._network),
+        kept = cut_part(
+            self._model,
+            self._network,
             self._inputs,
-            keep={name: mask.nonzero().squeeze(1) for name, mask in here.items()},
+            here,
             groups=self._groups,
             optimizers=optimizers,
-            copies=parts_of(copies, self._network),
-            owner=self._model,
+            copies=copies,
         )
         self._groups = thinned(self._groups, here)
         self.keep = {name: keep[name].cpu() if name in keep else mask for name, mask in self.keep.items()}
