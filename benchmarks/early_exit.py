@@ -40,7 +40,7 @@ from lightning_compress.baselines.datamodule import ImageData
 from lightning_compress.early_exit import EarlyExitNetwork, ExitRule, Table, calibrate, evaluate, exit_costs, q_sweep
 from lightning_compress.measure.macs import count_macs
 
-WIDTH = 16
+WIDTH, AT = 16, (0.25, 0.5, 0.75)
 EPOCHS = {"mnist": 3, "cifar10": 12}
 EXITS: dict[str, dict[str, Any]] = {  # how exits are trained, by the name of the row
     "joint": {},
@@ -71,6 +71,7 @@ class Setting:
     lr: float
     precision: Any
     seed: int
+    at: tuple[float, ...]
     weights: Path | None
     quick: bool
 
@@ -89,18 +90,20 @@ def trainer(setting: Setting, epochs: int, **options: Any) -> Trainer:
     return Trainer(accelerator="cpu", max_epochs=epochs, **given)
 
 
-def classifier(setting: Setting, shape: Sequence[int], width: int = WIDTH) -> Classifier:
+def classifier(setting: Setting, shape: Sequence[int], width: int = WIDTH, **recipe: Any) -> Classifier:
     """A ResNet-20 from the seed's initial weights."""
     seed_everything(setting.seed, verbose=False)
     network = ResNet20(width=width, in_channels=shape[0])
-    return Classifier(network, optimizer="sgd", lr=setting.lr, weight_decay=1e-4, warmup=0.1, input_shape=shape)
+    given: dict[str, Any] = {"optimizer": "sgd", "lr": setting.lr, "weight_decay": 1e-4, "warmup": 0.1} | recipe
+    return Classifier(network, input_shape=shape, **given)
 
 
 def trained(name: str, make: Callable[[], LightningModule], data: ImageData, setting: Setting) -> LightningModule:
     """Return a module with the weights of the folder, or train it and write them there."""
     module, path = make(), None
     if setting.weights is not None:
-        path = setting.weights / f"{setting.dataset}-{setting.seed}-{setting.epochs}-{name}.pt"
+        places = "-".join(["", *map(str, setting.at)]) if name in EXITS and setting.at != AT else ""
+        path = setting.weights / f"{setting.dataset}-{setting.seed}-{setting.epochs}-{name}{places}.pt"
         if path.exists():
             module.load_state_dict(torch.load(path))
             return module.eval()
@@ -119,10 +122,12 @@ def trained(name: str, make: Callable[[], LightningModule], data: ImageData, set
 
 def with_exits(name: str, plain: nn.Module, shape: Sequence[int], setting: Setting) -> EarlyExitHeads:
     """A network with three exits: from the initial weights, or from those of the network trained alone."""
-    module = classifier(setting, shape)
-    if name == "frozen":
-        module.load_state_dict(plain.state_dict())
-    return EarlyExitHeads(module, 3, num_classes=10, network="network", **EXITS[name])
+    if name != "frozen":
+        module = classifier(setting, shape)
+    else:  # heads alone diverge at the learning rate of the network, whose features they can't change
+        module = classifier(setting, shape, optimizer="adam", lr=1e-3, weight_decay=0.0)
+        module.network.load_state_dict(plain.state_dict())
+    return EarlyExitHeads(module, list(setting.at), num_classes=10, network="network", **EXITS[name])
 
 
 def networks(
@@ -132,7 +137,8 @@ def networks(
     shape = data.input_shape
     plain: Any = trained("plain", lambda: classifier(setting, shape), data, setting)
     early: dict[str, Any] = {
-        name: trained(name, lambda name=name: with_exits(name, plain, shape, setting), data, setting) for name in exits
+        name: trained(name, lambda name=name: with_exits(name, plain.network, shape, setting), data, setting)
+        for name in exits
     }
     narrow: dict[int, Any] = {
         width: trained(f"width{width}", lambda width=width: classifier(setting, shape, width), data, setting)
@@ -355,7 +361,9 @@ def training_step(exits: Sequence[str], data: ImageData, setting: Setting, argum
     for _ in range(1 if arguments.quick else 4):
         for name, of_steps in seconds.items():
             watch = Stopwatch(clock)
-            module = copy.deepcopy(plain) if name == "alone" else with_exits(name, plain, data.input_shape, setting)
+            module = (
+                copy.deepcopy(plain) if name == "alone" else with_exits(name, plain.network, data.input_shape, setting)
+            )
             trainer(setting, 1, limit_train_batches=9, callbacks=[watch]).fit(module, datamodule=data)
             of_steps += watch.seconds[2:]
     for name, of_steps in seconds.items():
@@ -373,6 +381,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--precision", default="bf16-mixed", help="of training")
     parser.add_argument("--exits", nargs="*", choices=list(EXITS), default=["joint", "frozen"], help="how they train")
+    parser.add_argument("--at", type=float, nargs="+", default=list(AT), help="the exits' shares of the MACs")
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 6, 8, 11], help="of the narrower networks")
     parser.add_argument("--weights", type=Path, help="a folder to which weights are written, or from which they come")
     parser.add_argument("--only", choices=["train", "accuracy", "time"])
@@ -393,6 +402,7 @@ def main() -> None:
             lr=arguments.lr,
             precision=arguments.precision,
             seed=seed,
+            at=tuple(arguments.at),
             weights=None if arguments.quick else arguments.weights,
             quick=arguments.quick,
         )
