@@ -339,7 +339,8 @@ TRAINER_RULES = (
     TrainerRule(
         name="one codebook in several optimizers",
         meets=lambda one, fit: (
-            one.effects.span == "network" and fit.trained_apart(sorted(one.effects.named("codebook")))
+            one.effects.span == "network"
+            and fit.trained_apart([name for name, kind in one.effects.values.items() if kind == "codebook"])
         ),
         shows=("span",),
         reason="{one} moves all weights of a cluster together, but {what} is frozen, or no optimizer or another one "
