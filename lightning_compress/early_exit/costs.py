@@ -12,6 +12,7 @@ from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
 from lightning_compress.early_exit.network import EarlyExitNetwork
 from lightning_compress.early_exit.rules import Unit
+from lightning_compress.early_exit.static import Served
 from lightning_compress.measure.footprint import time_in_turns
 from lightning_compress.measure.macs import count_macs
 
@@ -43,7 +44,7 @@ def costs_of(early: EarlyExitNetwork, inputs: ExampleInputs, unit: Unit = "macs"
     exits = len(early.exits)
     features = _features(early, inputs)
     networks: dict[str, tuple[nn.Module, ExampleInputs]] = {
-        **{f"to {k}": (_UpTo(early, k), inputs) for k in range(1, exits + 2)},
+        **{f"to {k}": (Served(early, exit=k), inputs) for k in range(1, exits + 2)},
         **{
             f"head {k}": (head, feature) for k, (head, feature) in enumerate(zip(early.heads, features, strict=True), 1)
         },
@@ -62,18 +63,6 @@ def costs_of(early: EarlyExitNetwork, inputs: ExampleInputs, unit: Unit = "macs"
     return Costs(tuple(after - before for before, after in pairwise(reached)), heads)
 
 
-class _UpTo(nn.Module):
-    """A network with exits that leaves at one of them."""
-
-    def __init__(self, early: EarlyExitNetwork, exit: int) -> None:
-        super().__init__()
-        self.early, self.exit = early, exit
-
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        answer: Tensor = self.early(*args, exit=self.exit, **kwargs)[0]
-        return answer
-
-
 def _features(early: EarlyExitNetwork, inputs: ExampleInputs) -> Sequence[Tensor]:
     """Return what the heads get for a batch."""
     found: dict[int, Tensor] = {}
@@ -84,7 +73,7 @@ def _features(early: EarlyExitNetwork, inputs: ExampleInputs) -> Sequence[Tensor
     try:
         with evaluating(early):
             for k in range(len(early.heads)):
-                call(_UpTo(early, k + 1), inputs)
+                call(Served(early, exit=k + 1), inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -17,12 +17,13 @@ from lightning_compress.core.example_inputs import ExampleInputs, to_device
 from lightning_compress.early_exit.calibration import Outcome, Table, calibrate, evaluate
 from lightning_compress.early_exit.collect import collect, trained_on
 from lightning_compress.early_exit.costs import costs_of
-from lightning_compress.early_exit.heads import heads_of
+from lightning_compress.early_exit.heads import heads_of, layer_of
 from lightning_compress.early_exit.network import EarlyExitNetwork
-from lightning_compress.early_exit.objective import EarlyExits, Training, check_layers
+from lightning_compress.early_exit.objective import EarlyExits, Training
 from lightning_compress.early_exit.one_step import Gradient, backbone
 from lightning_compress.early_exit.record import note_heads, take_heads
 from lightning_compress.early_exit.rules import Confidence, ExitRule, Rule, Unit
+from lightning_compress.early_exit.static import Served
 from lightning_compress.trainer.distributed import gather
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.operating_points import OperatingPoint
@@ -124,7 +125,8 @@ class EarlyExitHeads(CompressionModule):
         if not objective.adopt(found):
             if exits is None:
                 raise ValueError(f"exits=None, and {type(found).__name__} has no exits: name layers, or how many.")
-            check_layers(found, exits)
+            for layer in objective.named_layers():
+                layer_of(backbone(found), layer)  # or say that there is none
             if given is not None:
                 objective.build(found, given)
             elif exits:
@@ -257,7 +259,7 @@ class EarlyExitHeads(CompressionModule):
     def _point(self, early: EarlyExitNetwork, name: str, **options: Any) -> OperatingPoint:
         """Return one way to run the network: at an exit, within a budget, or by the thresholds."""
         objective = self._objective()
-        served = Served(early, options)
+        served = Served(early, **options)
 
         @contextmanager
         def serving() -> Iterator[None]:
@@ -294,20 +296,3 @@ class EarlyExitHeads(CompressionModule):
         device = next((one.device for one in network.parameters()), torch.device("cpu"))
         moved = to_device(inputs, device)
         return EarlyExitNetwork(network.eval(), heads.eval().by_layer(), rule, moved, **options).eval()
-
-
-class Served(nn.Module):
-    """A network with exits that is called as the plain network, and returns outputs alone.
-
-    Args:
-        early: The network.
-        options: `exit` or `budget` of its calls.
-    """
-
-    def __init__(self, early: EarlyExitNetwork, options: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.early, self.options = early, dict(options)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        answer: Tensor = self.early(*args, **kwargs, **self.options)[0]
-        return answer

@@ -20,7 +20,7 @@ from lightning_compress.early_exit.live import Live, StaleError
 from lightning_compress.early_exit.rules import Confidence, ExitRule
 from lightning_compress.early_exit.split import Examples, MixedSamplesError, SplitError, axes_of, running, split
 from lightning_compress.early_exit.stages import Stage, Stages
-from lightning_compress.early_exit.static import Static, WholeStatic
+from lightning_compress.early_exit.static import Served, Static
 from lightning_compress.early_exit.whole_batch import run_whole
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class EarlyExitNetwork(nn.Module):
         if self._stages is None:
             self._prepare()
         if self._stages is None:
-            return WholeStatic(self, exit)
+            return Served(self, exit=exit)
         stage = self._stages.between(0, exit, leave=True)
         tensors = dict(zip(stage.names, Live(self.network, self._stages).tensors(stage), strict=True))
         head = None if exit == last else self.heads[exit - 1]

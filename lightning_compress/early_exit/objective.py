@@ -18,7 +18,7 @@ from lightning_compress.core.evaluation import entries_restored, evaluating, mod
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
 from lightning_compress.core.losses import soft_target_loss
 from lightning_compress.core.outputs import select_output
-from lightning_compress.early_exit.heads import ExitHeads, heads_of, layer_of, make_heads, reading
+from lightning_compress.early_exit.heads import ExitHeads, heads_of, make_heads, reading
 from lightning_compress.early_exit.one_step import (
     Gradient,
     OneStep,
@@ -182,7 +182,7 @@ class EarlyExits(Objective):
             inputs = move(given_or_peeked(module.trainer, module, network, self.example_inputs, move))
             self.build(network, inputs)
         heads = self.heads(module)
-        self.replicas = {} if heads is None else {f"exit{k}": Replica.of(module) for k in range(1, len(heads) + 1)}
+        self.replicas = {} if heads is None else {label: Replica.of(module) for label in exit_labels(heads)}
         if heads is not None and self.train == "frozen" and not self._frozen:
             own = {id(parameter) for parameter in heads.parameters()}
             self._frozen = [one for one in module.parameters() if id(one) not in own and one.requires_grad]
@@ -406,11 +406,3 @@ def checked_exits(exits: Any) -> int | list[float | str] | None:
             f"network's cost between 0 and 1, such as [0.25, 0.5, 0.75]; got {exits!r}."
         )
     return [*given]
-
-
-def check_layers(network: nn.Module, exits: Any) -> None:
-    """Raise a ValueError for names that are no layers of a network."""
-    if isinstance(exits, list | tuple):
-        for layer in exits:
-            if isinstance(layer, str):
-                layer_of(backbone(network), layer)

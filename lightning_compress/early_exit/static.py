@@ -1,4 +1,4 @@
-"""A network up to one exit, as a module that returns the output alone."""
+"""Networks with exits as modules that return the output alone, at one exit or as their rule says."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ class Static(nn.Module):
         return found if self.head is None else self.head(found)
 
 
-class WholeStatic(nn.Module):
-    """A network that cannot be cut, left at an exit by an exception in a hook."""
+class Served(nn.Module):
+    """A network with exits that is called as the plain network, and returns outputs alone.
 
-    def __init__(self, early: nn.Module, exit: int) -> None:
+    Args:
+        early: The network.
+        options: `exit` or `budget` of its calls.
+    """
+
+    def __init__(self, early: nn.Module, **options: Any) -> None:
         super().__init__()
-        self.early, self.exit = early, exit
+        self.early, self.options = early, options
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        answer: Tensor = self.early(*args, exit=self.exit, **kwargs)[0]
+        answer: Tensor = self.early(*args, **kwargs, **self.options)[0]
         return answer

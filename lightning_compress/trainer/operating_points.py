@@ -17,10 +17,8 @@ class OperatingPoint:
         name: Its name in reports.
         network: A module that is called as the network is, and does only what this point needs; to be timed.
         answering: While its block lasts, the module's own validation and test steps get this point's outputs.
-        macs: Mean multiply-accumulates per sample, where they are known.
     """
 
     name: str
     network: nn.Module
     answering: Callable[[], AbstractContextManager[None]]
-    macs: float | None = None
