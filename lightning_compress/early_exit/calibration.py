@@ -31,6 +31,7 @@ __all__ = ["Outcome", "Swept", "Table", "calibrate", "evaluate", "fit_temperatur
 _FEWEST = 20  # samples of a calibration
 _POINTS = 30  # of a rule's frontier
 _TOLERANCE = 0.003  # of an allowed drop
+_UNSPENT = 0.03  # the share of a budget that may stay unspent without a word
 _TRIED = 64  # choices, for the safest one
 _ALL_SUBSETS = 6  # exits, of which patience tries every subset as the open ones
 
@@ -110,18 +111,19 @@ def calibrate(
             stacklevel=2,
         )
     outcome = choices.outcome(chosen)
+    frontier = _frontier(choices)
     return ExitRule(
         rule=rule,
         thresholds=chosen,
         temperatures=temperatures,
-        frontier=_frontier(choices),
+        frontier=tuple((point.mean_cost, at) for point, at in frontier),
         unit=unit,
         stages=tuple(map(float, table.stages)),
         heads=tuple(map(float, table.heads)),
         shares=outcome.shares,
-        advantages=tuple(
-            float(torch.where(outcome.exit_index == k, right[k] - right[-1], 0.0).mean()) for k in range(exits)
-        ),
+        advantages=_advantages(outcome, right),
+        frontier_shares=tuple(point.shares for point, _ in frontier),
+        frontier_advantages=tuple(_advantages(point, right) for point, _ in frontier),
     )
 
 
@@ -290,6 +292,12 @@ def _within(costs: Tensor, budget: float, table: Table, unit: Unit) -> int:
             "The rule is the most accurate one",
             stacklevel=3,
         )
+    elif float(costs[-1]) < (1 - _UNSPENT) * budget:
+        warnings.warn(
+            f"budget={budget:.6g} {unit}: the most accurate thresholds cost {float(costs[-1]):.6g} in the mean, so "
+            "that the rest of the budget stays unspent",
+            stacklevel=3,
+        )
     return int((costs <= budget * (1 + 1e-9)).sum()) - 1
 
 
@@ -326,16 +334,20 @@ def _allowed(choices: _Choices, right: Tensor, drop: float, slack: float) -> int
     return safest
 
 
-def _frontier(choices: _Choices) -> tuple[tuple[float, tuple[float, ...]], ...]:
-    """Return a few of the choices, evenly spaced in cost, with what they cost the table."""
+def _advantages(outcome: Outcome, right: Tensor) -> tuple[float, ...]:
+    """Return by how much each exit is more often right than the full network, among those that leave there."""
+    gained = right[:-1] - right[-1]
+    return tuple(float(torch.where(outcome.exit_index == k, one, 0.0).mean()) for k, one in enumerate(gained))
+
+
+def _frontier(choices: _Choices) -> list[tuple[Outcome, tuple[float, ...]]]:
+    """Return a few of the choices, evenly spaced in cost: what they do to the table, and their thresholds."""
     wanted = torch.linspace(float(choices.costs[0]), float(choices.costs[-1]), _POINTS, dtype=torch.double)
     indices = sorted({max(int((choices.costs <= cost).sum()) - 1, 0) for cost in wanted})
     points = [(choices.outcome(at), at) for at in map(choices.thresholds, indices)]
     points.sort(key=lambda point: (point[0].mean_cost, -point[0].accuracy))
-    kept: list[tuple[float, tuple[float, ...]]] = []
-    best = -1.0
+    kept: list[tuple[Outcome, tuple[float, ...]]] = []
     for outcome, at in points:
-        if outcome.accuracy > best:
-            kept.append((outcome.mean_cost, at))
-            best = outcome.accuracy
-    return tuple(kept)
+        if not kept or outcome.accuracy > kept[-1][0].accuracy:
+            kept.append((outcome, at))
+    return kept

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ class Times:
     """Seconds of one batch.
 
     Attributes:
-        stages: From each open exit, and from the input, to the next one.
-        exits: Of the head, the rule and the gathering of half the samples, at each open exit.
+        stages: From the input, and from each exit, to the next exit or the output.
+        exits: Of the head, the rule and the gathering of half the samples, at each exit.
     """
 
     stages: tuple[float, ...]
@@ -36,7 +35,6 @@ def measured(
     execute: Callable[[Stage, Sequence[Tensor]], Any],
     answers: Answers,
     inputs: Sequence[Tensor],
-    exits: Sequence[int],
 ) -> Times:
     """Run a batch through all stages a few times, and return the least times.
 
@@ -45,17 +43,16 @@ def measured(
         execute: As for `Stages.run`.
         answers: Whose exits are timed.
         inputs: The batch.
-        exits: The open ones, counted from 0.
     """
-    cuts = [0, *(k + 1 for k in exits), len(stages.layers) + 1]
+    last = len(stages.layers) + 1
     rounds: list[tuple[list[float], list[float]]] = []
     for _ in range(_ROUNDS + 1):  # the first one warms up
         carried, clock = inputs, _now(inputs[0])
         of_stages, of_exits = [], []
-        for start, end in pairwise(cuts):
-            found = execute(stages.between(start, end), carried)
+        for end in range(1, last + 1):
+            found = execute(stages.between(end - 1, end), carried)
             of_stages.append(-clock + (clock := _now(inputs[0])))
-            if end == cuts[-1]:
+            if end == last:
                 break
             feature, *carried = found
             answers.visit(end, feature)
@@ -81,13 +78,12 @@ def left_out(rule: ExitRule, times: Times, min_gain: float) -> dict[int, float]:
     open_exits = list(rule.open)
     shares = {k: rule.shares[k] for k in open_exits}
     full = sum(times.stages)
-    rest = {k: sum(times.stages[i + 1 :]) for i, k in enumerate(open_exits)}
-    cost = dict(zip(open_exits, times.exits, strict=True))
+    rest = {k: sum(times.stages[k + 1 :]) for k in open_exits}
     found: dict[int, float] = {}
     while open_exits:
         gains, inside = {}, 1.0
         for k in open_exits:
-            gains[k] = (shares[k] * rest[k] - inside * cost[k]) / full
+            gains[k] = (shares[k] * rest[k] - inside * times.exits[k]) / full
             inside -= shares[k]
         able = [k for k in open_exits if not rule.advantages or rule.advantages[k] <= 0.0]
         worst = min(able, key=gains.__getitem__, default=None)

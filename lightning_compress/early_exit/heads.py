@@ -218,6 +218,22 @@ def heads_of(network: nn.Module) -> ExitHeads | None:
     return found if isinstance(found, ExitHeads) else None
 
 
+def check_finite(heads: ExitHeads) -> None:
+    """Refuse heads that training has destroyed.
+
+    Raises:
+        ValueError: A head has a weight that is no finite number.
+    """
+    for number, (layer, head) in enumerate(heads.by_layer().items(), start=1):
+        for name, parameter in head.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"The head of exit {number}, after {layer!r}, has {name} with values that are no finite numbers: "
+                    f"its training diverged. Train with a smaller learning rate; heads alone (train='frozen') with "
+                    f"Adam at 0.001."
+                )
+
+
 @contextmanager
 def reading(network: nn.Module, layers: Sequence[str], act: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """Call `act` with the name and the output of each layer while the block runs a network; once in each forward pass.

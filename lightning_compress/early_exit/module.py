@@ -17,7 +17,7 @@ from lightning_compress.core.example_inputs import ExampleInputs, to_device
 from lightning_compress.early_exit.calibration import Outcome, Table, calibrate, evaluate
 from lightning_compress.early_exit.collect import collect, trained_on
 from lightning_compress.early_exit.costs import costs_of
-from lightning_compress.early_exit.heads import heads_of, layer_of
+from lightning_compress.early_exit.heads import check_finite, heads_of, layer_of
 from lightning_compress.early_exit.network import EarlyExitNetwork
 from lightning_compress.early_exit.objective import EarlyExits, Training
 from lightning_compress.early_exit.one_step import Gradient, backbone
@@ -171,7 +171,8 @@ class EarlyExitHeads(CompressionModule):
             What the rule does to these samples: accuracy, mean cost, shares by exit.
 
         Raises:
-            ValueError: There are no heads yet; neither or both of budget and drop; a budget below the first exit.
+            ValueError: There are no heads yet, or one is no longer finite; neither or both of budget and drop; a budget
+                below the first exit.
         """
         objective = self._objective()
         heads = objective.heads(self)
@@ -179,6 +180,7 @@ class EarlyExitHeads(CompressionModule):
             raise ValueError(
                 "The exits have no heads yet, as no fit has begun: pass example_inputs=, or fit or load the module."
             )
+        check_finite(heads)
         if (confidence is None) != (right is None):
             raise ValueError("confidence= needs right=, which says how good an output is, and the other way round.")
         if trained_on(self, loader):
@@ -224,7 +226,7 @@ class EarlyExitHeads(CompressionModule):
             options: `min_gain`, `compile`, `whole_batch` and `confidence` of `EarlyExitNetwork`.
 
         Raises:
-            ValueError: There are no heads yet, or no example inputs.
+            ValueError: There are no heads yet, or no example inputs; a head is no longer finite.
         """
         objective = self._objective()
         heads = objective.heads(self)
@@ -234,6 +236,7 @@ class EarlyExitHeads(CompressionModule):
             raise ValueError(
                 "deploy() needs heads and example inputs: fit or load the module first, and pass example_inputs=."
             )
+        check_finite(heads)
         return self._deployed(given, rule=heads.rule, output=objective.output, **options)
 
     def operating_points(self) -> list[OperatingPoint]:

@@ -14,7 +14,7 @@ from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.answers import Answers, WholeBatchAnswers
-from lightning_compress.early_exit.gains import left_out, measured
+from lightning_compress.early_exit.gains import Times, left_out, measured
 from lightning_compress.early_exit.inputs import Inputs
 from lightning_compress.early_exit.live import Live, StaleError
 from lightning_compress.early_exit.rules import Confidence, ExitRule
@@ -48,7 +48,7 @@ class EarlyExitNetwork(nn.Module):
         min_gain: The share of the full network's time that an exit must save to be used, measured here if the rule has
             the shares of samples that leave at each exit: the rest of the network for those that leave, less the head
             and the gathering for those that come there. An exit that saves less is left out, which is logged,
-            unless it is more often right there than the full network.
+            unless it is more often right there than the full network. This is so for the thresholds of each `budget`.
         compile: Compile every stage with torch.compile.
         whole_batch: Run whole batches, and cut nothing.
 
@@ -106,9 +106,13 @@ class EarlyExitNetwork(nn.Module):
         self._compiled: dict[Stage, Any] = {}
         self._answer_shape: tuple[int, ...] = ()
         self._prepare()
-        self.left_out: tuple[int, ...] = ()  # counted from 0
-        if rule is not None and rule.shares and rule.open:
-            self.left_out = self._not_worth_it(rule, min_gain)
+        self.min_gain = min_gain
+        self.left_out: tuple[int, ...] = ()  # by the rule's own thresholds, counted from 0
+        self._left_out: dict[tuple[float, ...], tuple[int, ...]] = {}  # by the thresholds of budgets
+        self._times: Times | None = None
+        if rule is not None and (rule.shares or rule.frontier_shares):
+            self._times = self._measured(rule)
+            self.left_out = self._not_worth_it(rule)
 
     def forward(
         self, *args: Any, exit: int | None = None, budget: float | None = None, **kwargs: Any
@@ -183,8 +187,12 @@ class EarlyExitNetwork(nn.Module):
     def _rule(self, budget: float | None) -> tuple[ExitRule, list[int]]:
         if self.rule is None:
             raise ValueError("There are no thresholds yet: calibrate the exits, or pass exit= with the number of one.")
-        rule = self.rule if budget is None else self.rule.within(budget)
-        left_out = self.left_out if budget is None else ()  # found with the shares of the rule's own thresholds
+        rule, left_out = self.rule, self.left_out
+        if budget is not None:
+            rule = self.rule.within(budget)
+            if rule.thresholds not in self._left_out:
+                self._left_out[rule.thresholds] = self._not_worth_it(rule)
+            left_out = self._left_out[rule.thresholds]
         return rule, [k + 1 for k in rule.open if k not in left_out]
 
     def _refuse_training(self) -> None:
@@ -235,15 +243,20 @@ class EarlyExitNetwork(nn.Module):
                         f"{tuple(answer.shape)}."
                     )
 
-    def _not_worth_it(self, rule: ExitRule, min_gain: float) -> tuple[int, ...]:
-        """Find the open exits that would save less than `min_gain` of the full network's time."""
+    def _measured(self, rule: ExitRule) -> Times | None:
+        """Return how long stages and exits take here; None for a network that is not cut."""
         if self._stages is None:
-            return ()
+            return None
         inputs = [one for one in self._example_leaves() if isinstance(one, Tensor)]
         many = self._stages.gather(0, inputs, torch.arange(_TIMED, device=inputs[0].device) % self._kept)
         with evaluating(self):
-            times = measured(self._stages, self._execute, Answers(rule, self.heads, self.confidence), many, rule.open)
-        found = left_out(rule, times, min_gain)
+            return measured(self._stages, self._execute, Answers(rule, self.heads, self.confidence), many)
+
+    def _not_worth_it(self, rule: ExitRule) -> tuple[int, ...]:
+        """Find the open exits that would save less than `min_gain` of the full network's time."""
+        if self._times is None or not rule.shares:
+            return ()
+        found = left_out(rule, self._times, self.min_gain)
         for k, gain in found.items():
             log.info(
                 "The exit %r is left out: %.1f %% of the samples left there, and it would save %.1f %% of the time.",

@@ -36,6 +36,8 @@ class ExitRule:
         thresholds: One per exit 1..K. A sample leaves at an exit if its score is at least this; inf: a closed exit.
         temperatures: One per exit 1..K, and one for the full network; scores come from logits / temperature.
         frontier: Other thresholds, from cheap to dear: (mean cost per sample, thresholds). `within` picks from them.
+        frontier_shares: The `shares` of each of them; empty where they are not known.
+        frontier_advantages: The `advantages` of each of them; empty where they are not known.
         unit: Of all costs: multiply-accumulates, or milliseconds.
         stages: Cost per sample of the K + 1 stages of the network, between its exits and without their heads.
         heads: Cost per sample of the K heads.
@@ -64,6 +66,8 @@ class ExitRule:
     heads: tuple[float, ...] = ()
     shares: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
+    frontier_shares: tuple[tuple[float, ...], ...] = ()
+    frontier_advantages: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         exits = len(self.thresholds)
@@ -92,6 +96,9 @@ class ExitRule:
         costs = [cost for cost, _ in self.frontier]
         if any(not one < other for one, other in pairwise(costs)):
             raise ValueError(f"The costs of frontier must ascend, and are {costs}")
+        for name in ("frontier_shares", "frontier_advantages"):
+            if len(getattr(self, name)) not in (0, len(costs)):
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries: pass one for each of {len(costs)}")
 
     @property
     def open(self) -> tuple[int, ...]:
@@ -111,13 +118,19 @@ class ExitRule:
         """
         if not self.frontier:
             raise ValueError(f"budget={budget}: the rule has no frontier of thresholds; calibrate it first")
-        thresholds = [thresholds for cost, thresholds in self.frontier if cost <= budget]
-        if not thresholds:
+        within = sum(cost <= budget for cost, _ in self.frontier)
+        if not within:
             raise ValueError(
                 f"budget={budget}: the cheapest thresholds cost {self.frontier[0][0]:.6g} {self.unit} per sample "
                 "in the mean; pass at least that"
             )
-        return replace(self, thresholds=thresholds[-1], shares=(), advantages=())
+        one = slice(within - 1, within)
+        return replace(
+            self,
+            thresholds=self.frontier[within - 1][1],
+            shares=next(iter(self.frontier_shares[one]), ()),
+            advantages=next(iter(self.frontier_advantages[one]), ()),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rule as strings, numbers, lists and dicts; infinity is a string, as JSON has no such number."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.trainer.effects import Effects, Progress
@@ -378,6 +379,7 @@ class ObjectiveCallback(ResumableCallback):
         super().__init__(wrapper=name, depth=objective.depth, **objective.settings)
         self.objective = objective
         self.name = name
+        self._said_not_finite = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not (isinstance(pl_module, CompressionModule) and self._stands_around(pl_module)):
@@ -406,6 +408,7 @@ class ObjectiveCallback(ResumableCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self._said_not_finite = False
         added = self.objective.own_parameters(pl_module)
         if not added:
             return
@@ -416,6 +419,19 @@ class ObjectiveCallback(ResumableCallback):
             raise ValueError(
                 f"{self.name} has parameters that no optimizer trains: {', '.join(left)}. They are among "
                 f"self.parameters() of {type(pl_module).__name__}: let its configure_optimizers take these."
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._said_not_finite:
+            return
+        added = {name: one for name, one in self.objective.own_parameters(pl_module).items() if one.requires_grad}
+        if added and not bool(torch.stack([one.detach().isfinite().all() for one in added.values()]).all()):
+            self._said_not_finite = True
+            first = next(name for name, one in added.items() if not bool(one.isfinite().all()))
+            rank_zero_warn(
+                f"{self.name}: {first} has values that are no finite numbers since epoch {trainer.current_epoch}, so "
+                f"that it learns nothing any more. Take a smaller learning rate, such as Adam's with 0.001."
             )
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:

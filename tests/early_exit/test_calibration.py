@@ -172,9 +172,14 @@ def test_the_frontier_is_a_few_points_that_a_budget_picks_from(table: Table) -> 
     assert found.frontier[0][0] == pytest.approx(2.1)
     assert found.frontier[0][1] == (-math.inf, math.inf, math.inf)
     accuracies = []
-    for cost, thresholds in found.frontier:
+    right = table.quality()
+    for i, (cost, thresholds) in enumerate(found.frontier):
         outcome = evaluate(table, replace(found, thresholds=thresholds, shares=()))
         assert outcome.mean_cost == pytest.approx(cost)
+        assert found.within(cost).shares == found.frontier_shares[i] == outcome.shares
+        for k, advantage in enumerate(found.within(cost).advantages):
+            there = outcome.exit_index == k
+            assert advantage == pytest.approx(float((right[k] - right[-1])[there].sum()) / table.samples)
         accuracies.append(outcome.accuracy)
     assert accuracies == sorted(accuracies)
     assert evaluate(table, found.within(2.6)).mean_cost == pytest.approx(2.6, rel=0.03)
@@ -264,6 +269,18 @@ def test_a_budget_above_the_full_network_is_said(table: Table) -> None:
         found = calibrate(table, budget=5.5, temperature=False)
     assert evaluate(table, found).mean_cost <= 5
     assert evaluate(table, found).accuracy >= float(table.quality()[-1].mean())
+
+
+def test_a_budget_that_the_most_accurate_thresholds_do_not_spend_is_said(
+    table: Table, recwarn: pytest.WarningsRecorder
+) -> None:
+    most = calibrate(table, budget=5.5, temperature=False).frontier[-1][0]
+    for budget, times in ((most * 0.9, 0), (most * 1.01, 0), ((most + 5) / 2, 1)):
+        recwarn.clear()
+        found = calibrate(table, budget=budget, temperature=False)
+        said = [str(one.message) for one in recwarn if "stays unspent" in str(one.message)]
+        assert len(said) == times
+        assert all(f"{evaluate(table, found).mean_cost:.6g} in the mean" in one for one in said)
 
 
 def test_where_a_drop_cannot_quite_be_shown_the_safest_thresholds_are_taken() -> None:

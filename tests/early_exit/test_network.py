@@ -524,6 +524,22 @@ def test_an_exit_that_does_not_pay_is_left_out(min_gain: float, caplog: pytest.L
     assert bool((index == 2).all()) == (min_gain > 0)
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_an_exit_that_does_not_pay_at_a_budget_is_not_run_there(pays: bool) -> None:
+    case = Case("residual")
+    never_sure = replace(case.rule(), thresholds=(2.0, 2.0))
+    rule = replace(never_sure, frontier=((1.0, (2.0, 0.0)),), frontier_shares=((0.0, 0.9, 0.1),))
+    early = case.early(rule, min_gain=-math.inf if pays else math.inf)
+    calls = [0, 0]
+    for number, head in enumerate(early.heads):
+        head.register_forward_hook(lambda m, a, out, n=number: calls.__setitem__(n, calls[n] + 1))
+    with torch.no_grad():
+        assert set(early(case.inputs, budget=1.0)[1].tolist()) == {1 if pays else 2}
+        assert calls == ([1, 1] if pays else [0, 0])
+        early(case.inputs)
+    assert calls == ([2, 2] if pays else [1, 1])  # the shares at the rule's own thresholds are not known
+
+
 def test_kwargs_in_any_order_and_inputs_without_samples() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -193,6 +193,22 @@ def test_what_can_not_be_calibrated_or_deployed_is_refused(trained: EarlyExitHea
     assert wrapped.deploy()(torch.zeros(2, FEATURES), exit=1)[1].tolist() == [0, 0]
 
 
+def test_heads_that_have_become_nan_are_said_at_the_epochs_end_and_refused_later() -> None:
+    class Diverges(SmallModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = super().training_step(batch, batch_idx)
+            return loss * float("inf") if self.current_epoch else loss
+
+    seed_everything(1)
+    wrapped = EarlyExitHeads(Diverges(), EXITS, num_classes=CLASSES, train="frozen")
+    with pytest.warns(UserWarning, match=r"exit_heads\.1\..* no finite numbers since epoch 1.*Adam") as said:
+        quiet_trainer(max_epochs=3).fit(wrapped, loader(0))
+    assert len([one for one in said if "no finite numbers" in str(one.message)]) == 1
+    for act in (wrapped.deploy, lambda: wrapped.calibrate(loader(5), budget=0.7, unit="share")):
+        with pytest.raises(ValueError, match=r"head of exit 1, after 'net.norm', has .*smaller learning rate.*Adam"):
+            act()
+
+
 def test_targets_that_can_not_be_told_are_refused() -> None:
     class Bare(SmallModule):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
