@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_compress.core.answering import answering
 from lightning_compress.core.evaluation import entries_restored, evaluating, modes_restored, set_mode
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
 from lightning_compress.core.losses import soft_target_loss
@@ -31,7 +32,7 @@ from lightning_compress.early_exit.placing import place_exits
 from lightning_compress.early_exit.record import give_heads, note_heads
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
-from lightning_compress.trainer.replay import answering, replaying
+from lightning_compress.trainer.replay import replaying
 from lightning_compress.trainer.replica import Before, Replica, traces
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.unwrap import SLOT, innermost

@@ -10,15 +10,15 @@ own replica (`trainer.replica`). So it draws the same random numbers as the real
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_compress.core.answering import answering
 from lightning_compress.trainer import rng
-from lightning_compress.trainer.attributes import MISSING
 from lightning_compress.trainer.replica import Before, Replica, exchanged
 from lightning_compress.trainer.unwrap import SLOT, innermost
 
@@ -51,21 +51,6 @@ def returning(network: nn.Module, output: Any) -> Iterator[None]:
     """Have calls of a network return `output`, without running it."""
     with answering(network, lambda *args, **kwargs: output):
         yield
-
-
-@contextmanager
-def answering(network: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Have another function answer calls of a network."""
-    held = {name: vars(network).get(name, MISSING) for name in ("forward", "_compiled_call_impl")}
-    vars(network).update({"forward": forward, "_compiled_call_impl": None})
-    try:
-        yield
-    finally:
-        for name, value in held.items():
-            if value is MISSING:
-                del vars(network)[name]
-            else:
-                vars(network)[name] = value
 
 
 def with_output(found: Any, output: str | int | None, new: Tensor, who: str) -> Any:
