@@ -29,6 +29,7 @@ from lightning_compress.coding.weights import load_weights
 from lightning_compress.deploy import capture, fold_quantized, save_onnx, save_program
 from lightning_compress.hydra import (
     build_datamodule,
+    build_each_wrapped,
     build_module,
     build_named,
     build_trainer_factory,
@@ -161,7 +162,8 @@ def inspect(cfg: DictConfig) -> None:
     if cfg.weights is not None and cfg.student is None:  # they are the dense network's; a student starts untrained
         load_weights(module, _listed(cfg.weights)[0])
     console = Console()
-    for table in inspection_tables(callbacks, module, build_datamodule(cfg)):
+    wrappers = build_each_wrapped(cfg.wrappers, module)
+    for table in inspection_tables(callbacks, module, build_datamodule(cfg), wrappers):
         console.print(table)
 
 

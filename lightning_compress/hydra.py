@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -130,6 +131,19 @@ def build_wrapped(nodes: DictConfig | None, module: LightningModule, *, training
             continue
         module = _build_checked(node, LightningModule, f"wrappers.{name!s}", advice, module)
     return module
+
+
+def build_each_wrapped(nodes: DictConfig | None, module: LightningModule) -> dict[str, LightningModule]:
+    """Put a copy of an untrained module inside each of the wrappers alone, by name.
+
+    The copy stays as it is where the wrapper needs files that a training writes (`only_trains = True`).
+    """
+    found = {}
+    for name, node in (nodes or {}).items():
+        only = OmegaConf.create({name: node})
+        only._set_parent(nodes)  # for interpolations
+        found[str(name)] = build_wrapped(only, copy.deepcopy(module), training=False)
+    return found
 
 
 def build_trainer_factory(cfg: DictConfig) -> Callable[..., Trainer]:

@@ -464,6 +464,23 @@ def test_inspect_knows_every_technique(
     assert not list(Path().iterdir())
 
 
+def test_inspect_shows_the_exits_of_a_wrapper_and_says_what_it_can_not_show(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("task=inspect", "compress=[iterative_pruning,distillation,early_exit]", "wrappers.early_exit.exits=[pool1]")
+    shown = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines() if line.startswith("│")]
+    network = DigitsConvNet()
+    convolutions = 24 * 9 * (1 + 24) * 64  # two of 24 channels, 8 x 8 pixels, before the first pooling
+    full = convolutions + 48 * 9 * (24 + 48) * 16 + network.fc.weight.numel()
+    head = 24 * 16 * 10
+    assert ["", "1", "pool1", f"{convolutions / full:.1%}", f"{head / full:.2%}", f"{head + 10 + 1:,}", ""] in rows
+    assert f"the full network's {full:,} MACs" in shown
+    assert "distillation: this wrapper changes the training objective, and is not inspected" in shown
+    assert "pruned" in shown
+    assert not list(Path().iterdir())
+
+
 def test_inspect_says_what_is_in_a_compressed_file(
     finished: Path, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

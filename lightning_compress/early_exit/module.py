@@ -27,6 +27,7 @@ from lightning_compress.early_exit.static import Served
 from lightning_compress.trainer.distributed import gather
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.operating_points import OperatingPoint
+from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.replay import with_output
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 
@@ -258,6 +259,23 @@ class EarlyExitHeads(CompressionModule):
                     known.add(thresholds)
             points.append(self._point(early, "calibrated"))
         return points
+
+    def outline(self, inputs: ExampleInputs) -> Outline | None:
+        objective = self._objective()
+        network = resolve_network(self, objective.network)
+        if not objective.heads(self):
+            objective.build(network, inputs)
+        early = self._deployed(inputs, rule=None, output=objective.output)
+        costs = costs_of(early, inputs)
+        full, rows = sum(costs.stages), []
+        for k, (layer, head) in enumerate(zip(early.exits, early.heads, strict=True), start=1):
+            parameters = sum(one.numel() for one in head.parameters())
+            reached = f"{sum(costs.stages[:k]) / full:.1%}"
+            rows.append([str(k), layer, reached, f"{costs.heads[k - 1] / full:.2%}", f"{parameters:,}"])
+        note = f"Shares are of the full network's {full:,.0f} MACs per sample."
+        if early.reason:
+            note += f" Whole batches leave: {early.reason}"
+        return Outline(["exit", "after", "MACs up to it", "MACs of its head", "parameters of its head"], rows, note)
 
     def _point(self, early: EarlyExitNetwork, name: str, **options: Any) -> OperatingPoint:
         """Return one way to run the network: at an exit, within a budget, or by the thresholds."""

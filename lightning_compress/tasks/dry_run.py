@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from rich.table import Table
 from rich.text import Text
 
+from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.select import exact_patterns
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.inspection import Verdict, inspect_channels, inspect_weights
@@ -17,6 +18,7 @@ from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.trainer.effects import DeclaresEffects, Kind
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.targets import layers_of_fit
+from lightning_compress.trainer.wrapper import CompressionModule
 
 DONE: dict[Kind, str] = {
     "zeros": "pruned",
@@ -44,11 +46,15 @@ def inspect_pruning(
         return inspect_weights(module, target, exclude=callback.exclude)
     inputs = callback.example_inputs
     if inputs is None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        inputs = example_inputs(module, datamodule, batch_size=2)
+        inputs = _inputs(module, datamodule)
     resolve_network(module, callback.network)
     return inspect_channels(module, inputs, target, exclude=callback.exclude, network=callback.network)
+
+
+def _inputs(module: LightningModule, datamodule: LightningDataModule) -> ExampleInputs:
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return example_inputs(module, datamodule, batch_size=2)
 
 
 def inspection_table(name: str, callback: IterativePruningCallback, verdicts: list[Verdict]) -> Table:
@@ -107,20 +113,49 @@ def effects_table(name: str, callback: DeclaresEffects, module: LightningModule)
     return table
 
 
+def outline_table(name: str, wrapper: CompressionModule, datamodule: LightningDataModule) -> Table | None:
+    """Return a table of what a wrapper would add; None where the wrapper does not say."""
+    outline = wrapper.outline(_inputs(wrapper, datamodule))
+    if outline is None:
+        return None
+    level = wrapper._lightning_compress.levels[-1]
+    table = Table(
+        title=Text(f"{name}: {level.callback.name}", style="bold"), caption=Text(outline.note), caption_justify="left"
+    )
+    for heading in outline.columns:
+        table.add_column(heading, overflow="fold")
+    for row in outline.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def inspection_tables(
-    callbacks: Mapping[str, Callback], module: LightningModule, datamodule: LightningDataModule
-) -> list[Table]:
+    callbacks: Mapping[str, Callback],
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    wrappers: Mapping[str, LightningModule] | None = None,
+) -> list[Table | Text]:
     """Return one table per technique.
 
+    Args:
+        callbacks: The callbacks, of which the others are passed over.
+        module: The untrained module.
+        datamodule: Its data, which are read only where a network is traced.
+        wrappers: Copies of the module by name, each inside one wrapper, or bare where the wrapper needs a training.
+
     Raises:
-        ValueError: None of the callbacks is a technique.
+        ValueError: None of the callbacks is a technique, and there is no wrapper.
     """
-    tables = []
+    tables: list[Table | Text] = []
     for name, one in callbacks.items():
         if isinstance(one, IterativePruningCallback):
             tables.append(inspection_table(name, one, inspect_pruning(one, module, datamodule)))
         elif isinstance(one, DeclaresEffects):
             tables.append(effects_table(name, one, module))
+    for name, wrapped in (wrappers or {}).items():
+        table = outline_table(name, wrapped, datamodule) if isinstance(wrapped, CompressionModule) else None
+        said = f"{name}: this wrapper changes the training objective, and is not inspected."
+        tables.append(Text(said, style="bold") if table is None else table)
     if not tables:
         raise ValueError(
             f"There is nothing to inspect: none of the callbacks ({', '.join(callbacks) or 'none'}) changes the "

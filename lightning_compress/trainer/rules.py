@@ -310,8 +310,7 @@ TRAINER_RULES = (
         meets=lambda one, fit: fit.compiled and (_looks_at(one, "layers") or bool(one.effects.inputs)),
         shows=("looks_at", "inputs"),
         reason="{one} works by hooks on layers inside the forward pass, which torch.compile hides",
-        remedy="compile the module after the fit, or use settings that need no hooks (the criterion 'magnitude', or "
-        "'taylor' or 'si' for weights)",
+        remedy="compile the module after the fit, or use settings that need no hooks",
     ),
     TrainerRule(
         name="going back with averages",

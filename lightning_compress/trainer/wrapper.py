@@ -13,8 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.operating_points import OperatingPoint
+from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.replica import Replica
 from lightning_compress.trainer.resume import ResumableCallback
 from lightning_compress.trainer.unwrap import LOGGED, SLOT, innermost
@@ -152,6 +154,14 @@ class CompressionModule(LightningModule):
     def operating_points(self) -> list[OperatingPoint]:
         """Return the ways in which the trained network can be run, beside running all of it."""
         return []
+
+    def outline(self, inputs: ExampleInputs) -> Outline | None:
+        """Return what the wrapper would add in a fit, for a dry run; None: it is not said.
+
+        Args:
+            inputs: What the network is called with.
+        """
+        return None
 
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         inside = self._lightning_compress
