@@ -18,14 +18,16 @@ from lightning_compress.early_exit.calibration import Outcome, Table, calibrate,
 from lightning_compress.early_exit.collect import collect, trained_on
 from lightning_compress.early_exit.costs import costs_of
 from lightning_compress.early_exit.heads import check_finite, heads_of, layer_of
+from lightning_compress.early_exit.making import named
 from lightning_compress.early_exit.network import EarlyExitNetwork
 from lightning_compress.early_exit.objective import EarlyExits, Training
-from lightning_compress.early_exit.one_step import Gradient, backbone
+from lightning_compress.early_exit.one_step import Gradient
 from lightning_compress.early_exit.record import note_heads, take_heads
 from lightning_compress.early_exit.rules import Confidence, ExitRule, Rule, Unit
 from lightning_compress.early_exit.static import Served
 from lightning_compress.trainer.distributed import gather
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.operating_points import OperatingPoint
 from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.replay import with_output
@@ -126,12 +128,12 @@ class EarlyExitHeads(CompressionModule):
         if not objective.adopt(found):
             if exits is None:
                 raise ValueError(f"exits=None, and {type(found).__name__} has no exits: name layers, or how many.")
-            for layer in objective.named_layers():
+            for layer in named(objective.exits):
                 layer_of(backbone(found), layer)  # or say that there is none
             if given is not None:
                 objective.build(found, given)
             elif exits:
-                note_heads(backbone(found), objective.named_layers())
+                note_heads(backbone(found), named(objective.exits))
         super().__init__(module, objective)
 
     def calibrate(

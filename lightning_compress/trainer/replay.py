@@ -37,12 +37,13 @@ def replaying(module: LightningModule, label: str, replica: Replica, before: Bef
     """
     inside, after = getattr(module, SLOT), rng.capture()
     rng.restore(before.random)
-    inside.label += f"{label}/"
+    folders = inside.folders
+    inside.folders = tuple(f"{folder}{label}/" for folder in folders)
     try:
         with exchanged(innermost(module), before, replica):
             yield
     finally:
-        inside.label = inside.label.removesuffix(f"{label}/")
+        inside.folders = folders
         rng.restore(after)
 
 

@@ -166,9 +166,8 @@ class CompressionModule(LightningModule):
     def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         inside = self._lightning_compress
         inside.logged += 1
-        super().log(f"{inside.label}{name}", *args, **kwargs)
-        if inside.second_label:
-            super().log(f"{inside.label}{inside.second_label}{name}", *args, **kwargs)
+        for folder in inside.folders:
+            super().log(f"{folder}{name}", *args, **kwargs)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         found = super().configure_callbacks()
@@ -233,16 +232,14 @@ class _Inside:
     Attributes:
         own: The user's module.
         levels: The wrappers around it, the innermost first.
-        label: Folder of what is logged now, with a slash at its end.
-        second_label: Another folder, within the first, in which it is logged as well.
+        folders: Of what is logged now, each with a slash at its end: the first is that of the step or replay that runs.
         inside_one: Whether a validation or test step runs, or a hook, which may call another one.
         logged: How many values have been logged.
     """
 
     own: LightningModule
     levels: tuple[_Level, ...]
-    label: str = ""
-    second_label: str = ""
+    folders: tuple[str, ...] = ("",)
     inside_one: bool = False
     logged: int = 0
 
