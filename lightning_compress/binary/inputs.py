@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.binary.signs import sign_through
+from lightning_compress.core.hooks import Removable
 from lightning_compress.core.input_hooks import InputHook, InputHooks, NotScriptable, input_hook
 from lightning_compress.core.select import is_transposed_linear, is_weight_layer, select_parameters
-from lightning_compress.core.structure import Removable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ENOUGH = 64  # entries to see before a layer is refused: fewer may all be positive by chance

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import run
 
 _TINY = 1e-13  # relative change of the weights; rounding is a thousandth of it
@@ -98,9 +99,6 @@ def _factors(model: nn.Module, example_inputs: ExampleInputs, size: float) -> di
 
     layers = [module for module in model.modules() if module._parameters and not any(True for _ in module.children())]
     handles = [layer.register_forward_hook(scale) for layer in layers]
-    try:
+    with hooked(*handles):
         run(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return factors

@@ -17,8 +17,9 @@ from lightning_compress.channels.cut_record import Shapes, already, differing, l
 from lightning_compress.channels.groups import ChannelGroup
 from lightning_compress.channels.reshapes import adapt, is_reshape
 from lightning_compress.channels.slicing import positions_left, refit_buffers, sizes
+from lightning_compress.core.hooks import Removable
 from lightning_compress.core.records import records
-from lightning_compress.core.structure import Arriving, Removable, Structure, following, structures
+from lightning_compress.core.structure import Arriving, Structure, following, structures
 from lightning_compress.core.tensors import named_tensors, saved_tensors
 from lightning_compress.core.undo import as_before_on_error, forget_graphs
 

@@ -12,6 +12,7 @@ from lightning_compress.channels.groups import Drop
 from lightning_compress.channels.removal import silenced, take
 from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import TOLERANCE, alike, compare, run
 
 
@@ -31,11 +32,8 @@ class Calls:
             for name, module in model.named_modules(remove_duplicate=False)
             if not isinstance(module, torch.jit.ScriptModule)  # scripts take no hooks
         ]
-        try:
+        with hooked(*handles):
             run(model, example_inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def crash(self, drop: Drop) -> str | None:
         """Cut, and call the smallest module around the cut tensors; return None, or the error of its code."""

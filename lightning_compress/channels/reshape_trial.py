@@ -22,6 +22,7 @@ from lightning_compress.channels.reshapes import (
     sizes_asked,
     sizes_left,
 )
+from lightning_compress.core.hooks import hooked
 
 
 class Seen:
@@ -72,12 +73,10 @@ class Solving(TorchFunctionMode):
         ]
         Adapted.solved_by_trial = True
         try:
-            with self:
+            with hooked(*handles), self:
                 yield
         finally:
             Adapted.solved_by_trial = False
-            for handle in handles:
-                handle.remove()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

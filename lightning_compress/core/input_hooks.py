@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.hooks import Removable
 from lightning_compress.core.records import RecordError, kind_class, shown
-from lightning_compress.core.structure import Arriving, Removable, Structure, detach, structures
+from lightning_compress.core.structure import Arriving, Structure, detach, structures
 
 
 class NotScriptable:

@@ -67,13 +67,20 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
+def select_output(
+    found: Any,
+    output: str | int | None,
+    who: str,
+    *,
+    remedy: str = "pass output= with the key, position or attribute of a tensor",
+) -> Tensor:
     """Return the tensor that `output` picks from what a network or layer returned.
 
     Args:
         found: A tensor, which is returned itself, or a dict, tuple, list or object that contains one.
         output: Key, position or attribute of the tensor; None: `logits`, as in networks of `transformers`.
         who: Name of the network or layer, for the message.
+        remedy: What the user can do where no tensor is found, for the message.
 
     Raises:
         ValueError: There is no such entry, or it is no tensor.
@@ -100,9 +107,7 @@ def select_output(found: Any, output: str | int | None, who: str) -> Tensor:
             ) from error
     if not isinstance(picked, Tensor):
         what = _described(picked) if output is None else f"{_described(picked)} as output={output!r}"
-        raise ValueError(
-            f"{who} returns {what}, and no tensor: pass output= with the key, position or attribute of a tensor."
-        )
+        raise ValueError(f"{who} returns {what}, and no tensor: {remedy}.")
     return picked
 
 

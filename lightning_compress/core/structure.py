@@ -15,21 +15,16 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.hooks import Removable
 from lightning_compress.core.records import KEY, KINDS, RecordError, kind_class, records
 from lightning_compress.core.undo import as_before_on_error
 
 _NEXT = "next_handle"  # key in the state of pickled hooks
-
-
-class Removable(Protocol):
-    """A handle whose `remove` undoes something."""
-
-    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from lightning_compress.core.hooks import hooked
 from lightning_compress.core.losses import cosine_loss
 from lightning_compress.core.outputs import select_output
 from lightning_compress.distillation.hint_losses import (
@@ -18,7 +19,6 @@ from lightning_compress.distillation.hint_losses import (
     regressor,
     selected,
 )
-from lightning_compress.trainer.capture import hooked
 
 Side = Literal["student", "teacher"]
 HintLoss = Literal["fitnet", "attention_transfer", "cosine"]

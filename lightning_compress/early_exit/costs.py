@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
+from lightning_compress.core.hooks import hooked
 from lightning_compress.early_exit.network import EarlyExitNetwork
 from lightning_compress.early_exit.rules import Unit
 from lightning_compress.early_exit.static import Served
@@ -66,15 +67,11 @@ def costs_of(early: EarlyExitNetwork, inputs: ExampleInputs, unit: Unit = "macs"
 def _features(early: EarlyExitNetwork, inputs: ExampleInputs) -> Sequence[Tensor]:
     """Return what the heads get for a batch."""
     found: dict[int, Tensor] = {}
-    handles = [
+    handles = (
         head.register_forward_pre_hook(lambda _, args, k=k: found.__setitem__(k, args[0].detach()))
         for k, head in enumerate(early.heads)
-    ]
-    try:
-        with evaluating(early):
-            for k in range(len(early.heads)):
-                call(Served(early, exit=k + 1), inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(*handles), evaluating(early):
+        for k in range(len(early.heads)):
+            call(Served(early, exit=k + 1), inputs)
     return [found[k] for k in range(len(early.heads))]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.core.hooks import hooked
 from lightning_compress.core.side_outputs import SideReader
 from lightning_compress.early_exit.rules import ExitRule
 
@@ -262,11 +263,8 @@ def reading(network: nn.Module, layers: Sequence[str], act: Callable[[str, Tenso
 
     handles = [layer_of(network, layer).register_forward_hook(hook_of(layer)) for layer in layers]
     handles.append(network.register_forward_pre_hook(lambda *_: seen.clear()))
-    try:
+    with hooked(*handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layer_of(network: nn.Module, layer: str) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.axes import BATCH
 from lightning_compress.core.example_inputs import ExampleInputs, call
+from lightning_compress.core.hooks import hooked
 from lightning_compress.early_exit.split import axes_of, running
 from lightning_compress.early_exit.stages import Stages
 from lightning_compress.early_exit.trace import SplitError, Trace, trace
@@ -149,12 +150,8 @@ def _outputs(network: nn.Module, inputs: ExampleInputs) -> dict[str, list[Any]]:
         for name, module in network.named_modules()
         if name and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
     ]
-    try:
-        with running(network):
-            call(network, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(*handles), running(network):
+        call(network, inputs)
     return found
 
 

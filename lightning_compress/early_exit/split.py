@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_compress.core.axes import BATCH, Axes
 from lightning_compress.core.evaluation import caches_off, entries_restored, evaluating, take_rounding_away
 from lightning_compress.core.example_inputs import ExampleInputs, call
+from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import compare, select_output
 from lightning_compress.core.tensors import named_tensors
 from lightning_compress.early_exit.stages import Stage, Stages
@@ -167,13 +168,9 @@ class Examples:
 
             return keep
 
-        handles = [self.network.get_submodule(name).register_forward_hook(watch(name)) for name in self.layers]
-        try:
+        with hooked(*(self.network.get_submodule(name).register_forward_hook(watch(name)) for name in self.layers)):
             inputs = tree_unflatten(self.of(samples), self.axes.spec)
             answer = select_output(call(self.network, inputs), self.output, type(self.network).__name__)
-        finally:
-            for handle in handles:
-                handle.remove()
         _check_layers(self.layers, found)
         return [*(output for _, output in found), answer.detach()]
 

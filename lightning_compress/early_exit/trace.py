@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from lightning_compress.core.axes import BATCH, Axes, exported
 from lightning_compress.core.evaluation import caches_off, entries_restored, evaluating
+from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import select_output
 
 _MOST = 2**30  # samples: before torch 2.7 a slice asks whether there are as many as there are integers
@@ -143,20 +144,14 @@ def _answering(network: nn.Module, output: str | int | None) -> Iterator[None]:
             vars(network)["forward"] = own
 
 
-@contextmanager
-def _marking(network: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+def _marking(network: nn.Module, layers: Iterable[str]) -> AbstractContextManager[None]:
     def marker(name: str) -> Any:
         def mark(_module: nn.Module, _args: Any, output: Any) -> Any:
             return _LAYER_END(output, name) if isinstance(output, Tensor) else None
 
         return mark
 
-    handles = [network.get_submodule(name).register_forward_hook(marker(name)) for name in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(*(network.get_submodule(name).register_forward_hook(marker(name)) for name in layers))
 
 
 def _read(program: ExportedProgram, axes: Axes) -> Trace:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_compress.core.hooks import hooked
+
 
 class _Leave(BaseException):  # which no network's code catches
     def __init__(self, found: Tensor | None) -> None:
@@ -42,11 +44,8 @@ def run_whole(
         return hook
 
     watched = [*exits, *([last] if last is not None else [])]
-    handles = [layers[cut].register_forward_hook(at(cut)) for cut in watched]
-    try:
-        return forward()
-    except _Leave as leave:
-        return leave.found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(*(layers[cut].register_forward_hook(at(cut)) for cut in watched)):
+        try:
+            return forward()
+        except _Leave as leave:
+            return leave.found

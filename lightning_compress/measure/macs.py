@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
+from lightning_compress.core.hooks import hooked
 
 # Operators that count as free by convention, besides views and those that torch tags as pointwise. Names are without
 # "1d", "2d" or "3d" and without the "_" of in-place operators.
@@ -93,12 +94,8 @@ def macs_at_ends(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[
         for name, module in model.named_modules(remove_duplicate=False)
         if name and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
     ]
-    try:
-        with torch.no_grad(), _unfused(), counter:
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(*handles), torch.no_grad(), _unfused(), counter:
+        call(model, example_inputs)
     return ends, counter.get_total_flops() // 2
 
 

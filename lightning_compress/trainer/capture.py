@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.hooks import hooked
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.unwrap import innermost
 
@@ -64,16 +64,6 @@ def captured(
         watched.register_forward_hook(leave),
     ):
         yield was_called
-
-
-@contextmanager
-def hooked(*handles: RemovableHandle) -> Iterator[None]:
-    """Remove hooks at the end of the block."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _said(module: LightningModule, network: str) -> str:

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.outputs import select_output
 
-def select_output(output: Any, selector: str | int | None = None) -> Tensor:
-    """Pick the prediction out of a network's output.
+
+def prediction_of(found: Any, output: str | int | None, who: str) -> Tensor:
+    """Return the prediction in what a network returned, with the classes in the second dimension.
 
     Args:
-        output: The value that `forward` returned.
-        selector: A key or attribute name, an index, or None for an output that is a tensor or has `.logits`. Three
-            dimensions of `.logits` are (samples, positions, classes), as transformers orders them, and come back as
-            (samples, classes, positions), as torch's cross entropy takes them.
+        found: What the network returned.
+        output: The place of the prediction, as for `core.outputs.select_output`. Three dimensions of `.logits` are
+            (samples, positions, classes), as transformers orders them, and come back as (samples, classes, positions),
+            as torch's cross entropy takes them.
+        who: Name of the network, for the message.
 
     Raises:
         ValueError: There is no tensor at that place.
 
     Example:
-        >>> select_output({"scores": torch.ones(2), "loss": 0.0}, "scores")
+        >>> prediction_of({"scores": torch.ones(2), "loss": 0.0}, "scores", "network")
         tensor([1., 1.])
     """
-    if isinstance(output, Tensor) and selector is None:
-        return output
-    found: Any = None
-    if selector is None:
-        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    elif isinstance(selector, int):
-        if isinstance(output, tuple | list) and -len(output) <= selector < len(output):
-            found = output[selector]
-    else:
-        found = output.get(selector) if isinstance(output, Mapping) else getattr(output, selector, None)
-    if not isinstance(found, Tensor):
-        keys = f" with keys {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
-        sought = "is neither a tensor nor has .logits" if selector is None else f"has no tensor at {selector!r}"
-        raise ValueError(
-            f"The network's output is a {type(output).__name__}{keys} and {sought}: pass network= with "
-            "the submodule that returns the prediction."
-        )
-    return found.movedim(-1, 1) if selector is None and found.dim() == 3 else found
+    picked = select_output(found, output, who, remedy="pass network= with the submodule that returns the prediction")
+    positions = output is None and not isinstance(found, Tensor) and picked.dim() == 3
+    return picked.movedim(-1, 1) if positions else picked
 
 
 class OutputCapture:
@@ -51,7 +38,7 @@ class OutputCapture:
 
     Args:
         network: The module whose output is, or contains, the prediction.
-        output: The place of the prediction in that output, as for `select_output`.
+        output: The place of the prediction in that output, as for `prediction_of`.
         criterion: The criterion's name, for error messages.
     """
 
@@ -99,4 +86,4 @@ class OutputCapture:
         is_innermost = self._finished == self._finished_at_entry.pop()
         self._finished += 1
         if is_innermost and torch.is_grad_enabled():
-            self._predictions.append(select_output(output, self.output))
+            self._predictions.append(prediction_of(output, self.output, type(network).__name__))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.channels.groups import Member
 from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria import samples, weights
-from lightning_compress.pruning.criteria.predictions import OutputCapture, select_output
+from lightning_compress.pruning.criteria.predictions import OutputCapture, prediction_of
 from lightning_compress.pruning.criteria.samples import Ewc, Fisher, Mas, draw_labels
 from lightning_compress.pruning.criteria.statistic import Statistic, estimate
 from lightning_compress.pruning.criteria.weights import Obd, Si, Taylor, channel_norm, l2, magnitude, random
@@ -719,21 +719,21 @@ def test_only_the_innermost_call_returns_a_prediction():
     assert capture.take() == []
 
 
-def test_select_output():
+def test_the_prediction_is_picked_from_an_output():
     logits = torch.randn(2, 5, 3)
-    assert select_output(logits) is logits
-    assert select_output((1, logits), 1) is logits
-    assert select_output((1, logits), -1) is logits
-    assert select_output({"scores": logits}, "scores") is logits
-    assert select_output(SimpleNamespace(scores=logits), "scores") is logits
-    assert select_output(SimpleNamespace(logits=logits)).shape == (2, 3, 5)
-    assert select_output(SimpleNamespace(logits=logits[0])) is not None
-    with pytest.raises(ValueError, match=r"is a dict with keys 'a', 'b' and is neither a tensor nor has .logits"):
-        select_output({"a": 1, "b": 2})
-    with pytest.raises(ValueError, match="is a tuple and has no tensor at 2"):
-        select_output((1, logits), 2)
-    with pytest.raises(ValueError, match="is a SimpleNamespace and has no tensor at 'scores'"):
-        select_output(SimpleNamespace(scores=1), "scores")
+    assert prediction_of(logits, None, "net") is logits
+    assert prediction_of((1, logits), 1, "net") is logits
+    assert prediction_of((1, logits), -1, "net") is logits
+    assert prediction_of({"scores": logits}, "scores", "net") is logits
+    assert prediction_of(SimpleNamespace(scores=logits), "scores", "net") is logits
+    assert torch.equal(prediction_of(SimpleNamespace(logits=logits), None, "net"), logits.transpose(1, 2))
+    assert prediction_of(SimpleNamespace(logits=logits[0]), None, "net") is not None
+    with pytest.raises(ValueError, match=r"net returns a dict with 'a', 'b', and no tensor: pass network="):
+        prediction_of({"a": 1, "b": 2}, None, "net")
+    with pytest.raises(ValueError, match="net returns a tuple of 2, which has no output=2"):
+        prediction_of((1, logits), 2, "net")
+    with pytest.raises(ValueError, match="net returns a int as output='scores', and no tensor: pass network="):
+        prediction_of(SimpleNamespace(scores=1), "scores", "net")
 
 
 # ---------------------------------------------------------------------- bad input
