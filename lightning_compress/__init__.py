@@ -14,9 +14,11 @@ from lightning_compress.group_lasso.callback import GroupLassoCallback
 from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.quantization.callback import QuantizationAwareTrainingCallback
+from lightning_compress.serving.controller import BudgetController
 
 __all__ = [
     "BinaryWeightsCallback",
+    "BudgetController",
     "ChannelGroup",
     "ChannelGroups",
     "CompressedSize",

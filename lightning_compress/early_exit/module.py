@@ -282,7 +282,7 @@ class EarlyExitHeads(CompressionModule):
     def _point(self, early: EarlyExitNetwork, name: str, **options: Any) -> OperatingPoint:
         """Return one way to run the network: at an exit, within a budget, or by the thresholds."""
         objective = self._objective()
-        served = Served(early, **options)
+        served = Served(early, **options).eval()
 
         @contextmanager
         def serving() -> Iterator[None]:

@@ -6,11 +6,12 @@ import random
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call, tensors
 from lightning_compress.measure.macs import count_macs
+
+T = TypeVar("T")
 
 _CALM = 0.15  # largest spread with which the median is used
 _SAME = 1.1  # largest ratio of two halves of the passes with which the machine does not count as busy
@@ -136,20 +139,40 @@ def time_in_turns(networks: Mapping[str, tuple[nn.Module, ExampleInputs]], *, re
     """
     if repeats < 1:
         raise ValueError(f"repeats is the number of timed forward passes and must be at least 1; got {repeats!r}.")
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
     accelerators: set[torch.device] = set()
     with ExitStack() as stack:
         for model, example_inputs in networks.values():
             _check(model, example_inputs)
-            accelerators |= _accelerators(model, example_inputs)
+            accelerators |= accelerators_of(model, example_inputs)
             stack.enter_context(evaluating(model))
-        shuffled = random.Random(0)  # in a fixed order, a periodic process could interrupt the same network each time
-        for turn in range(-_WARM_UP, repeats):
-            for name, (model, example_inputs) in shuffled.sample(list(networks.items()), len(networks)):
-                elapsed = _forward_seconds(model, example_inputs, accelerators)
-                if turn >= 0:
-                    seconds[name].append(elapsed)
+        calls = {name: partial(call, model, inputs) for name, (model, inputs) in networks.items()}
+        seconds = seconds_in_turns(calls, accelerators, repeats=repeats, clock=time.perf_counter)
     return summarize_latency(seconds)
+
+
+def seconds_in_turns(
+    calls: Mapping[str, Callable[[], object]],
+    accelerators: Iterable[torch.device] = (),
+    *,
+    repeats: int,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
+    """Return the seconds of every call, by name, timed in turns as `time_in_turns` describes.
+
+    Args:
+        calls: What is timed, by name.
+        accelerators: The devices that must have finished before the clock is read.
+        repeats: The number of timed turns, after three untimed ones.
+        clock: Returns the time in seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    shuffled = random.Random(0)  # in a fixed order, a periodic process could interrupt the same network each time
+    for turn in range(-_WARM_UP, repeats):
+        for name in shuffled.sample(list(calls), len(calls)):
+            elapsed = timed(calls[name], accelerators, clock)[1]
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    return seconds
 
 
 def summarize_latency(seconds: Mapping[str, Sequence[float]]) -> dict[str, Latency]:
@@ -238,19 +261,21 @@ def _names(devices: set[torch.device]) -> str:
     return ", ".join(sorted(map(str, devices)))
 
 
-def _accelerators(model: nn.Module, example_inputs: ExampleInputs) -> set[torch.device]:
-    used = chain(model.parameters(), model.buffers(), tensors(example_inputs))
-    return {tensor.device for tensor in used if tensor.device.type != "cpu"}
+def accelerators_of(model: object, inputs: ExampleInputs) -> set[torch.device]:
+    """Return the devices other than the CPU that hold the inputs, or tensors of the model if it is a module."""
+    owned = chain(model.parameters(), model.buffers()) if isinstance(model, nn.Module) else ()
+    return {tensor.device for tensor in chain(owned, tensors(inputs)) if tensor.device.type != "cpu"}
 
 
-def _forward_seconds(model: nn.Module, example_inputs: ExampleInputs, accelerators: set[torch.device]) -> float:
+def timed(action: Callable[[], T], accelerators: Iterable[torch.device], clock: Callable[[], float]) -> tuple[T, float]:
+    """Return the result of an action and its seconds, until these devices have finished."""
     for device in accelerators:
         torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    call(model, example_inputs)
+    start = clock()
+    result = action()
     for device in accelerators:
         torch.accelerator.synchronize(device)
-    return time.perf_counter() - start
+    return result, clock() - start
 
 
 def _resident_bytes(model: nn.Module) -> int:
@@ -258,7 +283,7 @@ def _resident_bytes(model: nn.Module) -> int:
 
 
 def _forward_bytes(model: nn.Module, example_inputs: ExampleInputs) -> int:
-    devices = [device for device in _accelerators(model, example_inputs) if device.type == "cuda"]
+    devices = [device for device in accelerators_of(model, example_inputs) if device.type == "cuda"]
     if not devices:
         live = _LiveBytes()
         with live:
