@@ -9,13 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_compress.channels.groups import ChannelGroups
+from lightning_compress.channels.groups import ChannelGroups, positions_kept
+from lightning_compress.core.tensors import named_tensors, select
+from lightning_compress.slimmable.widths import Width, checked_widths, counts_at, masks_of
 
 NORMS = "width_norms"  # name of the child
 Norms = Literal["private", "statistics", "recalibrate"]
-Held = Mapping[float, Mapping[str, Mapping[str, Tensor]]]  # by width, path of the norm, and name of the tensor
+Held = Mapping[str, Mapping[str, Tensor | None]]  # by path of the norm, and name of the tensor
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_AFFINE = ("weight", "bias")
 
 
 class WidthNorms(nn.Module):
@@ -26,51 +32,71 @@ class WidthNorms(nn.Module):
     Args:
         widths: Ascending; the last is 1.0.
         norms: "private": statistics, scale and shift per width; "statistics": statistics per width; "recalibrate":
-            statistics per width, which training does not track.
-        held: The tensors: statistics become buffers, and the others parameters.
-        groups: The network's channel groups; None: not known (yet).
+            statistics per width, which training does not change.
+        held: By width the tensors: statistics become buffers, and the others parameters.
+        groups: The network's channel groups; None: not known.
+        allow_inexact: Whether groups get thinner that a norm or a softmax counts.
 
     Attributes:
         widths: As given.
         norms: As given.
-        groups: The groups; it keeps them without their checker.
+        groups: As given, without their checker.
+        allow_inexact: As given.
+
+    Raises:
+        ValueError: There is no such `norms`.
     """
 
-    def __init__(self, widths: Iterable[float], norms: Norms, held: Held, groups: ChannelGroups | None = None) -> None:
+    def __init__(
+        self,
+        widths: Iterable[float],
+        norms: Norms,
+        held: Mapping[float, Held],
+        groups: ChannelGroups | None = None,
+        *,
+        allow_inexact: bool = False,
+    ) -> None:
         super().__init__()
         if norms not in get_args(Norms):
             raise ValueError(f"norms is one of {', '.join(get_args(Norms))}; got {norms!r}.")
         self.widths = tuple(widths)
         self.norms: Norms = norms
         self.groups = None if groups is None else ChannelGroups(groups)
-        self._kept: dict[Any, Any] = {}  # thin networks, which no copy or pickle takes along
-        self._paths: dict[float, tuple[str, ...]] = {}
+        self.allow_inexact = allow_inexact
+        self._kept: dict[Any, Any] = {}  # thin networks by width; `slimmable.switch` makes them
+        self._paths: dict[str, tuple[str, ...]] = {}
         for width, tensors in held.items():
             self.put(width, tensors)
 
-    def put(self, width: float, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Hold the norms of a width, in place of those that it had."""
+    def put(self, width: Width, held: Held, *, persistent: bool = True) -> None:
+        """Hold the norms of a width, in place of those that it had.
+
+        Args:
+            width: Any width; `widths` stays as it is.
+            held: As for the constructor.
+            persistent: Whether a state dict has the statistics.
+        """
         tree = nn.Module()
         for path, tensors in held.items():
-            module = tree
-            for part in path.split(".") if path else ():
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
+            module = _made(tree, path)
             for name, tensor in tensors.items():
-                if name in STATISTICS:
-                    module.register_buffer(name, tensor)
+                if name in _AFFINE:
+                    grows = tensor is not None and tensor.requires_grad
+                    value = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=grows)
+                    module.register_parameter(name, value)
                 else:
-                    module.register_parameter(name, nn.Parameter(tensor.detach()))
-        self._modules.pop(key_of(width), None)
-        self.add_module(key_of(width), tree)
-        self._paths[width] = tuple(held)
+                    module.register_buffer(name, None if tensor is None else tensor.detach(), persistent=persistent)
+        tree.train(self.training)
+        key = key_of(width)
+        self._modules.pop(key, None)
+        self._kept.pop(key, None)
+        self.add_module(key, tree)
+        self._paths[key] = tuple(held)
 
-    def of(self, width: float) -> Mapping[str, nn.Module]:
-        """Return what norms hold at a width, by their paths in the network; nothing for the full network."""
-        paths = self._paths.get(width, ())
-        tree = self._modules.get(key_of(width))
-        return {} if tree is None else {path: tree.get_submodule(path) for path in paths}
+    def of(self, width: Width) -> dict[str, nn.Module]:
+        """Return what norms hold at a width, by their paths in the network; nothing at a width that is not known."""
+        key = key_of(width)
+        return {path: self.get_submodule(f"{key}.{path}".rstrip(".")) for path in self._paths.get(key, ())}
 
     def forward(self, unchanged: Tensor) -> Tensor:
         return unchanged
@@ -79,32 +105,115 @@ class WidthNorms(nn.Module):
         return vars(self) | {"_kept": {}, "_compiled_call_impl": None}
 
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def key_of(width: float) -> str:
+def key_of(width: Width) -> str:
     """Return the name of a width's child.
 
     Example:
-        >>> key_of(0.25)
-        '0_25'
+        >>> key_of(0.25), key_of({"conv1": 0.5})
+        ('0_25', 'by_group')
     """
-    return f"{width:g}".replace(".", "_")
+    return "by_group" if isinstance(width, Mapping) else f"{float(width)!r}".replace(".", "_")
 
 
-def give_norms(network: nn.Module, groups: ChannelGroups, widths: Iterable[float], norms: Norms) -> WidthNorms:
-    """Give a network norms for each width: slices of its own, as the child `width_norms`.
+def _made(tree: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else ():
+        if part not in tree._modules:
+            tree.add_module(part, nn.Module())
+        tree = tree.get_submodule(part)
+    return tree
+
+
+def norm_paths(network: nn.Module) -> list[str]:
+    """Return the paths of the norms whose statistics depend on the width."""
+    return [path for path, one in network.named_modules() if tracks(one)]
+
+
+def tracks(module: nn.Module) -> bool:
+    """Return whether a module is a norm that tracks statistics."""
+    return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
+
+
+@torch.no_grad()
+def sliced_norms(
+    network: nn.Module, groups: ChannelGroups, counts: Mapping[str, int], *, affine: bool = False
+) -> dict[str, dict[str, Tensor | None]]:
+    """Return copies of what a network's norms hold, with the channels that a width keeps, as for `WidthNorms.put`.
 
     Args:
-        network: Changed in place: it gets the child, and nothing else.
+        network: Stays as it is.
+        groups: Of the network.
+        counts: By group how many of its first channels stay.
+        affine: Whether to return scales and shifts, too.
+    """
+    tensors = named_tensors(network)
+    kept = positions_kept(groups, masks_of(groups, counts), tensors)
+    found: dict[str, dict[str, Tensor | None]] = {}
+    for path in norm_paths(network):
+        norm = network.get_submodule(path)
+        tables = norm._buffers | (norm._parameters if affine else {})
+        found[path] = {}
+        for name, tensor in tables.items():
+            dims = kept.get(f"{path}.{name}".lstrip("."), {})
+            found[path][name] = None if tensor is None else _copied(tensor, dims)
+    return found
+
+
+def _copied(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    return select(tensor, dims).clone().requires_grad_(tensor.requires_grad)
+
+
+def give_norms(
+    network: nn.Module,
+    groups: ChannelGroups,
+    widths: Iterable[float],
+    norms: Norms = "private",
+    *,
+    allow_inexact: bool = False,
+) -> WidthNorms:
+    """Give a network what its norms hold at each width: slices of what they hold now, as its child `width_norms`.
+
+    Args:
+        network: Changed in place: it gets the child, and nothing else. Widths that it had are replaced.
         groups: Of this network, as `channel_groups` returns them.
-        widths: As `checked_widths` returns them.
+        widths: Above 0 and at most 1, in any order; 1.0 is added.
         norms: As for `WidthNorms`.
+        allow_inexact: As for `counts_at`.
+
+    Returns:
+        The child.
 
     Raises:
-        ValueError: The network has something else of this name; the network stays as it was.
+        ValueError: The widths are wrong, no group may be cut, or the network has something else of this name; the
+            network is then as it was.
+
+    Example:
+        >>> from lightning_compress.channels.find import channel_groups
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> found = give_norms(net, channel_groups(net, torch.zeros(2, 3)), [0.5])
+        >>> [name for name, _ in found.named_parameters()], found.of(0.5)["1"].running_var.shape
+        (['0_5.1.weight', '0_5.1.bias'], torch.Size([4]))
     """
-    raise NotImplementedError
+    if norms_of(network) is None and hasattr(network, NORMS):
+        raise ValueError(f"{type(network).__name__} has a {NORMS} of its own already: rename yours.")
+    before = network._modules.pop(NORMS, None)
+    try:
+        ascending = checked_widths(widths, groups if groups.free(inexact=allow_inexact) else None)
+        held = {
+            width: sliced_norms(
+                network,
+                groups,
+                counts_at(groups, width, allow_inexact=allow_inexact),
+                affine=norms == "private",
+            )
+            for width in ascending[:-1]
+        }
+        found = WidthNorms(ascending, norms, held, groups, allow_inexact=allow_inexact)
+    except BaseException:
+        if before is not None:
+            network.add_module(NORMS, before)
+        raise
+    network.add_module(NORMS, found.train(network.training))
+    return found
 
 
 def norms_of(network: nn.Module) -> WidthNorms | None:
@@ -114,5 +223,5 @@ def norms_of(network: nn.Module) -> WidthNorms | None:
 
 
 def take_norms(network: nn.Module) -> None:
-    """Take the norms of its widths away from a network, which is then as before `give_norms`."""
+    """Take its widths away from a network, which is then as before `give_norms`."""
     network._modules.pop(NORMS, None)
