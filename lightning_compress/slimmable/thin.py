@@ -64,6 +64,7 @@ class ThinNetwork:
     """
 
     module: nn.Module
+    _slots: list[_Slot]
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class ThinNetwork:
     ) -> None:
         self.network, self.groups, self.counts = network, groups, dict(counts)
         self.norms, self.tracked = dict(norms or {}), tracked
+        self._training, self._stale = network.training, True
         self._build()
         self.refresh(gradients=False)
 
@@ -95,8 +97,8 @@ class ThinNetwork:
             self._build()
         if self.network.training is not self._training:
             self._renew_caches()
-        self._renew(gradients=gradients, anew=gradients or self._anew)
-        self._anew = gradients
+        self._renew(gradients=gradients, anew=gradients or self._stale)
+        self._stale = gradients
 
     def _renew(self, *, gradients: bool, anew: bool) -> None:
         taken: dict[int, Tensor] = {}
@@ -107,9 +109,9 @@ class ThinNetwork:
 
     def gathered(self) -> float:
         """Return the share of the thin network's numbers that are copied, because no view has them."""
-        sizes = {id(one): one.numel() for one in named_tensors(self.module).values()}
-        copied = {id(slot.value): slot.value.numel() for slot in self._slots if slot.gathers and slot.value is not None}
-        return sum(copied.values()) / max(1, sum(sizes.values()))
+        every = {id(one): one.numel() for one in named_tensors(self.module).values()}
+        copied = {id(slot.value): slot.value.numel() for slot in self._slots if slot.gathers}
+        return float(sum(copied.values())) / max(1, sum(every.values()))
 
     def _build(self) -> None:
         """Make the skeleton, and find out where its tensors come from."""
@@ -143,7 +145,7 @@ class ThinNetwork:
 
     def _renew_caches(self) -> None:
         """Have modules that override `train` drop or renew what they cache for evaluation."""
-        self._training, self._anew = self.network.training, True
+        self._training, self._stale = self.network.training, True
         if all(type(one).train is nn.Module.train for one in self.module.modules()):
             return
         modes = [(one, one.training) for one in (*self.network.modules(), *self.module.modules())]
