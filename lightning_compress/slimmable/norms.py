@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_compress.channels.groups import ChannelGroups, positions_kept
+from lightning_compress.core.structure import detach, structures
 from lightning_compress.core.tensors import named_tensors, select
 from lightning_compress.slimmable.widths import Width, checked_widths, counts_at, masks_of
 
 NORMS = "width_norms"  # name of the child
+KIND = "widths"  # of its record
 Norms = Literal["private", "statistics", "recalibrate"]
 Held = Mapping[str, Mapping[str, Tensor | None]]  # by path of the norm, and name of the tensor
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -222,6 +224,24 @@ def norms_of(network: nn.Module) -> WidthNorms | None:
     return found if isinstance(found, WidthNorms) else None
 
 
+def norms_or_raise(network: nn.Module) -> WidthNorms:
+    """Return the norms of a network's widths.
+
+    Raises:
+        ValueError: It has no widths.
+    """
+    found = norms_of(network)
+    if found is None:
+        raise ValueError(
+            f"{type(network).__name__} has no widths: wrap its module in SlimmableWidth, or call give_norms(network, "
+            f"channel_groups(network, example_inputs), widths) first."
+        )
+    return found
+
+
 def take_norms(network: nn.Module) -> None:
-    """Take its widths away from a network, which is then as before `give_norms`."""
+    """Take its widths away from a network, with their record; it is then as before `give_norms`."""
     network._modules.pop(NORMS, None)
+    for one in structures(network):
+        if one.kind == KIND:
+            detach(network, one)

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import Answer, put
 from lightning_compress.core.example_inputs import ExampleInputs
-from lightning_compress.slimmable.norms import Held, WidthNorms, key_of, norm_paths, norms_of
+from lightning_compress.slimmable.norms import Held, key_of, norm_paths, norms_or_raise
 from lightning_compress.slimmable.thin import ThinNetwork
 from lightning_compress.slimmable.widths import Width, counts_at, masks_of
 
@@ -63,7 +63,7 @@ def set_width(network: nn.Module, width: Width, *, norms: Held | None = None) ->
         >>> set_width(net, 0.5); width_of(net), net(torch.zeros(1, 3)).shape
         (0.5, torch.Size([1, 2]))
     """
-    held = _held(network)
+    held = norms_or_raise(network)
     if norms is not None:
         before = held.of(width)
         if before and not isinstance(width, Mapping) and width in held.widths:
@@ -88,7 +88,7 @@ def thin_of(network: nn.Module, width: Width) -> ThinNetwork:
     Raises:
         ValueError: As for `set_width`; or the width is 1.0, whose network is the network itself.
     """
-    held = _held(network)
+    held = norms_or_raise(network)
     key = key_of(width)
     found: tuple[Width, ThinNetwork] | None = held._kept.get(key)
     if found is not None and found[0] == width and found[1].network is network:
@@ -122,7 +122,7 @@ def find_groups(network: nn.Module, example_inputs: ExampleInputs) -> None:
         network: Has widths.
         example_inputs: As for `channel_groups`.
     """
-    held = _held(network)
+    held = norms_or_raise(network)
     before, width = vars(network).get("forward"), width_of(network)
     put(network, None)
     try:
@@ -137,13 +137,3 @@ def find_groups(network: nn.Module, example_inputs: ExampleInputs) -> None:
 
 def _shown(width: Width) -> str:
     return "by group" if isinstance(width, Mapping) else f"{width:g}"
-
-
-def _held(network: nn.Module) -> WidthNorms:
-    held = norms_of(network)
-    if held is None:
-        raise ValueError(
-            f"{type(network).__name__} has no widths: wrap its module in SlimmableWidth, or call give_norms(network, "
-            f"channel_groups(network, example_inputs), widths) first."
-        )
-    return held

@@ -68,8 +68,8 @@ def free_groups(groups: ChannelGroups, *, allow_inexact: bool = False) -> list[C
     inexact = groups.free(inexact=True)
     if inexact:
         raise ValueError(
-            f"Every group of channels that may leave is inexact, because {inexact[0].note} ({_named(inexact)}): pass "
-            f"allow_inexact=True to have their norms average over fewer channels at smaller widths."
+            f"Without some channels the network is not what it is with zeros in their place, because {inexact[0].note} "
+            f"({_named(inexact)}): pass allow_inexact=True to make these groups thinner nevertheless."
         )
     if not groups:
         raise ValueError("The network has no channels that could leave: it has one width.")
