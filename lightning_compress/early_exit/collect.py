@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_compress.core.evaluation import random_state_restored
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.trainer.quiet import validate_quietly
 
 _TARGETS = ("labels", "label", "targets", "target", "y")
 
@@ -70,32 +69,17 @@ def collect(
                 )
             found.inputs = kwargs or args
 
-    was, fitted = module._trainer, trainer or quiet_trainer(module)
     objective.collecting = keep
     try:
-        with random_state_restored(module):
-            fitted.validate(module, loader, verbose=False)
+        validate_quietly(module, loader, trainer)
     finally:
         objective.collecting = None
-        module._trainer = was
     if not found.logits:
         raise ValueError(
             f"The validation_step of {type(module).__name__} did not call the network for any batch of the loader: "
             f"there is nothing to calibrate with."
         )
     return found
-
-
-def quiet_trainer(module: LightningModule) -> Trainer:
-    """Return a Trainer for the device that a module is on, which reports and saves nothing."""
-    return Trainer(
-        accelerator="gpu" if module.device.type == "cuda" else "cpu",
-        devices=1,
-        logger=DummyLogger(),  # for hooks that call the logger themselves
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def targets_of(batch: Any) -> Tensor:

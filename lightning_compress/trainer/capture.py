@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_compress.core.hooks import hooked
 from lightning_compress.trainer.inputs import resolve_network
-from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.unwrap import SLOT, innermost
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def captured(
     The context manager yields a function that raises an error unless the block has run the network.
 
     Args:
-        module: The LightningModule that holds the network.
+        module: The wrapper around the LightningModule that holds the network.
         network: Dotted path of the network; empty: the module's own forward.
         before: Called with the positional and the keyword arguments, before the network sees them.
         after: Called with the output, before the caller sees it.
@@ -35,9 +35,13 @@ def captured(
         ValueError: There is no such network, or the block ran it twice.
     """
     calls = 0
+    inside: Any = getattr(module, SLOT)
+    folder = inside.folders[0]  # a wrapper inside may replay the step in another one
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal calls
+        if inside.folders[0] != folder:
+            return
         calls += 1
         if calls > 1:
             raise ValueError(
@@ -47,7 +51,8 @@ def captured(
         before(args, kwargs)
 
     def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        after(output)
+        if inside.folders[0] == folder:
+            after(output)
 
     def was_called() -> None:
         if calls == 0:

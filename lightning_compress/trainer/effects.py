@@ -35,6 +35,7 @@ class Effects:
             "layers" inside the forward pass, the "output" of the network in the user's step, or a "second_backward"
             pass from the loss.
         replays: How often it runs the user's step for each batch.
+        runs_thinner: Whether it runs the network with fewer channels for that, and so knows which channels it has.
         begins: The optimizer step after which it acts for the first time; None if unknown. A callback also counts the
             steps of its earlier fits. `declared` counts as the Trainer does: a technique that began in an earlier fit
             has a step below 0.
@@ -53,6 +54,7 @@ class Effects:
     shapes: Literal["never", "on_fit_end", "during_fit"] = "never"
     looks_at: frozenset[Sight] = frozenset()
     replays: int = 1
+    runs_thinner: bool = False
     begins: int | None = 0
     final: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.answering import answering
@@ -63,6 +63,10 @@ class ReplayingObjective(Objective):
         """Return the folders of what the replays log; none where there is nothing to replay."""
         raise NotImplementedError(f"{type(self).__name__} must supply labels().")
 
+    def every_label(self, module: LightningModule) -> Sequence[str]:
+        """Return the labels of all replays that may come, where those of now are not all."""
+        return self.labels(module)
+
     def full_label(self, module: LightningModule) -> str:
         """Return the second folder of what the full network logs."""
         raise NotImplementedError(f"{type(self).__name__} must supply full_label().")
@@ -74,6 +78,12 @@ class ReplayingObjective(Objective):
     def weights_now(self) -> Sequence[float]:
         """Return the weight of each replay's loss, and of the full network's, or none where all are 1."""
         return ()
+
+    def begin(self, module: LightningModule) -> None:
+        """Act before each step."""
+
+    def after_step(self, one: OneStep) -> None:
+        """Look at a real step of a training."""
 
     def as_trained(self, module: LightningModule) -> AbstractContextManager[None]:
         """Return the block in which the real step of a training runs."""
@@ -95,6 +105,7 @@ class ReplayingObjective(Objective):
         if own is None:  # a step that is skipped; Lightning refuses anything else
             return result
         one.was_called()
+        self.after_step(one)
         weights = self.weights_now() or [1.0] * (len(one.replicas) + 1)
         total = weights[-1] * own if self.trains_full else torch.zeros_like(own)
         for label, weight in zip(one.replicas, weights, strict=False):
@@ -114,7 +125,8 @@ class ReplayingObjective(Objective):
         if not self._replays(module):
             return run(*args, **kwargs)
         if self.serving is not None:
-            with answering(resolve_network(module, self.network), self.serving):
+            by = self.serving if isinstance(self.serving, nn.Module) else None
+            with answering(resolve_network(module, self.network), self.serving, by=by):
                 return run(*args, **kwargs)
         one = self._begin(module, (args, kwargs))
         with one.real_step():
@@ -157,6 +169,7 @@ class ReplayingObjective(Objective):
         return bool(self.labels(module)) and not any(isinstance(one, type(self)) for one in self._around(module))
 
     def _begin(self, module: LightningModule, batch: Any) -> OneStep:
+        self.begin(module)
         replicas = self._replicas_now(module)
         for label in replicas:
             self._returned.pop(f"{_folder(module)}{label}", None)
@@ -185,8 +198,8 @@ class ReplayingObjective(Objective):
     def _all_labels(self, module: LightningModule) -> list[str]:
         """Return the labels of all replays, also of those within the replays of a wrapper around."""
         around = [one for one in self._around(module) if isinstance(one, ReplayingObjective)]
-        folders = ["", *(f"{label}/" for one in around for label in one.labels(module))]
-        return [f"{folder}{label}" for folder in folders for label in self.labels(module)]
+        folders = ["", *(f"{label}/" for one in around for label in one.every_label(module))]
+        return [f"{folder}{label}" for folder in folders for label in self.every_label(module)]
 
     def _around(self, module: LightningModule) -> list[Objective]:
         levels: Any = getattr(module, SLOT).levels

@@ -188,18 +188,34 @@ PAIR_RULES = (
     ),
     PairRule(
         name="two wrappers that replay",
-        meets=lambda one, other, first: first and one.replays > 1 and other.replays > 1,
+        meets=lambda one, other, first: (
+            first and one.replays > 1 and other.replays > 1 and one.runs_thinner == other.runs_thinner
+        ),
         shows=("replays", "replays"),
         reason="{one} and {other} both run the user's step several times for each batch",
         remedy="use one of them",
     ),
     PairRule(
+        name="widths inside exits",
+        meets=lambda one, other, first: first and one.runs_thinner and other.replays > 1 and not other.runs_thinner,
+        shows=("replays", "replays"),
+        reason="{other} around {one} would train exits of the full network alone",
+        remedy="put {one} around {other}",
+    ),
+    PairRule(
         name="replays inside another wrapper",
-        meets=lambda one, other, first: first and one.replays > 1 and "output" in other.looks_at,
+        meets=lambda one, other, first: first and one.replays > 1 and other.replays == 1 and "output" in other.looks_at,
         shows=("replays", "looks_at"),
         reason="{one} runs the user's step several times for each batch, and {other} around it expects one output of "
         "the network",
         remedy="put {one} around {other}",
+    ),
+    PairRule(
+        name="a cut of a network with widths",
+        meets=lambda one, other, first: one.runs_thinner and other.shapes != "never",
+        shows=("replays", "shapes"),
+        reason="{other} cuts channels, of which {one} trains fixed shares together with what it keeps for each",
+        remedy="use shrink='never', or cut the network in an earlier fit, or use widths alone, which can be extracted",
     ),
 )
 

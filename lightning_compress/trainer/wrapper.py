@@ -77,6 +77,12 @@ class Objective:
     def at_step(self, step: int) -> None:
         """Act after optimizer step number `step`; 0 is the moment before the first one."""
 
+    def before_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Act in a fit before each validation, and at the ends of its epochs and of the fit; on all ranks."""
+
+    def synchronize(self) -> None:
+        """Bring together for a checkpoint what the ranks have; all of them call this."""
+
     def state(self) -> dict[str, Any]:
         """Return tensors, numbers, strings, lists and dicts that a resume needs."""
         return {}
@@ -263,9 +269,9 @@ def check_wrappable(module: LightningModule, wrapper: type[CompressionModule]) -
             f"write training_step(batch, batch_idx)."
         )
     mine = {one for base in wrapper.__mro__ for one in vars(base) if issubclass(base, CompressionModule)}
-    theirs = {*dir(type(module)), *vars(module), *module._modules, *module._parameters, *module._buffers}
+    theirs = {*dir(type(innermost(module))), *vars(module), *module._modules, *module._parameters, *module._buffers}
     hidden = sorted((mine & theirs) - set(dir(CompressionModule)))
-    if hidden and not isinstance(module, wrapper):
+    if hidden:
         raise ValueError(f"{name} has a {hidden[0]} of its own, which would hide that of {kind}: rename yours.")
 
 
@@ -344,6 +350,7 @@ class ObjectiveCallback(ResumableCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        self.objective.before_evaluation(trainer, pl_module)
         if self._said_not_finite:
             return
         added = {name: one for name, one in self.objective.own_parameters(pl_module).items() if one.requires_grad}
@@ -363,6 +370,16 @@ class ObjectiveCallback(ResumableCallback):
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         self.objective.at_step(step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.objective.before_evaluation(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.objective.before_evaluation(trainer, pl_module)
+
+    def synchronize(self) -> None:
+        self.objective.synchronize()
 
     def technique_state(self) -> dict[str, Any]:
         return self.objective.state()
