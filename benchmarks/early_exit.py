@@ -16,32 +16,41 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from _support import (
+    Found,
+    Setting,
+    add_settings,
+    answers,
+    classifier,
+    clock_of,
+    data_of,
+    initial,
+    parts,
+    right,
+    settings,
+    step_seconds,
+    times,
+    trained,
+)
 from mnist_pruning import silence
-from rich import box
 from rich.console import Console
-from rich.table import Table as Printed
 from torch import Tensor, nn
 
 from lightning_compress import EarlyExitHeads
-from lightning_compress.baselines import CIFAR10, MNIST, Classifier, ResNet20, TensorLoader
+from lightning_compress.baselines import Classifier, ResNet20, TensorLoader
 from lightning_compress.baselines.datamodule import ImageData
 from lightning_compress.early_exit import EarlyExitNetwork, ExitRule, Table, calibrate, evaluate, exit_costs, q_sweep
 from lightning_compress.measure.macs import count_macs
 
 WIDTH, AT = 16, (0.25, 0.5, 0.75)
-EPOCHS = {"mnist": 3, "cifar10": 12}
 EXITS: dict[str, dict[str, Any]] = {  # how exits are trained, by the name of the row
     "joint": {},
     "frozen": {"train": "frozen"},
@@ -61,123 +70,44 @@ SWEEP, TIMES = "MSDNet's sweep over q, and ours for the same budget", "Times, as
 STEPS = "A training step"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How every network is trained, and on what."""
-
-    dataset: str
-    epochs: int
-    batch: int
-    lr: float
-    precision: Any
-    seed: int
-    at: tuple[float, ...]
-    weights: Path | None
-    quick: bool
-
-
-def data_of(setting: Setting, folder: str) -> ImageData:
-    common: dict[str, Any] = {"batch_size": setting.batch, "seed": setting.seed}
-    if setting.dataset == "mnist":
-        return MNIST(folder, val_size=5000, **common)
-    return CIFAR10(folder, val_size=4000, flip=True, shift=4, **common)
-
-
-def trainer(setting: Setting, epochs: int, **options: Any) -> Trainer:
-    silent: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    few: dict[str, Any] = {"limit_train_batches": 20} if setting.quick else {}
-    given = silent | few | {"limit_val_batches": 0, "enable_model_summary": False} | options
-    return Trainer(accelerator="cpu", max_epochs=epochs, **given)
-
-
-def classifier(setting: Setting, shape: Sequence[int], width: int = WIDTH, **recipe: Any) -> Classifier:
+def resnet(setting: Setting, shape: Sequence[int], width: int = WIDTH, **recipe: Any) -> Classifier:
     """A ResNet-20 from the seed's initial weights."""
-    seed_everything(setting.seed, verbose=False)
-    network = ResNet20(width=width, in_channels=shape[0])
-    given: dict[str, Any] = {"optimizer": "sgd", "lr": setting.lr, "weight_decay": 1e-4, "warmup": 0.1} | recipe
-    return Classifier(network, input_shape=shape, **given)
+    return classifier(initial(partial(ResNet20, width=width, in_channels=shape[0]), setting), setting, shape, **recipe)
 
 
-def trained(name: str, make: Callable[[], LightningModule], data: ImageData, setting: Setting) -> LightningModule:
-    """Return a module with the weights of the folder, or train it and write them there."""
-    module, path = make(), None
-    if setting.weights is not None:
-        places = "-".join(["", *map(str, setting.at)]) if name in EXITS and setting.at != AT else ""
-        path = setting.weights / f"{setting.dataset}-{setting.seed}-{setting.epochs}-{name}{places}.pt"
-        if path.exists():
-            module.load_state_dict(torch.load(path))
-            return module.eval()
-    start = time.perf_counter()
-    fitted = copy.deepcopy(module).to(memory_format=torch.channels_last)  # trains faster; keeps no other trace
-    seed_everything(setting.seed, verbose=False)
-    epochs = max(1, setting.epochs // 3) if name == "frozen" else setting.epochs
-    trainer(setting, epochs, precision=setting.precision).fit(fitted, datamodule=data)
-    print(f"{setting.dataset}, seed {setting.seed}: {name} trained in {time.perf_counter() - start:.0f} s", flush=True)
-    module.load_state_dict(fitted.state_dict())
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(module.state_dict(), path)
-    return module.eval()
-
-
-def with_exits(name: str, plain: nn.Module, shape: Sequence[int], setting: Setting) -> EarlyExitHeads:
+def with_exits(
+    name: str, plain: nn.Module, shape: Sequence[int], setting: Setting, at: Sequence[float]
+) -> EarlyExitHeads:
     """A network with three exits: from the initial weights, or from those of the network trained alone."""
     if name != "frozen":
-        module = classifier(setting, shape)
+        module = resnet(setting, shape)
     else:  # heads alone diverge at the learning rate of the network, whose features they can't change
-        module = classifier(setting, shape, optimizer="adam", lr=1e-3, weight_decay=0.0)
+        module = resnet(setting, shape, optimizer="adam", lr=1e-3, weight_decay=0.0)
         module.network.load_state_dict(plain.state_dict())
-    return EarlyExitHeads(module, list(setting.at), num_classes=10, network="network", **EXITS[name])
+    return EarlyExitHeads(module, list(at), num_classes=10, network="network", **EXITS[name])
 
 
 def networks(
-    data: ImageData, setting: Setting, exits: Sequence[str], widths: Sequence[int]
+    data: ImageData, setting: Setting, exits: Sequence[str], at: Sequence[float], widths: Sequence[int]
 ) -> tuple[nn.Module, dict[str, EarlyExitHeads], dict[int, nn.Module]]:
     """The network trained alone, those with exits by how they were trained, and narrower ones by width."""
     shape = data.input_shape
-    plain: Any = trained("plain", lambda: classifier(setting, shape), data, setting)
+    plain: Any = trained("plain", lambda: resnet(setting, shape), data, setting)
+    places = "" if tuple(at) == AT else "-".join(["", *map(str, at)])
     early: dict[str, Any] = {
-        name: trained(name, lambda name=name: with_exits(name, plain.network, shape, setting), data, setting)
+        name: trained(
+            f"{name}{places}",
+            partial(with_exits, name, plain.network, shape, setting, at),
+            data,
+            setting,
+            epochs=max(1, setting.epochs // 3) if name == "frozen" else None,
+        )
         for name in exits
     }
     narrow: dict[int, Any] = {
-        width: trained(f"width{width}", lambda width=width: classifier(setting, shape, width), data, setting)
-        for width in widths
+        width: trained(f"width{width}", partial(resnet, setting, shape, width), data, setting) for width in widths
     }
     return plain.network, early, {width: one.network for width, one in narrow.items()}
-
-
-class Found:
-    """Numbers by table, row and column, one for each seed; accuracies and shares of samples in per cent."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, dict[str, dict[str, list[float]]]] = {}
-
-    def add(self, table: str, row: str, **columns: float) -> None:
-        for column, value in columns.items():
-            rows = self.tables.setdefault(table, {})
-            rows.setdefault(row, {}).setdefault(column.replace("_", " "), []).append(value)
-
-    def show(self, console: Console) -> None:
-        for title, rows in self.tables.items():
-            columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-            table = Printed("", box=box.MARKDOWN, title=title, title_justify="left")
-            for column in columns:
-                table.add_column(column, justify="right")
-            for name, row in rows.items():
-                medians = {column: statistics.median(values) for column, values in row.items()}
-                table.add_row(name, *(f"{medians[column]:.2f}" if column in medians else "" for column in columns))
-            console.print(table)
-
-
-def parts(data: ImageData, setting: Setting) -> tuple[TensorLoader, TensorLoader]:
-    """The validation and the test images; fewer of them in a quick run."""
-    found = []
-    for part in (data.val_dataloader(), data.test_dataloader()):
-        assert isinstance(part, TensorLoader)
-        most = 640 if setting.quick else None
-        found.append(TensorLoader(part.inputs[:most], part.targets[:most], batch_size=500))
-    return found[0], found[1]
 
 
 def calibrated(module: EarlyExitHeads, val: TensorLoader) -> dict[str, EarlyExitNetwork]:
@@ -201,13 +131,8 @@ def table_of(early: EarlyExitNetwork, loader: TensorLoader) -> Table:
     rule = early.rule
     assert rule is not None
     exits = range(1, len(rule.stages) + 1)
-    with torch.no_grad():
-        logits = [torch.cat([early(x, exit=k)[0] for x in loader.inputs.split(500)]) for k in exits]
+    logits = [answers(lambda x, k=k: early(x, exit=k)[0], loader.inputs) for k in exits]
     return Table(logits=logits, targets=loader.targets, stages=rule.stages, heads=rule.heads)
-
-
-def right(logits: Tensor, targets: Tensor) -> float:
-    return 100 * float((logits.argmax(1) == targets).float().mean())
 
 
 def accuracy(
@@ -219,9 +144,8 @@ def accuracy(
     found: Found,
 ) -> None:
     """The accuracies of every exit and under every rule, on the test images."""
-    with torch.no_grad():
-        alone = {f"width {w}": torch.cat([one(x) for x in test.inputs.split(500)]) for w, one in narrow.items()}
-        alone["alone"] = torch.cat([plain(x) for x in test.inputs.split(500)])
+    alone = {f"width {w}": answers(one, test.inputs) for w, one in narrow.items()}
+    alone["alone"] = answers(plain, test.inputs)
     for name in reversed(alone):
         found.add(EVERY, name, full=right(alone[name], test.targets))
     of_plain = right(alone["alone"], test.targets)
@@ -233,11 +157,9 @@ def accuracy(
         found.add(EVERY, name, last_less_alone=each[-1] - of_plain)
         for wanted, early in networks.items():
             with torch.no_grad():
-                answers = [early(x) for x in test.inputs.split(64)]
-            reached, index = (
-                right(torch.cat([one for one, _ in answers]), test.targets),
-                torch.cat([k for _, k in answers]),
-            )
+                found_by = [early(x) for x in test.inputs.split(64)]
+            reached = right(torch.cat([one for one, _ in found_by]), test.targets)
+            index = torch.cat([k for _, k in found_by])
             shares = index.bincount(minlength=len(each)) / len(index)
             spent, budget = float(shares @ costs(early).float()), WANTED[wanted].get("budget")
             found.add(
@@ -268,38 +190,16 @@ def sweep(val: Table, test: Table, found: Found) -> None:
         found.add(SWEEP, f"near {share}", **columns)
 
 
-def times(
-    ways: dict[str, Callable[[Tensor], Any]], batches: Sequence[Tensor], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every batch: in turns, the median of the rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    order = random.Random(0)
-    with torch.no_grad():
-        for way in ways.values():
-            for batch in batches[:3]:
-                way(batch)
-        for batch in batches:
-            of_batch: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(rounds):
-                for name in order.sample(list(ways), len(ways)):
-                    start = clock()
-                    ways[name](batch)
-                    of_batch[name].append(clock() - start)
-            for name, rounds_of_it in of_batch.items():
-                seconds[name].append(statistics.median(rounds_of_it))
-    return seconds
-
-
 def timing(
     plain: nn.Module,
     networks: dict[str, EarlyExitNetwork],
     narrow: dict[int, nn.Module],
     test: TensorLoader,
-    arguments: argparse.Namespace,
+    setting: Setting,
+    clock: Callable[[], float],
     found: Found,
 ) -> None:
     """Times of all ways to run the network, and of narrower ones, with the MACs that were executed."""
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     early, networks = next(iter(networks.values())), dict(networks)
     rule = early.rule
     assert rule is not None
@@ -315,7 +215,7 @@ def timing(
         found.add(TIMES, name, MACs_at_64=count_macs(network, example)[0] / full_macs)
     order = torch.randperm(len(test.inputs), generator=torch.Generator().manual_seed(0))
     measured: dict[str, float] = {}
-    for size, count, rounds in ((64, 2, 1), (1, 10, 1)) if arguments.quick else ((64, 40, 3), (1, 300, 3)):
+    for size, count, rounds in ((64, 2, 1), (1, 10, 1)) if setting.quick else ((64, 40, 3), (1, 300, 3)):
         batches = test.inputs[order[: size * count]].split(size)
         seconds = times(ways, batches, rounds, clock)
         full = sum(seconds["full network"])
@@ -340,90 +240,52 @@ def timing(
                 found.add(TIMES, name, width_of_equal_time=width)
 
 
-class Stopwatch(Callback):
-    """Notes the seconds of every training step: forward, backward and optimizer."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.seconds = clock, list[float]()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.seconds.append(-self.clock())
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds[-1] += self.clock()
-
-
-def training_step(exits: Sequence[str], data: ImageData, setting: Setting, arguments: Any, found: Found) -> None:
-    """Seconds of a training step, the median over short fits in turns, divided by those of the plain network."""
-    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
-    plain = classifier(setting, data.input_shape)
-    seconds: dict[str, list[float]] = {"alone": [], **{name: [] for name in exits}}
-    for _ in range(1 if arguments.quick else 4):
-        for name, of_steps in seconds.items():
-            watch = Stopwatch(clock)
-            module = (
-                copy.deepcopy(plain) if name == "alone" else with_exits(name, plain.network, data.input_shape, setting)
-            )
-            trainer(setting, 1, limit_train_batches=9, callbacks=[watch]).fit(module, datamodule=data)
-            of_steps += watch.seconds[2:]
-    for name, of_steps in seconds.items():
-        median = statistics.median(of_steps)
-        found.add(STEPS, name, ms=1000 * median, by_that_alone=median / statistics.median(seconds["alone"]))
+def training_step(
+    exits: Sequence[str],
+    at: Sequence[float],
+    data: ImageData,
+    setting: Setting,
+    clock: Callable[[], float],
+    found: Found,
+) -> None:
+    """Seconds of a training step, divided by those of the plain network."""
+    shape = data.input_shape
+    plain = resnet(setting, shape)
+    makers: dict[str, Any] = {"alone": lambda: copy.deepcopy(plain)}
+    makers |= {name: partial(with_exits, name, plain.network, shape, setting, at) for name in exits}
+    seconds = step_seconds(makers, data, setting, clock)
+    for name, of_step in seconds.items():
+        found.add(STEPS, name, ms=1000 * of_step, by_that_alone=of_step / seconds["alone"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", choices=list(EPOCHS), default="mnist")
-    parser.add_argument("--data", help="the folder of its files; by default data/mnist or data/cifar10")
-    parser.add_argument("--epochs", type=int, help="by default 3 on MNIST and 12 on CIFAR-10")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--precision", default="bf16-mixed", help="of training")
+    add_settings(parser)
     parser.add_argument("--exits", nargs="*", choices=list(EXITS), default=["joint", "frozen"], help="how they train")
     parser.add_argument("--at", type=float, nargs="+", default=list(AT), help="the exits' shares of the MACs")
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 6, 8, 11], help="of the narrower networks")
-    parser.add_argument("--weights", type=Path, help="a folder to which weights are written, or from which they come")
-    parser.add_argument("--only", choices=["train", "accuracy", "time"])
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a machine that does other things"
-    )
-    parser.add_argument("--json", type=Path, help="write the numbers of all seeds here as well")
-    parser.add_argument("--quick", action="store_true", help="see whether it runs: a few batches of everything")
     arguments = parser.parse_args()
     silence()
     torch.set_num_threads(1)
-    console, found = Console(width=200), Found()
-    for seed in arguments.seeds:
-        setting = Setting(
-            dataset=arguments.dataset,
-            epochs=1 if arguments.quick else arguments.epochs or EPOCHS[arguments.dataset],
-            batch=arguments.batch,
-            lr=arguments.lr,
-            precision=arguments.precision,
-            seed=seed,
-            at=tuple(arguments.at),
-            weights=None if arguments.quick else arguments.weights,
-            quick=arguments.quick,
-        )
-        data = data_of(setting, arguments.data or f"data/{setting.dataset}")
+    console, found, at = Console(width=200), Found(), arguments.at
+    for setting in settings(arguments):
+        data = data_of(setting)
         data.setup()
-        plain, exits, narrow = networks(data, setting, arguments.exits, arguments.widths)
+        plain, exits, narrow = networks(data, setting, arguments.exits, at, arguments.widths)
         if arguments.only == "train":
             continue
-        timed = arguments.only != "accuracy" and seed == arguments.seeds[0]
+        timed = arguments.only != "accuracy" and setting.seed == arguments.seeds[0]
         val, test = parts(data, setting)
         needed = arguments.exits[:1] if arguments.only == "time" else arguments.exits
         early = {name: calibrated(exits[name], val) for name in needed}
         if arguments.only != "time":
             accuracy(plain, early, narrow, val, test, found)
         if timed:
-            timing(plain, early[needed[0]], narrow, test, arguments, found)
-            training_step(arguments.exits, data, setting, arguments, found)
+            clock = clock_of(arguments)
+            timing(plain, early[needed[0]], narrow, test, setting, clock, found)
+            training_step(arguments.exits, at, data, setting, clock, found)
     console.print(f"{arguments.dataset}: {setting.epochs} epochs, seeds {arguments.seeds}; times of the first seed")
-    found.show(console)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found.tables, indent=1))
+    found.show(console, arguments.json)
 
 
 if __name__ == "__main__":

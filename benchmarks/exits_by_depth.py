@@ -21,18 +21,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _cifar10 import SHAPE, PartOfCIFAR10, Setting, UpTo, accuracies, classifier, fit, initial
+from _support import Setting, UpTo, accuracies, add_part, classifier, data_of, fit, initial, part_of
 from mnist_pruning import silence
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_compress import EarlyExitHeads
-from lightning_compress.baselines import MSDNet, ResNet20
+from lightning_compress.baselines import CIFAR10, MSDNet, ResNet20
+from lightning_compress.baselines.datamodule import ImageData
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.report.figure import BLUE, GREY, ORANGE, new_figure, tidy
 
-NEIGHBOURS = 10
+NEIGHBOURS, SHAPE = 10, CIFAR10.input_shape
 NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "ResNet-20": lambda: ResNet20(width=8),
     "MSDNet": lambda: MSDNet(blocks=5, base=2, step=1, channels=8, growth=4, head_width=64),
@@ -84,7 +85,7 @@ def neighbour_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels:
     return float((labels[nearest].mode(1).values == test_labels).float().mean())
 
 
-def features(network: nn.Module, data: PartOfCIFAR10) -> list[tuple[float, float]]:
+def features(network: nn.Module, data: ImageData) -> list[tuple[float, float]]:
     """Accuracy of a linear classifier and of nearest neighbours on each block's averages."""
     train, test = data.train_dataloader(), data.test_dataloader()
     found = []
@@ -99,12 +100,12 @@ def global_pool_head(feature: Tensor, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(feature.shape[1], num_classes))
 
 
-def damage(make: Callable[[], nn.Module], layer: str, data: PartOfCIFAR10, setting: Setting) -> tuple[float, float]:
+def damage(make: Callable[[], nn.Module], layer: str, data: ImageData, setting: Setting) -> tuple[float, float]:
     """Accuracy of the last classifier and of the early one, trained together."""
-    module = classifier(initial(make, setting), setting)
+    module = classifier(initial(make, setting), setting, SHAPE)
     wrapped = EarlyExitHeads(module, [layer], num_classes=10, head=global_pool_head, network="network")
     fit(wrapped, data, setting)
-    found = accuracies(wrapped, data)
+    found = accuracies(wrapped, data, setting)
     return found["test_acc"], found["exit1/test_acc"]
 
 
@@ -130,22 +131,22 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Setting.add_to(parser, images=8000, epochs=6)
+    add_part(parser, images=8000, epochs=6)
     parser.add_argument("--every", type=int, default=2, help="the second figure has an exit after every so many blocks")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     parser.add_argument("--figure", type=Path, help="write a PNG of both figures")
     arguments = parser.parse_args()
     silence()
-    console, setting = Console(width=120), Setting.of(arguments)
-    data = PartOfCIFAR10(setting)
+    console, setting = Console(width=120), part_of(arguments)
+    data = data_of(setting, val_size=0)
     data.setup()
 
     found: dict[str, dict[str, list[float]]] = {}
     for name, make in NETWORKS.items():
         layers, share = layers_of(make()), depths(make())
-        module = classifier(initial(make, setting), setting)
+        module = classifier(initial(make, setting), setting, SHAPE)
         fit(module, data, setting)
-        alone = accuracies(module, data)["test_acc"]
+        alone = accuracies(module, data, setting)["test_acc"]
         rows = features(module.network, data)
         console.print(f"{name} alone: {alone:.2%}")
         chosen = range(0, len(layers) - 1, arguments.every)

@@ -23,21 +23,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _cifar10 import SHAPE, PartOfCIFAR10, Setting, UpTo, accuracies, classifier, fit, initial
+from _support import Setting, UpTo, accuracies, add_part, classifier, data_of, fit, initial, part_of
 from mnist_pruning import silence
 from rich.console import Console
 from rich.table import Table as Printed
 from torch import Tensor, nn
 
 from lightning_compress import EarlyExitHeads
-from lightning_compress.baselines import MSDNet, ResNet20, msdnet_classifier
+from lightning_compress.baselines import CIFAR10, MSDNet, ResNet20, msdnet_classifier
+from lightning_compress.baselines.datamodule import ImageData
 from lightning_compress.early_exit.calibration import Table, calibrate, evaluate, q_sweep
 from lightning_compress.early_exit.heads import heads_of
 from lightning_compress.early_exit.rules import ExitRule, exit_costs
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.report.figure import BLUE, GREY, ORANGE, new_figure, tidy
 
-HEAD_WIDTH, VALIDATION, BUDGETS = 64, 2000, 8
+HEAD_WIDTH, VALIDATION, BUDGETS, SHAPE = 64, 2000, 8, CIFAR10.input_shape
 Point = tuple[float, float]  # MACs per sample, accuracy
 
 
@@ -45,7 +46,7 @@ def small_msdnet() -> MSDNet:
     return MSDNet(blocks=4, base=1, step=1, step_mode="lin_grow", channels=8, growth=4, head_width=HEAD_WIDTH)
 
 
-def tables(network: MSDNet, data: PartOfCIFAR10) -> tuple[Table, Table]:
+def tables(network: MSDNet, data: ImageData) -> tuple[Table, Table]:
     """Logits of every classifier on the validation and the test images, and what classifiers cost."""
     found = heads_of(network.eval())
     assert found is not None
@@ -97,12 +98,12 @@ def budgeted(val: Table, test: Table) -> dict[str, list[Point]]:
     return found
 
 
-def alone(make: Callable[[], nn.Module], data: PartOfCIFAR10, setting: Setting) -> Point:
+def alone(make: Callable[[], nn.Module], data: ImageData, setting: Setting) -> Point:
     """MACs and accuracy of a network that is trained without exits."""
     network = initial(make, setting)
-    module = classifier(network, setting)
+    module = classifier(network, setting, SHAPE)
     fit(module, data, setting)
-    return float(count_macs(network.eval(), torch.zeros(1, *SHAPE))[0]), accuracies(module, data)["test_acc"]
+    return float(count_macs(network.eval(), torch.zeros(1, *SHAPE))[0]), accuracies(module, data, setting)["test_acc"]
 
 
 def draw(found: dict[str, list[Point]], path: Path) -> None:
@@ -128,19 +129,19 @@ def draw(found: dict[str, list[Point]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Setting.add_to(parser, images=8000, epochs=8)
+    add_part(parser, images=8000, epochs=8)
     parser.add_argument("--widths", type=int, nargs="*", default=[4, 6, 9], help="of the plain ResNet-20s")
     parser.add_argument("--json", type=Path, help="write the points here as well")
     parser.add_argument("--figure", type=Path, help="write a PNG of both evaluations")
     arguments = parser.parse_args()
     silence()
-    console, setting = Console(width=120), Setting.of(arguments)
-    data = PartOfCIFAR10(setting, val_size=VALIDATION)
+    console, setting = Console(width=120), part_of(arguments)
+    data = data_of(setting, val_size=VALIDATION)
     data.setup()
 
     network = initial(small_msdnet, setting)
     module = EarlyExitHeads(
-        classifier(network, setting),
+        classifier(network, setting, SHAPE),
         list(network.exits),
         num_classes=10,
         head=partial(msdnet_classifier, width=HEAD_WIDTH),
