@@ -64,10 +64,10 @@ def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches:
                     norm.momentum = 1 / ran
             call(network, to_device(some, device))
         found = [_read(norm, ran) for norm in norms.values()]
-    if not any(_reduced(torch.tensor([float(ran)], device=device)).tolist()):
+    if not any(reduced(torch.tensor([float(ran)], device=device)).tolist()):
         raise ValueError(f"There is no batch from which the norms of {type(network).__name__} could be recalibrated.")
-    counts = _reduced(torch.stack([count for *_, count in found]))
-    sums = _reduced(torch.cat([(part * count).reshape(-1) for *parts, count in found for part in parts]))
+    counts = reduced(torch.stack([count for *_, count in found]))
+    sums = reduced(torch.cat([(part * count).reshape(-1) for *parts, count in found for part in parts]))
     means = iter(torch.split(sums, [norm.num_features for norm in norms.values() for _ in range(2)]))
     for norm, count in zip(norms.values(), counts.tolist(), strict=True):
         mean, var = next(means), next(means)
@@ -110,7 +110,8 @@ def _read(norm: Any, ran: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean, var, mean.new_tensor(ran if bool((mean != 0).any() | (var != 1).any()) else 0)
 
 
-def _reduced(tensor: Tensor) -> Tensor:
+def reduced(tensor: Tensor) -> Tensor:
+    """Sum the tensor over all ranks, in place, and return it."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
