@@ -16,7 +16,7 @@ from lightning_compress.report.metric import Metric, Mode
 
 T = TypeVar("T")
 
-FORMAT = 3  # of report.json; from_dict reads format 2 too
+FORMAT = 4  # of report.json; from_dict reads formats 2 and 3 too
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Point:
         test_metric: As in `Measurement`.
         macs: Mean multiply-accumulates per sample of the timed batch.
         latency_ms: Milliseconds of a forward pass of that batch.
+        file_bytes: Size of the network's compressed file; None for a way to run the compressed network, which has one.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Point:
     test_metric: float | None
     macs: float
     latency_ms: float
+    file_bytes: float | None = None
 
 
 def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> tuple[Layer, ...]:
@@ -224,11 +226,15 @@ class Report:
             ValueError: A value is missing or has the wrong type; the message names it.
         """
         content = _expect(content, dict, "the top level")
-        if (found := content.get("format", 1)) not in (2, FORMAT):
-            raise ValueError(f"its format is {found!r}, and this version reads 2 and {FORMAT}: write it anew.")
+        if (found := content.get("format", 1)) not in (2, 3, FORMAT):
+            raise ValueError(f"its format is {found!r}, and this version reads 2 to {FORMAT}: write it anew.")
         if found == 2:
             history = _renamed_epochs(_get(content, "history", "the top level"))
             content = content | {"history": history, "points": []}
+        if found == 3:
+            points = _expect(_get(content, "points", "the top level"), list, "points")
+            known = [_expect(one, dict, f"points[{i}]") for i, one in enumerate(points)]
+            content = content | {"points": [{"file_bytes": None} | one for one in known]}
         before = _expect(_get(content, "before_recovery", "the top level"), dict, "before_recovery")
         return cls(
             dense=_build(Measurement, _get(content, "dense", "the top level"), "dense"),

@@ -111,10 +111,10 @@ def comparison_table(report: Report, *, title: str | None = "dense beside compre
     return table
 
 
-POINTS_HEADER = ("", "test", "MACs per sample", "latency (ms)", "time against dense")
+POINTS_HEADER = ("", "test", "MACs per sample", "latency (ms)", "time against dense", "file (bytes)")
 
 
-def points_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
+def points_rows(report: Report) -> list[tuple[str, str, str, str, str, str]]:
     """Return the rows below `POINTS_HEADER`: the dense network, the ways to run the compressed one, the controls."""
     dense = next((one.latency_ms for one in report.points if one.kind == "dense"), None)
     metric = report.tested
@@ -125,14 +125,35 @@ def points_rows(report: Report) -> list[tuple[str, str, str, str, str]]:
             f"{point.macs:,.0f}",
             f"{point.latency_ms:,.3f}",
             "" if dense is None else f"{point.latency_ms / dense:.2f}",
+            "" if point.file_bytes is None else f"{point.file_bytes:,.0f}",
         )
         for point in report.points
     ]
 
 
+def points_notes(report: Report) -> list[str]:
+    """Return the note below the ways to run the network: one file beside those of the networks trained alone."""
+    alone = [one.file_bytes for one in report.points if one.kind == "control" and one.file_bytes is not None]
+    if not alone:
+        return []
+    one, together = report.compressed.file_bytes, sum(alone)
+    files = "file" if len(alone) == 1 else f"{len(alone)} files"
+    return [
+        f"All ways to run the compressed network are in one file of {one:,} bytes; the {files} of what was trained "
+        f"alone {'has' if len(alone) == 1 else 'have'} {together:,.0f} bytes, {together / one:.2f} times as many."
+    ]
+
+
 def points_table(report: Report) -> Table:
     """Return the table of the ways to run the compressed network, for a rich console."""
-    table = Table(title="ways to run the network", title_style="bold", title_justify="left")
+    caption = Text("\n".join(points_notes(report))) if points_notes(report) else None
+    table = Table(
+        title="ways to run the network",
+        title_style="bold",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
     for i, heading in enumerate(POINTS_HEADER):
         table.add_column(heading, justify="right" if i else "left")
     for row in points_rows(report):
@@ -146,6 +167,7 @@ def report_markdown(report: Report) -> str:
     lines += [line for note in notes(report) for line in (note, "")]
     if report.points:
         lines += ["## Ways to run the network", "", *markdown_table(POINTS_HEADER, points_rows(report)), ""]
+        lines += [line for note in points_notes(report) for line in (note, "")]
     lines += ["## What is left of each layer", ""]
     if report.layers:
         header = ("layer", "parameters", "non-zero, dense", "non-zero, compressed", "left")

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_compress.coding.footprint import file_bytes
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.measure.footprint import time_in_turns
@@ -16,6 +17,8 @@ from lightning_compress.measure.macs import count_macs
 from lightning_compress.report import Point
 from lightning_compress.tasks.results import Compressed, Dense
 from lightning_compress.trainer.wrapper import CompressionModule
+
+COMPRESSED = "compressed"  # the name of the compressed network as a whole
 
 
 def check_calibration(module: LightningModule, settings: Mapping[str, Any] | None) -> None:
@@ -66,23 +69,25 @@ def tested_ways(
     for one in found:
         with one.answering():
             ways.append(Way(one.name, "point", one.network, test(module)))
-    ways.append(Way("compressed", "point", module, compressed.metric))
+    ways.append(Way(COMPRESSED, "point", module, compressed.metric))
     return ways + [Way(name, "control", one, test(one)) for name, one in controls.items()]
 
 
-def timed_points(ways: Sequence[Way], inputs: ExampleInputs, *, repeats: int) -> tuple[Point, ...]:
+def timed_points(ways: Sequence[Way], inputs: ExampleInputs, *, repeats: int, small: int) -> tuple[Point, ...]:
     """Return the points of a report, timed in turns with one batch.
 
     Args:
         ways: What is compared.
         inputs: Test samples: how long a network with exits takes depends on them.
         repeats: How often each is timed.
+        small: Bytes of the compressed network's file.
     """
     names = [f"{number} {way.name}" for number, way in enumerate(ways)]
     networks = {name: (way.network, inputs) for name, way in zip(names, ways, strict=True)}
     latency = time_in_turns(networks, repeats=repeats) if ways else {}
     points = []
     for name, way in zip(names, ways, strict=True):
+        in_file = small if way.name == COMPRESSED else None if way.kind == "point" else file_bytes(way.network)
         with evaluating(way.network):
             macs, _ = count_macs(way.network, inputs)
         points.append(
@@ -92,6 +97,7 @@ def timed_points(ways: Sequence[Way], inputs: ExampleInputs, *, repeats: int) ->
                 test_metric=way.test_metric,
                 macs=float(macs),
                 latency_ms=1000.0 * latency[name].seconds,
+                file_bytes=in_file,
             )
         )
     return tuple(points)

@@ -127,7 +127,7 @@ class Run:
         if not compressed.trainer.is_global_zero:
             return None
         costs = self.measure(trained, compressed, self.folder / SMALL)
-        return self.report(trained, compressed, costs, self.time(ways))
+        return self.report(trained, compressed, costs, self.time(ways, costs))
 
     def _check(
         self, modules: Sequence[LightningModule], student: LightningModule | None, weights: Sequence[str | Path]
@@ -251,7 +251,7 @@ class Run:
             busy=latency["dense"].busy,
         )
 
-    def time(self, ways: Sequence[Way]) -> tuple[Point, ...]:
+    def time(self, ways: Sequence[Way], costs: Costs) -> tuple[Point, ...]:
         """Time the ways to run the network on a batch of test samples, on one process."""
         if not ways:
             return ()
@@ -261,7 +261,8 @@ class Run:
         for way in ways:
             way.network.to(device)
         inputs = samples(module, self.datamodule, batch_size=self.batch_size, test=True)
-        return timed_points(ways, to_device(inputs, device), repeats=self.repeats)
+        small = costs.compressed.file_bytes
+        return timed_points(ways, to_device(inputs, device), repeats=self.repeats, small=small)
 
     def report(self, dense: Dense, compressed: Compressed, costs: Costs, points: Sequence[Point] = ()) -> Report:
         """Make the report, and write its files into the folder."""

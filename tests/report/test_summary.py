@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_compress.measure.footprint import Footprint, Latency
-from lightning_compress.report import Epoch, Layer, Measurement, Report, compare_layers
+from lightning_compress.report import Epoch, Layer, Measurement, Point, Report, compare_layers
 
 DENSE = Measurement(0.98, 1000, 990, 5000, 4100, 1.5, 64000, ())
 COMPRESSED = Measurement(0.97, 1000, 100, 5000, 600, 1.25, 64000, ("aten::foo",))
@@ -90,8 +90,15 @@ def test_a_footprint_becomes_a_measurement_in_its_units() -> None:
 def test_a_report_of_another_format_is_named_and_not_read(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     file.write_text(json.dumps({key: value for key, value in REPORT.to_dict().items() if key != "format"}))
-    with pytest.raises(ValueError, match=r"report\.json .*its format is 1, and this version reads 2 and 3"):
+    with pytest.raises(ValueError, match=r"report\.json .*its format is 1, and this version reads 2 to 4"):
         Report.load(file)
+
+
+def test_a_report_of_format_3_has_points_without_files(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    point = {"name": "exit 1", "kind": "point", "test_metric": 0.5, "macs": 10.0, "latency_ms": 1.0}
+    file.write_text(json.dumps(REPORT.to_dict() | {"format": 3, "points": [point]}))
+    assert Report.load(file).points == (Point("exit 1", "point", 0.5, 10.0, 1.0, None),)
 
 
 def test_a_report_of_format_2_is_read_under_the_names_of_today(tmp_path: Path) -> None:

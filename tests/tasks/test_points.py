@@ -54,6 +54,17 @@ def test_a_run_reports_each_way_by_the_modules_own_test(tmp_path: Path) -> None:
     assert Report.load(tmp_path / "report.json").points == report.points
     assert "narrow (trained alone)" in report_markdown(report)
     assert len(points_table(report).rows) == len(report.points)
+    assert points["point", "exit 1"].file_bytes is None, "it is in the file of the compressed network"
+    small = (tmp_path / "compressed.lcz").stat().st_size
+    assert points["point", "compressed"].file_bytes == report.compressed.file_bytes == small
+    assert points["dense", "dense"].file_bytes == report.dense.file_bytes
+    alone = points["control", "narrow"].file_bytes
+    assert alone is not None
+    assert 4 * sum(one.numel() for one in DigitsConvNet(width=2).parameters()) * 0.8 < alone < small
+    assert f"one file of {small:,} bytes; the file of what was trained alone has {alone:,.0f}" in report_markdown(
+        report
+    )
+
     assert report_figure(report).axes[-1].get_xlabel() == "latency of a batch (ms)"
 
     # The file has heads and thresholds, by which a plain loop finds the same accuracy.
