@@ -36,7 +36,7 @@ class Switched(Answer):
         return thin_of(self.network, self.width).module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             raise RuntimeError(self._advice("torch.jit.trace"))
         return fresh(self.network, self.width).forward(*args, **kwargs)
 
@@ -51,7 +51,7 @@ class Switched(Answer):
         )
 
 
-@torch.compiler.disable  # torch.compile compiles the thin network, and not what looks for changes of the full one
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what looks for changes of the network is not compiled
 def fresh(network: nn.Module, width: Width) -> nn.Module:
     """Return the thin network of a width with the network's present tensors, for one call."""
     thin = thin_of(network, width)
