@@ -15,6 +15,7 @@ from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.quantization.callback import QuantizationAwareTrainingCallback
 from lightning_compress.serving.controller import BudgetController
+from lightning_compress.slimmable.module import SlimmableWidth
 
 __all__ = [
     "BinaryWeightsCallback",
@@ -29,6 +30,7 @@ __all__ = [
     "GroupLassoCallback",
     "IterativePruningCallback",
     "QuantizationAwareTrainingCallback",
+    "SlimmableWidth",
     "WeightClusteringCallback",
     "channel_groups",
     "cut",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KEY = "lightning_compress.structure"  # the key of a module's records, by kind, in its metadata
 KINDS = {  # the class of each kind, imported when a state dict has one; networks are rebuilt in this order
     "exits": "lightning_compress.early_exit.record.ExitStructure",  # after "cut": a cut network has thinner heads
+    "widths": "lightning_compress.slimmable.record.WidthStructure",
     "cut": "lightning_compress.channels.load.CutNetwork",
     "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
     "sign": "lightning_compress.binary.inputs.BinaryInput",

@@ -104,8 +104,9 @@ def _shared_within(module: nn.Module, sliced: Collection[int]) -> dict[int, Any]
     entries = vars(module)
     found: dict[int, Any] = {id(entries[name]): entries[name] for name in _SHARED_HOOKS}
     found |= {id(entries[name]): OrderedDict() for name in _NO_HOOKS}
-    if isinstance(entries.get("forward"), Answer):
-        found[id(entries["forward"])] = None
+    forward = entries.get("forward")
+    if isinstance(forward, Answer) or getattr(forward, "__func__", None) is type(module).forward:
+        found[id(forward)] = None  # the class's own answers; Lightning leaves a bound method of it there
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
             found[id(tensor)] = _placeholder(tensor) if id(tensor) in sliced else tensor

@@ -19,6 +19,7 @@ from lightning_compress import (
     GroupLassoCallback,
     IterativePruningCallback,
     QuantizationAwareTrainingCallback,
+    SlimmableWidth,
     WeightClusteringCallback,
 )
 from support.small import CLASSES, FEATURES, SmallModule
@@ -118,6 +119,13 @@ def exits(layers: Sequence[str] = ("net.norm", "net.hidden"), **options: Any) ->
     return Entry(wrap=wrap, idle_wrap=partial(wrap, layers=()))
 
 
+def widths(widths: Sequence[float] = (0.25, 0.5, 1.0), **options: Any) -> Entry:
+    def wrap(module: LightningModule, widths: Sequence[float] = widths) -> LightningModule:
+        return SlimmableWidth(module, widths, example_inputs=torch.zeros(2, FEATURES), **options)
+
+    return Entry(wrap=wrap, idle_wrap=partial(wrap, widths=(1.0,)))
+
+
 def clipped(**options: Any) -> Entry:
     return technique(ClippedWeightsCallback, idle={"limit": 1e9}, **({"limit": 0.1} | options))
 
@@ -181,6 +189,15 @@ REGISTRY: dict[str, Entry] = {
     "pruning-neurons-during-fit-exits": pruning(granularity="neuron", amount=0.5, shrink="during_fit").with_(exits()),
     "clustering-qat-exits": clustering(start_epoch=1.0).with_(
         qat(4, 8, granularity="tensor", start_epoch=2.0), exits()
+    ),
+    "widths": widths(),
+    "widths-statistics": widths(norms="statistics", distill=0.0),
+    "widths-universal": widths(universal=True),
+    "distillation-widths": distillation().with_(widths((0.5,))),
+    "exits-widths": exits().with_(widths((0.5,), norms="statistics")),
+    "pruning-widths": pruning().with_(widths((0.5,))),
+    "clustering-qat-widths": clustering(start_epoch=1.0).with_(
+        qat(4, 8, granularity="tensor", start_epoch=2.0), widths((0.5,))
     ),
     "own-technique": clipped(),
 }

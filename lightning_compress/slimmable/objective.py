@@ -1,0 +1,362 @@
+"""The objective of widths: the user's own step with the full network, and again with the network of each width.
+
+loss = e_full + sum over widths w < 1 of (1 - a) e_w + a T^2 KL(softmax(z_full / T) || softmax(z_w / T))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_compress.channels.find import channel_groups
+from lightning_compress.core.answering import answering
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.core.outputs import select_output
+from lightning_compress.core.undo import as_before_on_error
+from lightning_compress.slimmable.norms import Norms, WidthNorms, give_norms, norms_of, sliced_norms
+from lightning_compress.slimmable.order import Order, sort_channels
+from lightning_compress.slimmable.recalibrate import recalibrate
+from lightning_compress.slimmable.record import note_widths
+from lightning_compress.slimmable.switch import find_groups, thin_of, width_of
+from lightning_compress.slimmable.thin import ThinNetwork
+from lightning_compress.slimmable.widths import Width, checked_widths, counts_at, shrinkable
+from lightning_compress.trainer.distributed import gather, rank
+from lightning_compress.trainer.effects import Effects
+from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.one_step import OneStep, backbone
+from lightning_compress.trainer.replaying import ReplayingObjective
+from lightning_compress.trainer.unwrap import innermost
+
+RANDOM = 2  # widths that are drawn for a step of universal training, beside the widest and the narrowest
+_STEPS = 32  # random widths are multiples of 1 / 32, so that each has its thin network soon
+_BATCHES = 5  # whose inputs are kept to compute the statistics of norms anew
+_SAMPLES = 64  # of each of these batches
+_FEW = 4  # samples that are kept of a peeked batch, with which channels are found
+
+
+class WidthsStep(OneStep):
+    """A batch on its way through a module with widths, whose replays run thinner networks.
+
+    Args:
+        args, kwargs: Of `OneStep`.
+        widths: By label of the replay.
+        thin: Returns the network of a width.
+    """
+
+    def __init__(
+        self, *args: Any, widths: Mapping[str, float], thin: Callable[[float], ThinNetwork], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.widths, self.thin = widths, thin
+        self._outputs: dict[str, Any] = {}
+
+    def _end(self, output: Any) -> None:
+        self.before.check_batch()  # the next replay's network gets the same tensors
+        super()._end(output)
+
+    @contextmanager
+    def answer(self, label: str) -> Iterator[None]:
+        thin = self.thin(self.widths[label])
+        thin.refresh(gradients=torch.is_grad_enabled())
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._outputs[label] = found = thin.module.forward(*args, **kwargs)
+            return found
+
+        with answering(self.network, forward, by=thin.module):
+            yield
+
+    def logits_of(self, label: str) -> Tensor:
+        return select_output(self._outputs[label], self.picks, "The network")
+
+
+class Widths(ReplayingObjective):
+    """The objective that `SlimmableWidth` adds; its arguments are that wrapper's.
+
+    Attributes:
+        collecting: Called in evaluation with what the network was called with; steps are not replayed then.
+    """
+
+    def __init__(self, widths: Sequence[float] | None, *, example_inputs: Any, **settings: Any) -> None:
+        self.widths = None if widths is None else checked_widths(widths)
+        universal = settings["universal"]
+        distill = settings["distill"]
+        known = {"distill": (1.0 if universal else 0.5) if distill is None else distill}
+        if callable(settings["order"]):
+            known["order"] = getattr(settings["order"], "__name__", "own")  # a checkpoint is recognised by it
+        super().__init__(widths=None if self.widths is None else list(self.widths), **(settings | known))
+        self.example_inputs: ExampleInputs | None = example_inputs
+        self.universal = bool(universal)
+        self.norms: Norms = settings["norms"] or ("recalibrate" if universal else "private")
+        self.order: Order = settings["order"]
+        self.allow_inexact: bool = settings["allow_inexact"]
+        self.collecting: Callable[[ExampleInputs], None] | None = None
+        self.inside: LightningModule | None = None  # what is wrapped
+        self._everywhere: list[list[ExampleInputs]] | None = None  # `_kept` of all ranks, while a checkpoint is made
+        self._generator = torch.Generator()
+        self._drawn: list[float] = []  # the random widths of this step
+        self._kept: list[ExampleInputs] = []  # inputs of the last batches
+        self._others: dict[float, ThinNetwork] = {}  # of widths that were drawn
+        self._stale = False  # whether training went on since the statistics were computed
+        if self.norms not in get_args(Norms):
+            raise ValueError(f"norms is one of {', '.join(get_args(Norms))}; got {self.norms!r}.")
+        if self.universal and self.norms != "recalibrate":
+            raise ValueError(
+                f"universal=True trains widths that have no norms of their own, so that norms={self.norms!r} is for a "
+                f"list of widths: leave norms= or universal= out."
+            )
+
+    # ------------------------------------------------------------------ widths
+
+    def held(self, module: LightningModule) -> WidthNorms | None:
+        """Return what the module's network holds for its widths; None before it has some."""
+        return norms_of(backbone(resolve_network(module, self.network)))
+
+    def thinner(self, module: LightningModule) -> list[float]:
+        """Return the widths below 1.0 that the network has, if it can run at them."""
+        held = self.held(module)
+        return [] if held is None or held.groups is None else list(held.widths[:-1])
+
+    def adopt(self, network: nn.Module) -> bool:
+        """Take the widths that a network has already; return whether it has some.
+
+        Raises:
+            ValueError: They are others than `widths` says.
+        """
+        held = norms_of(backbone(network))
+        if held is None:
+            return False
+        if self.widths is not None and self.widths != held.widths:
+            raise ValueError(
+                f"The network has the widths {', '.join(map(str, held.widths))} already, and widths= says "
+                f"{', '.join(map(str, self.widths))}: pass widths=None to go on with those."
+            )
+        if self.norms != held.norms:
+            raise ValueError(
+                f"The network was trained with norms={held.norms!r}, and this wrapper has norms={self.norms!r}."
+            )
+        note_widths(backbone(network))
+        return True
+
+    def build(self, network: nn.Module, inputs: ExampleInputs) -> None:
+        """Give a network its widths, or find anew the channels of one that has them.
+
+        Args:
+            network: The network, or its compiled form.
+            inputs: What it is called with.
+
+        Raises:
+            ValueError: None of its channels can leave, or two widths keep the same; the network stays as it was.
+        """
+        bare = backbone(network)
+        if norms_of(bare) is not None:
+            find_groups(bare, inputs)
+        elif self.widths is not None and len(self.widths) > 1:
+            groups = channel_groups(bare, inputs)
+            found = shrinkable(bare, groups, inputs, allow_inexact=self.allow_inexact)
+            widths = checked_widths(self.widths, groups)
+            with as_before_on_error(bare):
+                sort_channels(bare, groups, inputs, self.order, allow_inexact=self.allow_inexact)
+                give_norms(bare, groups, widths, self.norms, allow_inexact=self.allow_inexact)
+            note_widths(bare)
+            rank_zero_info(str(found))
+        self.example_inputs = first_samples(inputs, _FEW)
+
+    def configure(self, module: LightningModule) -> None:
+        network = resolve_network(module, self.network)
+        has = self.adopt(network)
+        if (has and not self.thinner(module)) or (not has and self.widths is not None and len(self.widths) > 1):
+            device = next((one.device for one in network.parameters()), torch.device("cpu"))
+            move = partial(to_device, device=device)
+            self.build(network, move(given_or_peeked(module.trainer, module, network, self.example_inputs, move)))
+        self.renew_replicas(module)
+
+    def finish(self, module: LightningModule) -> None:
+        self._others.clear()
+
+    def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
+        held = self.held(module)
+        ids = set() if held is None else {id(one) for one in held.parameters() if one.requires_grad}
+        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+
+    def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
+        thinner = self.thinner(module)
+        runs = 2 + RANDOM if self.universal else 1 + len(thinner)
+        return replace(
+            super().effects(trainer, module),
+            modules=frozenset(self.own_parameters(module)),
+            looks_at=frozenset({"output"}) if thinner else frozenset(),
+            replays=runs if thinner else 1,
+            runs_thinner=bool(thinner),
+            options={"modules": "norms='private'"},
+        )
+
+    # ------------------------------------------------------------------ the fit
+
+    def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
+        self._generator.manual_seed(gather(torch.initial_seed())[0])  # rank 0's
+        self._kept, self._stale = [], False
+        if state is None:
+            return
+        self.set_values_of_replicas(module, state["values"])
+        self._generator.set_state(state["generator"].cpu())
+        self._stale = state["stale"]
+        if rank() < len(state["batches"]):
+            self._kept = state["batches"][rank()]
+
+    def state(self) -> dict[str, Any]:
+        inputs, self._everywhere = self._everywhere or [self._kept], None
+        return {
+            "values": self.values_of_replicas(),
+            "generator": self._generator.get_state(),
+            "stale": self._stale,
+            "batches": inputs,
+        }
+
+    def synchronize(self) -> None:
+        self._everywhere = gather(self._kept)
+
+    # ------------------------------------------------------------------ a step
+
+    def labels(self, module: LightningModule) -> list[str]:
+        return list(self._at(module))
+
+    def every_label(self, module: LightningModule) -> list[str]:
+        names = [label_of(width) for width in self.thinner(module)]
+        return [*names, *_RANDOM_LABELS] if names and self.universal else names
+
+    def full_label(self, module: LightningModule) -> str:
+        return label_of(1.0)
+
+    def _at(self, module: LightningModule) -> dict[str, float]:
+        """Return the width of each replay now, by its label; none where the network runs at one width that was set."""
+        thinner = self.thinner(module)
+        trainer = module._trainer
+        fits = trainer is not None and trainer.state.fn == "fit"
+        if not fits and width_of(backbone(resolve_network(module, self.network))) != 1.0:
+            return {}
+        if thinner and self.universal and trainer is not None and trainer.training:
+            drawn = self._drawn or [thinner[0]] * RANDOM
+            return {label_of(thinner[0]): thinner[0], **dict(zip(_RANDOM_LABELS, drawn, strict=True))}
+        return {label_of(width): width for width in thinner}
+
+    def one_step(self, module: LightningModule, *args: Any, **kwargs: Any) -> WidthsStep:
+        network = backbone(resolve_network(module, self.network))
+        return WidthsStep(module, *args, widths=self._at(module), thin=partial(self._thin, network), **kwargs)
+
+    def _thin(self, network: nn.Module, width: float) -> ThinNetwork:
+        """Return the network of a width, also of one that has no statistics, as a step may draw it in training."""
+        held = norms_of(network)
+        assert held is not None, "there are labels"
+        assert held.groups is not None, "there are labels"
+        if width in held.widths:
+            return thin_of(network, width)
+        if width not in self._others:
+            counts = counts_at(held.groups, width, allow_inexact=held.allow_inexact)
+            self._others[width] = ThinNetwork(network, held.groups, counts, tracked=False)
+        return self._others[width]
+
+    def begin(self, module: LightningModule) -> None:
+        if self.universal and module.trainer.training:
+            least = self.thinner(module)[0]
+            drawn = torch.empty(RANDOM).uniform_(least, 1.0, generator=self._generator).tolist()
+            self._drawn = [min(max(least, round(width * _STEPS) / _STEPS), 1.0 - 1.0 / _STEPS) for width in drawn]
+
+    def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._whole(module):
+            return super().step(module, run, *args, **kwargs)
+
+    def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        held = self.held(module)
+        if held is not None and held.groups is None:
+            self.say(
+                f"The channels of {type(innermost(module)).__name__} are not known at its widths: what is logged is of "
+                f"the full network alone. Pass example_inputs= to SlimmableWidth."
+            )
+        with self._whole(module):
+            return super().evaluate(module, run, *args, **kwargs)
+
+    @contextmanager
+    def _whole(self, module: LightningModule) -> Iterator[None]:
+        """Run the full network in the real steps of a fit, whichever width is set."""
+        network = backbone(resolve_network(module, self.network))
+        if module.trainer.state.fn != "fit" or width_of(network) == 1.0:
+            yield
+            return
+        with answering(network, partial(type(network).forward, network), by=network):
+            yield
+
+    def after_step(self, one: OneStep) -> None:
+        if self.norms == "recalibrate":
+            self._kept = [*self._kept, first_samples(_inputs_of(one), _SAMPLES)][-_BATCHES:]
+            self._stale = True
+
+    def sees(self, one: OneStep) -> bool:
+        if self.collecting is not None:
+            self.collecting(_inputs_of(one))
+        return self.collecting is not None
+
+    def at_hook(self, name: str, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.collecting is not None:
+            return run(*args, **kwargs)
+        return super().at_hook(name, module, run, *args, **kwargs)
+
+    def before_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Compute the statistics of all widths anew, from what the network has seen last, if it has learned since."""
+        if not self._stale or self.norms != "recalibrate":
+            return
+        self._stale = False
+        self.recalibrate(module, self._kept, self.thinner(module))
+
+    def recalibrate(self, module: LightningModule, inputs: Sequence[ExampleInputs], widths: Iterable[Width]) -> None:
+        """Compute the statistics of widths anew from what the network is called with."""
+        network = backbone(resolve_network(module, self.network))
+        held = norms_of(network)
+        assert held is not None, "there are widths"
+        assert held.groups is not None, "there are widths"
+        for width in widths:
+            if not held.of(width):
+                counts = counts_at(held.groups, width, allow_inexact=held.allow_inexact)
+                held.put(width, sliced_norms(network, held.groups, counts), persistent=False)
+            thin = thin_of(network, width)
+            thin.refresh(gradients=False)
+            with module.trainer.precision_plugin.forward_context():
+                recalibrate(thin.module, inputs, batches=len(inputs))
+
+
+def _inputs_of(one: OneStep) -> ExampleInputs:
+    """Return copies of what a step has called the network with.
+
+    Raises:
+        ValueError: It has used positional and keyword arguments together.
+    """
+    args, kwargs = one.inputs
+    if args and kwargs:
+        raise ValueError(
+            "The network is called with positional and with keyword arguments, with which the statistics of its norms "
+            "can't be computed anew: call it with one kind."
+        )
+    copied: ExampleInputs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), kwargs or args)
+    return copied
+
+
+_RANDOM_LABELS = [f"random{number}" for number in range(1, RANDOM + 1)]
+
+
+def label_of(width: float) -> str:
+    """Return the folder of what a width logs.
+
+    Example:
+        >>> label_of(0.25), label_of(1)
+        ('width0.25', 'width1.0')
+    """
+    return f"width{float(width)}"
