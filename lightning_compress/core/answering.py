@@ -72,9 +72,10 @@ def answering_now(network: nn.Module) -> nn.Module:
 
 
 def put(network: nn.Module, answer: Answer | None) -> None:
-    """Have a function answer calls of a network from now on; None: its own forward answers again."""
-    entries = vars(network)
-    for name in _SLOTS:
-        entries.pop(name, None)
+    """Have a function answer calls of a network from now on; None: its own forward answers again.
+
+    A network that was compiled in place compiles the function, too.
+    """
+    vars(network).pop("forward", None)
     if answer is not None:
-        entries.update({"forward": answer, "_compiled_call_impl": None})
+        vars(network)["forward"] = answer

@@ -13,7 +13,7 @@ from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import put
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.slimmable.norms import norms_or_raise, take_norms
-from lightning_compress.slimmable.switch import find_groups, thin_of
+from lightning_compress.slimmable.switch import find_groups, fresh, thin_of
 from lightning_compress.slimmable.widths import Width, counts_at, masks_of
 
 
@@ -107,6 +107,4 @@ class SlimmableNetwork(nn.Module):
         """
         if width == 1.0:
             return self.network(*args, **kwargs)
-        thin = thin_of(self.network, width)
-        thin.refresh(gradients=torch.is_grad_enabled())
-        return thin.module(*args, **kwargs)
+        return fresh(self.network, width)(*args, **kwargs)

@@ -36,9 +36,27 @@ class Switched(Answer):
         return thin_of(self.network, self.width).module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        thin = thin_of(self.network, self.width)
-        thin.refresh(gradients=torch.is_grad_enabled())
-        return thin.module.forward(*args, **kwargs)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            raise RuntimeError(self._advice("torch.jit.trace"))
+        return fresh(self.network, self.width).forward(*args, **kwargs)
+
+    @property
+    def __code__(self) -> Any:  # torch.export asks for it
+        raise AttributeError(self._advice("torch.export"))
+
+    def _advice(self, who: str) -> str:
+        return (
+            f"{who} can't take {type(self.network).__name__} while it is switched to width {_shown(self.width)}: pass "
+            f"extract(network, width, example_inputs), or call set_width(network, 1.0) first."
+        )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what looks for changes of the network is not compiled
+def fresh(network: nn.Module, width: Width) -> nn.Module:
+    """Return the thin network of a width with the network's present tensors, for one call."""
+    thin = thin_of(network, width)
+    thin.refresh(gradients=torch.is_grad_enabled())
+    return thin.module
 
 
 def set_width(network: nn.Module, width: Width, *, norms: Held | None = None) -> None:

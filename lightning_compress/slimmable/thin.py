@@ -170,7 +170,8 @@ class _Slot:
         self.gathers = any(isinstance(cut, Tensor) for _, cut in cuts)
         self.value: Any = None
         self._source: Any = None
-        self._pointer, self._version = 0, 0
+        self._place: int | None = None
+        self._version = 0
 
     def renew(self, taken: dict[int, Tensor], *, gradients: bool, anew: bool) -> None:
         """Take the network's tensor, if it has another one or another content now, or if `anew`."""
@@ -180,11 +181,13 @@ class _Slot:
             if not same:
                 self._source = self.value = self.target[self.name] = source
             return
-        if same and source.data_ptr() == self._pointer and (not self.gathers or source._version == self._version):
+        place = _place(source)
+        if same and place == self._place and (not self.gathers or source._version == self._version):
             return
         if id(source) not in taken:  # it may have several names
             taken[id(source)] = _cut(source if gradients else source.detach(), self._cuts)
-        self._source, self._pointer, self._version = source, source.data_ptr(), source._version
+        self._source, self._place = source, place
+        self._version = source._version if self.gathers else 0
         self.value = self.target[self.name] = taken[id(source)]
 
 
@@ -281,6 +284,14 @@ def _held(copies: Iterable[nn.Module], slots: Mapping[int, _Slot]) -> Iterator[t
                     yield vars(module) if container is direct else container, key, slots[id(value)]
                 elif isinstance(value, dict | list | tuple):
                     left.append(value)
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Return where a tensor's numbers are; None for tensors of torch.func, which have no place."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
 
 
 def _check(groups: ChannelGroups, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
