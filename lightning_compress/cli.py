@@ -119,6 +119,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         metric_mode=cfg.metric_mode,
         epochs=cfg.trainer.get("max_epochs") if cfg.trainer.get("enable_progress_bar", True) else None,
         settings=_for_json(plain(cfg, resolve=False)),  # not resolved: a folder's name would differ in every run
+        search=plain(cfg.search) if cfg.search else None,
         calibration=plain(cfg.calibration) if cfg.calibration else None,
         **cfg.measure,
         **cfg.file,

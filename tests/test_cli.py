@@ -16,10 +16,11 @@ import torch
 import yaml
 
 from lightning_compress import cli
-from lightning_compress.baselines import Classifier, DigitsConvNet
+from lightning_compress.baselines import Classifier, Digits, DigitsConvNet
 from lightning_compress.coding import load_compressed
 from lightning_compress.coding.files import read_compressed
 from lightning_compress.report import Report
+from lightning_compress.slimmable.network import SlimmableNetwork
 
 TESTS = Path(__file__).parent
 SMALL = ["model.network.width=8", "dense.max_epochs=2", "trainer.max_epochs=3", "trainer.enable_progress_bar=false"]
@@ -412,6 +413,47 @@ def test_a_pruned_network_learns_from_what_it_was(finished: Path, command: Calla
     zeros = [float((state["network.conv3.weight"] == 0).float().mean()) for state in (taught, alone)]
     assert min(zeros) > 0.5
     assert not torch.equal(taught["network.conv3.weight"], alone["network.conv3.weight"])
+
+
+# ------------------------------------------------------------------------------------------------------------ widths
+
+
+def test_the_slimmable_recipe_compares_its_widths_with_networks_of_these_widths(command: Callable[..., None]) -> None:
+    widths = [f"controls.{name}.network.width={n}" for name, n in (("quarter", 2), ("half", 4), ("three_quarters", 6))]
+    recipe = ["experiment=slimmable", "controls.whole.network.width=8", *widths, "measure.repeats=1"]
+    command(*SMALL, *recipe, "hydra.run.dir=run", "verify=true")
+    report = Report.load("run/report.json")
+    points = {(one.kind, one.name): one for one in report.points}
+    alone = {name: points["control", name] for name in ("quarter", "half", "three_quarters", "whole")}
+    ways = [points["point", name] for name in ("width 0.25", "width 0.5", "width 0.75", "compressed")]
+    assert [one.macs for one in ways] == [one.macs for one in alone.values()]
+    assert min(one.test_metric or 0.0 for one in ways) > 0.5
+    files = sum(one.file_bytes or 0.0 for one in alone.values())
+    assert report.compressed.file_bytes < 0.65 * files
+    assert f"{files:,.0f} bytes" in Path("run/report.md").read_text()
+    module = load_compressed("run/compressed.lcz", Classifier(DigitsConvNet(width=8)))
+    data = Digits()
+    data.setup("test")
+    images, labels = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
+    thin = SlimmableNetwork(module.network, images[:2])  # type: ignore[arg-type]
+    for width, way in zip((0.25, 0.5), ways, strict=False):
+        assert float((thin(images, width=width).argmax(1) == labels).float().mean()) == pytest.approx(way.test_metric)
+
+
+def test_autoslim_ends_with_a_plain_network_within_its_budget(command: Callable[..., None]) -> None:
+    recipe = ["experiment=autoslim", "controls.uniform.network.width=6", "search.epochs=1", "measure.repeats=1"]
+    command(*SMALL, *recipe, "hydra.run.dir=run")
+    report = Report.load("run/report.json")
+    assert report.compressed.macs <= 0.5 * report.dense.macs
+    assert [one.phase for one in report.history] == ["dense"] * 5 + ["tuning"]
+    assert [(one.kind, one.name) for one in report.points][1:] == [("point", "compressed"), ("control", "uniform")]
+    assert json.loads(Path("run/search.json").read_text())["decisions"][-1]["cost"] <= 0.5
+    assert found(command, Path("run/compressed.lcz")) == report.compressed.test_metric
+    plain = load_compressed("run/compressed.lcz", Classifier(DigitsConvNet(width=8)))
+    convolutions = [one for one in plain.modules() if isinstance(one, torch.nn.Conv2d)]
+    assert sum(one.out_channels for one in convolutions) < 8 + 8 + 16 + 16
+    with pytest.raises(SystemExit):
+        command(*SMALL, "search={budget:0.5,epochs:1}", "hydra.run.dir=other")
 
 
 # ---------------------------------------------------------------------------------------------------- other tasks

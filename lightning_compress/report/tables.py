@@ -139,7 +139,7 @@ def points_notes(report: Report) -> list[str]:
     one, together = report.compressed.file_bytes, sum(alone)
     files = "file" if len(alone) == 1 else f"{len(alone)} files"
     return [
-        f"All ways to run the compressed network are in one file of {one:,} bytes; the {files} of what was trained "
+        f"The compressed network has one file of {one:,} bytes for all ways to run it; the {files} of what was trained "
         f"alone {'has' if len(alone) == 1 else 'have'} {together:,.0f} bytes, {together / one:.2f} times as many."
     ]
 

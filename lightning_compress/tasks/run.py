@@ -28,10 +28,11 @@ from lightning_compress.report.figure import can_draw
 from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs, samples
+from lightning_compress.tasks.narrow import check_search, narrowed
 from lightning_compress.tasks.points import Way, check_calibration, tested_ways, timed_points
 from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
-from lightning_compress.tasks.run_folder import COMPRESSED, SMALL, dense_files
+from lightning_compress.tasks.run_folder import COMPRESSED, SEARCH, SMALL, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
 from lightning_compress.trainer.distributed import barrier
 
@@ -58,6 +59,8 @@ class Run:
             test, and compressed.ckpt contains the rounded weights too.
         settings: Settings of the run, for the report.
         epochs: Number of epochs of the compression, for a progress bar over the whole run; with None there is no bar.
+        search: Arguments of `search_widths` for a slimmable network, with `epochs`: when its training has ended, a
+            width is found for every group of channels, and the network of these widths trains on for so many epochs.
         calibration: Arguments of the compressed network's `calibrate`, which then runs on the validation data when the
             compression has ended; None: it is not calibrated.
     """
@@ -75,6 +78,7 @@ class Run:
     half: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     epochs: int | None = None
+    search: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
 
     def run(
@@ -119,9 +123,12 @@ class Run:
         compressed = self.compress(
             trained, student=student, callbacks=callbacks, loggers=loggers, wrap=wrap, ckpt_path=ckpt_path
         )
+        epochs = int(dense.get("max_epochs") or 0) + compressed.trainer.current_epoch
+        if self.search is not None:
+            compressed = self.narrow(compressed, self.search)
+            epochs += compressed.trainer.current_epoch
         compressed.trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
         alone = dict(controls or {})
-        epochs = int(dense.get("max_epochs") or 0) + compressed.trainer.current_epoch
         self._train_dense(list(alone.values()), {**dense, "max_epochs": epochs}, None)
         ways = tested_ways(trained, compressed, alone, self._test)
         if not compressed.trainer.is_global_zero:
@@ -205,6 +212,7 @@ class Run:
             recorder.phase = "student"
         compressed = wrap(copy.deepcopy(dense.modules[0]) if student is None else student)
         check_calibration(compressed, self.calibration)
+        check_search(compressed, self.search)
         seed_everything(self.seed, workers=True, verbose=False)  # independent of whether a dense training came before
         rank_zero_info("Compression.")
         bar = self._bar(dense.epochs, dense.epochs, callbacks)
@@ -226,6 +234,30 @@ class Run:
             trainer=trainer,
             metric=self._test(compressed),
             before_recovery=before_recovery,
+            history=recorder.history,
+        )
+
+    def narrow(self, slimmable: Compressed, search: Mapping[str, Any]) -> Compressed:
+        """Search a width for every group of a slimmable network, and train the network of these widths on.
+
+        A run that is resumed trains these epochs again; the search goes on from its record.
+        """
+        settings = dict(search)
+        epochs = int(settings.pop("epochs"))
+        wrapped: Any = slimmable.module
+        module = narrowed(wrapped, self.datamodule, record=self.folder / SEARCH, **settings)
+        before = self._test(module)
+        recorder = Recorder(self.val_metric, slimmable.history)
+        recorder.phase = "tuning"
+        seed_everything(self.seed, workers=True, verbose=False)
+        options: dict[str, Any] = {"max_epochs": epochs, "logger": False, "enable_checkpointing": False}
+        trainer = trainer_of(self.make_trainer, callbacks=[recorder], **options)
+        trainer.fit(module, datamodule=self.datamodule)
+        return Compressed(
+            module=module,
+            trainer=trainer,
+            metric=self._test(module),
+            before_recovery=before,
             history=recorder.history,
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 COMPRESSED, SMALL = "compressed.ckpt", "compressed.lcz"
 CONFIG = "config.yaml"  # the composed config, resolved
 CHECKPOINTS = "checkpoints"  # a folder
+SEARCH = "search.json"  # the decisions of a search for widths
 
 
 def dense_files(folder: str | Path, number: int) -> list[str]:

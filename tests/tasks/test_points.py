@@ -61,8 +61,9 @@ def test_a_run_reports_each_way_by_the_modules_own_test(tmp_path: Path) -> None:
     alone = points["control", "narrow"].file_bytes
     assert alone is not None
     assert 4 * sum(one.numel() for one in DigitsConvNet(width=2).parameters()) * 0.8 < alone < small
-    assert f"one file of {small:,} bytes; the file of what was trained alone has {alone:,.0f}" in report_markdown(
-        report
+    assert (
+        f"one file of {small:,} bytes for all ways to run it; the file of what was trained alone has {alone:,.0f}"
+        in report_markdown(report)
     )
 
     assert report_figure(report).axes[-1].get_xlabel() == "latency of a batch (ms)"
