@@ -51,12 +51,19 @@ class Switched(Answer):
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # what looks for changes of the network is not compiled
 def fresh(network: nn.Module, width: Width) -> nn.Module:
     """Return the thin network of a width with the network's present tensors, for one call."""
+    if torch.compiler.is_compiling():
+        found: nn.Module = _uncompiled(network, width)
+        return found
     thin = thin_of(network, width)
     thin.refresh(gradients=torch.is_grad_enabled())
     return thin.module
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile can't trace what looks for changes
+def _uncompiled(network: nn.Module, width: Width) -> nn.Module:
+    return fresh(network, width)
 
 
 def set_width(network: nn.Module, width: Width, *, norms: Held | None = None) -> None:
@@ -90,7 +97,7 @@ def set_width(network: nn.Module, width: Width, *, norms: Held | None = None) ->
     if width == 1.0:
         put(network, None)
         return
-    thin_of(network, width)
+    thin_of(network, width).look_again()
     put(network, Switched(network, dict(width) if isinstance(width, Mapping) else float(width)))
 
 
