@@ -125,7 +125,8 @@ def _regressed(student: Tensor, regressor: nn.Module) -> Tensor:
     if channels != weight.shape[1]:
         raise ValueError(
             f"the regressor was made for {weight.shape[1]} channels of the student, and there are {channels} now: a "
-            f"layer whose channels are cut during the fit can be compared by attention_transfer only."
+            f"layer that is cut during the fit, or has fewer channels at a smaller width, can be compared by "
+            f"attention_transfer only."
         )
     mapped: Tensor = regressor(student)
     return mapped

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -85,6 +86,8 @@ class Widths(ReplayingObjective):
     Attributes:
         collecting: Called in evaluation with what the network was called with; steps are not replayed then.
     """
+
+    runs_thinner: ClassVar[bool] = True
 
     def __init__(self, widths: Sequence[float] | None, *, example_inputs: Any, **settings: Any) -> None:
         self.widths = None if widths is None else checked_widths(widths)
@@ -205,6 +208,11 @@ class Widths(ReplayingObjective):
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self._generator.manual_seed(gather(torch.initial_seed())[0])  # rank 0's
         self._kept, self._stale = [], False
+        if self.norms == "recalibrate" and any(isinstance(one, WeightAveraging) for one in trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                "The statistics of norms at smaller widths are computed for the weights that train, and not for their "
+                "average: call .recalibrate(loader) after the fit."
+            )
         if state is None:
             return
         self.set_values_of_replicas(module, state["values"])

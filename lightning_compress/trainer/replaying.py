@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -39,7 +39,10 @@ class ReplayingObjective(Objective):
     Attributes:
         serving: What answers in the place of the network in evaluation, if anything does; steps are not replayed then.
         trains_full: Whether the loss of the real step is in the sum.
+        runs_thinner: Whether replays run the network with fewer channels.
     """
+
+    runs_thinner: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -165,8 +168,9 @@ class ReplayingObjective(Objective):
         return result
 
     def _replays(self, module: LightningModule) -> bool:
-        """Whether there is something to replay, and no wrapper of the same kind around, for which a fit is refused."""
-        return bool(self.labels(module)) and not any(isinstance(one, type(self)) for one in self._around(module))
+        """Whether there is something to replay, and no wrapper around with which a fit will be refused."""
+        around = [one for one in self._around(module) if isinstance(one, ReplayingObjective)]
+        return bool(self.labels(module)) and all(one.runs_thinner and not self.runs_thinner for one in around)
 
     def _begin(self, module: LightningModule, batch: Any) -> OneStep:
         self.begin(module)

@@ -189,18 +189,11 @@ PAIR_RULES = (
     PairRule(
         name="two wrappers that replay",
         meets=lambda one, other, first: (
-            first and one.replays > 1 and other.replays > 1 and one.runs_thinner == other.runs_thinner
+            first and one.replays > 1 and other.replays > 1 and (one.runs_thinner or not other.runs_thinner)
         ),
         shows=("replays", "replays"),
-        reason="{one} and {other} both run the user's step several times for each batch",
-        remedy="use one of them",
-    ),
-    PairRule(
-        name="widths inside exits",
-        meets=lambda one, other, first: first and one.runs_thinner and other.replays > 1 and not other.runs_thinner,
-        shows=("replays", "replays"),
-        reason="{other} around {one} would train exits of the full network alone",
-        remedy="put {one} around {other}",
+        reason="{one} and {other} around it both run the user's step several times for each batch",
+        remedy="use one of them; of exits and widths, the wrapper of widths may be around that of exits",
     ),
     PairRule(
         name="replays inside another wrapper",

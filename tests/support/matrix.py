@@ -28,7 +28,7 @@ from torch.multiprocessing import ProcessRaisedException
 from lightning_compress.trainer.compatibility import IncompatibleError
 from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES, Rule
 from support.ranks import TESTS, RankPair
-from support.registry import Entry, binary, clustering, distillation, exits, lasso, pruning, qat
+from support.registry import Entry, binary, clustering, distillation, exits, lasso, pruning, qat, widths
 from support.small import ManualModule, SmallModule, plain, quiet_trainer, shuffled
 
 README = TESTS.parent / "README.md"
@@ -64,6 +64,7 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "distillation": lambda **options: distillation(),
     "distillation, hints": lambda **options: distillation(hints=[_HINT]),
     "exits": lambda **options: exits(),
+    "widths": lambda **options: widths((0.5,)),
 }
 
 
@@ -260,7 +261,7 @@ def main() -> None:
     text = README.read_text()
     for head, written in zip(_HEADS, (table(pairs, PAIRS), table(alone, ALONE)), strict=True):
         before, rest = text.split(head)
-        text = f"{before}{head}\n\n{written}\n\n{_END}{rest.split(_END, 1)[1]}"
+        text = f"{before}{head}\n\n{written}\n{_END}{rest.split(_END, 1)[1]}"
     README.write_text(text)
 
 
