@@ -13,7 +13,6 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -35,6 +34,7 @@ from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.one_step import OneStep, backbone
 from lightning_compress.trainer.replaying import ReplayingObjective
+from lightning_compress.trainer.surroundings import Surroundings
 from lightning_compress.trainer.unwrap import innermost
 
 RANDOM = 2  # widths that are drawn for a step of universal training, beside the widest and the narrowest
@@ -208,7 +208,7 @@ class Widths(ReplayingObjective):
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self._generator.manual_seed(gather(torch.initial_seed())[0])  # rank 0's
         self._kept, self._stale = [], False
-        if self.norms == "recalibrate" and any(isinstance(one, WeightAveraging) for one in trainer.callbacks):  # type: ignore[attr-defined]
+        if self.norms == "recalibrate" and Surroundings(trainer, module).averages:
             rank_zero_warn(
                 "The statistics of norms at smaller widths are computed for the weights that train, and not for their "
                 "average: call .recalibrate(loader) after the fit."
