@@ -44,6 +44,7 @@ class ThinNetwork:
         ValueError: A count is none, a tensor of a group is not there or too small, or a module can't be copied.
 
     Example:
+        >>> import torch
         >>> from lightning_compress.channels.find import channel_groups
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> thin = ThinNetwork(net, channel_groups(net, torch.zeros(2, 3)), {"0": 4})
@@ -127,7 +128,7 @@ class ThinNetwork:
         cuts = {id(tensors[name]): cuts_of(dims) for name, dims in kept.items()}
         stay = {name: mask.nonzero().squeeze(1) for name, mask in masks.items()}
         drop = drop_of({group.name: group for group in groups}, stay)
-        paths = dict(network.named_modules(remove_duplicate=False))
+        paths = dict(network.named_modules())  # a module with two paths once
         own = {path for path in self.norms if path in paths}
         still = {path for path, one in paths.items() if tracks(one) and not (self.tracked and path in own)}
         still = {path for path in still if not path.startswith(f"{NORMS}.")}

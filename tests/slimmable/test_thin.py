@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from support.reference import randomize, to_double
-from support.widths import outputs_and_gradients, thin_differences
+from support.widths import cut_copy, outputs_and_gradients, thin_differences
 from support.zoo import ZOO
 from torch import Tensor, nn
 
 from lightning_compress.channels.cut import cut
 from lightning_compress.channels.find import ChannelGroups, channel_groups
 from lightning_compress.core.tensors import named_tensors
-from lightning_compress.slimmable.norms import give_norms, sliced_norms
+from lightning_compress.slimmable.norms import give_norms, sliced_norms, take_norms
 from lightning_compress.slimmable.thin import ThinNetwork
 from lightning_compress.slimmable.widths import counts_at
 
@@ -173,6 +173,26 @@ def test_norms_of_its_own_are_trained_and_those_of_the_network_are_not() -> None
     assert changed == {f"width_norms.0_5.{path}.{name}" for path in (1, 5) for name in names}
     assert network[1].weight.grad is None
     assert network.width_norms.of(0.5)["1"].weight.grad is not None
+
+
+def test_a_norm_with_two_paths_has_one_set_of_statistics() -> None:
+    torch.manual_seed(0)
+    first, norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+    network = nn.Sequential(first, norm, nn.ReLU(), nn.Conv2d(8, 8, 1), norm, nn.ReLU(), nn.Conv2d(8, 2, 1)).double()
+    inputs = torch.randn(2, 3, 4, 4, dtype=torch.double)
+    groups = channel_groups(network, inputs)
+    held = give_norms(network, groups, [0.5], "statistics")
+    counts = counts_at(groups, 0.5)
+    thin = ThinNetwork(network, groups, counts, held.of(0.5))
+    reference = copy.deepcopy(network)
+    take_norms(reference)
+    reference = cut_copy(reference, groups, counts, inputs).train()
+    network.train()
+    thin.refresh(gradients=True)
+    torch.testing.assert_close(thin.module(inputs), reference(inputs), rtol=1e-12, atol=1e-12)
+    mine = held.of(0.5)["1"]
+    torch.testing.assert_close(mine.running_var, reference[1].running_var, rtol=1e-12, atol=1e-12)
+    assert int(mine.num_batches_tracked) == 2
 
 
 def test_untracked_norms_stay_in_training() -> None:
