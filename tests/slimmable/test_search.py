@@ -17,6 +17,9 @@ from lightning_compress import channel_groups, cut
 from lightning_compress.core.answering import Answer, put
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.slimmable import FoundWidths, recalibrate, search_widths
+from lightning_compress.slimmable.norms import give_norms, norms_of, sliced_norms
+from lightning_compress.slimmable.switch import set_width, thin_of
+from lightning_compress.slimmable.widths import counts_at
 
 SIZES = {"0": 4, "3": 6, "6": 4}
 
@@ -206,3 +209,23 @@ def test_ranks_decide_alike_by_all_batches(norms: str, rank_pair: RankPair, tmp_
 def test_groups_of_a_network_are_found_or_given() -> None:
     net, batches = drawn()
     assert search(net, batches, 0.5, groups=channel_groups(net, batches[0][0])) == search(net, batches, 0.5)
+
+
+def test_what_is_found_can_be_set_on_a_network_with_widths() -> None:
+    net, batches = drawn()
+    x = batches[0][0]
+    give_norms(net, channel_groups(net, x), [0.5], norms="recalibrate")
+    before = copy.deepcopy(net.state_dict())
+    found = search(net, batches, 0.5)
+    plain, _ = drawn()
+    assert found == search(plain, batches, 0.5)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    held, groups = norms_of(net), channel_groups(net, x)
+    assert held is not None
+    counts = counts_at(groups, found.widths())
+    assert counts == found.counts()
+    held.put(found.widths(), sliced_norms(net, groups, counts))
+    recalibrate(thin_of(net, found.widths()).module, [inputs for inputs, _ in batches])
+    set_width(net, found.widths())
+    loss = sum(float(F.cross_entropy(net(inputs), targets)) for inputs, targets in batches) / len(batches)
+    assert loss == pytest.approx(found.decisions[-1].loss, rel=1e-9)
