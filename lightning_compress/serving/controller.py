@@ -102,7 +102,7 @@ class BudgetController:
         battery: Battery | None = None,
         hysteresis: float = 0.05,
         patience: int = 3,
-        within: float = 0.97,
+        within: float = 0.95,
         batch_sizes: Sequence[int] | None = None,
         repeats: int = 20,
         history: int = 10_000,

@@ -37,7 +37,7 @@ class Pace:
         (2.0, 2.0)
     """
 
-    def __init__(self, *, within: float = 0.97, gain: float = 0.5, window: int = 100) -> None:
+    def __init__(self, *, within: float = 0.95, gain: float = 0.5, window: int = 100) -> None:
         self.within, self.gain = within, gain
         self.load = 0.0
         self.own: dict[str, float] = {}

@@ -227,6 +227,20 @@ def test_more_refusals() -> None:
         controller.measure(X, batch_sizes=[16])
 
 
+def test_an_accelerator_has_finished_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr("lightning_compress.serving.controller.accelerators_of", lambda *_: {torch.device("cuda")})
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda _: events.append("finished"))
+
+    def clock() -> float:
+        events.append("clock")
+        return float(len(events))
+
+    settings = [Setting("only", lambda x: events.append("run") or x, 0.5)]
+    BudgetController(settings, table={"only": {8: 1.0}}, clock=clock)(X)
+    assert events == ["finished", "clock", "run", "finished", "clock"]
+
+
 def drawn_trace(seed: int, batches: int) -> tuple[list[float], list[float], list[float]]:
     """Loads and budgets that step every 40 to 120 batches, and noise with outliers."""
     numbers = random.Random(seed)
