@@ -11,6 +11,7 @@ width caches.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Collection
 from types import FunctionType
@@ -32,6 +33,7 @@ _SHARED_HOOKS = (
 _NO_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _LIBRARIES = ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "lightning_compress")
 _SHARED = (torch.Generator, torch.optim.Optimizer, DataLoader, Dataset, Sampler)
+_PROXIES = weakref.ProxyTypes  # as a LightningModule has of its trainer; deepcopy would copy what they stand for
 
 
 def skeleton_of(
@@ -122,8 +124,10 @@ def _shared_within(module: nn.Module, sliced: Collection[int]) -> dict[int, Any]
         elif isinstance(one, Tensor):
             if not one.is_leaf:  # such as an output that it has stored, which deepcopy refuses
                 found[id(one)] = one
-        elif isinstance(one, _SHARED) or (
-            type(one).__module__.partition(".")[0] in _LIBRARIES and not isinstance(one, nn.Module)
+        elif (
+            type(one) in _PROXIES
+            or isinstance(one, _SHARED)
+            or (type(one).__module__.partition(".")[0] in _LIBRARIES and not isinstance(one, nn.Module))
         ):
             found[id(one)] = one
     return found

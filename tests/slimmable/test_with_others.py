@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, fx, nn
+from torchmetrics import Accuracy
 
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import answering_now
@@ -164,3 +166,25 @@ def test_training_reaches_every_parameter_that_a_width_has() -> None:
     torch.optim.SGD(network.parameters(), lr=0.1).step()
     network.eval()(inputs)
     torch.testing.assert_close(thin.module[3].weight, before - 0.1 * weight[:3, :2])
+
+
+def test_a_lightning_module_keeps_its_trainer_and_metrics() -> None:
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+            self.accuracy = Accuracy("multiclass", num_classes=3)
+            self.generator = torch.Generator()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    module = Module()
+    give_norms(module, channel_groups(module, torch.randn(2, 4)), [0.5])
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    module.trainer = trainer
+    thin: Any = thin_of(module, 0.5).module
+    assert thin.trainer is module.trainer
+    assert thin.accuracy is module.accuracy
+    assert thin.generator is module.generator
+    assert thin.net[0].out_features == 8
