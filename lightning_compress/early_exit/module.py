@@ -262,6 +262,16 @@ class EarlyExitHeads(CompressionModule):
             points.append(self._point(early, "calibrated"))
         return points
 
+    def ways(self, network: nn.Module, inputs: ExampleInputs) -> list[OperatingPoint]:
+        """Return the points of each exit of a copy; thresholds are for the network that they were calibrated with."""
+        heads = heads_of(network)
+        if not heads:
+            return []
+        take_heads(network)
+        output = self._objective().output
+        early = EarlyExitNetwork(network.eval(), heads.eval().by_layer(), None, inputs, output=output).eval()
+        return [self._point(early, f"exit {k}", exit=k) for k in range(1, len(heads) + 1)]
+
     def outline(self, inputs: ExampleInputs) -> Outline | None:
         objective = self._objective()
         network = resolve_network(self, objective.network)

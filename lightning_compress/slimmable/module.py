@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +17,7 @@ from lightning_compress.slimmable.norms import Norms
 from lightning_compress.slimmable.objective import Widths
 from lightning_compress.slimmable.order import Order
 from lightning_compress.slimmable.record import note_widths, take_widths
-from lightning_compress.slimmable.switch import set_width, thin_of
+from lightning_compress.slimmable.switch import set_width, width_of
 from lightning_compress.slimmable.widths import Width, shrinkable
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.one_step import backbone
@@ -119,7 +120,6 @@ class SlimmableWidth(CompressionModule):
         elif not has and objective.widths is not None and len(objective.widths) > 1:
             note_widths(backbone(found))
         super().__init__(module, objective)
-        objective.inside = module
 
     def set_width(self, width: Width) -> None:
         """Have the network run at a width from now on, in `forward`, validation, test and prediction; 1.0: all of it.
@@ -184,9 +184,16 @@ class SlimmableWidth(CompressionModule):
         objective.recalibrate(self, found[:batches], objective.thinner(self) if widths is None else widths)
 
     def operating_points(self) -> list[OperatingPoint]:
-        objective = self._objective()
+        """Return the point of each width, and of each exit at each width where the module inside has exits."""
+        objective, wrapped = self._objective(), self._lightning_compress.wrapped
         thinner = objective.thinner(self)
-        return [self._point(width) for width in thinner]
+        points = [self._point(width) for width in thinner]
+        if isinstance(wrapped, CompressionModule):
+            for width in thinner:
+                inside = wrapped.ways(self.extract(width), self._inputs(None))
+                points += [self._point_inside(one, f"width {width:g}, {one.name}") for one in inside]
+            points += [self._point_inside(one, f"width 1, {one.name}") for one in wrapped.operating_points()]
+        return points
 
     def outline(self, inputs: ExampleInputs) -> Outline | None:
         objective = self._objective()
@@ -205,18 +212,34 @@ class SlimmableWidth(CompressionModule):
 
     def _point(self, width: float) -> OperatingPoint:
         """Return the network at one width."""
-        objective = self._objective()
-        module = thin_of(backbone(resolve_network(self, objective.network)), width).module
+        network = backbone(resolve_network(self, self._objective().network))
 
         @contextmanager
         def serving() -> Iterator[None]:
-            objective.serving = module
+            before = width_of(network)
+            set_width(network, width)
             try:
                 yield
             finally:
-                objective.serving = None
+                set_width(network, before)
 
         return OperatingPoint(f"width {width:g}", self.extract(width), serving)
+
+    def _point_inside(self, point: OperatingPoint, name: str) -> OperatingPoint:
+        """Return a point of the module inside, which answers without being run again at each width."""
+        objective = self._objective()
+        network: Any = backbone(resolve_network(self, objective.network))
+
+        @contextmanager
+        def serving() -> Iterator[None]:
+            objective.serving = partial(type(network).forward, network)
+            try:
+                with point.answering():
+                    yield
+            finally:
+                objective.serving = None
+
+        return OperatingPoint(name, point.network, serving)
 
     def _objective(self) -> Widths:
         """Return the objective of the outermost wrapper of this kind."""

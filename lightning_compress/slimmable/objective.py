@@ -6,7 +6,7 @@ loss = e_full + sum over widths w < 1 of (1 - a) e_w + a T^2 KL(softmax(z_full /
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, get_args
@@ -103,7 +103,6 @@ class Widths(ReplayingObjective):
         self.order: Order = settings["order"]
         self.allow_inexact: bool = settings["allow_inexact"]
         self.collecting: Callable[[ExampleInputs], None] | None = None
-        self.inside: LightningModule | None = None  # what is wrapped
         self._everywhere: list[list[ExampleInputs]] | None = None  # `_kept` of all ranks, while a checkpoint is made
         self._generator = torch.Generator()
         self._drawn: list[float] = []  # the random widths of this step
@@ -337,7 +336,7 @@ class Widths(ReplayingObjective):
                 held.put(width, sliced_norms(network, held.groups, counts), persistent=False)
             thin = thin_of(network, width)
             thin.refresh(gradients=False)
-            with module.trainer.precision_plugin.forward_context():
+            with nullcontext() if module._trainer is None else module._trainer.precision_plugin.forward_context():
                 recalibrate(thin.module, inputs, batches=len(inputs))
 
 

@@ -27,12 +27,20 @@ def check_calibration(module: LightningModule, settings: Mapping[str, Any] | Non
     Raises:
         ValueError: It has not.
     """
-    if settings is not None and not hasattr(module, "calibrate"):
+    if settings is not None and calibrated_wrapper(module) is None:
         raise ValueError(
-            f"calibration={dict(settings)} is for wrappers that have thresholds, such as EarlyExitHeads, and the "
-            f"outermost one around {type(module).__name__} has none: leave calibration out, or name early_exit last in "
-            f"compress=[...]."
+            f"calibration={dict(settings)} is for wrappers that have thresholds, such as EarlyExitHeads, and "
+            f"{type(module).__name__} has none: leave calibration out, or add early_exit to compress=[...]."
         )
+
+
+def calibrated_wrapper(module: LightningModule) -> Any:
+    """Return the outermost wrapper that has thresholds to calibrate; None if there is none."""
+    while not hasattr(module, "calibrate"):
+        if not isinstance(module, CompressionModule):
+            return None
+        module = module._lightning_compress.wrapped
+    return module
 
 
 @dataclass(frozen=True)

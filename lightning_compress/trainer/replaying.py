@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.answering import answering
@@ -128,8 +128,7 @@ class ReplayingObjective(Objective):
         if not self._replays(module):
             return run(*args, **kwargs)
         if self.serving is not None:
-            by = self.serving if isinstance(self.serving, nn.Module) else None
-            with answering(resolve_network(module, self.network), self.serving, by=by):
+            with answering(resolve_network(module, self.network), self.serving):
                 return run(*args, **kwargs)
         one = self._begin(module, (args, kwargs))
         with one.real_step():

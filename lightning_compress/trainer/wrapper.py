@@ -126,7 +126,7 @@ class CompressionModule(LightningModule):
         levels = module._lightning_compress.levels if isinstance(module, CompressionModule) else ()
         objective.depth = len(levels)
         level = _Level(objective, ObjectiveCallback(objective, type(self).__name__))
-        self._stand_around(_Inside(innermost(module), (*levels, level)))
+        self._stand_around(_Inside(innermost(module), (*levels, level), module))
 
     def _stand_around(self, inside: _Inside) -> None:
         wrapper: Any = type(self)
@@ -160,6 +160,15 @@ class CompressionModule(LightningModule):
 
     def operating_points(self) -> list[OperatingPoint]:
         """Return the ways in which the trained network can be run, beside running all of it."""
+        return []
+
+    def ways(self, network: nn.Module, inputs: ExampleInputs) -> list[OperatingPoint]:
+        """Return the ways in which a plain copy of the trained network can be run, beside running all of it.
+
+        Args:
+            network: A copy, which may have fewer channels; it may be changed.
+            inputs: What it is called with.
+        """
         return []
 
     def outline(self, inputs: ExampleInputs) -> Outline | None:
@@ -239,6 +248,7 @@ class _Inside:
     Attributes:
         own: The user's module.
         levels: The wrappers around it, the innermost first.
+        wrapped: What the outermost one was put around: the user's module, or a wrapper.
         folders: Of what is logged now, each with a slash at its end: the first is that of the step or replay that runs.
         inside_one: Whether a validation or test step runs, or a hook, which may call another one.
         logged: How many values have been logged.
@@ -246,6 +256,7 @@ class _Inside:
 
     own: LightningModule
     levels: tuple[_Level, ...]
+    wrapped: LightningModule
     folders: tuple[str, ...] = ("",)
     inside_one: bool = False
     logged: int = 0
@@ -270,9 +281,10 @@ def check_wrappable(module: LightningModule, wrapper: type[CompressionModule]) -
         )
     mine = {one for base in wrapper.__mro__ for one in vars(base) if issubclass(base, CompressionModule)}
     theirs = {*dir(type(innermost(module))), *vars(module), *module._modules, *module._parameters, *module._buffers}
-    hidden = sorted((mine & theirs) - set(dir(CompressionModule)))
+    common = set(dir(CompressionModule)) & set(dir(LightningModule))
+    hidden = sorted(one for one in (mine & theirs) - common if not one.startswith("__"))
     if hidden:
-        raise ValueError(f"{name} has a {hidden[0]} of its own, which would hide that of {kind}: rename yours.")
+        raise ValueError(f"{name} has {hidden[0]!r} of its own, which would hide that of {kind}: rename yours.")
 
 
 def check_step(module: LightningModule, name: str) -> None:

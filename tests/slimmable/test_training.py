@@ -332,6 +332,7 @@ def test_a_width_that_was_not_trained_needs_statistics() -> None:
     quiet_trainer(max_epochs=1).fit(wrapped, plain(0))
     with pytest.raises(ValueError, match=r"0\.4.*no statistics"):
         wrapped.set_width(0.4)
+    wrapped._trainer = None  # as after a load
     wrapped.recalibrate(plain(0), widths=[0.4], batches=3)
     wrapped.set_width(0.4)
     wrapped.eval()
@@ -436,3 +437,14 @@ def test_widths_around_exits_train_the_exits_of_every_width() -> None:
                 hits[f"exit{number}/"].append(head(features[layer]).argmax(1) == y)
     for folder, some in hits.items():
         assert found[f"width0.5/{folder}val_acc"] == pytest.approx(float(torch.cat(some).float().mean())), folder
+
+    points = {one.name: one for one in wrapped.operating_points()}
+    assert list(points) == ["width 0.5", *(f"width {w}, exit {k}" for w in ("0.5", "1") for k in (1, 2))]
+    ways = {"width 0.5": "width0.5/", "width 0.5, exit 2": "width0.5/exit2/", "width 1, exit 1": "exit1/"}
+    for name, folder in ways.items():
+        with points[name].answering():
+            tested = quiet_trainer().test(wrapped, plain(1), verbose=False)[0]
+        assert len(tested) == (4 if name == "width 0.5" else 1), "each exit of a width, or one exit"
+        assert tested["test_acc"] == pytest.approx(accuracy(points[name].network))
+        assert tested["test_acc"] == pytest.approx(found[f"{folder}val_acc"])
+    assert quiet_trainer().validate(wrapped, plain(1), verbose=False)[0] == found, "as before"

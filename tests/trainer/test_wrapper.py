@@ -264,6 +264,10 @@ class Clashing(SmallModule):
     def set_width(self) -> None: ...
 
 
+class Outlined(SmallModule):
+    outline = "a name that every wrapper has"
+
+
 class Widths(Wrapper):
     __slots__ = ()
 
@@ -289,7 +293,8 @@ def on_the_object() -> SmallModule:
         (lambda: torch.compile(SmallModule()), Wrapper, ValueError, "compiled SmallModule: Compile the network inside"),
         (lambda: nn.Linear(1, 1), Wrapper, TypeError, "wraps a LightningModule of `lightning.pytorch`; got Linear"),
         (Slotted, Wrapper, ValueError, "can't wrap Slotted, whose class nothing derives from: multiple bases"),
-        (Clashing, Widths, ValueError, "has a set_width of its own, which would hide that of Clashing"),
+        (Outlined, Wrapper, ValueError, "has 'outline' of its own, which would hide that of Outlined"),
+        (Clashing, Widths, ValueError, "has 'set_width' of its own, which would hide that of Clashing"),
     ],
 )
 def test_what_it_can_not_wrap(make: Callable[[], Any], wrapper: Any, error: type[Exception], message: str) -> None:
