@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.slimmable.skeleton import is_shared
+
 TABLES = ("_parameters", "_buffers")
 _VERSION = attrgetter("_version")
 _MODELESS = (
@@ -48,11 +50,11 @@ class Slot:
 
 
 class Pair:
-    """A module of the network, and its copy, which follows its numbers and strings.
+    """A module of the network, and its copy, which follows its numbers, strings, and whatever both share.
 
     Attributes:
         module: Of the network.
-        names: Those of the numbers and strings.
+        names: Those of the attributes that are followed; "training" is the first.
     """
 
     def __init__(self, module: nn.Module, copied: nn.Module) -> None:
@@ -61,20 +63,29 @@ class Pair:
         alike = {
             name
             for name, value in vars(module).items()
-            if type(value) in _PLAIN and name in self._own and self._own[name] == value
+            if _followed(value) and name in self._own and (self._own[name] is value or self._own[name] == value)
         }
         self.names = ("training", *sorted({*alike, "_is_full_backward_hook"} - {"training"}))
+        self._seen: dict[str, Any] = {}
 
     def follow(self) -> None:
-        """Take the module's present numbers.
+        """Take what has changed in the module.
 
         Raises:
-            KeyError: It has other children, is of another class, or has lost a number: it needs another copy.
+            KeyError: It has other children, is of another class, or has lost an attribute: it needs another copy.
         """
         module, entries = self.module, vars(self.module)
         if type(module) is not self._kind or list(module._modules.values()) != self._children:
             raise KeyError
-        self._own.update({name: entries[name] for name in self.names})
+        now = {name: entries[name] for name in self.names}
+        for name, value in now.items():
+            if (name not in self._seen or self._seen[name] is not value) and _followed(value):
+                self._own[name] = value
+        self._seen = now
+
+
+def _followed(value: Any) -> bool:
+    return type(value) in _PLAIN or is_shared(value)
 
 
 class Watch:

@@ -33,7 +33,7 @@ _SHARED_HOOKS = (
 _NO_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _LIBRARIES = ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "lightning_compress")
 _SHARED = (torch.Generator, torch.optim.Optimizer, DataLoader, Dataset, Sampler)
-_PROXIES = weakref.ProxyTypes  # as a LightningModule has of its trainer; deepcopy would copy what they stand for
+_PROXIES = weakref.ProxyTypes  # deepcopy would copy what they stand for
 
 
 def skeleton_of(
@@ -73,9 +73,11 @@ def skeleton_of(
     skeleton._modules.pop(left_out, None)
     found = {module: memo[id(module)] for module in network.modules() if module is not child and id(module) in memo}
     copies = {module: one for module, one in found.items() if isinstance(one, nn.Module) and one is not module}
-    for one in copies.values():
+    for module, one in copies.items():
         if vars(one).get("forward", one) is None:
             del vars(one)["forward"]
+        if "_trainer" in vars(module):  # which a copy of a LightningModule forgets
+            vars(one)["_trainer"] = vars(module)["_trainer"]
     take(Slices(), skeleton, drop)
     for one in copies.values():
         vars(one).pop("_dense_buffers", None)  # those of the network itself are what a state dict follows
@@ -124,13 +126,16 @@ def _shared_within(module: nn.Module, sliced: Collection[int]) -> dict[int, Any]
         elif isinstance(one, Tensor):
             if not one.is_leaf:  # such as an output that it has stored, which deepcopy refuses
                 found[id(one)] = one
-        elif (
-            type(one) in _PROXIES
-            or isinstance(one, _SHARED)
-            or (type(one).__module__.partition(".")[0] in _LIBRARIES and not isinstance(one, nn.Module))
-        ):
+        elif is_shared(one):
             found[id(one)] = one
     return found
+
+
+def is_shared(value: Any) -> bool:
+    """Return whether a copy of a module has the same object as the module, as a trainer or a random generator."""
+    if type(value) in _PROXIES or isinstance(value, _SHARED):
+        return True
+    return type(value).__module__.partition(".")[0] in _LIBRARIES and not isinstance(value, nn.Module)
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
