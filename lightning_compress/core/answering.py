@@ -8,11 +8,12 @@ of the network hooks into `answering_now(network)`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _SLOTS = ("forward", "_compiled_call_impl")  # a network that was compiled in place would ignore its forward
 
@@ -22,7 +23,10 @@ class Answer:
 
     Attributes:
         by: The module that computes the answers; None: the network itself, as far as anyone knows.
+        name: Names how the network runs, such as "width 0.5", for what is kept for each way; empty: as it is.
     """
+
+    name: str = ""
 
     def __init__(self, forward: Callable[..., Any], by: nn.Module | None = None) -> None:
         self._forward = forward
@@ -69,6 +73,26 @@ def answering_now(network: nn.Module) -> nn.Module:
     """Return the module that computes in a network's place now: the network itself, unless another one answers."""
     by = getattr(vars(network).get("forward"), "by", None)
     return by if isinstance(by, nn.Module) else network
+
+
+def way_now(network: nn.Module) -> str:
+    """Return the name of the way in which a network runs now, such as "width 0.5"; "": as it is."""
+    return str(getattr(vars(network).get("forward"), "name", ""))
+
+
+def copied_alone(network: nn.Module) -> nn.Module:
+    """Return a copy of what computes in a network's place now, whose tensors are its own."""
+    by = answering_now(network)
+    if by is network:
+        return copy.deepcopy(network)
+    memo: dict[int, Any] = {}
+    for module in by.modules():
+        for table, kind in ((module._parameters, nn.Parameter), (module._buffers, Tensor.clone)):
+            for tensor in table.values():
+                if tensor is not None and id(tensor) not in memo:
+                    memo[id(tensor)] = kind(tensor.detach().clone())  # it may be a slice, and a part of a graph
+        memo[id(vars(module).get("_trainer"))] = None
+    return copy.deepcopy(by, memo)
 
 
 def put(network: nn.Module, answer: Answer | None) -> None:

@@ -177,7 +177,7 @@ class ExitHeads(SideReader):
     Attributes:
         layers: As given.
         num_classes: How many logits each head has.
-        rule: When a sample leaves; None before it was calibrated.
+        rules: When a sample leaves, by the way in which the network runs: "" as it is, "width 0.5" and so on.
     """
 
     def __init__(
@@ -192,12 +192,23 @@ class ExitHeads(SideReader):
         self.layers = tuple(layers)
         self.num_classes = num_classes
         self.described = tuple(described)
-        self.rule: ExitRule | None = None
+        self.rules: dict[str, ExitRule] = {}
         for number, head in enumerate(heads, start=1):
             self.add_module(str(number), head)
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def rule(self) -> ExitRule | None:
+        """When a sample leaves the network as it is; None before it was calibrated."""
+        return self.rules.get("")
+
+    @rule.setter
+    def rule(self, rule: ExitRule | None) -> None:
+        self.rules.pop("", None)
+        if rule is not None:
+            self.rules[""] = rule
 
     def forward(self, unchanged: Tensor) -> Tensor:
         return unchanged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_compress.core.answering import answering, copied_alone, way_now
 from lightning_compress.core.example_inputs import ExampleInputs, to_device
 from lightning_compress.early_exit.calibration import Outcome, Table, calibrate, evaluate
 from lightning_compress.early_exit.collect import collect, trained_on
@@ -216,7 +216,7 @@ class EarlyExitHeads(CompressionModule):
             **options,
         )
         chosen = ExitRule.from_dict(gather(chosen.to_dict())[0])  # milliseconds differ from rank to rank
-        heads.rule = chosen
+        self._rules()[self._way()] = chosen
         return evaluate(table, chosen)
 
     def deploy(self, *, example_inputs: ExampleInputs | None = None, **options: Any) -> EarlyExitNetwork:
@@ -240,7 +240,7 @@ class EarlyExitHeads(CompressionModule):
                 "deploy() needs heads and example inputs: fit or load the module first, and pass example_inputs=."
             )
         check_finite(heads)
-        return self._deployed(given, rule=heads.rule, output=objective.output, **options)
+        return self._deployed(given, rule=self._rules().get(self._way()), output=objective.output, **options)
 
     def operating_points(self) -> list[OperatingPoint]:
         """Return the points of each exit, of the thresholds, and of a few budgets of their frontier."""
@@ -250,7 +250,7 @@ class EarlyExitHeads(CompressionModule):
             return []
         early = self.deploy()
         points = [self._point(early, f"exit {k}", exit=k) for k in range(1, len(heads) + 1)]
-        rule = heads.rule
+        rule = self._rules().get(self._way())
         if rule is not None:
             full, known = sum(rule.stages), {rule.thresholds}
             for share in _BUDGETS:
@@ -261,16 +261,6 @@ class EarlyExitHeads(CompressionModule):
                     known.add(thresholds)
             points.append(self._point(early, "calibrated"))
         return points
-
-    def ways(self, network: nn.Module, inputs: ExampleInputs) -> list[OperatingPoint]:
-        """Return the points of each exit of a copy; thresholds are for the network that they were calibrated with."""
-        heads = heads_of(network)
-        if not heads:
-            return []
-        take_heads(network)
-        output = self._objective().output
-        early = EarlyExitNetwork(network.eval(), heads.eval().by_layer(), None, inputs, output=output).eval()
-        return [self._point(early, f"exit {k}", exit=k) for k in range(1, len(heads) + 1)]
 
     def outline(self, inputs: ExampleInputs) -> Outline | None:
         objective = self._objective()
@@ -293,10 +283,11 @@ class EarlyExitHeads(CompressionModule):
         """Return one way to run the network: at an exit, within a budget, or by the thresholds."""
         objective = self._objective()
         served = Served(early, **options).eval()
+        network = resolve_network(self, objective.network)
 
         @contextmanager
         def serving() -> Iterator[None]:
-            objective.serving = partial(self._served, served)
+            objective.serving = partial(answering, network, partial(self._served, served))
             try:
                 yield
             finally:
@@ -316,11 +307,20 @@ class EarlyExitHeads(CompressionModule):
         levels = reversed(self._lightning_compress.levels)
         return next(level.objective for level in levels if isinstance(level.objective, EarlyExits))
 
+    def _way(self) -> str:
+        """Return the name of the way in which the network runs now, such as at a width that was set."""
+        return way_now(backbone(resolve_network(self, self._objective().network)))
+
+    def _rules(self) -> dict[str, ExitRule]:
+        """Return the rules of all ways, which the heads of the full network keep."""
+        heads = heads_of(backbone(resolve_network(self, self._objective().network)))
+        return {} if heads is None else heads.rules
+
     def _deployed(self, inputs: ExampleInputs, *, rule: ExitRule | None, **options: Any) -> EarlyExitNetwork:
         objective = self._objective()
         was, self._trainer = self._trainer, None  # which would be copied
         try:
-            network = copy.deepcopy(backbone(resolve_network(self, objective.network)))
+            network = copied_alone(backbone(resolve_network(self, objective.network)))
         finally:
             self._trainer = was
         heads = heads_of(network)

@@ -47,11 +47,12 @@ class ExitStructure(Structure):
             "num_classes": heads.num_classes,
             "heads": [None if one is None else [one[0], list(one[1])] for one in heads.described],
             "rule": None if heads.rule is None else heads.rule.to_dict(),
+            "rules": {way: rule.to_dict() for way, rule in heads.rules.items() if way},
         }
 
     def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
         layers, described = _layers(record), _described(record)
-        _rule(record)
+        _rules(record)
         known = heads_of(module)
         others = known.layers if known is not None else tuple(sorted(self.wanted))
         if others and (known.layers != layers if known is not None else self.wanted != set(layers)):
@@ -87,7 +88,7 @@ class ExitStructure(Structure):
             like = next(iter(module.parameters()), None)
             module.add_module(HEADS, heads if like is None else heads.to(like.device, like.dtype))
             heads.train(module.training)
-        heads.rule = _rule(record)
+        heads.rules = _rules(record)
 
 
 def give_heads(network: nn.Module, heads: ExitHeads) -> None:
@@ -146,9 +147,16 @@ def _described(record: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def _rule(record: Mapping[str, Any]) -> ExitRule | None:
-    rule = record.get("rule")
-    try:
-        return None if rule is None else ExitRule.from_dict(rule)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RecordError(f"The record of exits has a rule {shown(rule)}, which is none: {error}") from error
+def _rules(record: Mapping[str, Any]) -> dict[str, ExitRule]:
+    """Return the rules by the way in which the network runs, of which earlier versions knew one."""
+    others = record.get("rules", {})
+    if not isinstance(others, Mapping) or not all(isinstance(way, str) for way in others):
+        raise RecordError(f"The record of exits has rules {shown(others)}, which are not by name.")
+    found = {}
+    for way, rule in {"": record.get("rule"), **others}.items():
+        try:
+            if rule is not None:
+                found[way] = ExitRule.from_dict(rule)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RecordError(f"The record of exits has a rule {shown(rule)}, which is none: {error}") from error
+    return found

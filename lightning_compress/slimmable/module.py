@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -184,15 +184,13 @@ class SlimmableWidth(CompressionModule):
         objective.recalibrate(self, found[:batches], objective.thinner(self) if widths is None else widths)
 
     def operating_points(self) -> list[OperatingPoint]:
-        """Return the point of each width, and of each exit at each width where the module inside has exits."""
-        objective, wrapped = self._objective(), self._lightning_compress.wrapped
-        thinner = objective.thinner(self)
+        """Return the point of each width, and at each those of the module inside, such as exits."""
+        wrapped, thinner = self._lightning_compress.wrapped, self._objective().thinner(self)
         points = [self._point(width) for width in thinner]
-        if isinstance(wrapped, CompressionModule):
-            for width in thinner:
-                inside = wrapped.ways(self.extract(width), self._inputs(None))
-                points += [self._point_inside(one, f"width {width:g}, {one.name}") for one in inside]
-            points += [self._point_inside(one, f"width 1, {one.name}") for one in wrapped.operating_points()]
+        if isinstance(wrapped, CompressionModule) and thinner:
+            for width in (*thinner, 1.0):
+                with self._running_at(width):
+                    points += [self._point_inside(width, one) for one in wrapped.operating_points()]
         return points
 
     def outline(self, inputs: ExampleInputs) -> Outline | None:
@@ -212,34 +210,32 @@ class SlimmableWidth(CompressionModule):
 
     def _point(self, width: float) -> OperatingPoint:
         """Return the network at one width."""
-        network = backbone(resolve_network(self, self._objective().network))
+        return OperatingPoint(f"width {width:g}", self.extract(width), partial(self._running_at, width))
 
-        @contextmanager
-        def serving() -> Iterator[None]:
-            before = width_of(network)
-            set_width(network, width)
-            try:
-                yield
-            finally:
-                set_width(network, before)
-
-        return OperatingPoint(f"width {width:g}", self.extract(width), serving)
-
-    def _point_inside(self, point: OperatingPoint, name: str) -> OperatingPoint:
-        """Return a point of the module inside, which answers without being run again at each width."""
+    def _point_inside(self, width: float, point: OperatingPoint) -> OperatingPoint:
+        """Return a point of the module inside at one width, which answers without being run again at each width."""
         objective = self._objective()
-        network: Any = backbone(resolve_network(self, objective.network))
 
         @contextmanager
         def serving() -> Iterator[None]:
-            objective.serving = partial(type(network).forward, network)
+            objective.serving = nullcontext
             try:
-                with point.answering():
+                with self._running_at(width), point.answering():
                     yield
             finally:
                 objective.serving = None
 
-        return OperatingPoint(name, point.network, serving)
+        return OperatingPoint(f"width {width:g}, {point.name}", point.network, serving)
+
+    @contextmanager
+    def _running_at(self, width: float) -> Iterator[None]:
+        network = backbone(resolve_network(self, self._objective().network))
+        before = width_of(network)
+        set_width(network, width)
+        try:
+            yield
+        finally:
+            set_width(network, before)
 
     def _objective(self) -> Widths:
         """Return the objective of the outermost wrapper of this kind."""

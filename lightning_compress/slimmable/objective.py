@@ -14,15 +14,14 @@ from typing import Any, ClassVar, get_args
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import answering
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
-from lightning_compress.core.outputs import select_output
 from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.slimmable.norms import Norms, WidthNorms, give_norms, norms_of, sliced_norms
+from lightning_compress.slimmable.one_step import WidthsStep, inputs_of
 from lightning_compress.slimmable.order import Order, sort_channels
 from lightning_compress.slimmable.recalibrate import recalibrate
 from lightning_compress.slimmable.record import note_widths
@@ -42,42 +41,6 @@ _STEPS = 32  # random widths are multiples of 1 / 32, so that each has its thin 
 _BATCHES = 5  # whose inputs are kept to compute the statistics of norms anew
 _SAMPLES = 64  # of each of these batches
 _FEW = 4  # samples that are kept of a peeked batch, with which channels are found
-
-
-class WidthsStep(OneStep):
-    """A batch on its way through a module with widths, whose replays run thinner networks.
-
-    Args:
-        args, kwargs: Of `OneStep`.
-        widths: By label of the replay.
-        thin: Returns the network of a width.
-    """
-
-    def __init__(
-        self, *args: Any, widths: Mapping[str, float], thin: Callable[[float], ThinNetwork], **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.widths, self.thin = widths, thin
-        self._outputs: dict[str, Any] = {}
-
-    def _end(self, output: Any) -> None:
-        self.before.check_batch()  # the next replay's network gets the same tensors
-        super()._end(output)
-
-    @contextmanager
-    def answer(self, label: str) -> Iterator[None]:
-        thin = self.thin(self.widths[label])
-        thin.refresh(gradients=torch.is_grad_enabled())
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._outputs[label] = found = thin.module.forward(*args, **kwargs)
-            return found
-
-        with answering(self.network, forward, by=thin.module):
-            yield
-
-    def logits_of(self, label: str) -> Tensor:
-        return select_output(self._outputs[label], self.picks, "The network")
 
 
 class Widths(ReplayingObjective):
@@ -304,12 +267,12 @@ class Widths(ReplayingObjective):
 
     def after_step(self, one: OneStep) -> None:
         if self.norms == "recalibrate":
-            self._kept = [*self._kept, first_samples(_inputs_of(one), _SAMPLES)][-_BATCHES:]
+            self._kept = [*self._kept, first_samples(inputs_of(one), _SAMPLES)][-_BATCHES:]
             self._stale = True
 
     def sees(self, one: OneStep) -> bool:
         if self.collecting is not None:
-            self.collecting(_inputs_of(one))
+            self.collecting(inputs_of(one))
         return self.collecting is not None
 
     def at_hook(self, name: str, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -338,22 +301,6 @@ class Widths(ReplayingObjective):
             thin.refresh(gradients=False)
             with nullcontext() if module._trainer is None else module._trainer.precision_plugin.forward_context():
                 recalibrate(thin.module, inputs, batches=len(inputs))
-
-
-def _inputs_of(one: OneStep) -> ExampleInputs:
-    """Return copies of what a step has called the network with.
-
-    Raises:
-        ValueError: It has used positional and keyword arguments together.
-    """
-    args, kwargs = one.inputs
-    if args and kwargs:
-        raise ValueError(
-            "The network is called with positional and with keyword arguments, with which the statistics of its norms "
-            "can't be computed anew: call it with one kind."
-        )
-    copied: ExampleInputs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), kwargs or args)
-    return copied
 
 
 _RANDOM_LABELS = [f"random{number}" for number in range(1, RANDOM + 1)]

@@ -35,6 +35,10 @@ class Switched(Answer):
     def by(self) -> nn.Module:
         return thin_of(self.network, self.width).module
 
+    @property
+    def name(self) -> str:  # type: ignore[override]  # a width does not change
+        return f"width {dict(self.width) if isinstance(self.width, Mapping) else self.width}"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             raise RuntimeError(self._advice("torch.jit.trace"))

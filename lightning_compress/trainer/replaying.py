@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_compress.core.answering import answering
 from lightning_compress.core.losses import soft_target_loss
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.one_step import OneStep, also_logged, backbone
@@ -37,7 +36,8 @@ class ReplayingObjective(Objective):
             `temperature` (T).
 
     Attributes:
-        serving: What answers in the place of the network in evaluation, if anything does; steps are not replayed then.
+        serving: Makes the block in which an operating point answers in the place of the network in evaluation, if one
+            does; steps are not replayed then.
         trains_full: Whether the loss of the real step is in the sum.
         runs_thinner: Whether replays run the network with fewer channels.
     """
@@ -50,7 +50,7 @@ class ReplayingObjective(Objective):
         self.output: str | int | None = settings["output"]
         self.distill: float = float(settings["distill"])
         self.temperature: float = float(settings["temperature"])
-        self.serving: Callable[..., Any] | None = None
+        self.serving: Callable[[], AbstractContextManager[None]] | None = None
         self.trains_full = True
         self._returned: dict[str, Any] = {}  # by replays of the last batch, with the folder in which they ran
         self._said: set[str] = set()
@@ -128,7 +128,7 @@ class ReplayingObjective(Objective):
         if not self._replays(module):
             return run(*args, **kwargs)
         if self.serving is not None:
-            with answering(resolve_network(module, self.network), self.serving):
+            with self.serving():
                 return run(*args, **kwargs)
         one = self._begin(module, (args, kwargs))
         with one.real_step():

@@ -162,15 +162,6 @@ class CompressionModule(LightningModule):
         """Return the ways in which the trained network can be run, beside running all of it."""
         return []
 
-    def ways(self, network: nn.Module, inputs: ExampleInputs) -> list[OperatingPoint]:
-        """Return the ways in which a plain copy of the trained network can be run, beside running all of it.
-
-        Args:
-            network: A copy, which may have fewer channels; it may be changed.
-            inputs: What it is called with.
-        """
-        return []
-
     def outline(self, inputs: ExampleInputs) -> Outline | None:
         """Return what the wrapper would add in a fit, for a dry run; None: it is not said.
 

@@ -14,7 +14,7 @@ from support.small import BATCH, CLASSES, FEATURES, SmallModule, SmallNet, plain
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_compress import DistillationModule, EarlyExitHeads
+from lightning_compress import DistillationModule
 from lightning_compress.channels.cut import cut
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.slimmable.module import SlimmableWidth
@@ -409,42 +409,3 @@ def test_what_makes_no_sense_is_refused_and_leaves_the_module_as_it_was(change: 
     after = module.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_widths_around_exits_train_the_exits_of_every_width() -> None:
-    seed_everything(1)
-    inner = EarlyExitHeads(SmallModule(), ["net.norm", "net.hidden"], num_classes=CLASSES, example_inputs=X)
-    wrapped = slimmable(inner, (0.5, 1.0))
-    trainer = quiet_trainer(max_epochs=1)
-    trainer.fit(wrapped, plain(0), plain(1))
-    folders = [
-        f"{width}{exit}" for width in ("", "width0.5/", "width1.0/") for exit in ("", "exit1/", "exit2/", "exit3/")
-    ]
-    assert {name for name in trainer.callback_metrics if name.endswith("val_acc")} == {
-        f"{one}val_acc" for one in folders
-    }
-    found = quiet_trainer().validate(wrapped, plain(1), verbose=False)[0]
-    thin = wrapped.extract(0.5).eval()
-    features: dict[str, Tensor] = {}
-    for layer in ("net.norm", "net.hidden"):
-        thin.get_submodule(layer).register_forward_hook(lambda m, a, out, layer=layer: features.update({layer: out}))
-    hits: dict[str, list[Tensor]] = {"": [], "exit1/": [], "exit2/": []}
-    with torch.no_grad():
-        for x, y in plain(1):
-            hits[""].append(thin(x).argmax(1) == y)
-            for number, layer in enumerate(features, start=1):
-                head = thin.get_submodule(f"exit_heads.{number}")
-                hits[f"exit{number}/"].append(head(features[layer]).argmax(1) == y)
-    for folder, some in hits.items():
-        assert found[f"width0.5/{folder}val_acc"] == pytest.approx(float(torch.cat(some).float().mean())), folder
-
-    points = {one.name: one for one in wrapped.operating_points()}
-    assert list(points) == ["width 0.5", *(f"width {w}, exit {k}" for w in ("0.5", "1") for k in (1, 2))]
-    ways = {"width 0.5": "width0.5/", "width 0.5, exit 2": "width0.5/exit2/", "width 1, exit 1": "exit1/"}
-    for name, folder in ways.items():
-        with points[name].answering():
-            tested = quiet_trainer().test(wrapped, plain(1), verbose=False)[0]
-        assert len(tested) == (4 if name == "width 0.5" else 1), "each exit of a width, or one exit"
-        assert tested["test_acc"] == pytest.approx(accuracy(points[name].network))
-        assert tested["test_acc"] == pytest.approx(found[f"{folder}val_acc"])
-    assert quiet_trainer().validate(wrapped, plain(1), verbose=False)[0] == found, "as before"
