@@ -1,10 +1,11 @@
 """AutoSlim on a ResNet-20: which channels to keep for a budget of multiply-accumulates, against four other answers.
 
-One network is trained for any width, one by itself. From the first come the searched widths and the same width for
-every group of channels, from the second what the criteria taylor and obd leave of it. All are tuned for as many epochs
-with the same optimizer: the criteria prune in the first half of them. The control "alone" is a ResNet-20 of equal width
-that is trained from the beginning, for as many epochs as the others were trained and tuned. Accuracies are those of
-test images that neither training nor search has seen; MACs are counted, since pruning meets its budget only roughly.
+A trained network is trained on twice, as long again: for any width, and by itself. From the first come the searched
+widths and the same width for every group of channels, from the second what the criteria taylor and obd leave of it. All
+are tuned for as many epochs with the same optimizer: the criteria prune in the first half of them. The control "alone"
+is a ResNet-20 of equal width that is trained from the beginning, for as many epochs as the others in all. Accuracies
+are those of test images that neither training nor search has seen; MACs are counted, since pruning meets its budget
+only roughly.
 
     python benchmarks/autoslim.py --dataset mnist --data data/mnist --weights weights
     python benchmarks/autoslim.py --dataset cifar10 --data data/cifar10 --weights weights --seeds 0 1 2
@@ -123,7 +124,7 @@ def pruned(seed: Seed, criterion: Any, budget: float) -> nn.Module:
         return tuned(seed, seed.full, setting, [pruning])
 
     low, high, short = 0.0, 1.0, replace(seed.tuning, epochs=1, quick=True, lr=1e-4)  # a few batches
-    for _ in range(2 if seed.setting.quick else 4):
+    for _ in range(2 if seed.setting.quick else 3):
         amount = (low + high) / 2
         low, high = (amount, high) if seed.share(after(amount, short)) > budget else (low, amount)
     found, amount = after(high, seed.tuning), high
@@ -134,7 +135,8 @@ def pruned(seed: Seed, criterion: Any, budget: float) -> nn.Module:
 
 
 def searched(network: nn.Module, val: TensorLoader, arguments: argparse.Namespace, record: Path) -> FoundWidths:
-    held = [(val.inputs[: arguments.held_out], val.targets[: arguments.held_out])]
+    most = arguments.held_out
+    held = list(zip(val.inputs[:most].split(128), val.targets[:most].split(128), strict=True))
     start = time.process_time()
     record.parent.mkdir(parents=True, exist_ok=True)
     options = {"step": arguments.step, "norms": arguments.norms, "record": record}
@@ -150,18 +152,24 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, found: Found) -> N
     val, test = parts(data, setting)
     shape, x, kind = data.input_shape, test.inputs[:2], f"-{arguments.images}" if mnist else ""
 
-    def universal() -> SlimmableWidth:
-        return SlimmableWidth(resnet(setting, shape), WIDTHS, universal=True, network="network", example_inputs=x)
+    def after(network: nn.Module) -> Classifier:
+        return classifier(copy.deepcopy(network), setting, shape)
 
-    plain: Any = trained(f"plain{kind}", lambda: resnet(setting, shape), data, setting)
+    def universal() -> SlimmableWidth:
+        return SlimmableWidth(after(first.network), WIDTHS, universal=True, network="network", example_inputs=x)
+
+    first: Any = trained(f"plain{kind}", lambda: resnet(setting, shape), data, setting)
+    plain: Any = trained(f"longer{kind}", lambda: after(first.network), data, setting)
     module: Any = trained(f"universal{kind}", universal, data, setting)
+    if arguments.only == "train":
+        return
     network: nn.Module = copy.deepcopy(module.network)
     take_norms(network)
     tuning = replace(setting, epochs=arguments.tune, lr=arguments.tune_lr)
     train = torch.cat([inputs for (inputs, _), _ in zip(data.train_dataloader(), range(10), strict=False)])
     seed = Seed(setting, tuning, data, test, train, plain.network, found)
-    seed.add(1.0, "trained by itself", plain.network)
-    seed.add(1.0, "trained for any width", network)
+    seed.add(1.0, "trained on by itself", plain.network)
+    seed.add(1.0, "trained on for any width", network)
     name = "-".join(map(str, (setting.dataset, setting.seed, setting.epochs, arguments.held_out, arguments.norms)))
     search = searched(network, val, arguments, arguments.record / f"{name}{kind}.json")
     for budget in sorted(arguments.budgets, reverse=True):
@@ -174,7 +182,7 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, found: Found) -> N
         for criterion in CRITERIA:
             seed.add(budget, criterion, pruned(seed, criterion, budget))
         if arguments.alone:
-            longer = replace(setting, epochs=setting.epochs + tuning.epochs)
+            longer = replace(setting, epochs=2 * setting.epochs + tuning.epochs)
             makers: list[Callable[[], Classifier]] = [partial(resnet, longer, shape, w) for w in range(WIDTH, 0, -1)]
             make = next(make for make in makers if seed.share(make().network) <= budget)
             one: Any = trained(f"alone-{budget:g}{kind}", make, data, longer)
@@ -188,12 +196,14 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25], help="shares of the MACs")
     parser.add_argument("--tune", type=int, help="epochs of tuning; by default 2 on MNIST and 6 on CIFAR-10")
     parser.add_argument("--tune-lr", type=float, default=0.05)
-    parser.add_argument("--held-out", type=int, default=500, help="validation images of the search")
+    parser.add_argument("--held-out", type=int, default=512, help="validation images of the search")
     parser.add_argument("--step", type=float, default=0.125, help="of the search")
     parser.add_argument("--norms", choices=["batch", "recalibrate"], default="batch", help="in the search")
     parser.add_argument("--no-alone", dest="alone", action="store_false", help="without networks trained alone")
     parser.add_argument("--record", type=Path, default=Path("autoslim"), help="a folder for the searches' decisions")
     arguments = parser.parse_args()
+    if arguments.only == "time":
+        parser.error("nothing is timed here")
     arguments.tune = 1 if arguments.quick else arguments.tune or TUNE[arguments.dataset]
     if arguments.quick:  # networks that have hardly begun to train
         arguments.lr = arguments.tune_lr = 0.01

@@ -115,6 +115,8 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, found: Found) -> N
     data.setup()
     val, test = parts(data, setting)
     networks = ways(setting, arguments, data, test.inputs[:2])
+    if arguments.only == "train":
+        return
     order = torch.randperm(len(SHARES) * BATCH, generator=torch.Generator().manual_seed(0)) % len(test.inputs)
     batches = [(test.inputs[some], test.targets[some]) for some in order.split(BATCH)]
     controller = BudgetController(measured_settings(networks, val), batches[0][0], repeats=40)
@@ -165,6 +167,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that load the machine")
     parser.add_argument("--figure", type=Path, help="draw the first seed's trace here")
     arguments = parser.parse_args()
+    if arguments.only == "accuracy" or arguments.clock == "cpu":
+        parser.error("budgets are of time by the clock on the wall")
     silence()
     torch.set_num_threads(1)
     found = Found()

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from support.ranks import RankPair
 from torch import Tensor, nn
 
 from lightning_compress import channel_groups, cut
+from lightning_compress.baselines import Classifier, DigitsConvNet, TensorLoader
 from lightning_compress.core.answering import Answer, put
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.slimmable import FoundWidths, recalibrate, search_widths
+from lightning_compress.slimmable.module import SlimmableWidth
 from lightning_compress.slimmable.norms import give_norms, norms_of, sliced_norms
 from lightning_compress.slimmable.switch import set_width, thin_of
 from lightning_compress.slimmable.widths import counts_at
@@ -229,3 +232,24 @@ def test_what_is_found_can_be_set_on_a_network_with_widths() -> None:
     set_width(net, found.widths())
     loss = sum(float(F.cross_entropy(net(inputs), targets)) for inputs, targets in batches) / len(batches)
     assert loss == pytest.approx(found.decisions[-1].loss, rel=1e-9)
+
+
+def test_the_wrapper_sets_and_extracts_what_is_found() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(256, 1, 8, 8), torch.randint(10, (256,))
+    plain = Classifier(DigitsConvNet(width=8), input_shape=(1, 8, 8))
+    module = SlimmableWidth(plain, (0.5, 1.0), universal=True, network="network")
+    loader = TensorLoader(images, labels, batch_size=64)
+    silent: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, **silent).fit(module, loader)
+    module.eval()
+    found = search_widths(module.network, loader, budget=0.5, step=0.25)
+    module.recalibrate(loader, widths=[found.widths()])
+    module.set_width(found.widths())
+    with torch.no_grad():
+        set_loss = F.cross_entropy(module(images), labels)
+        thin = module.extract(found.widths()).eval()
+        assert float(F.cross_entropy(thin(images), labels)) == pytest.approx(float(set_loss), abs=1e-5)
+    assert float(set_loss) == pytest.approx(found.decisions[-1].loss, abs=1e-4)
+    with pytest.raises(ValueError, match="runs at another width than the full one"):
+        search_widths(module.network, loader, budget=0.5)
