@@ -1,10 +1,11 @@
 """A controller on a fixed trace: how often it keeps its budget, and how accurate it is beside static choices.
 
-A ResNet-20 with exits, or with widths, serves 500 batches. The budget steps every 50 batches; in the second half other
-processes load the machine. The same trace is served by the controller and by each setting alone. "Best static" is the
-most accurate setting whose mean time on the trace is within the mean budget; "in hindsight" takes for each batch the
-most accurate setting that kept the budget when it served this batch alone. Accuracies are those of the served test
-images; the settings' own accuracies, by which the controller chooses, are those of validation images.
+A ResNet-20 with exits, with widths, or with exits at every width serves 500 batches. The budget steps every 50 batches;
+in the second half other processes load the machine. The same trace is served by the controller and by each setting
+alone. "Best static" is the most accurate setting whose mean time on the trace is within the mean budget; "in hindsight"
+takes for each batch the most accurate setting that kept the budget when it served this batch alone. Accuracies are
+those of the served test images; the settings' own accuracies, by which the controller chooses, are those of validation
+images.
 
     python benchmarks/budget_controller.py --dataset mnist --data data/mnist --weights weights --figure controller.png
 """
@@ -59,10 +60,13 @@ def ways(setting: Setting, arguments: argparse.Namespace, data: Any, x: Tensor) 
 
     def module() -> Any:
         network = initial(partial(ResNet20, width=16, in_channels=data.input_shape[0]), setting)
-        plain = classifier(network, setting, data.input_shape)
+        plain: Any = classifier(network, setting, data.input_shape)
+        if arguments.ways != "widths":
+            plain = EarlyExitHeads(plain, list(AT), num_classes=10, network="network", example_inputs=x)
         if arguments.ways == "exits":
-            return EarlyExitHeads(plain, list(AT), num_classes=10, network="network", example_inputs=x)
-        return SlimmableWidth(plain, WIDTHS, network="network", example_inputs=x)
+            return plain
+        widths = WIDTHS if arguments.ways == "widths" else WIDTHS[::2]
+        return SlimmableWidth(plain, widths, network="network", example_inputs=x)
 
     fitted: Any = trained(f"controller-{arguments.ways}", module, data, setting)
     if arguments.ways == "exits":
@@ -163,7 +167,7 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, found: Found) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
-    parser.add_argument("--ways", choices=["exits", "widths"], default="exits", help="to run the network")
+    parser.add_argument("--ways", choices=["exits", "widths", "both"], default="exits", help="to run the network")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that load the machine")
     parser.add_argument("--figure", type=Path, help="draw the first seed's trace here")
     arguments = parser.parse_args()

@@ -49,12 +49,8 @@ if __name__ == "__main__":
     trainer = Trainer(max_epochs=4, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(module, datamodule=data)
 
-    points = {}
-    for width in (0.0625, 0.25, 1.0):
-        thin = Classifier(module.extract(width).eval(), input_shape=(1, 8, 8))
-        points[f"width {width:g}"] = thin.network
-        exits = EarlyExitHeads(thin, None, num_classes=10, network="network", example_inputs=torch.zeros(2, 1, 8, 8))
-        points |= {f"width {width:g}, {one.name}": one.network for one in exits.operating_points()}
+    points = {one.name: one.network.eval() for one in module.operating_points()}
+    points["width 1"] = module.extract(1.0).eval()
     data.setup("test")
     images, labels = (torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True))
     batches = list(zip(images.split(120), labels.split(120), strict=True))
