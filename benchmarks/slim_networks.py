@@ -163,7 +163,7 @@ def timed(ways: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[]
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def latency(only: list[str], rounds: int, clock: Callable[[], float], console: Console) -> None:
+def latency(only: list[str], batches: list[int], rounds: int, clock: Callable[[], float], console: Console) -> None:
     table = Table("network", "width", "batch", box=box.MARKDOWN)
     for name in ("cut, ms", "switched / cut", "refreshed / cut", "extracted / cut", "full / cut", "numbers copied"):
         table.add_column(name, justify="right")
@@ -190,7 +190,7 @@ def latency(only: list[str], rounds: int, clock: Callable[[], float], console: C
                 thin_of(anew, width).refresh(gradients=True)
                 return call(anew, inputs)
 
-            for batch in (1, 64):
+            for batch in batches:
                 inputs = inputs_of(batch)
                 ways = {
                     "cut": partial(call, native, inputs),
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("table", choices=["zoo", "latency"])
     parser.add_argument("--only", nargs="*", default=[], help="names of networks")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 64])
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a machine that does other things"
     )
@@ -224,9 +225,8 @@ def main() -> None:
     if options.table == "zoo":
         zoo(options.only, console)
     else:
-        latency(
-            options.only, options.rounds, time.process_time if options.clock == "cpu" else time.perf_counter, console
-        )
+        clock = time.process_time if options.clock == "cpu" else time.perf_counter
+        latency(options.only, options.batches, options.rounds, clock, console)
 
 
 if __name__ == "__main__":
