@@ -27,10 +27,16 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     """Return a tensor with the given positions alone, along the given dimensions."""
-    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    order = memory_format(tensor)
     for dim, keep in dims.items():
         tensor = tensor.index_select(dim, keep.to(tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return tensor.contiguous(memory_format=order)
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return the order of a tensor's numbers in memory, which slices of it that are copies should have, too."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def sliced(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:

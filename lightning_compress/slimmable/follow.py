@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.tensors import memory_format
 from lightning_compress.slimmable.skeleton import is_shared
 
 TABLES = ("_parameters", "_buffers")
@@ -29,13 +30,15 @@ class Slot:
         name: In both tables.
         target: The skeleton's table.
         cuts: What of the tensor the skeleton has.
-        gathers: Whether that is a copy.
+        gathers: Whether that is a copy, when no gradients are wanted.
         value: What the skeleton has now.
     """
 
-    def __init__(self, table: dict[str, Any], name: str, target: dict[str, Any], cuts: Cuts) -> None:
+    def __init__(
+        self, table: dict[str, Any], name: str, target: dict[str, Any], cuts: Cuts, *, contiguous: bool
+    ) -> None:
         self.table, self.name, self.target, self.cuts = table, name, target, cuts
-        self.gathers = any(isinstance(cut, Tensor) for _, cut in cuts)
+        self.gathers = any(isinstance(cut, Tensor) or (contiguous and (dim, cut.step) != (0, 1)) for dim, cut in cuts)
         self.value: Any = None
 
     def take(self, taken: dict[int, Tensor], *, gradients: bool) -> None:
@@ -45,7 +48,11 @@ class Slot:
             self.value = self.target[self.name] = source
             return
         if id(source) not in taken:
-            taken[id(source)] = _cut(source if gradients else source.detach(), self.cuts)
+            found = _cut(source if gradients else source.detach(), self.cuts)
+            if self.gathers and not gradients:
+                with torch.inference_mode(False):  # a copy may be used in training later
+                    found = found.contiguous(memory_format=memory_format(source))
+            taken[id(source)] = found
         self.value = self.target[self.name] = taken[id(source)]
 
 
@@ -134,6 +141,8 @@ def slots_of(
     cuts: Mapping[int, Cuts],
     given: nn.Module | None,
     fixed: bool,
+    *,
+    contiguous: bool,
 ) -> list[Slot]:
     """Return the slots of one table of a module's tensors; none if the copy shares the table.
 
@@ -144,6 +153,7 @@ def slots_of(
         cuts: By id of a tensor of the network.
         given: Has tensors that take the place of the module's.
         fixed: Whether the copy counts its batches by itself.
+        contiguous: As for `ThinNetwork`.
     """
     mine, theirs = vars(module)[table], {} if given is None else vars(given)[table]
     whole = mine if not theirs and all(id(tensor) not in cuts for tensor in mine.values()) else theirs
@@ -157,7 +167,8 @@ def slots_of(
             target[name] = None if tensor is None else torch.zeros_like(tensor)
         else:
             source = theirs if name in theirs else mine
-            found.append(Slot(source, name, target, () if source is theirs else cuts.get(id(tensor), ())))
+            which = () if source is theirs else cuts.get(id(tensor), ())
+            found.append(Slot(source, name, target, which, contiguous=contiguous))
     return found
 
 

@@ -66,6 +66,8 @@ def extract(network: nn.Module, width: Width, example_inputs: ExampleInputs) -> 
 class SlimmableNetwork(nn.Module):
     """A copy of a network that runs at any of its widths; for evaluation.
 
+    Each width that has run keeps copies of those numbers that are no contiguous view of the full network's.
+
     Args:
         network: Has widths (see `give_norms`).
         example_inputs: Where the network's channel groups are not known, because it was loaded from a file.
@@ -91,6 +93,7 @@ class SlimmableNetwork(nn.Module):
         self.widths = norms_or_raise(network).widths
         self.network = copy.deepcopy(network)
         put(self.network, None)
+        norms_or_raise(self.network).contiguous = True
         if example_inputs is not None:
             find_groups(self.network, example_inputs)
         for width in self.widths[:-1]:

@@ -44,6 +44,7 @@ class WidthNorms(nn.Module):
         norms: As given.
         groups: As given, without their checker.
         allow_inexact: As given.
+        contiguous: As for `ThinNetwork`.
 
     Raises:
         ValueError: There is no such `norms`.
@@ -65,6 +66,7 @@ class WidthNorms(nn.Module):
         self.norms: Norms = norms
         self.groups = None if groups is None else ChannelGroups(groups)
         self.allow_inexact = allow_inexact
+        self.contiguous = False
         self._kept: dict[Any, Any] = {}  # thin networks by width; `slimmable.switch` makes them
         self._paths: dict[str, tuple[str, ...]] = {}
         for width, tensors in held.items():

@@ -139,7 +139,7 @@ def thin_of(network: nn.Module, width: Width) -> ThinNetwork:
             f"full network would ruin its outputs: choose one of {known}, or recalibrate this width with data."
         )
     tracked = held.norms != "recalibrate" and not isinstance(width, Mapping) and width in held.widths
-    thin = ThinNetwork(network, groups, counts, norms, tracked=tracked)
+    thin = ThinNetwork(network, groups, counts, norms, tracked=tracked, contiguous=held.contiguous)
     held._kept[key] = (width, thin)
     return thin
 

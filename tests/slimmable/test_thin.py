@@ -95,13 +95,16 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["views", "copies"])
+@pytest.mark.parametrize("name", ["views", "copies", "contiguous"])
 def test_a_thin_network_follows_changes(change: str, name: str) -> None:
     network, inputs, groups, thin = thin_small()
     counts = thin.counts
     if name == "copies":  # every second channel after the others
         network[4].weight.data = network[4].weight.data.clone()
         thin = ThinNetwork(network, _scrambled(groups), counts)
+    if name == "contiguous":
+        thin = ThinNetwork(network, groups, counts, contiguous=True)
+        assert thin.module[4].weight.is_contiguous()
     thin.refresh(gradients=False)
     CHANGES[change](network)
     assert thin_differences(network, thin.groups, counts, inputs, thin) < 1e-12
