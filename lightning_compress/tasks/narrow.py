@@ -25,12 +25,19 @@ _BATCHES = 20  # of the validation data, at most, and of the training data for t
 
 
 def check_search(module: LightningModule, settings: Mapping[str, Any] | None) -> None:
-    """Refuse a search in a network that does not run at several widths.
+    """Refuse a search in a network that does not run at several widths, or that lacks what it needs.
 
     Raises:
-        ValueError: It does not.
+        ValueError: It does not, or there is no `budget` or no `epochs`.
     """
-    if settings is not None and not isinstance(module, SlimmableWidth):
+    if settings is None:
+        return
+    if not isinstance(settings.get("epochs"), int) or "budget" not in settings:
+        raise ValueError(
+            f"search={dict(settings)} needs a budget, such as 0.5 of the MACs, and epochs, for how many the network of "
+            f"the widths that are found trains on; 0 for none."
+        )
+    if not isinstance(module, SlimmableWidth):
         raise ValueError(
             f"search={dict(settings)} needs a network that was trained at many widths, and {type(module).__name__} was "
             f"not: leave search out, or add compress=slimmable with wrappers.slimmable.universal=true."

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
 from lightning_compress.coding.footprint import file_bytes
@@ -15,6 +15,7 @@ from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.measure.footprint import time_in_turns
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.report import Point
+from lightning_compress.slimmable.module import SlimmableWidth
 from lightning_compress.tasks.results import Compressed, Dense
 from lightning_compress.trainer.wrapper import CompressionModule
 
@@ -41,6 +42,17 @@ def calibrated_wrapper(module: LightningModule) -> Any:
             return None
         module = module._lightning_compress.wrapped
     return module
+
+
+def calibrate(module: LightningModule, data: LightningDataModule, settings: Mapping[str, Any]) -> None:
+    """Calibrate the outermost wrapper that has thresholds; at every width if it is inside a slimmable network."""
+    wrapper = calibrated_wrapper(module)
+    if not isinstance(module, SlimmableWidth) or wrapper is module:
+        wrapper.calibrate(data, **settings)
+        return
+    for width in (*module._objective().thinner(module), 1.0):
+        module.set_width(width)
+        wrapper.calibrate(data, **settings)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.narrow import check_search, narrowed
-from lightning_compress.tasks.points import Way, calibrated_wrapper, check_calibration, tested_ways, timed_points
+from lightning_compress.tasks.points import Way, calibrate, check_calibration, tested_ways, timed_points
 from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
 from lightning_compress.tasks.run_folder import COMPRESSED, SEARCH, SMALL, dense_files
@@ -219,7 +219,7 @@ class Run:
         trainer = trainer_of(self.make_trainer, callbacks=[*callbacks, recorder, *bar], logger=list(loggers) or False)
         trainer.fit(compressed, datamodule=self.datamodule, ckpt_path=ckpt_path)
         if self.calibration is not None:
-            calibrated_wrapper(compressed).calibrate(self.datamodule, **self.calibration)
+            calibrate(compressed, self.datamodule, self.calibration)
         before_recovery = None
         if recorder.snapshot is not None:
             snapshot = copy.deepcopy(compressed)

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from support.ranks import RankPair
 from support.small import quiet_trainer
 
-from lightning_compress import EarlyExitHeads, load_compressed
+from lightning_compress import EarlyExitHeads, SlimmableWidth, load_compressed
 from lightning_compress.baselines import Classifier, Digits, DigitsConvNet
 from lightning_compress.early_exit.heads import heads_of
 from lightning_compress.report import Report, points_table, report_figure, report_markdown
@@ -102,6 +102,45 @@ def test_two_ranks_report_the_same_ways(rank_pair: RankPair, tmp_path: Path) -> 
     found = rank_pair.run("tasks.test_points:ranks", tmp_path, folder=str(tmp_path / "run"))
     assert found[0][:2] == ["dense", "exit 1"]
     assert found[1] == []
+
+
+def test_exits_inside_widths_are_calibrated_and_are_points_at_every_width(tmp_path: Path) -> None:
+    job = Run(
+        datamodule=Digits(),
+        make_trainer=partial(quiet_trainer, max_epochs=1, limit_train_batches=20),
+        folder=tmp_path,
+        repeats=1,
+        calibration={"budget": 0.7, "unit": "share"},
+    )
+
+    def wrap(module: LightningModule) -> LightningModule:
+        return SlimmableWidth(with_exits(module), [0.5, 1.0], network="network")
+
+    seed_everything(0)
+    report = job.run([classifier()], callbacks=[], wrap=wrap, dense={"max_epochs": 1})
+    assert report is not None
+    macs = {point.name: point.macs for point in report.points}
+    ways = {f"width {width}, {way}" for width in ("0.5", "1") for way in ("exit 1", "calibrated")}
+    assert {"width 0.5", *ways, "compressed"} <= macs.keys()
+    assert macs["width 0.5, exit 1"] == 2 * 9 * 64 + 2 * 2 * 9 * 64 + 10 * 2 * 16
+    assert macs["width 1, exit 1"] <= macs["width 1, calibrated"]
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"budget": 0.5, "epochs": 1}, "Classifier was not: leave search out, or add compress=slimmable"),
+        ({"epochs": 1}, "needs a budget"),
+        ({"budget": 0.5}, "and epochs"),
+    ],
+)
+def test_a_search_that_can_not_be_is_refused_before_the_compression(
+    tmp_path: Path, search: dict[str, Any], message: str
+) -> None:
+    make_trainer = partial(quiet_trainer, max_epochs=1, limit_train_batches=1)
+    job = Run(datamodule=Digits(), make_trainer=make_trainer, folder=tmp_path, search=search)
+    with pytest.raises(ValueError, match=message):
+        job.run([classifier()], callbacks=[], dense={"max_epochs": 1})
 
 
 def test_a_calibration_of_nothing_is_refused(tmp_path: Path) -> None:
