@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from support.ranks import RankPair
 from torch import Tensor, nn
 
@@ -238,11 +237,8 @@ def test_the_wrapper_sets_and_extracts_what_is_found() -> None:
     torch.manual_seed(0)
     images, labels = torch.randn(256, 1, 8, 8), torch.randint(10, (256,))
     plain = Classifier(DigitsConvNet(width=8), input_shape=(1, 8, 8))
-    module = SlimmableWidth(plain, (0.5, 1.0), universal=True, network="network")
+    module = SlimmableWidth(plain, (0.5, 1.0), universal=True, network="network").eval()
     loader = TensorLoader(images, labels, batch_size=64)
-    silent: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    Trainer(accelerator="cpu", max_steps=2, enable_model_summary=False, **silent).fit(module, loader)
-    module.eval()
     found = search_widths(module.network, loader, budget=0.5, step=0.25)
     module.recalibrate(loader, widths=[found.widths()])
     module.set_width(found.widths())
