@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import random
 import sys
 import time
 import warnings
@@ -153,9 +154,9 @@ def timed(ways: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[]
     for way in ways.values():
         way()
     repeats = max(1, int(0.02 * len(ways) / max(time.perf_counter() - start, 1e-6)))  # tiny passes go in blocks
-    for number in range(rounds):
-        names = list(ways)
-        for name in names if number % 2 else names[::-1]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(ways), len(ways)):
             before = clock()
             for _ in range(repeats):
                 ways[name]()
