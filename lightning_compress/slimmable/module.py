@@ -49,8 +49,8 @@ class SlimmableWidth(CompressionModule):
         universal: Train for any width: each step runs the widest, the narrowest and two random widths between.
         norms: "private": each width has statistics, scales and shifts of its own in batch norms; "statistics": it has
             statistics of its own; "recalibrate": training tracks none, and before each validation and at the end of
-            the fit the statistics of all `widths` are computed anew from samples of the last five batches. None:
-            "private", and "recalibrate" with `universal`.
+            the fit the statistics of all `widths` are computed anew from samples of the last five batches, which are in
+            checkpoints. None: "private", and "recalibrate" with `universal`; or those of the widths that it has.
         distill: The share a of the full network's outputs in the loss of a width. None: 0.5, and 1 with `universal`.
         temperature: T.
         order: By what channels are sorted once, before training, the important ones first, which leaves the network's
@@ -178,7 +178,8 @@ class SlimmableWidth(CompressionModule):
         found: list[ExampleInputs] = []
         objective.collecting = found.append
         try:
-            validate_quietly(self, loader, trainer, batches=batches)
+            with self._running_at(1.0):
+                validate_quietly(self, loader, trainer, batches=batches)
         finally:
             objective.collecting = None
         objective.recalibrate(self, found[:batches], objective.thinner(self) if widths is None else widths)

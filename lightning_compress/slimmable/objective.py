@@ -105,6 +105,8 @@ class Widths(ReplayingObjective):
                 f"The network has the widths {', '.join(map(str, held.widths))} already, and widths= says "
                 f"{', '.join(map(str, self.widths))}: pass widths=None to go on with those."
             )
+        if self.settings["norms"] is None and not self.universal:
+            self.norms = held.norms
         if self.norms != held.norms:
             raise ValueError(
                 f"The network was trained with norms={held.norms!r}, and this wrapper has norms={self.norms!r}."
@@ -154,15 +156,15 @@ class Widths(ReplayingObjective):
         return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
-        thinner = self.thinner(module)
+        held, thinner = self.held(module), self.thinner(module)
         runs = 2 + RANDOM if self.universal else 1 + len(thinner)
         return replace(
             super().effects(trainer, module),
-            modules=frozenset(self.own_parameters(module)),
+            modules=frozenset(() if held is None else held.state_dict()),
             looks_at=frozenset({"output"}) if thinner else frozenset(),
             replays=runs if thinner else 1,
             runs_thinner=bool(thinner),
-            options={"modules": "norms='private'"},
+            options={"modules": "widths=..."},
         )
 
     # ------------------------------------------------------------------ the fit
@@ -266,8 +268,9 @@ class Widths(ReplayingObjective):
             yield
 
     def after_step(self, one: OneStep) -> None:
-        if self.norms == "recalibrate":
-            self._kept = [*self._kept, first_samples(inputs_of(one), _SAMPLES)][-_BATCHES:]
+        held = norms_of(backbone(one.network))
+        if self.norms == "recalibrate" and held is not None and next(held.buffers(), None) is not None:
+            self._kept = [*self._kept, inputs_of(one, samples=_SAMPLES)][-_BATCHES:]
             self._stale = True
 
     def sees(self, one: OneStep) -> bool:

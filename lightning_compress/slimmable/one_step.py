@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.answering import answering
-from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.core.outputs import select_output
 from lightning_compress.slimmable.thin import ThinNetwork
 from lightning_compress.trainer.one_step import OneStep
@@ -53,8 +53,12 @@ class WidthsStep(OneStep):
         return select_output(self._outputs[label], self.picks, "The network")
 
 
-def inputs_of(one: OneStep) -> ExampleInputs:
+def inputs_of(one: OneStep, *, samples: int | None = None) -> ExampleInputs:
     """Return copies of what a step has called the network with.
+
+    Args:
+        one: The step.
+        samples: How many samples, at most; None: all.
 
     Raises:
         ValueError: It has used positional and keyword arguments together.
@@ -65,5 +69,6 @@ def inputs_of(one: OneStep) -> ExampleInputs:
             "The network is called with positional and with keyword arguments, with which the statistics of its norms "
             "can't be computed anew: call it with one kind."
         )
-    copied: ExampleInputs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), kwargs or args)
+    given = kwargs or args if samples is None else first_samples(kwargs or args, samples)
+    copied: ExampleInputs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), given)
     return copied

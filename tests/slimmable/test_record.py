@@ -48,7 +48,7 @@ def test_a_compressed_file_brings_every_width_back(norms: Any, tmp_path: Path) -
     held = norms_of(loaded)
     assert held is not None
     assert (held.widths, held.norms) == ((0.25, 0.5, 1.0), norms)
-    again = SlimmableWidth(loaded, None, norms=norms, example_inputs=X)  # type: ignore[arg-type]
+    again = SlimmableWidth(loaded, None, example_inputs=X)  # type: ignore[arg-type]
     for mine, other in zip(outputs(wrapped, x), outputs(again, x), strict=True):
         torch.testing.assert_close(mine, other)
     again.set_width(1.0)

@@ -297,6 +297,15 @@ def test_a_compiled_network_has_widths() -> None:
     assert "width0.25/val_acc" in trainer.callback_metrics
 
 
+def test_a_network_that_writes_into_its_inputs_is_refused() -> None:
+    class Module(SmallModule):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.mul_(2.0) if self.training else x * 2.0)
+
+    with pytest.raises(ValueError, match="changes a tensor of its batch in place"):
+        quiet_trainer(max_epochs=1).fit(slimmable(Module()), plain(0))
+
+
 # ---------------------------------------------------------------------- universal
 
 
@@ -333,6 +342,7 @@ def test_a_width_that_was_not_trained_needs_statistics() -> None:
     with pytest.raises(ValueError, match=r"0\.4.*no statistics"):
         wrapped.set_width(0.4)
     wrapped._trainer = None  # as after a load
+    wrapped.set_width(0.25)  # the full network's inputs are what counts
     wrapped.recalibrate(plain(0), widths=[0.4], batches=3)
     wrapped.set_width(0.4)
     wrapped.eval()
