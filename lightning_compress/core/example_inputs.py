@@ -84,6 +84,19 @@ def to_device(example_inputs: ExampleInputs, device: torch.device | str) -> Exam
     return moved
 
 
+def to_type(example_inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
+    """Return the example inputs with every floating-point tensor of type `dtype`, as a network of that type takes them.
+
+    Example:
+        >>> to_type((torch.zeros(1), torch.tensor([3])), torch.float64)
+        (tensor([0.], dtype=torch.float64), tensor([3]))
+    """
+    cast: ExampleInputs = tree_map_only(
+        Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, _plain(example_inputs)
+    )
+    return cast
+
+
 def _plain(example_inputs: ExampleInputs) -> ExampleInputs:
     # a tokenizer's output is a Mapping but no dict, so a tree walk would take it for a leaf
     return dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs

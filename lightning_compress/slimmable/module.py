@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.example_inputs import ExampleInputs, to_device, to_type
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.slimmable.network import SlimmableNetwork, extract
 from lightning_compress.slimmable.norms import Norms
@@ -182,6 +182,11 @@ class SlimmableWidth(CompressionModule):
                 validate_quietly(self, loader, trainer, batches=batches)
         finally:
             objective.collecting = None
+        if not found:
+            raise ValueError(
+                f"The validation step has not called the network {objective.network!r}, whose inputs are needed: it "
+                f"must call the network itself, and the loader have a batch."
+            )
         objective.recalibrate(self, found[:batches], objective.thinner(self) if widths is None else widths)
 
     def operating_points(self) -> list[OperatingPoint]:
@@ -247,14 +252,16 @@ class SlimmableWidth(CompressionModule):
         objective = self._objective()
         if not objective.thinner(self):
             raise ValueError(
-                "The network has no widths yet, or its channels are not known: pass example_inputs=, or fit the module."
+                "The network has no widths yet, or its channels are not known: give SlimmableWidth example_inputs=, or "
+                "fit the module first."
             )
         return objective
 
     def _inputs(self, given: ExampleInputs | None) -> ExampleInputs:
         inputs = given if given is not None else self._objective().example_inputs
         assert inputs is not None, "a network whose channels are known was called with some"
-        return inputs
+        like = next(backbone(resolve_network(self, self._objective().network)).parameters())
+        return inputs if given is not None else to_type(to_device(inputs, like.device), like.dtype)
 
     @contextmanager
     def _without_trainer(self) -> Iterator[None]:

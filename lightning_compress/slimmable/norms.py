@@ -113,10 +113,13 @@ def key_of(width: Width) -> str:
     """Return the name of a width's child.
 
     Example:
-        >>> key_of(0.25), key_of({"conv1": 0.5})
-        ('0_25', 'by_group')
+        >>> key_of(0.25), key_of({"layer1.conv": 0.5, "fc": 1})
+        ('0_25', 'by_group fc=1_0, layer1/conv=0_5')
     """
-    return "by_group" if isinstance(width, Mapping) else f"{float(width)!r}".replace(".", "_")
+    if not isinstance(width, Mapping):
+        return f"{float(width)!r}".replace(".", "_")
+    shares = (f"{name.replace('.', '/')}={key_of(share)}" for name, share in sorted(width.items()))
+    return f"by_group {', '.join(shares)}"
 
 
 def _made(tree: nn.Module, path: str) -> nn.Module:

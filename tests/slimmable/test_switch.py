@@ -194,8 +194,12 @@ def test_widths_by_group() -> None:
     torch.testing.assert_close(network(inputs), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(copy.deepcopy(network)(inputs), expected, rtol=1e-12, atol=1e-12)
     other = {"0": 1.0, "3": 0.25}
+    with pytest.raises(ValueError, match="Width by group has no statistics of its own"):
+        set_width(network, other)
     set_width(network, other, norms=sliced_norms(network, groups, counts_at(groups, other)))
-    expected = cut_copy(_plain(network), groups, {"3": 3}, inputs)(inputs)
+    other_expected = cut_copy(_plain(network), groups, {"3": 3}, inputs)(inputs)
+    torch.testing.assert_close(network(inputs), other_expected, rtol=1e-12, atol=1e-12)
+    set_width(network, share)  # it has kept its statistics
     torch.testing.assert_close(network(inputs), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -19,6 +19,7 @@ from lightning_compress.channels.cut import cut
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.slimmable.module import SlimmableWidth
 from lightning_compress.slimmable.norms import norms_of
+from lightning_compress.slimmable.switch import width_of
 
 X = torch.zeros(2, FEATURES)
 WIDTHS = (0.25, 0.5, 1.0)
@@ -350,6 +351,36 @@ def test_a_width_that_was_not_trained_needs_statistics() -> None:
     torch.testing.assert_close(wrapped(X), wrapped.extract(0.4)(X))
 
 
+def test_statistics_are_computed_anew_whichever_width_is_set() -> None:
+    seed_everything(1)
+    wrapped = slimmable(SmallModule(), universal=True)
+    quiet_trainer(max_epochs=1).fit(wrapped, plain(0))
+    held = norms_of(wrapped)
+    assert held is not None
+    found = []
+    for now in (1.0, 0.5):
+        wrapped.set_width(now)
+        wrapped.recalibrate(plain(0), batches=3)
+        assert width_of(wrapped) == now
+        found.append({name: one.clone() for name, one in held.named_buffers()})
+    assert all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+    for width in ({"net.hidden": 0.5}, {"net.conv": 0.5}):  # one after the other
+        wrapped.recalibrate(plain(0), widths=[width], batches=3)
+    for width in ({"net.hidden": 0.5}, {"net.conv": 0.5}):
+        wrapped.set_width(width)
+        torch.testing.assert_close(wrapped.eval()(X), wrapped.extract(width).eval()(X))
+
+
+def test_statistics_need_what_the_network_is_called_with() -> None:
+    class Elsewhere(SmallModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.net.head(torch.zeros(1, 16))
+
+    wrapped = slimmable(Elsewhere(), network="net")
+    with pytest.raises(ValueError, match="has not called the network 'net'"):
+        wrapped.recalibrate(plain(0))
+
+
 # ---------------------------------------------------------------------- use, and refusals
 
 
@@ -380,6 +411,36 @@ def test_the_deployed_and_the_extracted_network_are_the_width() -> None:
     with points[0].answering():
         found = quiet_trainer().test(wrapped, plain(1), verbose=False)[0]
     assert found == {"test_acc": pytest.approx(accuracy(points[0].network))}
+
+
+class OwnForward(SmallModule):
+    """Predicts by its forward."""
+
+    predict_step = LightningModule.predict_step
+
+    def forward(self, x: Any) -> Tensor:
+        return self.net(x[0] if isinstance(x, list) else x)
+
+
+def test_a_module_predicts_by_its_forward_at_a_width() -> None:
+    seed_everything(1)
+    wrapped = slimmable(OwnForward())
+    wrapped.set_width(0.5)
+    found = quiet_trainer().predict(wrapped, plain(1))
+    expected = [wrapped.eval()(batch) for batch in plain(1)]
+    assert found is not None
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_width_is_extracted_in_the_precision_of_the_fit(precision: Any) -> None:
+    seed_everything(1)
+    wrapped = slimmable(SmallModule())
+    quiet_trainer(max_epochs=1, precision=precision).fit(wrapped, plain(0))
+    dtype = torch.float64 if precision == "64-true" else torch.bfloat16
+    assert {one.dtype for one in wrapped.extract(0.5).parameters()} == {dtype}
+    assert [one.name for one in wrapped.operating_points()] == ["width 0.25", "width 0.5"]
+    assert wrapped.deploy()(X.to(dtype), width=0.5).dtype == dtype
 
 
 class NoNorms(SmallModule):
