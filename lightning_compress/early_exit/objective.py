@@ -22,13 +22,10 @@ from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.one_step import OneStep, backbone, computing
 from lightning_compress.trainer.replaying import ReplayingObjective
-from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.unwrap import innermost
 
 Training = Literal["joint", "frozen"]
-NAMED_WEIGHTS = ("equal", "rising")
 _FEW = 4  # samples that are kept of a peeked batch, with which the network is cut into stages
-_FIRST_RISING = 0.01  # the weight from which rising weights begin
 
 
 class EarlyExits(ReplayingObjective):
@@ -46,14 +43,11 @@ class EarlyExits(ReplayingObjective):
         self.example_inputs: ExampleInputs | None = example_inputs
         self.num_classes: int = settings["num_classes"]
         self.head: Any = settings["head"]
-        self.weights: Any = settings["weights"]
         self.train: Training = settings["train"]
         self.trains_full = self.train == "joint"
         self.gradient: Gradient = settings["gradient"]
         self.collecting: Callable[[Any, Any, list[Tensor]], None] | None = None
-        self._scheduled: list[Scheduled] = []
         self._frozen: list[nn.Parameter] = []
-        self._step = 0
         self._check()
 
     def _check(self) -> None:
@@ -62,11 +56,6 @@ class EarlyExits(ReplayingObjective):
         for name, known in (("train", get_args(Training)), ("gradient", get_args(Gradient))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}.")
-        if isinstance(self.weights, str) and self.weights not in NAMED_WEIGHTS:
-            raise ValueError(
-                f"weights is one of {', '.join(NAMED_WEIGHTS)}, or a number, or a schedule such as {{'start': 0.01, "
-                f"'end': 0.5}}, for each exit and for the full network; got {self.weights!r}."
-            )
         if self.train == "frozen" and self.gradient != "full":
             raise ValueError(
                 f"gradient={self.gradient!r} is about gradients into the backbone, which train='frozen' does not "
@@ -160,40 +149,12 @@ class EarlyExits(ReplayingObjective):
         heads = self.heads(module)
         if heads is None:
             return
-        self._scheduled = self._weights_of(module, heads)
-        for number, weight in enumerate(self._scheduled):
-            weight.plan(trainer, None if state is None else state["weights"][number])
+        self.weights.plan(trainer, len(heads), None if state is None else state["weights"])
         if state is not None:
             self.set_values_of_replicas(module, state["values"])
 
-    def _weights_of(self, module: LightningModule, heads: ExitHeads) -> list[Scheduled]:
-        """Return the weight of each exit's loss, and of the full network's."""
-        weights = self.weights
-        if weights == "equal":
-            weights = [1.0] * (len(heads) + 1)
-        elif weights == "rising":
-            shares = [(number + 1) / (len(heads) + 1) for number in range(len(heads))]
-            weights = [{"start": min(_FIRST_RISING, share), "end": share} for share in shares] + [1.0]
-        if not isinstance(weights, Sequence) or len(weights) != len(heads) + 1:
-            raise ValueError(
-                f"weights={self.weights!r} must have a number or a schedule for each of {len(heads)} exits, and one "
-                f"for the full network."
-            )
-        made = [Scheduled.of(weight, f"weights[{number}]") for number, weight in enumerate(weights)]
-        for one in made:
-            if min(one.start, one.end) < 0:
-                raise ValueError(f"weights are 0 or more; got {self.weights!r}.")
-        return made
-
-    def follow_epochs(self, moment: Callable[[int], int]) -> None:
-        for weight in self._scheduled:
-            weight.follow_epochs(moment)
-
-    def at_step(self, step: int) -> None:
-        self._step = step
-
     def state(self) -> dict[str, Any]:
-        return {"weights": [weight.state() for weight in self._scheduled], "values": self.values_of_replicas()}
+        return {"weights": self.weights.state(), "values": self.values_of_replicas()}
 
     # ------------------------------------------------------------------ a step
 
@@ -208,9 +169,6 @@ class EarlyExits(ReplayingObjective):
         heads = self.heads(module)
         assert heads is not None, "there are labels"
         return ExitsStep(module, *args, heads=heads, gradient=self.gradient, **kwargs)
-
-    def weights_now(self) -> list[float]:
-        return [weight.at(self._step) for weight in self._scheduled]
 
     @contextmanager
     def as_trained(self, module: LightningModule) -> Iterator[None]:

@@ -20,6 +20,7 @@ from lightning_compress.slimmable.record import note_widths, take_widths
 from lightning_compress.slimmable.switch import set_width, width_of
 from lightning_compress.slimmable.widths import Width, shrinkable
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.loss_weights import Weights
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.operating_points import OperatingPoint
 from lightning_compress.trainer.outline import Outline
@@ -32,7 +33,7 @@ class SlimmableWidth(CompressionModule):
 
     With e_w the module's own loss when its network runs at width w, and z_w the logits:
 
-        loss = e_1 + sum over w < 1 of (1 - a) e_w + a T^2 KL(softmax(z_1 / T) || softmax(z_w / T))
+        loss = v_1 e_1 + sum over w < 1 of v_w [(1 - a) e_w + a T^2 KL(softmax(z_1 / T) || softmax(z_w / T))]
 
     The module's `training_step` runs as it is; then it is run again for each width, with the thinner network in the
     place of the network, from the same random states, and with metrics of its own. What it logs as "val_acc" is logged
@@ -51,6 +52,8 @@ class SlimmableWidth(CompressionModule):
             statistics of its own; "recalibrate": training tracks none, and before each validation and at the end of
             the fit the statistics of all `widths` are computed anew from samples of the last five batches, which are in
             checkpoints. None: "private", and "recalibrate" with `universal`; or those of the widths that it has.
+        weights: v, one for each width, the smallest first, numbers or schedules as in `DistillationModule`; "equal":
+            all 1; "rising": that of the k-th of K thinner widths rises to k / (K + 1), from 0.01.
         distill: The share a of the full network's outputs in the loss of a width. None: 0.5, and 1 with `universal`.
         temperature: T.
         order: By what channels are sorted once, before training, the important ones first, which leaves the network's
@@ -89,6 +92,7 @@ class SlimmableWidth(CompressionModule):
         *,
         universal: bool = False,
         norms: Norms | None = None,
+        weights: Weights = "equal",
         distill: float | None = None,
         temperature: float = 1.0,
         order: Order = "magnitude",
@@ -102,6 +106,7 @@ class SlimmableWidth(CompressionModule):
             widths,
             universal=universal,
             norms=norms,
+            weights=weights,
             distill=distill,
             temperature=temperature,
             order=order,

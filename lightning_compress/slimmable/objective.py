@@ -74,6 +74,11 @@ class Widths(ReplayingObjective):
         self._stale = False  # whether training went on since the statistics were computed
         if self.norms not in get_args(Norms):
             raise ValueError(f"norms is one of {', '.join(get_args(Norms))}; got {self.norms!r}.")
+        if self.universal and settings["weights"] != "equal":
+            raise ValueError(
+                f"universal=True draws widths at random, which count alike, so that weights={settings['weights']!r} is "
+                f"for a list of widths: leave weights= or universal= out."
+            )
         if self.universal and self.norms != "recalibrate":
             raise ValueError(
                 f"universal=True trains widths that have no norms of their own, so that norms={self.norms!r} is for a "
@@ -177,6 +182,8 @@ class Widths(ReplayingObjective):
                 "The statistics of norms at smaller widths are computed for the weights that train, and not for their "
                 "average: call .recalibrate(loader) after the fit."
             )
+        if labels := self.labels(module):
+            self.weights.plan(trainer, len(labels), None if state is None else state["weights"])
         if state is None:
             return
         self.set_values_of_replicas(module, state["values"])
@@ -188,6 +195,7 @@ class Widths(ReplayingObjective):
     def state(self) -> dict[str, Any]:
         inputs, self._everywhere = self._everywhere or [self._kept], None
         return {
+            "weights": self.weights.state(),
             "values": self.values_of_replicas(),
             "generator": self._generator.get_state(),
             "stale": self._stale,

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_compress.core.losses import soft_target_loss
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.loss_weights import LossWeights
 from lightning_compress.trainer.one_step import OneStep, also_logged, backbone
 from lightning_compress.trainer.replay import replaying
 from lightning_compress.trainer.replica import Before, Replica, traces
@@ -31,9 +32,9 @@ class ReplayingObjective(Objective):
     """An objective that replays the user's step: its subclass supplies `labels`, `full_label` and `one_step`.
 
     Args:
-        settings: The wrapper's plain constructor arguments, with at least the four that are kept under their names:
-            `network`, `output`, `distill` (a, the share of the full network's outputs in the loss of a replay) and
-            `temperature` (T).
+        settings: The wrapper's plain constructor arguments, with at least the five that are kept under their names:
+            `network`, `output`, `weights` (as for `LossWeights`), `distill` (a, the share of the full network's outputs
+            in the loss of a replay) and `temperature` (T).
 
     Attributes:
         serving: Makes the block in which an operating point answers in the place of the network in evaluation, if one
@@ -48,12 +49,14 @@ class ReplayingObjective(Objective):
         super().__init__(**settings)
         self.network: str = settings["network"]
         self.output: str | int | None = settings["output"]
+        self.weights = LossWeights(settings["weights"])
         self.distill: float = float(settings["distill"])
         self.temperature: float = float(settings["temperature"])
         self.serving: Callable[[], AbstractContextManager[None]] | None = None
         self.trains_full = True
         self._returned: dict[str, Any] = {}  # by replays of the last batch, with the folder in which they ran
         self._said: set[str] = set()
+        self._step = 0
         if not 0.0 <= self.distill <= 1.0:
             raise ValueError(
                 f"distill is the share of the full network's outputs in the loss of a thinner or earlier one, 0 to 1; "
@@ -78,10 +81,6 @@ class ReplayingObjective(Objective):
         """Return a step that begins; the arguments are those of `OneStep`."""
         raise NotImplementedError(f"{type(self).__name__} must supply one_step().")
 
-    def weights_now(self) -> Sequence[float]:
-        """Return the weight of each replay's loss, and of the full network's, or none where all are 1."""
-        return ()
-
     def begin(self, module: LightningModule) -> None:
         """Act before each step."""
 
@@ -98,6 +97,12 @@ class ReplayingObjective(Objective):
 
     # ------------------------------------------------------------------ steps
 
+    def follow_epochs(self, moment: Callable[[int], int]) -> None:
+        self.weights.follow_epochs(moment)
+
+    def at_step(self, step: int) -> None:
+        self._step = step
+
     def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._replays(module):
             return run(*args, **kwargs)
@@ -109,7 +114,7 @@ class ReplayingObjective(Objective):
             return result
         one.was_called()
         self.after_step(one)
-        weights = self.weights_now() or [1.0] * (len(one.replicas) + 1)
+        weights = self.weights.at(self._step) or [1.0] * (len(one.replicas) + 1)
         total = weights[-1] * own if self.trains_full else torch.zeros_like(own)
         for label, weight in zip(one.replicas, weights, strict=False):
             replayed = one.replayed(label, run)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from support.registry import small_teacher
 from support.small import BATCH, CLASSES, FEATURES, SmallModule, SmallNet, plain, quiet_trainer
 from torch import Tensor, nn
@@ -108,6 +108,7 @@ def by_hand(module: Watched, widths: dict[float, bool], alpha: float, temperatur
     ("options", "private", "alpha"),
     [
         ({"norms": "private"}, True, 0.5),
+        ({"norms": "private", "weights": [0.5, 0.25, 2.0]}, True, 0.5),
         ({"norms": "statistics", "distill": 0.0}, False, 0.0),
         ({"norms": "recalibrate", "distill": 0.3, "temperature": 3.0, "order": None}, False, 0.3),
         ({"universal": True}, False, 1.0),
@@ -122,17 +123,33 @@ def test_the_gradient_of_a_step_is_that_of_a_loop_over_cut_networks(
     quiet_trainer(max_steps=1, precision="64-true").fit(wrapped, plain(0))
     objective = wrapped._objective()
     used = [0.25, *objective._drawn] if options.get("universal") else [0.25, 0.5]
-    expected: dict[str, Tensor] = {}
-    for width in dict.fromkeys(used):
-        times = used.count(width)
+    weights = options.get("weights", [1.0] * (len(used) + 1))
+    of_full = by_hand(module, {}, 0.0, 1.0)
+    expected = {name: weights[-1] * grad for name, grad in of_full.items()}
+    for width, weight in zip(used, weights, strict=False):
         for name, grad in by_hand(module, {width: private}, alpha, options.get("temperature", 1.0)).items():
-            expected[name] = expected.get(name, torch.zeros_like(grad)) + times * grad
-    once = by_hand(module, {}, 0.0, 1.0)
-    for name, grad in once.items():
-        expected[name] -= (len(used) - 1) * grad  # each width's has that of the full network
+            zeros = torch.zeros_like(grad)
+            expected[name] = expected.get(name, zeros) + weight * (grad - of_full.get(name, zeros))
     assert expected.keys() == module.found.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(module.found[name], grad, atol=1e-12, rtol=1e-12)
+
+
+def test_rising_weights_rise_to_the_place_of_each_width() -> None:
+    wrapped = slimmable(SmallModule(), example_inputs=X, weights="rising")
+    seen: list[list[float]] = []
+
+    class Watching(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.append(wrapped._objective().weights.at(len(seen)))
+
+    trainer = quiet_trainer(max_epochs=2, callbacks=[Watching()])
+    trainer.fit(wrapped, plain(0))
+    steps = trainer.global_step
+    for share, ours in ((1 / 3, [one[0] for one in seen]), (2 / 3, [one[1] for one in seen])):
+        rise = [min(1.0, 1.5 * step / steps) for step in range(steps)]  # over the first two thirds of the fit
+        assert ours == pytest.approx([0.01 + (share - 0.01) * one for one in rise])
+    assert {one[2] for one in seen} == {1.0}
 
 
 def test_one_width_is_the_run_without_the_wrapper() -> None:
@@ -461,6 +478,8 @@ class NoNorms(SmallModule):
         ({"widths": None}, "has no widths"),
         ({"norms": "public"}, "norms is one of private, statistics, recalibrate"),
         ({"universal": True, "norms": "private"}, "no norms of their own"),
+        ({"universal": True, "weights": [1.0, 1.0, 1.0]}, "which count alike"),
+        ({"weights": "heavy"}, "weights is one of equal, rising"),
         ({"distill": 2.0}, "distill is the share"),
         ({"temperature": 0.0}, "temperature is a number above 0"),
         ({"order": "beauty"}, "order"),

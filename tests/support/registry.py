@@ -191,7 +191,7 @@ REGISTRY: dict[str, Entry] = {
         qat(4, 8, granularity="tensor", start_epoch=2.0), exits()
     ),
     "widths": widths(),
-    "widths-statistics": widths(norms="statistics", distill=0.0),
+    "widths-statistics": widths(norms="statistics", distill=0.0, weights="rising"),
     "widths-universal": widths(universal=True),
     "distillation-widths": distillation().with_(widths((0.5,))),
     "exits-widths": exits().with_(widths((0.5,), norms="statistics")),
