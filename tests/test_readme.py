@@ -21,6 +21,7 @@ CARDS = [
     "distillation",
     "early_exit",
     "serving",
+    "slimmable",
     "coding",
     "deploy",
 ]
