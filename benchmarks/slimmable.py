@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ def variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """How slimmable networks are trained, by the name of their weights."""
     found: dict[str, dict[str, Any]] = {}
     widths = "-".join(f"{width:g}" for width in arguments.widths)
-    for norms in arguments.norms:
-        for share in arguments.distill:
-            options = {"widths": arguments.widths, "norms": norms, "distill": share}
-            found[f"slim-{norms}-{share:g}-{widths}"] = options
+    for norms, share, weights in product(arguments.norms, arguments.distill, arguments.loss_weights):
+        options = {"widths": arguments.widths, "norms": norms, "distill": share, "weights": weights}
+        named = "" if weights == "equal" else f"-{weights}"
+        found[f"slim-{norms}-{share:g}{named}-{widths}"] = options
     if arguments.universal:
         found[f"universal-{widths}"] = {"widths": arguments.widths, "universal": True}
     return found
@@ -197,6 +198,9 @@ def main() -> None:
     parser.add_argument("--widths", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--norms", nargs="+", choices=["private", "statistics", "recalibrate"], default=["private"])
     parser.add_argument("--distill", type=float, nargs="+", default=[0.5], help="the full network's share of a loss")
+    parser.add_argument(
+        "--loss-weights", nargs="+", choices=["equal", "rising"], default=["equal"], help="of the widths' losses"
+    )
     parser.add_argument("--universal", action="store_true", help="train one for any width as well")
     arguments = parser.parse_args()
     silence()
