@@ -16,9 +16,9 @@ import torch
 
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size
 from lightning_compress.measure.footprint import accelerators_of, timed
-from lightning_compress.serving.latencies import check_mode, measure_latencies, seconds_at
+from lightning_compress.serving.latencies import measure_latencies, seconds_at
 from lightning_compress.serving.pace import Pace
-from lightning_compress.serving.settings import Setting, without_dominated
+from lightning_compress.serving.settings import Setting, check_mode, without_dominated
 
 Battery = Callable[[float], float] | Mapping[float, float]
 
@@ -117,6 +117,13 @@ class BudgetController:
             raise ValueError(
                 "hysteresis must be at least 0, patience at least 1 and within a share above 0; "
                 f"got {hysteresis!r}, {patience!r} and {within!r}."
+            )
+        if isinstance(battery, Mapping) and not (
+            battery and all(0 <= level <= 1 and ms > 0 for level, ms in battery.items())
+        ):
+            raise ValueError(
+                f"battery has the milliseconds, above 0, at levels from 0 to 1, such as {{1.0: 20, 0.2: 5}}; got "
+                f"{dict(battery)}."
             )
         for one in settings:
             check_mode(one)

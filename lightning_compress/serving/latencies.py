@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call, first_samples
 from lightning_compress.measure.footprint import accelerators_of, seconds_in_turns, summarize_latency
@@ -82,13 +81,3 @@ def seconds_at(latencies: Mapping[int, float], size: int) -> float:
     low = latencies.get(lower, 0.0)
     high = max(latencies[upper], low)  # noise apart, more samples take no less time
     return low + (high - low) * (size - lower) / (upper - lower)
-
-
-def check_mode(setting: Setting) -> None:
-    """Refuse a module in training mode, which would normalize by its batch and drop activations.
-
-    Raises:
-        ValueError: It is.
-    """
-    if isinstance(setting.run, nn.Module) and setting.run.training:
-        raise ValueError(f"The network of setting {setting.name!r} is in training mode: call eval() on it first.")

@@ -62,7 +62,7 @@ def measured_settings(
             largest logit is the target's.
 
     Raises:
-        ValueError: There is no point or no batch.
+        ValueError: There is no point or no batch, or a network is in training mode.
 
     Example:
         >>> x, y = torch.eye(2), torch.tensor([0, 1])
@@ -73,6 +73,8 @@ def measured_settings(
     runs = points if isinstance(points, Mapping) else {point.name: point.network for point in points}
     if not runs:
         raise ValueError("There is no way to run the network: fit the module first, or pass callables by name.")
+    for name, run in runs.items():
+        check_mode(Setting(name, run, 0.0))
     good, samples = dict.fromkeys(runs, 0.0), 0
     with torch.no_grad():
         for inputs, targets in batches:
@@ -84,6 +86,16 @@ def measured_settings(
     if not samples:
         raise ValueError("There is no batch on which the accuracy of the settings could be measured.")
     return [Setting(name, run, good[name] / samples) for name, run in runs.items()]
+
+
+def check_mode(setting: Setting) -> None:
+    """Refuse a module in training mode, which would normalize by its batch and drop activations.
+
+    Raises:
+        ValueError: It is.
+    """
+    if isinstance(setting.run, nn.Module) and setting.run.training:
+        raise ValueError(f"The network of setting {setting.name!r} is in training mode: call eval() on it first.")
 
 
 def without_dominated(settings: Sequence[Setting], table: Mapping[str, Mapping[int, float]]) -> list[Setting]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from lightning_compress.channels.groups import ChannelGroup, ChannelGroups
 from lightning_compress.core.answering import answering_now
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
+from lightning_compress.core.files import replacing
 from lightning_compress.core.outputs import select_output
 from lightning_compress.measure.footprint import accelerators_of, seconds_in_turns, summarize_latency
 from lightning_compress.measure.macs import count_macs
@@ -158,7 +160,8 @@ def search_widths(
 
     Raises:
         ValueError: There is no batch, the budget can't be met, a number is out of range, no group may be cut, the
-            network runs at another width than the full one, or the record is that of another search.
+            network runs at another width than the full one, a loss is nan, or the record is that of another search or
+            broken.
 
     Paper:
         Yu and Huang, AutoSlim (1903.11728), section 3.
@@ -177,6 +180,12 @@ def search_widths(
         )
     if unit not in get_args(Unit) or norms not in ("recalibrate", "batch"):
         raise ValueError(f"unit is share, macs or ms, and norms recalibrate or batch; got {unit!r} and {norms!r}.")
+    if not 0 < budget < math.inf or (unit == "share" and budget > 1):
+        most = "at most 1, the full network's share" if unit == "share" else "finite"
+        raise ValueError(f"budget must be above 0 and {most}, in the unit {unit!r}; got {budget!r}.")
+    path = None if record is None else Path(record)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"The record can't be written to {path}, because {path.parent} is no folder: make it first.")
     if answering_now(network) is not network:
         raise ValueError(f"{type(network).__name__} runs at another width than the full one: set_width(1.0) first.")
     device = next((one.device for one in network.parameters()), torch.device("cpu"))
@@ -198,7 +207,6 @@ def search_widths(
         least,
         repeats,
     )
-    path = None if record is None else Path(record)
     found = search.begin(path)
     lowest = search.costs([search.floor()])[0]
     while found.now.cost > budget:
@@ -209,7 +217,8 @@ def search_widths(
             )
         found.decisions.append(search.step_from(found))
         if path is not None and _rank() == 0:
-            path.write_text(found.to_json())
+            with replacing(path) as temporary:
+                temporary.write_text(found.to_json())
     return found
 
 
@@ -232,7 +241,13 @@ class _Search:
         """Return the search as far as a record has come."""
         sizes = {group.name: group.size for group in self.free}
         if record is not None and record.exists():
-            found = FoundWidths.from_json(record.read_text())
+            try:
+                found = FoundWidths.from_json(record.read_text())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{record} is no complete record of a search ({type(error).__name__}: {error}): remove it, and the "
+                    f"search begins anew."
+                ) from error
             if (found.sizes, found.unit, found.step) != (sizes, self.unit, self.step):
                 raise ValueError(
                     f"{record} is the record of another search: it has unit={found.unit!r}, step={found.step:g} and "
@@ -304,7 +319,13 @@ class _Search:
                     total += float(self.loss(output, targets)) * len(targets)
                     samples += len(targets)
         sums = reduced(torch.tensor([total, samples], dtype=torch.float64, device=self.batches[0][1].device))
-        return float(sums[0] / sums[1])
+        found = float(sums[0] / sums[1])
+        if math.isnan(found):
+            raise ValueError(
+                f"The held-out loss of {type(self.network).__name__} is nan with the channels {counts}, so that no "
+                f"candidates can be compared: look at its outputs and at loss=."
+            )
+        return found
 
     def _thin(self, counts: Counts) -> nn.Module:
         """Return a network with the first channels only, and statistics of its own."""

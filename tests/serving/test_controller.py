@@ -185,7 +185,7 @@ def test_the_table_is_measured_by_the_clock_and_again() -> None:
 def test_accuracies_of_modules_and_points() -> None:
     torch.manual_seed(0)
     batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(3)]
-    network = nn.Linear(4, 3)
+    network = nn.Linear(4, 3).eval()
     inputs, targets = (torch.cat(one) for one in zip(*batches, strict=True))
     expected = float((network(inputs).argmax(1) == targets).double().mean())
     assert measured_settings({"a": network}, batches)[0].accuracy == pytest.approx(expected)
@@ -199,6 +199,8 @@ def test_accuracies_of_modules_and_points() -> None:
     ("options", "message"),
     [
         ({"budget_ms": 0.0}, "budget_ms is the milliseconds .* got 0.0"),
+        ({"battery": {}}, "battery has the milliseconds, above 0, at levels from 0 to 1"),
+        ({"battery": {100: 20.0, 20: 5.0}}, "at levels from 0 to 1.* got {100: 20.0, 20: 5.0}"),
         ({"patience": 0}, "patience at least 1"),
         ({"table": {"full": {8: 0.01}}}, "The table needs seconds above 0 of setting 'quarter'"),
         ({"table": {name: {8: 0.0} for name in TABLE}}, "The table needs seconds above 0 of setting 'quarter'"),
@@ -221,6 +223,8 @@ def test_more_refusals() -> None:
         BudgetController([settings[0], settings[0]], X)
     with pytest.raises(ValueError, match="'a' is in training mode: call eval"):
         BudgetController([Setting("a", nn.Linear(2, 2), 0.5)], X)
+    with pytest.raises(ValueError, match="'a' is in training mode: call eval"):
+        measured_settings({"a": nn.Dropout()}, [(X, torch.zeros(8, dtype=torch.long))])
     with pytest.raises(ValueError, match="accuracy must be a finite number; got nan"):
         Setting("a", nn.Linear(2, 2), math.nan)
     with pytest.raises(ValueError, match="from 1 to the 8 samples"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,26 @@ def test_refusals() -> None:
         search(net, batches, 0.5, step=0)
     with pytest.raises(ValueError, match="unit is share, macs or ms"):
         search(net, batches, 0.5, unit="seconds")
+    for budget, unit, most in ((50, "share", "at most 1"), (math.nan, "macs", "finite"), (0.0, "ms", "finite")):
+        with pytest.raises(ValueError, match=f"budget must be above 0 and {most}.* '{unit}'; got {budget}"):
+            search(net, batches, budget, unit=unit)
+    with pytest.raises(ValueError, match=r"held-out loss of Sequential is nan"):
+        search(net, batches, 0.5, loss=lambda output, targets: output.mean() * math.nan)
     put(net, Answer(net.forward, nn.Identity()))
     with pytest.raises(ValueError, match="Sequential runs at another width than the full one"):
         search(net, batches, 0.5)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]"])
+def test_a_broken_record_is_refused_before_the_search(text: str, tmp_path: Path) -> None:
+    net, batches = drawn()
+    record = tmp_path / "search.json"
+    record.write_text(text)
+    with pytest.raises(ValueError, match=r"search.json is no complete record of a search .*: remove it"):
+        search(net, batches, 0.5, record=record)
+    assert record.read_text() == text
+    with pytest.raises(ValueError, match=r"because .*nowhere is no folder"):
+        search(net, batches, 0.5, record=tmp_path / "nowhere" / "search.json")
 
 
 def on_rank(norms: str) -> FoundWidths:
