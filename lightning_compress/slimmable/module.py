@@ -126,24 +126,28 @@ class SlimmableWidth(CompressionModule):
             note_widths(backbone(found))
         super().__init__(module, objective)
 
-    def set_width(self, width: Width) -> None:
+    def set_width(self, width: Width, *, example_inputs: ExampleInputs | None = None) -> None:
         """Have the network run at a width from now on, in `forward`, validation, test and prediction; 1.0: all of it.
 
         A fit trains all widths, whichever is set.
 
         Args:
             width: Of every group of channels, or by group name.
+            example_inputs: With which the channels are found, if they are not known yet.
 
         Raises:
             ValueError: The network has no widths yet, or no statistics for this one.
         """
-        objective = self._checked_objective()
+        objective = self._checked_objective(example_inputs)
         network = backbone(resolve_network(self, objective.network))
         set_width(network, width)
 
     def extract(self, width: Width, *, example_inputs: ExampleInputs | None = None) -> nn.Module:
-        """Return the network of a width alone: a copy with fewer channels, of the network's own class."""
-        objective = self._checked_objective()
+        """Return the network of a width alone: a copy with fewer channels, of the network's own class.
+
+        With `example_inputs` its channels are found, if they are not known yet, as after a load.
+        """
+        objective = self._checked_objective(example_inputs)
         inputs = self._inputs(example_inputs)
         with self._without_trainer():
             network = backbone(resolve_network(self, objective.network))
@@ -154,9 +158,9 @@ class SlimmableWidth(CompressionModule):
     def deploy(self, *, example_inputs: ExampleInputs | None = None) -> SlimmableNetwork:
         """Return the network as a plain module that runs at any of its widths: `forward(x, width=...)`.
 
-        It is a copy in evaluation mode.
+        It is a copy in evaluation mode. With `example_inputs` its channels are found, if they are not known yet.
         """
-        objective = self._checked_objective()
+        objective = self._checked_objective(example_inputs)
         inputs = self._inputs(example_inputs)
         with self._without_trainer():
             return SlimmableNetwork(backbone(resolve_network(self, objective.network)), inputs)
@@ -253,12 +257,16 @@ class SlimmableWidth(CompressionModule):
         levels = reversed(self._lightning_compress.levels)
         return next(level.objective for level in levels if isinstance(level.objective, Widths))
 
-    def _checked_objective(self) -> Widths:
+    def _checked_objective(self, example_inputs: ExampleInputs | None = None) -> Widths:
+        """Return the objective of a network that runs at widths, after its channels are found if they can be."""
         objective = self._objective()
+        if example_inputs is not None and not objective.thinner(self):
+            with self._without_trainer():
+                objective.build(resolve_network(self, objective.network), example_inputs)
         if not objective.thinner(self):
             raise ValueError(
-                "The network has no widths yet, or its channels are not known: give SlimmableWidth example_inputs=, or "
-                "fit the module first."
+                "The network has no widths yet, or its channels are not known: pass example_inputs=, here or to "
+                "SlimmableWidth, or fit the module first."
             )
         return objective
 

@@ -93,6 +93,26 @@ def test_a_load_makes_widths_in_a_wrapper_that_knows_no_inputs_yet() -> None:
     assert "width0.25/val_acc" in trainer.callback_metrics
 
 
+@pytest.mark.parametrize("how", ["set_width", "extract", "deploy"])
+def test_inputs_that_are_given_later_find_the_channels_of_a_loaded_network(how: str) -> None:
+    wrapped, x = fitted(), torch.randn(4, FEATURES)
+    loaded = SlimmableWidth(SmallModule(), (0.25, 0.5))
+    loaded.load_state_dict(wrapped.state_dict())
+    loaded.eval()
+    with pytest.raises(ValueError, match="its channels are not known: pass example_inputs="):
+        getattr(loaded, how)(*[0.5] * (how != "deploy"))
+    if how == "set_width":
+        loaded.set_width(0.5, example_inputs=X)
+        found = loaded(x)
+    elif how == "extract":
+        found = loaded.extract(0.5, example_inputs=X).eval()(x)
+    else:
+        found = loaded.deploy(example_inputs=X)(x, width=0.5)
+    torch.testing.assert_close(found, outputs(wrapped, x)[1])
+    for mine, other in zip(outputs(loaded, x), outputs(wrapped, x), strict=True):
+        torch.testing.assert_close(mine, other)  # they are known from now on
+
+
 def test_other_widths_and_broken_records_are_refused_before_anything_changes() -> None:
     state = fitted().state_dict()
     other = SlimmableWidth(SmallModule(), (0.5,), example_inputs=X)
