@@ -65,7 +65,8 @@ class BudgetController:
         settings: Ways to run one network, with measured accuracies: see `measured_settings`. Settings that are neither
             faster nor more accurate than another one are dropped.
         example_inputs: A batch, with which the table is measured; None: there is a `table`.
-        table: The seconds of every setting by name and batch size, as `controller.table` was.
+        table: The seconds of every setting by name and batch size, as `controller.table` was; the sizes may be the
+            strings that JSON makes of them.
         budget_ms: The budget in milliseconds per batch; None: the most accurate setting runs. It may be set later.
         battery: The budget by the level of a battery, from 0 to 1: a function, or a dict of levels and milliseconds
             between which straight lines lead.
@@ -139,7 +140,7 @@ class BudgetController:
             self.measure(example_inputs, batch_sizes=batch_sizes, repeats=repeats)
         else:
             assert table is not None
-            self._take({name: dict(sizes) for name, sizes in table.items()})
+            self._take({name: _by_size(name, sizes) for name, sizes in table.items()})
         self.budget_ms = budget_ms
 
     def measure(
@@ -213,7 +214,17 @@ class BudgetController:
             size: The number of samples.
             budget_ms: A new budget from now on; None: that of before.
             battery: A new level of the battery, instead of a budget.
+
+        Raises:
+            ValueError: There is no sample, or both a budget and a level are given, or one is out of range.
         """
+        if not size > 0:
+            raise ValueError(f"size is the number of samples of a batch, at least 1; got {size!r}.")
+        if battery is not None and budget_ms is not None:
+            raise ValueError(
+                f"A level of the battery sets the budget itself: pass budget_ms={budget_ms!r} or battery={battery!r}, "
+                f"and not both."
+            )
         if battery is not None:
             self.set_battery(battery)
         if budget_ms is not None:
@@ -271,3 +282,16 @@ class BudgetController:
             )
         )
         return output
+
+
+def _by_size(name: str, sizes: Mapping[Any, float]) -> dict[int, float]:
+    """Return the row of a table whose batch sizes are numbers again, which JSON turns into strings."""
+    try:
+        found = {int(size): seconds for size, seconds in sizes.items()}
+    except (TypeError, ValueError):
+        found = {}
+    if len(found) < len(sizes) or any(size < 1 for size in found):
+        raise ValueError(
+            f"The table needs batch sizes, whole numbers of at least 1, of setting {name!r}; got {list(sizes)}."
+        )
+    return found

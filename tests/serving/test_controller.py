@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import random
 import statistics
@@ -160,6 +161,13 @@ def test_batch_sizes_have_budgets_of_their_own() -> None:
     assert [seconds_at(table["half"], size) for size in (1, 8, 15)] == pytest.approx([0.001, 0.004, 0.007])
 
 
+def test_a_table_comes_back_from_json() -> None:
+    controller = Machine().controller(budget_ms=5.0)
+    again = Machine().controller(table=json.loads(json.dumps(controller.table)), budget_ms=5.0)
+    assert again.table == controller.table
+    assert served(again, 3) == served(controller, 3)
+
+
 def test_dominated_settings_are_dropped() -> None:
     accuracy = ACCURACY | {"three quarters": 0.89, "half": 0.90}
     machine = Machine()
@@ -204,6 +212,12 @@ def test_accuracies_of_modules_and_points() -> None:
         ({"patience": 0}, "patience at least 1"),
         ({"table": {"full": {8: 0.01}}}, "The table needs seconds above 0 of setting 'quarter'"),
         ({"table": {name: {8: 0.0} for name in TABLE}}, "The table needs seconds above 0 of setting 'quarter'"),
+        (
+            {"table": {name: {0: 0.01} for name in TABLE}},
+            r"whole numbers of at least 1, of setting 'quarter'; got \[0\]",
+        ),
+        ({"table": {name: {"a": 0.01} for name in TABLE}}, r"batch sizes, .* of setting 'quarter'; got \['a'\]"),
+        ({"table": {name: {8: 0.01, "8": 0.02} for name in TABLE}}, "batch sizes, .* of setting 'quarter'"),
         ({"table": None}, "Pass example_inputs="),
         ({"example_inputs": X}, "Pass example_inputs="),
     ],
@@ -219,6 +233,11 @@ def test_more_refusals() -> None:
         controller.choose(8, battery=0.5)
     with pytest.raises(ValueError, match=r"The level of a battery is from 0 to 1; got 1.5"):
         Machine().controller(battery={1: 5.0}).set_battery(1.5)
+    with pytest.raises(ValueError, match=r"pass budget_ms=3.0 or battery=0.5, and not both"):
+        Machine().controller(battery={1: 5.0}).choose(8, budget_ms=3.0, battery=0.5)
+    for size in (0, -8):
+        with pytest.raises(ValueError, match=f"number of samples of a batch, at least 1; got {size}"):
+            controller.choose(size)
     with pytest.raises(ValueError, match="different names"):
         BudgetController([settings[0], settings[0]], X)
     with pytest.raises(ValueError, match="'a' is in training mode: call eval"):
