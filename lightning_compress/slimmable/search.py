@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,6 +34,8 @@ from lightning_compress.slimmable.widths import free_groups
 Unit = Literal["share", "macs", "ms"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 Counts = dict[str, int]
+
+_CLOSE = 1e-3  # between the full network's losses before and after an interruption, in proportion
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class FoundWidths:
         step: The share of its channels that a group lost in one step.
         loss: The full network's held-out loss.
         cost: The full network's cost.
+        least: The share of its channels that each group kept at least.
+        norms: How the statistics of norms were found.
         decisions: All steps, in order.
     """
 
@@ -72,6 +77,8 @@ class FoundWidths:
     step: float
     loss: float
     cost: float
+    least: float
+    norms: str
     decisions: list[Decision] = field(default_factory=list)
 
     @property
@@ -155,7 +162,7 @@ def search_widths(
         groups: As `channel_groups` returns them for the network; None: they are found from the first batch.
         allow_inexact: Whether groups get narrower that a norm or a softmax counts.
         record: A JSON file. Each step is written to it, and a search that finds its file goes on from there. A search
-            for another budget may do so, too.
+            for another budget may do so, too. It is refused if its settings or the full network's loss are others.
         repeats: The number of timed runs of each candidate, for "ms".
 
     Raises:
@@ -240,6 +247,8 @@ class _Search:
     def begin(self, record: Path | None) -> FoundWidths:
         """Return the search as far as a record has come."""
         sizes = {group.name: group.size for group in self.free}
+        loss, cost = self.loss_of(sizes), self.costs([sizes])[0]
+        start = FoundWidths(sizes, self.unit, self.step, loss, cost, self.least, self.norms)
         if record is not None and record.exists():
             try:
                 found = FoundWidths.from_json(record.read_text())
@@ -248,13 +257,23 @@ class _Search:
                     f"{record} is no complete record of a search ({type(error).__name__}: {error}): remove it, and the "
                     f"search begins anew."
                 ) from error
-            if (found.sizes, found.unit, found.step) != (sizes, self.unit, self.step):
-                raise ValueError(
-                    f"{record} is the record of another search: it has unit={found.unit!r}, step={found.step:g} and "
-                    f"{len(found.sizes)} groups; this one has {self.unit!r}, {self.step:g} and {len(sizes)}."
-                )
+            self._check_start(record, found, start)
             return found
-        return FoundWidths(sizes, self.unit, self.step, self.loss_of(sizes), self.costs([sizes])[0])
+        return start
+
+    def _check_start(self, record: Path, found: FoundWidths, start: FoundWidths) -> None:
+        """Refuse the record of a search that began elsewhere; milliseconds differ from one time to the other."""
+        names = ["unit", "step", "least", "norms", "sizes"] + ["cost"] * (self.unit != "ms")
+        other = [name for name in names if getattr(found, name) != getattr(start, name)]
+        if not math.isclose(found.loss, start.loss, rel_tol=_CLOSE, abs_tol=_CLOSE / 10):
+            other.append("loss")
+        if other:
+            has = ", ".join(f"{name}={reprlib.repr(getattr(found, name))}" for name in other)
+            here = ", ".join(f"{name}={reprlib.repr(getattr(start, name))}" for name in other)
+            raise ValueError(
+                f"{record} is the record of another search: it has {has}; this one has {here}. The loss and cost are "
+                f"those of the full network on these batches: name another file, or remove this one."
+            )
 
     def floor(self) -> Counts:
         return {group.name: self._fewest(group) for group in self.free}

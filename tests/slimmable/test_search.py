@@ -147,9 +147,39 @@ def test_a_resumed_search_is_the_uninterrupted_one(norms: str, tmp_path: Path) -
         search(net, batches, 0.3, norms=norms, loss=interrupted, record=record)
     assert 0 < len(FoundWidths.from_json(record.read_text()).decisions) < len(whole.decisions)
     assert search(net, batches, 0.3, norms=norms, record=record) == whole
-    assert search(net, batches, 0.3, norms=norms, record=record, loss=lambda *_: 1 / 0) == whole  # nothing is left
-    with pytest.raises(ValueError, match=r"search.json is the record of another search: it has .* step=0.25"):
-        search(net, batches, 0.3, step=0.5, record=record)
+    calls = itertools.count()
+
+    def counted(output: Tensor, targets: Tensor) -> Tensor:
+        next(calls)
+        return F.cross_entropy(output, targets)
+
+    assert search(net, batches, 0.3, norms=norms, record=record, loss=counted) == whole
+    assert next(calls) == len(batches)  # only the full network's loss is computed, to know the record by it
+
+
+def test_the_record_of_another_start_is_refused_by_name(tmp_path: Path) -> None:
+    net, batches = drawn()
+    record = tmp_path / "search.json"
+    search(net, batches, 0.7, record=record)
+    text = record.read_text()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    starts: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (net, batches, {"step": 0.5}, "step=0.25; this one has step=0.5"),
+        (net, batches, {"least": 0.3}, "least=0.1; this one has least=0.3"),
+        (net, batches, {"norms": "batch"}, "norms='recalibrate'; this one has norms='batch'"),
+        (net, batches, {"unit": "macs", "budget": 1e9}, "unit='share', cost=1.0; this one has unit='macs'"),
+        (net, batches, {"loss": F.multi_margin_loss}, "loss="),
+        (net, batches[:1], {}, "loss="),
+        (other, batches, {}, "loss="),
+    ]
+    for network, held, options, message in starts:
+        with pytest.raises(ValueError, match=f"search.json is the record of another search: it has {message}"):
+            search(network, held, **{"budget": 0.5, "record": record} | options)
+    assert record.read_text() == text
+    assert search(net, batches, 0.5, record=record) == search(net, batches, 0.5)  # another budget goes on
 
 
 def test_milliseconds_and_another_loss(monkeypatch: pytest.MonkeyPatch) -> None:
