@@ -32,7 +32,7 @@ check: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --doctest-modules lightning_compress
+	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules lightning_compress
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
