@@ -232,6 +232,13 @@ TRAINER_RULES = (
         remedy="use Lightning's WeightAveraging or EMAWeightAveraging",
     ),
     TrainerRule(
+        name="stochastic weight averaging of widths",
+        meets=lambda one, fit: fit.swaps_averages and one.effects.runs_thinner,
+        reason="StochasticWeightAveraging computes the statistics of norms anew for the full network alone, and {one} "
+        "has some for each width",
+        remedy="use Lightning's WeightAveraging or EMAWeightAveraging",
+    ),
+    TrainerRule(
         name="averages stand first",
         meets=lambda one, fit: one.effects.changes_weights and fit.average_after(one.place),
         reason="{what} updates its average after {one} has projected it",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from support.registry import small_teacher
 from support.small import BATCH, CLASSES, FEATURES, SmallModule, SmallNet, plain, quiet_trainer
 from torch import Tensor, nn
@@ -399,6 +400,14 @@ def test_statistics_need_what_the_network_is_called_with() -> None:
 
 
 # ---------------------------------------------------------------------- use, and refusals
+
+
+def test_averages_that_know_nothing_of_widths_are_refused() -> None:
+    wrapped = slimmable(SmallModule(), example_inputs=X)
+    trainer = quiet_trainer(max_epochs=2, callbacks=[StochasticWeightAveraging(swa_lrs=0.1)])
+    with pytest.raises(ValueError, match="statistics of norms anew for the full network alone"):
+        trainer.fit(wrapped, plain(0))
+    assert trainer.global_step == 0
 
 
 def test_widths_are_found_from_a_peeked_batch_where_nothing_else_is_given() -> None:
