@@ -14,7 +14,7 @@ from lightning_compress.core.example_inputs import ExampleInputs, to_device, to_
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.slimmable.network import SlimmableNetwork, extract
 from lightning_compress.slimmable.norms import Norms
-from lightning_compress.slimmable.objective import Widths
+from lightning_compress.slimmable.objective import Widths, objective_of
 from lightning_compress.slimmable.order import Order
 from lightning_compress.slimmable.record import note_widths, take_widths
 from lightning_compress.slimmable.switch import set_width, width_of
@@ -253,9 +253,7 @@ class SlimmableWidth(CompressionModule):
             set_width(network, before)
 
     def _objective(self) -> Widths:
-        """Return the objective of the outermost wrapper of this kind."""
-        levels = reversed(self._lightning_compress.levels)
-        return next(level.objective for level in levels if isinstance(level.objective, Widths))
+        return objective_of(self)
 
     def _checked_objective(self, example_inputs: ExampleInputs | None = None) -> Widths:
         """Return the objective of a network that runs at widths, after its channels are found if they can be."""

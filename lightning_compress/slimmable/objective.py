@@ -34,7 +34,7 @@ from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.one_step import OneStep, backbone
 from lightning_compress.trainer.replaying import ReplayingObjective
 from lightning_compress.trainer.surroundings import Surroundings
-from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.unwrap import SLOT, innermost
 
 RANDOM = 2  # widths that are drawn for a step of universal training, beside the widest and the narrowest
 _STEPS = 32  # random widths are multiples of 1 / 32, so that each has its thin network soon
@@ -325,3 +325,10 @@ def label_of(width: float) -> str:
         ('width0.25', 'width1.0')
     """
     return f"width{float(width)}"
+
+
+def objective_of(module: LightningModule) -> Widths:
+    """Return the objective of the outermost wrapper of widths around a module."""
+    levels: Any = getattr(module, SLOT).levels
+    found: Widths = next(level.objective for level in reversed(levels) if isinstance(level.objective, Widths))
+    return found

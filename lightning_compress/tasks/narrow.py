@@ -16,6 +16,7 @@ from torch import nn
 from lightning_compress.core.example_inputs import to_device
 from lightning_compress.early_exit.collect import targets_of
 from lightning_compress.slimmable.module import SlimmableWidth
+from lightning_compress.slimmable.objective import objective_of
 from lightning_compress.slimmable.search import search_widths
 from lightning_compress.trainer.inputs import inputs_of, resolve_network
 from lightning_compress.trainer.one_step import backbone
@@ -55,7 +56,7 @@ def narrowed(
         record: The file of the search's decisions; a search that finds it goes on from there.
         settings: Of `search_widths`: budget, unit, step, least, norms, repeats.
     """
-    objective = wrapped._objective()
+    objective = objective_of(wrapped)
     wrapped.set_width(1.0)
     network = backbone(resolve_network(wrapped, objective.network))
     datamodule.setup("fit")

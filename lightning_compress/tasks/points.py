@@ -16,6 +16,7 @@ from lightning_compress.measure.footprint import time_in_turns
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.report import Point
 from lightning_compress.slimmable.module import SlimmableWidth
+from lightning_compress.slimmable.objective import objective_of
 from lightning_compress.tasks.results import Compressed, Dense
 from lightning_compress.trainer.wrapper import CompressionModule
 
@@ -50,7 +51,7 @@ def calibrate(module: LightningModule, data: LightningDataModule, settings: Mapp
     if not isinstance(module, SlimmableWidth) or wrapper is module:
         wrapper.calibrate(data, **settings)
         return
-    for width in (*module._objective().thinner(module), 1.0):
+    for width in (*objective_of(module).thinner(module), 1.0):
         module.set_width(width)
         wrapper.calibrate(data, **settings)
 
