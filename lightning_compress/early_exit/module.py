@@ -31,6 +31,7 @@ from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.operating_points import OperatingPoint
 from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.replay import with_output
+from lightning_compress.trainer.unwrap import objective_of, without_trainer
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 
 _BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of the full network's cost, for reports
@@ -303,9 +304,7 @@ class EarlyExitHeads(CompressionModule):
         return with_output(whole, objective.output, served(*args, **kwargs), "The network")
 
     def _objective(self) -> EarlyExits:
-        """Return the objective of the outermost wrapper of this kind."""
-        levels = reversed(self._lightning_compress.levels)
-        return next(level.objective for level in levels if isinstance(level.objective, EarlyExits))
+        return objective_of(self, EarlyExits)
 
     def _way(self) -> str:
         """Return the name of the way in which the network runs now, such as at a width that was set."""
@@ -318,11 +317,8 @@ class EarlyExitHeads(CompressionModule):
 
     def _deployed(self, inputs: ExampleInputs, *, rule: ExitRule | None, **options: Any) -> EarlyExitNetwork:
         objective = self._objective()
-        was, self._trainer = self._trainer, None  # which would be copied
-        try:
+        with without_trainer(self):
             network = copied_alone(backbone(resolve_network(self, objective.network)))
-        finally:
-            self._trainer = was
         heads = heads_of(network)
         assert heads is not None
         take_heads(network)

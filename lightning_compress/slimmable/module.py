@@ -14,9 +14,9 @@ from lightning_compress.core.example_inputs import ExampleInputs, to_device, to_
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.slimmable.network import SlimmableNetwork, extract
 from lightning_compress.slimmable.norms import Norms
-from lightning_compress.slimmable.objective import Widths, objective_of
+from lightning_compress.slimmable.objective import Widths
 from lightning_compress.slimmable.order import Order
-from lightning_compress.slimmable.record import note_widths, take_widths
+from lightning_compress.slimmable.record import note_widths
 from lightning_compress.slimmable.switch import set_width, width_of
 from lightning_compress.slimmable.widths import Width, shrinkable
 from lightning_compress.trainer.inputs import resolve_network
@@ -25,6 +25,7 @@ from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.operating_points import OperatingPoint
 from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.quiet import validate_quietly
+from lightning_compress.trainer.unwrap import objective_of, without_trainer
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 
 
@@ -149,11 +150,8 @@ class SlimmableWidth(CompressionModule):
         """
         objective = self._checked_objective(example_inputs)
         inputs = self._inputs(example_inputs)
-        with self._without_trainer():
-            network = backbone(resolve_network(self, objective.network))
-            found = extract(network, width, inputs)
-        take_widths(found)
-        return found
+        with without_trainer(self):
+            return extract(backbone(resolve_network(self, objective.network)), width, inputs)
 
     def deploy(self, *, example_inputs: ExampleInputs | None = None) -> SlimmableNetwork:
         """Return the network as a plain module that runs at any of its widths: `forward(x, width=...)`.
@@ -162,7 +160,7 @@ class SlimmableWidth(CompressionModule):
         """
         objective = self._checked_objective(example_inputs)
         inputs = self._inputs(example_inputs)
-        with self._without_trainer():
+        with without_trainer(self):
             return SlimmableNetwork(backbone(resolve_network(self, objective.network)), inputs)
 
     def recalibrate(
@@ -253,13 +251,13 @@ class SlimmableWidth(CompressionModule):
             set_width(network, before)
 
     def _objective(self) -> Widths:
-        return objective_of(self)
+        return objective_of(self, Widths)
 
     def _checked_objective(self, example_inputs: ExampleInputs | None = None) -> Widths:
         """Return the objective of a network that runs at widths, after its channels are found if they can be."""
         objective = self._objective()
         if example_inputs is not None and not objective.thinner(self):
-            with self._without_trainer():
+            with without_trainer(self):
                 objective.build(resolve_network(self, objective.network), example_inputs)
         if not objective.thinner(self):
             raise ValueError(
@@ -273,12 +271,3 @@ class SlimmableWidth(CompressionModule):
         assert inputs is not None, "a network whose channels are known was called with some"
         like = next(backbone(resolve_network(self, self._objective().network)).parameters())
         return inputs if given is not None else to_type(to_device(inputs, like.device), like.dtype)
-
-    @contextmanager
-    def _without_trainer(self) -> Iterator[None]:
-        """Hide the Trainer, which would be copied."""
-        was, self._trainer = self._trainer, None
-        try:
-            yield
-        finally:
-            self._trainer = was

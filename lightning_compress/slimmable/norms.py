@@ -67,7 +67,7 @@ class WidthNorms(nn.Module):
         self.groups = None if groups is None else ChannelGroups(groups)
         self.allow_inexact = allow_inexact
         self.contiguous = False
-        self._kept: dict[Any, Any] = {}  # thin networks by width; `slimmable.switch` makes them
+        self._kept: dict[str, Any] = {}  # thin networks by key of a width; `slimmable.switch` makes them
         self._paths: dict[str, tuple[str, ...]] = {}
         for width, tensors in held.items():
             self.put(width, tensors)

@@ -1,6 +1,6 @@
 """The objective of widths: the user's own step with the full network, and again with the network of each width.
 
-loss = e_full + sum over widths w < 1 of (1 - a) e_w + a T^2 KL(softmax(z_full / T) || softmax(z_w / T))
+loss = v_1 e_1 + sum over w < 1 of v_w [(1 - a) e_w + a T^2 KL(softmax(z_1 / T) || softmax(z_w / T))]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.one_step import OneStep, backbone
 from lightning_compress.trainer.replaying import ReplayingObjective
 from lightning_compress.trainer.surroundings import Surroundings
-from lightning_compress.trainer.unwrap import SLOT, innermost
+from lightning_compress.trainer.unwrap import innermost
 
 RANDOM = 2  # widths that are drawn for a step of universal training, beside the widest and the narrowest
 _STEPS = 32  # random widths are multiples of 1 / 32, so that each has its thin network soon
@@ -325,10 +325,3 @@ def label_of(width: float) -> str:
         ('width0.25', 'width1.0')
     """
     return f"width{float(width)}"
-
-
-def objective_of(module: LightningModule) -> Widths:
-    """Return the objective of the outermost wrapper of widths around a module."""
-    levels: Any = getattr(module, SLOT).levels
-    found: Widths = next(level.objective for level in reversed(levels) if isinstance(level.objective, Widths))
-    return found

@@ -8,15 +8,15 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor, nn
 
 from lightning_compress.core.records import RecordError, shown
-from lightning_compress.core.structure import Arriving, Structure, detach, structures
-from lightning_compress.slimmable.norms import NORMS, Norms, WidthNorms, key_of, norms_of, take_norms
+from lightning_compress.core.structure import Arriving, Structure, structures
+from lightning_compress.slimmable.norms import KIND, NORMS, Norms, WidthNorms, key_of, norms_of
 from lightning_compress.slimmable.widths import checked_widths
 
 
 class WidthStructure(Structure):
     """A network with widths: which, and how their norms were trained; its tensors are those of the norms per width."""
 
-    kind: ClassVar[str] = "widths"
+    kind: ClassVar[str] = KIND
 
     @classmethod
     def own_keys(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -71,14 +71,6 @@ def note_widths(network: nn.Module) -> None:
     """Have the state dicts of a network say what widths it has, and its loads take those of others."""
     if not any(isinstance(one, WidthStructure) for one in structures(network)):
         WidthStructure().attach(network)
-
-
-def take_widths(network: nn.Module) -> None:
-    """Take the widths away from a network, with their record."""
-    take_norms(network)
-    for one in structures(network):
-        if isinstance(one, WidthStructure):
-            detach(network, one)
 
 
 def _names(module: nn.Module) -> list[str]:

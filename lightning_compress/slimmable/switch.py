@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_compress.channels.find import channel_groups
+from lightning_compress.channels.groups import ChannelGroups
 from lightning_compress.core.answering import Answer, put
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.slimmable.norms import Held, key_of, norm_paths, norms_or_raise
@@ -121,9 +122,9 @@ def thin_of(network: nn.Module, width: Width) -> ThinNetwork:
     """
     held = norms_or_raise(network)
     key = key_of(width)
-    found: tuple[Width, ThinNetwork] | None = held._kept.get(key)
-    if found is not None and found[0] == width and found[1].network is network:
-        return found[1]
+    found: ThinNetwork | None = held._kept.get(key)
+    if found is not None and found.network is network:
+        return found
     groups = held.groups
     if groups is None:
         raise ValueError(
@@ -142,7 +143,7 @@ def thin_of(network: nn.Module, width: Width) -> ThinNetwork:
         )
     tracked = held.norms != "recalibrate" and not isinstance(width, Mapping) and width in held.widths
     thin = ThinNetwork(network, groups, counts, norms, tracked=tracked, contiguous=held.contiguous)
-    held._kept[key] = (width, thin)
+    held._kept[key] = thin
     return thin
 
 
@@ -162,7 +163,7 @@ def find_groups(network: nn.Module, example_inputs: ExampleInputs) -> None:
     finally:
         if width != 1.0:
             put(network, before)
-    held.groups = type(found)(found)
+    held.groups = ChannelGroups(found)
     held._kept.clear()
 
 

@@ -11,16 +11,15 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from lightning_compress.core.example_inputs import to_device
 from lightning_compress.early_exit.collect import targets_of
 from lightning_compress.slimmable.module import SlimmableWidth
-from lightning_compress.slimmable.objective import objective_of
+from lightning_compress.slimmable.objective import Widths
 from lightning_compress.slimmable.search import search_widths
 from lightning_compress.trainer.inputs import inputs_of, resolve_network
 from lightning_compress.trainer.one_step import backbone
-from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.unwrap import innermost, objective_of, without_trainer
 
 _BATCHES = 20  # of the validation data, at most, and of the training data for the statistics of norms: a quarter
 
@@ -56,7 +55,7 @@ def narrowed(
         record: The file of the search's decisions; a search that finds it goes on from there.
         settings: Of `search_widths`: budget, unit, step, least, norms, repeats.
     """
-    objective = objective_of(wrapped)
+    objective = objective_of(wrapped, Widths)
     wrapped.set_width(1.0)
     network = backbone(resolve_network(wrapped, objective.network))
     datamodule.setup("fit")
@@ -82,16 +81,7 @@ def narrowed(
     if not objective.network:
         assert isinstance(thin, LightningModule)
         return thin
-    own, was = innermost(wrapped), wrapped._trainer
-    wrapped._trainer = None  # which would be copied
-    try:
-        module = copy.deepcopy(own)
-    finally:
-        wrapped._trainer = was
-    _put(module, objective.network, thin)
+    with without_trainer(wrapped):
+        module = copy.deepcopy(innermost(wrapped))
+    module.set_submodule(objective.network, thin)
     return module
-
-
-def _put(module: nn.Module, path: str, child: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, child)

@@ -16,8 +16,9 @@ from lightning_compress.measure.footprint import time_in_turns
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.report import Point
 from lightning_compress.slimmable.module import SlimmableWidth
-from lightning_compress.slimmable.objective import objective_of
+from lightning_compress.slimmable.objective import Widths
 from lightning_compress.tasks.results import Compressed, Dense
+from lightning_compress.trainer.unwrap import objective_of
 from lightning_compress.trainer.wrapper import CompressionModule
 
 COMPRESSED = "compressed"  # the name of the compressed network as a whole
@@ -51,7 +52,7 @@ def calibrate(module: LightningModule, data: LightningDataModule, settings: Mapp
     if not isinstance(module, SlimmableWidth) or wrapper is module:
         wrapper.calibrate(data, **settings)
         return
-    for width in (*objective_of(module).thinner(module), 1.0):
+    for width in (*objective_of(module, Widths).thinner(module), 1.0):
         module.set_width(width)
         wrapper.calibrate(data, **settings)
 
