@@ -21,7 +21,7 @@ from lightning_compress.core.tensors import Kept, select
 Undo = Callable[[], None]
 
 _Cut = tuple[Tensor, dict[int, Tensor]]  # a dense buffer, and by dimension the positions that stayed
-_DENSE = "_dense_buffers"  # attribute of a module whose non-persistent buffers were cut: by name a _Cut
+DENSE = "_dense_buffers"  # attribute of a module whose non-persistent buffers were cut: by name a _Cut
 
 
 class Slices:
@@ -114,7 +114,7 @@ class Slices:
 
     def _remember(self, module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
         """Store a dense buffer that no state dict holds, and the positions that stay in it."""
-        known: dict[str, _Cut] = vars(module).get(_DENSE, {})
+        known: dict[str, _Cut] = vars(module).get(DENSE, {})
         dense, before = known.get(name, (module.get_buffer(name).data, {}))
         here = {dim: before[dim][keep.cpu()] if dim in before else keep.cpu() for dim, keep in dims.items()}
         self._undo.append(partial(_set_dense, module, known))
@@ -135,9 +135,9 @@ def _owner(name: str) -> str:
 
 def _set_dense(module: nn.Module, known: dict[str, _Cut]) -> None:
     if known:
-        vars(module)[_DENSE] = known
+        vars(module)[DENSE] = known
     else:
-        vars(module).pop(_DENSE, None)
+        vars(module).pop(DENSE, None)
 
 
 def positions_left(model: nn.Module) -> dict[str, dict[int, list[int]]]:
@@ -145,7 +145,7 @@ def positions_left(model: nn.Module) -> dict[str, dict[int, list[int]]]:
     return {
         f"{path}.{name}".lstrip("."): {dim: keep.tolist() for dim, keep in dims.items()}
         for path, module in model.named_modules()
-        for name, (_, dims) in vars(module).get(_DENSE, {}).items()
+        for name, (_, dims) in vars(module).get(DENSE, {}).items()
     }
 
 
@@ -161,7 +161,7 @@ def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequenc
     """
     changes: list[tuple[nn.Module, str, Tensor, dict[int, Tensor]]] = []
     for path, module in model.named_modules():
-        known: dict[str, _Cut] = vars(module).get(_DENSE, {})
+        known: dict[str, _Cut] = vars(module).get(DENSE, {})
         for name in module._non_persistent_buffers_set:
             where = positions.get(f"{path}.{name}".lstrip("."), {})
             buffer = module._buffers[name]
@@ -182,7 +182,7 @@ def refit_buffers(model: nn.Module, positions: Mapping[str, Mapping[int, Sequenc
     for module, name, dense, dims in changes:
         buffer = module.get_buffer(name)
         buffer.data = select(dense.to(buffer), dims)
-        rest = {other: cut for other, cut in vars(module).get(_DENSE, {}).items() if other != name}
+        rest = {other: cut for other, cut in vars(module).get(DENSE, {}).items() if other != name}
         _set_dense(module, rest | ({name: (dense, dims)} if dims else {}))
 
 

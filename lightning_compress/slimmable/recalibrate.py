@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
+from lightning_compress.slimmable.norms import tracks
 
 
 def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches: int = 5) -> list[str]:
@@ -49,9 +49,7 @@ def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches:
     """
     if batches < 1:
         raise ValueError(f"batches is the number of batches that are taken, and must be at least 1; got {batches!r}.")
-    norms: dict[str, Any] = {
-        name: one for name, one in network.named_modules() if isinstance(one, _NormBase) and _tracks(one)
-    }
+    norms: dict[str, Any] = {name: one for name, one in network.named_modules() if tracks(one)}
     if not norms:
         return []
     device = next(iter(norms.values())).running_mean.device
@@ -77,10 +75,6 @@ def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches:
             if _counts(norm):
                 norm.num_batches_tracked.fill_(int(count))
     return [name for name, count in zip(norms, counts.tolist(), strict=True) if count]
-
-
-def _tracks(norm: Any) -> bool:
-    return norm.track_running_stats and norm.running_mean is not None
 
 
 def _counts(norm: Any) -> bool:

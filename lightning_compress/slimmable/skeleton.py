@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_compress.channels.groups import Drop
 from lightning_compress.channels.removal import take
-from lightning_compress.channels.slicing import Slices
+from lightning_compress.channels.slicing import DENSE, Slices
 from lightning_compress.core.answering import Answer
 
 _SHARED_HOOKS = (
@@ -80,7 +80,7 @@ def skeleton_of(
             vars(one)["_trainer"] = vars(module)["_trainer"]
     take(Slices(), skeleton, drop)
     for one in copies.values():
-        vars(one).pop("_dense_buffers", None)  # those of the network itself are what a state dict follows
+        vars(one).pop(DENSE, None)  # those of the network itself are what a state dict follows
     return skeleton, copies
 
 
