@@ -153,7 +153,7 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, found: Found) -> N
     shape, x, kind = data.input_shape, test.inputs[:2], f"-{arguments.images}" if mnist else ""
 
     def after(network: nn.Module) -> Classifier:
-        return classifier(copy.deepcopy(network), setting, shape)
+        return classifier(copy.deepcopy(network), replace(setting, lr=arguments.tune_lr), shape)
 
     def universal() -> SlimmableWidth:
         return SlimmableWidth(after(first.network), WIDTHS, universal=True, network="network", example_inputs=x)
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=15_000, help="of MNIST for training")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25], help="shares of the MACs")
     parser.add_argument("--tune", type=int, help="epochs of tuning; by default 2 on MNIST and 6 on CIFAR-10")
-    parser.add_argument("--tune-lr", type=float, default=0.05)
+    parser.add_argument("--tune-lr", type=float, default=0.05, help="of all trainings of a trained network")
     parser.add_argument("--held-out", type=int, default=512, help="validation images of the search")
     parser.add_argument("--step", type=float, default=0.125, help="of the search")
     parser.add_argument("--norms", choices=["batch", "recalibrate"], default="batch", help="in the search")
