@@ -1,6 +1,6 @@
-"""What goes with what, found out by short fits: the two tables of the README.
+"""What goes with what, found out by short fits: the two tables of the Trainer's card.
 
-Run in the folder `tests`, it writes them into the README: `python -m support.matrix`.
+Run in the folder `tests`, it writes them into the card: `python -m support.matrix`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from support.ranks import TESTS, RankPair
 from support.registry import Entry, binary, clustering, distillation, exits, lasso, pruning, qat, widths
 from support.small import ManualModule, SmallModule, plain, quiet_trainer, shuffled
 
-README = TESTS.parent / "README.md"
+CARD = TESTS.parent / "lightning_compress" / "trainer" / "README.md"
 WORKS = "works"
 _STOP = {"monitor": "val_acc", "max_drop": 0.9}
 _HINT = {"student": "net.conv", "teacher": "net.conv", "regressor": True, "channel_dim": 1}
@@ -184,7 +184,7 @@ def forked_row(setting: str) -> dict[str, str]:
     return found
 
 
-# ---------------------------------------------------------------------- the README's tables
+# ---------------------------------------------------------------------- the card's tables
 
 _HEADS = (
     "<!-- techniques: written by tests/support/matrix.py -->",
@@ -246,7 +246,7 @@ PAIRS, ALONE = "A stands before B", "with"
 
 
 def main() -> None:
-    """Try every cell, and write both tables into the README."""
+    """Try every cell, and write both tables into the card."""
     logging.disable(logging.CRITICAL)
     pairs = {one: {other: pair(one, other) for other in PAIRED} for one in PAIRED}
     ranks = RankPair()
@@ -258,11 +258,11 @@ def main() -> None:
             else:
                 alone[name] = forked_row(name) if setting.where == "forks" else settings_row(name)
     ranks.close()
-    text = README.read_text()
+    text = CARD.read_text()
     for head, written in zip(_HEADS, (table(pairs, PAIRS), table(alone, ALONE)), strict=True):
         before, rest = text.split(head)
         text = f"{before}{head}\n\n{written}\n{_END}{rest.split(_END, 1)[1]}"
-    README.write_text(text)
+    CARD.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What goes with what: every cell of the README's tables, which `support.matrix` writes, tried in a short fit."""
+"""What goes with what: every cell of the tables of the card of trainer/, tried in a short fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from support import matrix
-from support.matrix import ALONE, PAIRED, PAIRS, README, SETTINGS, TECHNIQUES, WORKS
+from support.matrix import ALONE, CARD, PAIRED, PAIRS, SETTINGS, TECHNIQUES, WORKS
 from support.ranks import RankPair
 from support.small import SmallModule, plain, quiet_trainer, shuffled
 
@@ -17,11 +17,11 @@ from lightning_compress.trainer.compatibility import IncompatibleError
 from lightning_compress.trainer.effects import DeclaresEffects, Effects
 from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES
 
-TEXT = README.read_text()
+TEXT = CARD.read_text()
 
 
 def noted(found: dict[str, str], corner: str) -> dict[str, str]:
-    """The cells of a row as the README has them: with the note in the place of a rule's name."""
+    """The cells of a row as the card has them: with the note in the place of a rule's name."""
     written = {note: number for number, note in matrix.notes(TEXT, corner).items()}
     return {name: WORKS if cell == WORKS else written[matrix._note(cell)] for name, cell in found.items()}
 
