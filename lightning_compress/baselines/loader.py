@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_compress.trainer.distributed import rank, world_size
+from lightning_compress.core.distributed import rank, world_size
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 

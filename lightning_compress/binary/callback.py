@@ -18,9 +18,9 @@ from lightning_compress.binary.inputs import (
 from lightning_compress.binary.signs import LRScale, Mode, Scaling, check_binary, holds_signs
 from lightning_compress.binary.weights import BinaryWeights
 from lightning_compress.core.by_channel import transposed_groups
+from lightning_compress.core.distributed import broadcast
 from lightning_compress.core.input_hooks import InputHooks
 from lightning_compress.core.select import refuse_sparse_gradients, select_parameters
-from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.latent import LatentCallback
 from lightning_compress.trainer.settings import settings_of

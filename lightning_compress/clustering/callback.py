@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_compress.clustering.kmeans import Init, check_init, kmeans
 from lightning_compress.clustering.shared_weights import GradientRule, SharedWeights, check_rule
+from lightning_compress.core.distributed import broadcast
 from lightning_compress.core.numbers_by_pattern import numbers_by_name
 from lightning_compress.core.projection import Projection
 from lightning_compress.core.select import refuse_sparse_gradients
 from lightning_compress.core.tensors import Kept
 from lightning_compress.trainer.callback import CompressionCallback, latent_values, techniques
-from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.once import QuantizingCallback
 from lightning_compress.trainer.settings import settings_of

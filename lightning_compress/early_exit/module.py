@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.core.answering import answering, copied_alone, way_now
+from lightning_compress.core.distributed import gather
 from lightning_compress.core.example_inputs import ExampleInputs, to_device
 from lightning_compress.early_exit.calibration import Outcome, Table, calibrate, evaluate
 from lightning_compress.early_exit.collect import collect, trained_on
@@ -25,7 +26,6 @@ from lightning_compress.early_exit.one_step import Gradient
 from lightning_compress.early_exit.record import note_heads, take_heads
 from lightning_compress.early_exit.rules import Confidence, ExitRule, Rule, Unit
 from lightning_compress.early_exit.static import Served
-from lightning_compress.trainer.distributed import gather
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.operating_points import OperatingPoint

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_compress.core.distributed import broadcast
 from lightning_compress.pruning.masked import MaskedParameters
 from lightning_compress.pruning.stopping import StopRule
-from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.monitors import validate_before_training
 
 _STATE = ("baseline", "kept", "kept_amount", "awaits_validation", "failures")

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.channels.costs import Cost
+from lightning_compress.core.distributed import broadcast
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
 from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.core.tensors import Kept, sliced
@@ -34,7 +35,6 @@ from lightning_compress.pruning.masks import Scope, least_left, prune_channels, 
 from lightning_compress.pruning.remover import ChannelRemover
 from lightning_compress.pruning.stopping import StopRule
 from lightning_compress.trainer.callback import latent_values, take_writes, techniques
-from lightning_compress.trainer.distributed import broadcast
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew

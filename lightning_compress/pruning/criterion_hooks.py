@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.distributed import all_reduce_sum, rank
 from lightning_compress.core.tensors import Kept, select, sliced
 from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria.choose import (
@@ -18,7 +19,6 @@ from lightning_compress.pruning.criteria.choose import (
     static_scores,
 )
 from lightning_compress.pruning.criteria.statistic import Statistic
-from lightning_compress.trainer.distributed import all_reduce_sum, rank
 from lightning_compress.trainer.effects import Sight
 
 _SEES_NOTHING = Statistic()

@@ -14,11 +14,11 @@ from lightning_compress.channels.costs import Cost, channel_costs
 from lightning_compress.channels.cut import cut_part
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroups, thinned
+from lightning_compress.core.distributed import gather, on_all_ranks
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.select import select_parameters
 from lightning_compress.core.tensors import Kept
 from lightning_compress.pruning.channels import Channels, find_channels
-from lightning_compress.trainer.distributed import gather, on_all_ranks
 from lightning_compress.trainer.inputs import traced_network
 from lightning_compress.trainer.surgery import check_cuts_in_fit
 from lightning_compress.trainer.targets import refuse_average_in_forward

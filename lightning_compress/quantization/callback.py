@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_compress.core.distributed import all_reduce_max
 from lightning_compress.core.select import is_weight_layer, select_parameters
 from lightning_compress.quantization.grids import Granularity, check_bits, check_granularity
 from lightning_compress.quantization.input_grids import InputGrid
 from lightning_compress.quantization.observers import ObservedInputs
 from lightning_compress.quantization.weights import UniformWeights, bits_by_name
-from lightning_compress.trainer.distributed import all_reduce_max
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.latent import LatentCallback
 from lightning_compress.trainer.settings import settings_of

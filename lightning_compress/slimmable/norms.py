@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_compress.channels.groups import ChannelGroups, positions_kept
+from lightning_compress.core.recalibrate import tracks
 from lightning_compress.core.structure import detach, structures
 from lightning_compress.core.tensors import named_tensors, select
 from lightning_compress.slimmable.widths import Width, checked_widths, counts_at, masks_of
@@ -133,11 +133,6 @@ def _made(tree: nn.Module, path: str) -> nn.Module:
 def norm_paths(network: nn.Module) -> list[str]:
     """Return the paths of the norms whose statistics depend on the width."""
     return [path for path, one in network.named_modules() if tracks(one)]
-
-
-def tracks(module: nn.Module) -> bool:
-    """Return whether a module is a norm that tracks statistics."""
-    return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
 
 
 @torch.no_grad()

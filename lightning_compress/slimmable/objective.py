@@ -18,17 +18,17 @@ from torch import nn
 
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import answering
+from lightning_compress.core.distributed import gather, rank
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.slimmable.norms import Norms, WidthNorms, give_norms, norms_of, sliced_norms
 from lightning_compress.slimmable.one_step import WidthsStep, inputs_of
 from lightning_compress.slimmable.order import Order, sort_channels
-from lightning_compress.slimmable.recalibrate import recalibrate
 from lightning_compress.slimmable.record import note_widths
 from lightning_compress.slimmable.switch import find_groups, thin_of, width_of
 from lightning_compress.slimmable.thin import ThinNetwork
 from lightning_compress.slimmable.widths import Width, checked_widths, counts_at, shrinkable
-from lightning_compress.trainer.distributed import gather, rank
 from lightning_compress.trainer.effects import Effects
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.one_step import OneStep, backbone

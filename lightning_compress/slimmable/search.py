@@ -2,120 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroup, ChannelGroups
 from lightning_compress.core.answering import answering_now
+from lightning_compress.core.distributed import all_reduce_max, all_reduce_sum, rank
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
 from lightning_compress.core.files import replacing
 from lightning_compress.core.outputs import select_output
+from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.measure.footprint import accelerators_of, seconds_in_turns, summarize_latency
 from lightning_compress.measure.macs import count_macs
+from lightning_compress.slimmable.found import Counts, Decision, FoundWidths, Unit
 from lightning_compress.slimmable.norms import WidthNorms, sliced_norms
-from lightning_compress.slimmable.recalibrate import recalibrate, reduced
 from lightning_compress.slimmable.thin import ThinNetwork
 from lightning_compress.slimmable.widths import free_groups
 
-Unit = Literal["share", "macs", "ms"]
 Loss = Callable[[Tensor, Tensor], Tensor]
-Counts = dict[str, int]
 
 _CLOSE = 1e-3  # between the full network's losses before and after an interruption, in proportion
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One step of a search.
-
-    Attributes:
-        group: Name of the group that became narrower.
-        channels: The number of channels that it has from now on.
-        loss: The held-out loss after the step.
-        cost: The network's cost after the step, in the unit of the search.
-        candidates: By name of each group that could have become narrower the loss and the cost after that.
-    """
-
-    group: str
-    channels: int
-    loss: float
-    cost: float
-    candidates: Mapping[str, tuple[float, float]]
-
-
-@dataclass
-class FoundWidths:
-    """What a search has found, and how.
-
-    Attributes:
-        sizes: By name of each group that can become narrower its number of channels in the full network.
-        unit: Of costs: "share" of the full network's multiply-accumulates, "macs" or "ms".
-        step: The share of its channels that a group lost in one step.
-        loss: The full network's held-out loss.
-        cost: The full network's cost.
-        least: The share of its channels that each group kept at least.
-        norms: How the statistics of norms were found.
-        decisions: All steps, in order.
-    """
-
-    sizes: Counts
-    unit: Unit
-    step: float
-    loss: float
-    cost: float
-    least: float
-    norms: str
-    decisions: list[Decision] = field(default_factory=list)
-
-    @property
-    def now(self) -> Decision | FoundWidths:
-        """The last decision, which has the loss and cost of what is found; or the search, if there is none."""
-        return self.decisions[-1] if self.decisions else self
-
-    def counts(self, budget: float | None = None) -> Counts:
-        """Return by group the number of channels after all steps, or after the first steps that meet a budget.
-
-        Raises:
-            ValueError: The search has not come as far as the budget.
-        """
-        counts, cost = dict(self.sizes), self.cost
-        for decision in self.decisions:
-            if budget is not None and cost <= budget:
-                break
-            counts[decision.group], cost = decision.channels, decision.cost
-        if budget is not None and cost > budget:
-            raise ValueError(f"The search has come to {cost:.4g} {self.unit}, which is more than {budget!r}.")
-        return counts
-
-    def widths(self, budget: float | None = None) -> dict[str, float]:
-        """Return by group the width, as `set_width` and `extract` take it: see `counts`."""
-        return {name: count / self.sizes[name] for name, count in self.counts(budget).items()}
-
-    def to_json(self) -> str:
-        """Return everything as JSON, from which `from_json` makes the same."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> FoundWidths:
-        """Return what `to_json` has written."""
-        held = json.loads(text)
-        for one in held["decisions"]:
-            one["candidates"] = {name: tuple(pair) for name, pair in one["candidates"].items()}
-        return cls(**held | {"decisions": [Decision(**one) for one in held["decisions"]]})
 
 
 def search_widths(
@@ -223,7 +141,7 @@ def search_widths(
                 f"least={least:g} of the channels of each of {len(search.free)} groups."
             )
         found.decisions.append(search.step_from(found))
-        if path is not None and _rank() == 0:
+        if path is not None and rank() == 0:
             with replacing(path) as temporary:
                 temporary.write_text(found.to_json())
     return found
@@ -316,9 +234,7 @@ class _Search:
                 calls, accelerators_of(self.network, inputs), repeats=self.repeats, clock=perf_counter
             )
         found = torch.tensor([1000 * one.seconds for one in summarize_latency(seconds).values()], dtype=torch.float64)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return list(found.tolist())
+        return list(all_reduce_max(found).tolist())
 
     def loss_of(self, counts: Counts) -> float:
         """Return the mean loss of the network with so many channels over all samples of all ranks."""
@@ -337,7 +253,7 @@ class _Search:
                     output = select_output(call(module, inputs), self.output, type(self.network).__name__)
                     total += float(self.loss(output, targets)) * len(targets)
                     samples += len(targets)
-        sums = reduced(torch.tensor([total, samples], dtype=torch.float64, device=self.batches[0][1].device))
+        sums = all_reduce_sum(torch.tensor([total, samples], dtype=torch.float64, device=self.batches[0][1].device))
         found = float(sums[0] / sums[1])
         if math.isnan(found):
             raise ValueError(
@@ -350,7 +266,3 @@ class _Search:
         """Return a network with the first channels only, and statistics of its own."""
         norms = WidthNorms((1.0,), "recalibrate", {1.0: sliced_norms(self.network, self.groups, counts)})
         return ThinNetwork(self.network, self.groups, counts, norms.of(1.0)).module
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lightning_compress.channels.groups import ChannelGroups, positions_kept
 from lightning_compress.channels.removal import drop_of
 from lightning_compress.core.evaluation import set_mode
+from lightning_compress.core.recalibrate import tracks
 from lightning_compress.core.tensors import named_tensors
 from lightning_compress.slimmable.follow import TABLES, Pair, Slot, Watch, cuts_of, held_in, slots_of
-from lightning_compress.slimmable.norms import NORMS, tracks
+from lightning_compress.slimmable.norms import NORMS
 from lightning_compress.slimmable.skeleton import skeleton_of
 from lightning_compress.slimmable.widths import masks_of
 

@@ -20,6 +20,7 @@ from lightning_compress.coding import load_compressed, save_compressed
 from lightning_compress.coding.container import Coder, make_writer
 from lightning_compress.coding.footprint import footprint
 from lightning_compress.coding.weights import load_weights
+from lightning_compress.core.distributed import barrier
 from lightning_compress.core.example_inputs import to_device
 from lightning_compress.core.files import replacing
 from lightning_compress.measure.footprint import time_in_turns
@@ -34,7 +35,6 @@ from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
 from lightning_compress.tasks.run_folder import COMPRESSED, SEARCH, SMALL, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
-from lightning_compress.trainer.distributed import barrier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
-from lightning_compress.trainer.distributed import rank, world_size
+from lightning_compress.core.distributed import rank, world_size
 from lightning_compress.trainer.unwrap import innermost
 
 _ARGUMENTS = ("prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute")

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_compress.core.distributed import gather, rank
 from lightning_compress.trainer import compatibility, means, rng
-from lightning_compress.trainer.distributed import gather, rank
 from lightning_compress.trainer.effects import DeclaresEffects, Effects
 from lightning_compress.trainer.epoch_end import EpochEnd, match_batches
 from lightning_compress.trainer.inputs import forget_batch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_compress import IterativePruningCallback
-from lightning_compress.trainer.distributed import all_reduce_sum, broadcast, gather, rank
+from lightning_compress.core.distributed import all_reduce_sum, broadcast, gather, rank
 
 
 def collectives() -> dict[str, Any]:

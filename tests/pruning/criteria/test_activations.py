@@ -17,10 +17,10 @@ from support.ranks import RankPair
 from torch import Tensor, nn
 
 from lightning_compress.channels.groups import Member
+from lightning_compress.core.distributed import all_reduce_sum
 from lightning_compress.pruning.channels import Channels, find_channels
 from lightning_compress.pruning.criteria.activations import ActivationStatistic, Apoz, MeanActivation, TaylorChannel
 from lightning_compress.pruning.criteria.statistic import estimate
-from lightning_compress.trainer.distributed import all_reduce_sum
 
 Batch = tuple[Tensor, Tensor]
 

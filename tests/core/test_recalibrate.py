@@ -9,7 +9,7 @@ import torch
 from support.ranks import RankPair
 from torch import Tensor, nn
 
-from lightning_compress.slimmable import recalibrate
+from lightning_compress.core.recalibrate import recalibrate
 
 
 class Net(nn.Module):
@@ -126,7 +126,7 @@ def on_rank(counts: list[int]) -> list[Tensor]:
 
 def test_ranks_share_their_batches(rank_pair: RankPair, tmp_path: Path) -> None:
     for counts in ([3, 4], [2, 0]):
-        first, second = rank_pair.run("slimmable.test_recalibrate:on_rank", tmp_path, counts=counts)
+        first, second = rank_pair.run("core.test_recalibrate:on_rank", tmp_path, counts=counts)
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
         net, batches = drawn(0)
         for got, expected in zip(first, by_hand(net, batches[: sum(counts)]), strict=False):

@@ -1,4 +1,4 @@
-"""Computes the statistics of a network's norms anew, as a width needs whose statistics were not tracked in training."""
+"""Computes the statistics of a network's norms anew, as a part of a network needs that was not trained by itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_compress.core.distributed import all_reduce_sum
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
-from lightning_compress.slimmable.norms import tracks
+
+
+def tracks(module: nn.Module) -> bool:
+    """Return whether a module is a norm that tracks statistics."""
+    return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
 
 
 def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches: int = 5) -> list[str]:
@@ -62,10 +67,10 @@ def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches:
                     norm.momentum = 1 / ran
             call(network, to_device(some, device))
         found = [_read(norm, ran) for norm in norms.values()]
-    if not any(reduced(torch.tensor([float(ran)], device=device)).tolist()):
+    if not any(all_reduce_sum(torch.tensor([float(ran)], device=device)).tolist()):
         raise ValueError(f"There is no batch from which the norms of {type(network).__name__} could be recalibrated.")
-    counts = reduced(torch.stack([count for *_, count in found]))
-    sums = reduced(torch.cat([(part * count).reshape(-1) for *parts, count in found for part in parts]))
+    counts = all_reduce_sum(torch.stack([count for *_, count in found]))
+    sums = all_reduce_sum(torch.cat([(part * count).reshape(-1) for *parts, count in found for part in parts]))
     means = iter(torch.split(sums, [norm.num_features for norm in norms.values() for _ in range(2)]))
     for norm, count in zip(norms.values(), counts.tolist(), strict=True):
         mean, var = next(means), next(means)
@@ -102,10 +107,3 @@ def _read(norm: Any, ran: int) -> tuple[Tensor, Tensor, Tensor]:
     if _counts(norm):
         return mean, var, norm.num_batches_tracked.double()
     return mean, var, mean.new_tensor(ran if bool((mean != 0).any() | (var != 1).any()) else 0)
-
-
-def reduced(tensor: Tensor) -> Tensor:
-    """Sum the tensor over all ranks, in place, and return it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
