@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_compress.early_exit.answers import Answers
 from lightning_compress.early_exit.rules import ExitRule
-from lightning_compress.early_exit.stages import Stage, Stages
+from lightning_compress.stages.extract import Stage
+from lightning_compress.stages.stages import Stages
 
 _ROUNDS = 5
 

@@ -15,13 +15,14 @@ from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.answers import Answers, WholeBatchAnswers
 from lightning_compress.early_exit.gains import Times, left_out, measured
-from lightning_compress.early_exit.inputs import Inputs
-from lightning_compress.early_exit.live import Live, StaleError
 from lightning_compress.early_exit.rules import Confidence, ExitRule
-from lightning_compress.early_exit.split import Examples, MixedSamplesError, SplitError, axes_of, running, split
-from lightning_compress.early_exit.stages import Stage, Stages
 from lightning_compress.early_exit.static import Served, Static
 from lightning_compress.early_exit.whole_batch import run_whole
+from lightning_compress.stages.extract import Stage
+from lightning_compress.stages.inputs import Inputs
+from lightning_compress.stages.live import Live, StaleError
+from lightning_compress.stages.split import Examples, MixedSamplesError, SplitError, axes_of, running, split
+from lightning_compress.stages.stages import Stages
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_compress.core.axes import BATCH
 from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.hooks import hooked
-from lightning_compress.early_exit.split import axes_of, running
-from lightning_compress.early_exit.stages import Stages
-from lightning_compress.early_exit.trace import SplitError, Trace, trace
 from lightning_compress.measure.macs import macs_at_ends
+from lightning_compress.stages.split import axes_of, running
+from lightning_compress.stages.stages import Stages
+from lightning_compress.stages.trace import SplitError, Trace, trace
 
 _NEAR = 0.1  # of the network's cost: so much farther may a layer be where one tensor crosses
 

@@ -638,37 +638,3 @@ def test_inputs_that_hooks_round(bits: int) -> None:
     for k, expected in enumerate(case.answers(case.inputs)):
         with torch.no_grad():
             assert torch.allclose(early(case.inputs, exit=k + 1)[0], expected, rtol=1e-5, atol=1e-6)
-
-
-ZOO_PART = {  # windows and heads that are folded into the batch, masks, tables of positions, keys that are shared
-    "swin": ["swin.encoder.layers.0.blocks.0.attention.k_proj", "swin.encoder.layers.1.blocks.0.layernorm_after"],
-    "shufflenet v2": ["one.4", "two.3"],
-    "gpt2": ["transformer.h.0.mlp.act", "transformer.h.1.attn.c_proj"],
-    "llama": ["model.layers.0.mlp.up_proj", "model.layers.1.post_attention_layernorm"],
-    "bert": ["bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.attention.self.query"],
-}
-
-
-@pytest.mark.parametrize("name", ZOO_PART)
-def test_networks_of_all_kinds_split_inside_blocks(name: str) -> None:
-    from support.reference import randomize, to_double
-    from support.zoo import ZOO
-
-    from lightning_compress.core.example_inputs import call
-    from lightning_compress.early_exit.split import Examples, axes_of, differ, executor, split
-
-    torch.manual_seed(0)
-    network, inputs = randomize(ZOO[name].make(), seed=1).double().eval(), to_double(ZOO[name].inputs())
-    if missing := set(ZOO_PART[name]) - set(dict(network.named_modules())):
-        pytest.skip(f"this version of transformers has no {', '.join(missing)}")
-    stages = split(network, ZOO_PART[name], inputs)
-    assert len(stages.crossing[1]) > 1
-    examples = Examples(network, ZOO_PART[name], axes_of(network, inputs, None), None)
-    with torch.no_grad():
-        leaves = [leaf for leaf in examples.of([0, 1, 2, 3]) if isinstance(leaf, Tensor)]
-        stay = {1: torch.tensor([3, 1, 0]), 2: torch.tensor([2, 1])}  # in another order, too
-        answer = stages.run(executor(network, stages), leaves, [1, 2], lambda cut, _: stay[cut])
-        keywords = dict(zip(inputs, leaves, strict=True)) if isinstance(inputs, dict) else None
-        found = call(network, keywords or leaves[0])["logits" if keywords or name == "swin" else slice(None)]
-    assert answer is not None
-    assert differ([answer], [found[[0, 1]]]) is None

@@ -25,8 +25,9 @@ from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import compare, select_output
 from lightning_compress.core.tensors import named_tensors
-from lightning_compress.early_exit.stages import Stage, Stages
-from lightning_compress.early_exit.trace import SplitError, trace
+from lightning_compress.stages.extract import Stage
+from lightning_compress.stages.stages import Stages
+from lightning_compress.stages.trace import SplitError, trace
 
 __all__ = ["MixedSamplesError", "SplitError", "Stages", "split"]
 
@@ -127,7 +128,7 @@ class Examples:
         output: Which tensor is the answer.
 
     Raises:
-        ValueError: A layer is not one that an exit can follow.
+        ValueError: A layer is not one that a cut can follow.
         MixedSamplesError: A sample's output depends on the others.
     """
 
@@ -181,17 +182,17 @@ def _check_layers(layers: Sequence[str], found: Sequence[tuple[str, Any]]) -> No
         if order.count(name) != 1:
             times = f"runs {order.count(name)} times" if name in order else "does not run"
             raise ValueError(
-                f"The layer {name!r} {times} in one forward pass: an exit can follow a layer that runs exactly once, "
+                f"The layer {name!r} {times} in one forward pass: a cut can follow a layer that runs exactly once, "
                 f"through its __call__."
             )
     for name, output in found:
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"The layer {name!r} returns a {type(output).__name__}: an exit can follow a layer that returns one "
+                f"The layer {name!r} returns a {type(output).__name__}: a cut can follow a layer that returns one "
                 f"tensor."
             )
     if order != list(layers):
-        raise ValueError(f"The exits {list(layers)} are not in the order in which their layers return: {order}.")
+        raise ValueError(f"The layers {list(layers)} are not in the order in which their layers return: {order}.")
 
 
 def _different(axes: Axes) -> list[Any]:
@@ -225,7 +226,7 @@ def differ(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
 
 
 def _prove(stages: Stages, network: nn.Module, examples: Examples) -> None:
-    """Try stages, with random samples leaving at every exit, against samples one by one.
+    """Try stages, with random samples leaving at every cut, against samples one by one.
 
     Raises:
         SplitError: They compute something else.
@@ -286,7 +287,7 @@ def _check_crossing(stages: Stages, cut: int, some: Sequence[Tensor], all_: Sequ
             stages.rows[node] = turns
         if difference:
             raise SplitError(
-                f"{node.name}, which crosses the cut at exit {stages.layers[cut - 1]!r}, is not the same for a part of "
+                f"{node.name}, which crosses the cut at {stages.layers[cut - 1]!r}, is not the same for a part of "
                 f"the samples: {difference}."
             )
 
@@ -309,7 +310,7 @@ def _try(
 
     def visit(cut: int, feature: Tensor) -> Tensor | None:
         nonlocal left
-        check(f"what exit {stages.layers[cut - 1]!r} sees", cut - 1, feature)
+        check(f"what {stages.layers[cut - 1]!r} returns", cut - 1, feature)
         if seed == 0:
             return None
         stay = torch.randperm(len(left), generator=generator)[: max(1, len(left) - 1 - seed % 2)].sort().values

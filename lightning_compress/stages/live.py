@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.early_exit.stages import Stage, Stages
+from lightning_compress.stages.extract import Stage
+from lightning_compress.stages.stages import Stages
 
 
 class StaleError(Exception):

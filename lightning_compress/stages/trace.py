@@ -25,7 +25,7 @@ _SAMPLES = 3  # in the traced batch: torch.export makes constants of sizes 0 and
 
 
 class SplitError(ValueError):
-    """A network that cannot be split into stages, with the reason and, where it is one exit's, the exit."""
+    """A network that cannot be split into stages, with the reason and, where it is one cut's, the layer."""
 
 
 @torch.library.custom_op("lightning_compress::layer_end", mutates_args=())

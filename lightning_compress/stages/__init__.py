@@ -1,0 +1,1 @@
+"""A network as one graph: its stages between cuts, for any number of samples."""
