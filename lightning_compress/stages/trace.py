@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.axes import BATCH, Axes, exported
 from lightning_compress.core.evaluation import caches_off, entries_restored, evaluating
@@ -28,23 +29,22 @@ class SplitError(ValueError):
     """A network that cannot be split into stages, with the reason and, where it is one cut's, the layer."""
 
 
-@torch.library.custom_op("lightning_compress::layer_end", mutates_args=())
-def _layer_end(x: Tensor, layer: str) -> Tensor:
-    """Mark the end of a layer in a graph; the graph that is run has no such mark."""
-    return x.clone()
+@torch.library.custom_op("lightning_compress::layer_mark", mutates_args=())
+def _layer_mark(x: Tensor, layer: str, ends: bool) -> None:
+    """Mark where a layer begins to read a tensor, or ends with one, in a graph; the graph that is run has no marks."""
 
 
-@_layer_end.register_fake
-def _(x: Tensor, layer: str) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+@_layer_mark.register_fake
+def _(x: Tensor, layer: str, ends: bool) -> None: ...
 
 
-_LAYER_END = torch.ops.lightning_compress.layer_end.default
+_LAYER_MARK = torch.ops.lightning_compress.layer_mark.default
+fx.node.has_side_effect(_LAYER_MARK)  # so that nothing removes it as dead code
 
 
 @dataclass(frozen=True)
-class End:
-    """Where a layer ends: the node of what it returns, and how many nodes of the graph come before its end."""
+class Mark:
+    """Where a layer begins or ends: the node of what it reads or returns, and how many nodes of the graph precede."""
 
     node: fx.Node
     position: int
@@ -61,7 +61,8 @@ class Trace:
         constants: Tensors that belong to the network's code, by name.
         inputs: The nodes of the example inputs' leaves, in order.
         answer: The node of the network's output.
-        ends: Of the layers that ended in the graph and returned a tensor; those that ran twice have two.
+        begins: Of the layers that got a tensor, with the first one; those that ran twice have two.
+        ends: Of the layers that returned a tensor, or first among others; those that ran twice have two.
         symbol: Stands for the number of samples in the sizes of tensors.
     """
 
@@ -71,7 +72,8 @@ class Trace:
     constants: dict[str, Tensor]
     inputs: list[fx.Node]
     answer: fx.Node
-    ends: dict[str, list[End]]
+    begins: dict[str, list[Mark]]
+    ends: dict[str, list[Mark]]
     symbol: Any
 
     def affine(self, size: Any) -> tuple[int, int] | None:
@@ -123,7 +125,7 @@ def trace(
             f"torch.export cannot trace {type(network).__name__} for batches of any size: "
             f"{' '.join(lines[:2])[:300] or type(error).__name__}{newer}"
         ) from error
-    return _read(program, axes)
+    return _read(program, axes, functional)
 
 
 @contextmanager
@@ -145,29 +147,48 @@ def _answering(network: nn.Module, output: str | int | None) -> Iterator[None]:
 
 
 def _marking(network: nn.Module, layers: Iterable[str]) -> AbstractContextManager[None]:
-    def marker(name: str) -> Any:
-        def mark(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return _LAYER_END(output, name) if isinstance(output, Tensor) else None
+    def begins(name: str) -> Any:
+        def mark(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if (x := first_tensor((*args, *kwargs.values()))) is not None:
+                _LAYER_MARK(x, name, False)
 
         return mark
 
-    return hooked(*(network.get_submodule(name).register_forward_hook(marker(name)) for name in layers))
+    def ends(name: str) -> Any:
+        def mark(_module: nn.Module, _args: Any, output: Any) -> None:
+            if (first := first_tensor(tree_leaves(output))) is not None:
+                _LAYER_MARK(first, name, True)
+
+        return mark
+
+    modules = {name: network.get_submodule(name) for name in layers}
+    return hooked(
+        *(one.register_forward_pre_hook(begins(name), with_kwargs=True, prepend=True) for name, one in modules.items()),
+        *(one.register_forward_hook(ends(name)) for name, one in modules.items()),
+    )
 
 
-def _read(program: ExportedProgram, axes: Axes) -> Trace:
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """Return the first tensor among values."""
+    return next((one for one in values if isinstance(one, Tensor)), None)
+
+
+def _read(program: ExportedProgram, axes: Axes, functional: bool) -> Trace:
     signature = program.graph_signature
     if any(one.kind != OutputKind.USER_OUTPUT for one in signature.output_specs):
         raise SplitError("The network writes into its buffers or inputs.")
     graph = program.graph
     for node in list(graph.nodes):
-        _tidy(graph, node)
-    ends: dict[str, list[End]] = {}
+        if node._erased:
+            continue
+        _tidy(graph, node, functional)
+    begins: dict[str, list[Mark]] = {}
+    ends: dict[str, list[Mark]] = {}
     nodes: list[fx.Node] = []
     for node in list(graph.nodes):
-        if node.target is _LAYER_END:
-            source, layer = node.args
-            ends.setdefault(layer, []).append(End(source, len(nodes)))
-            node.replace_all_uses_with(source)
+        if node.target is _LAYER_MARK:
+            source, layer, at_end = node.args
+            (ends if at_end else begins).setdefault(layer, []).append(Mark(source, len(nodes)))
             graph.erase_node(node)
         elif node.op != "output":
             nodes.append(node)
@@ -189,22 +210,46 @@ def _read(program: ExportedProgram, axes: Axes) -> Trace:
         },
         inputs=inputs,
         answer=output.args[0][0],
+        begins=begins,
         ends=ends,
         symbol=inputs[first].meta["val"].shape[dim].node.expr,
     )
 
 
-def _tidy(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase checks and dropout, which do nothing, and have the parts of a list follow it at once."""
+def _tidy(graph: fx.Graph, node: fx.Node, functional: bool) -> None:
+    """Erase checks and dropout, which do nothing, and have the parts of a list follow it at once.
+
+    What is made functional has copies in place of dropout, and batch norms that return a tuple.
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return
     name = target._schema.name.partition("::")[2]
     if ("_assert_" in name or "sym_constrain" in name) and not node.users:
         graph.erase_node(node)
-    elif name in ("dropout", "feature_dropout", "alpha_dropout") and node.args[2] is False:
+    elif (name in ("dropout", "feature_dropout", "alpha_dropout") and node.args[2] is False) or (
+        functional and name == "clone" and not node.kwargs
+    ):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # the tensor
         graph.erase_node(node)
+    elif target is _NORM and all(user.args[1] == 0 for user in node.users):
+        _one_output(graph, node)
     elif isinstance(node.meta.get("val"), (list, tuple)):
         for part in reversed([user for user in node.users if user.target is operator.getitem]):
             node.append(part)
+
+
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+def _one_output(graph: fx.Graph, node: fx.Node) -> None:
+    """Put a batch norm that returns one tensor in the place of one that returns a tuple."""
+    x, weight, bias, mean, variance, momentum, eps = node.args
+    with graph.inserting_before(node):
+        args = (x, weight, bias, mean, variance, False, momentum, eps, True)
+        norm = graph.call_function(torch.ops.aten.batch_norm.default, args)
+    norm.meta = node.meta | {"val": node.meta["val"][0]}
+    for part in list(node.users):
+        part.replace_all_uses_with(norm)
+        graph.erase_node(part)
+    graph.erase_node(node)
