@@ -151,8 +151,9 @@ def initial(make: Callable[[], Network], setting: Setting) -> Network:
 
 
 def classifier(network: nn.Module, setting: Setting, shape: Sequence[int], **recipe: Any) -> Classifier:
+    """A module in training mode: in a fit Lightning leaves every layer in the mode that it has."""
     given: dict[str, Any] = {"optimizer": "sgd", "lr": setting.lr, "weight_decay": 1e-4, "warmup": 0.1} | recipe
-    return Classifier(network, input_shape=shape, **given)
+    return Classifier(network, input_shape=shape, **given).train()
 
 
 def fit(module: LightningModule, data: ImageData, setting: Setting, *, epochs: int | None = None) -> None:
