@@ -223,3 +223,25 @@ def _after_a_step(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> O
         except Exception:  # it needs a closure, a device or other parameters; the first cut shows its state
             return None
     return twins[id(levels[0])]
+
+
+def check_forgettable(optimizer: Optimizer) -> None:
+    """Raise a ValueError if an optimizer keeps state for several parameters together, so that none of them can leave."""
+    _check_groups(optimizer)
+    for level in _levels(optimizer):
+        held = [value for key, value in vars(level).items() if key not in ("state", "param_groups")]
+        if any(isinstance(one, nn.Parameter) for one in _tensors(held)):
+            raise ValueError(
+                f"{type(level).__name__} keeps its parameters in a list of its own, so that none of them can leave it "
+                f"during a fit. Use SGD, Adam or AdamW."
+            )
+
+
+def forget_parameters(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Take parameters out of an optimizer, and of those inside it, with their state; all other state stays."""
+    gone = {id(one) for one in parameters}
+    for level in _levels(optimizer):
+        for group in level.param_groups:
+            group["params"] = [one for one in group["params"] if id(one) not in gone]
+        for one in [one for one in level.state if id(one) in gone]:
+            del level.state[one]
