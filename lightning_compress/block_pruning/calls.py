@@ -172,7 +172,8 @@ def _size(module: nn.Module, dim: int, inputs: list[tuple[int, ...]], outputs: l
 
 def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Path, Tensor]]:
     """Yield the tensors among the arguments of a call, with their paths."""
-    left: list[tuple[Path, Any]] = [*(((key,), one) for key, one in kwargs.items())][::-1]
+    left: list[tuple[Path, Any]] = []
+    left += [((key,), one) for key, one in kwargs.items()][::-1]
     left += [((place,), one) for place, one in enumerate(args)][::-1]
     while left:
         path, one = left.pop()

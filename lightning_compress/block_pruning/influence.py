@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_compress.block_pruning.plan import BlockError, without
+from lightning_compress.block_pruning.plan import FEW, BlockError, without
 from lightning_compress.channels.sandbox import doubles, sandbox
 from lightning_compress.core.evaluation import evaluating
-from lightning_compress.core.example_inputs import ExampleInputs, call
+from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples
 from lightning_compress.core.hooks import Removable, hooked
 from lightning_compress.core.outputs import run
 from lightning_compress.core.precision import widened
@@ -104,9 +104,7 @@ class Influence:
         self.sums[k] += torch.tensor([float(differing.double().sum()), differing.numel()], dtype=torch.float64)
 
 
-def block_influence(
-    network: nn.Module, batches: Iterable[ExampleInputs], blocks: Sequence[Block]
-) -> dict[str, float]:
+def block_influence(network: nn.Module, batches: Iterable[ExampleInputs], blocks: Sequence[Block]) -> dict[str, float]:
     """Return the influence of blocks on some batches, by name: 1 - E cos(x, x + F(x)).
 
     Args:
@@ -132,9 +130,15 @@ def _find_sums(network: nn.Module, example_inputs: ExampleInputs, blocks: Sequen
     Raises:
         BlockError: It is seen nowhere.
     """
+    for block in blocks:
+        if block.kind == "projection":
+            raise BlockError(
+                f"The influence of block {block.name!r} is not known, because its shortcut has layers of its own, so "
+                f"that nothing says how much the block changes: use criterion='loss'."
+            )
     found: dict[str, Sum] = {}
     with sandbox(network):
-        inputs = doubles(example_inputs, noise=True)
+        inputs = doubles(first_samples(example_inputs, FEW), noise=True)
         for block in blocks:
             with without(network, [block]):
                 places = _equal(network, inputs, block)

@@ -23,11 +23,12 @@ from lightning_compress.block_pruning.stand_in import replace as make_stand_in
 from lightning_compress.channels.sandbox import doubles, sandbox
 from lightning_compress.core.axes import BATCH, Axes
 from lightning_compress.core.evaluation import buffers_restored, modes_restored, set_mode
-from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import compare, run
 from lightning_compress.stages.blocks import Block
 
+FEW = 4  # samples, with which the network runs in a sandbox
 _TOLERANCE = 1e-12
 _LARGE = 40.0  # so that an activation with bounds, such as ReLU6, is not taken for one that changes nothing
 
@@ -63,7 +64,7 @@ def find_places(network: nn.Module, example_inputs: ExampleInputs, blocks: Seque
         BlockError: A block can't leave; the message has the reason.
     """
     with sandbox(network), ExitStack() as back:
-        trial = _Trial(network, doubles(example_inputs, noise=True))
+        trial = _Trial(network, doubles(first_samples(example_inputs, FEW), noise=True))
         zeros = {block.name: back.enter_context(_ending(network, block)) for block in blocks}
         paths = {path for block in blocks for path in (*block.modules, *_around(network, block))}
         watched, handles = watch(network, sorted(paths))
@@ -104,9 +105,7 @@ def _around(network: nn.Module, block: Block) -> list[str]:
     ]
 
 
-def _options(
-    block: Block, watched: dict[str, Calls], network: nn.Module, leaving: Sequence[Block]
-) -> Iterator[Option]:
+def _options(block: Block, watched: dict[str, Calls], network: nn.Module, leaving: Sequence[Block]) -> Iterator[Option]:
     """Yield the ways in which a block may leave, the cheapest first."""
     for path in _around(network, block):
         if path in block.modules:
@@ -116,19 +115,25 @@ def _options(
             inside = [one for one in leaving if f"{one.ends}.".startswith(f"{path}.")]
             names, macs = ", ".join(one.name for one in inside), sum(one.macs for one in inside)
             yield [Place(path, found, names, macs)]
-    modules = [path for path in block.modules if watched[path].outputs]
-    ending = [path for path in modules if f"{block.ends}.".startswith(f"{path}.")]
-    for thin, dense in ((True, False), (True, True), (False, False), (False, True)):
-        if thin and len(modules) == 1:
-            continue
-        places = []
-        for path in modules:
-            last = path in ending
-            found = described(watched[path], "zeros", thin=thin and not last, dense=dense and (last or not thin))
-            if found is not None:
-                places.append(Place(path, found, block.name, 0 if places else block.macs))
-        if len(places) == len(modules) and ending:
-            yield places
+    every = [path for path in block.modules if watched[path].outputs]
+    holding = [path for path in every if _holds(watched[path].module)]  # the others cost little, and nothing once thin
+    for modules in (holding, every) if holding != every else (every,):
+        ending = [path for path in modules if f"{block.ends}.".startswith(f"{path}.")] or modules[-1:]
+        for thin, dense in ((True, False), (True, True), (False, False), (False, True)):
+            if thin and len(modules) == 1:
+                continue
+            places: Option = []
+            for path in modules:
+                last = path in ending
+                found = described(watched[path], "zeros", thin=thin and not last, dense=dense and (last or not thin))
+                if found is not None:
+                    places.append(Place(path, found, block.name, 0 if places else block.macs))
+            if places and len(places) == len(modules):
+                yield places
+
+
+def _holds(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 class _Trial:

@@ -26,6 +26,13 @@ class DepthStructure(Structure):
             f"load_compressed, to have the network without them."
         )
 
+    @classmethod
+    def when_refused(cls, model: nn.Module) -> str:
+        return (
+            f"The state dict is of a network that blocks have left: load_compressed takes the same blocks out of a new "
+            f"{type(model).__name__}, and then loads it."
+        )
+
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
         if not isinstance(module, StandIn):
             return None  # a load has restored the block
@@ -42,11 +49,13 @@ class DepthStructure(Structure):
         if not arriving.prefix:
             raise RecordError("The record says that the whole network has left.")
         if (name := _first_within(arriving)) is not None:
-            raise RecordError(f"The record says that the block {block!r} has left, and the state dict has its {name!r}.")
+            raise RecordError(
+                f"The record says that the block {block!r} has left, and the state dict has its {name!r}."
+            )
 
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
         if isinstance(module, StandIn):
-            if record is None and _first_within(arriving) is not None:
+            if record is None and (arriving.has_metadata or _first_within(arriving) is not None):
                 restore(module)
             elif record is not None:
                 module.described, module.block, module.macs = record["returns"], record["block"], record["macs"]
@@ -70,7 +79,11 @@ class DepthCopy(Structure):
 
     def rebuild(self, module: nn.Module, record: Mapping[str, Any] | None, arriving: Arriving) -> None:
         mine = dict(module.named_modules())
-        for path, one in stand_ins(self.leader).items():
+        left = stand_ins(self.leader)
+        for path, own in stand_ins(module).items():
+            if path not in left:
+                restore(own)
+        for path, one in left.items():
             start = f"{arriving.prefix}{path}."
             if path in mine and not any(name.startswith(start) for name in arriving.state_dict):
                 become(mine[path], one.described, block=one.block, macs=one.macs)

@@ -55,8 +55,7 @@ class StandIn(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._like = fn(self._like)
-        return super()._apply(fn, recurse)
-
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         # Code may look at the device or the shape of weights, as torch's transformer layers do before they run.
@@ -159,22 +158,21 @@ def _shape_of(tensor: Tensor | None, made: dict[int, Any]) -> Tensor | None:
 def restore(module: StandIn) -> None:
     """Make a stand-in the module that it was, with undefined values of its parameters and saved buffers."""
     dense, like, own = module._dense, module._like, vars(module)
-    made: dict[int, Tensor] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # the shapes are held, so that no other tensor gets their id
 
-    def with_memory(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            dtype = like.dtype if tensor.is_floating_point() else tensor.dtype
-            empty = torch.empty_like(tensor, device=like.device, dtype=dtype)
-            made[id(tensor)] = (
-                nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-            )
-        return made[id(tensor)]
+    def with_memory(shape: Tensor) -> Tensor:
+        if id(shape) not in made:
+            dtype = like.dtype if shape.is_floating_point() else shape.dtype
+            empty = torch.empty_like(shape, device=like.device, dtype=dtype)
+            is_parameter = isinstance(shape, nn.Parameter)
+            made[id(shape)] = (shape, nn.Parameter(empty, shape.requires_grad) if is_parameter else empty)
+        return made[id(shape)][1]
 
     mode = module.training
     for name in ("described", "block", "macs", "_dense", "_like", *_TABLES):
         own.pop(name, None)
     own.update(dense.entries)
-    module.__class__ = dense.kind
+    module.__class__ = dense.kind  # type: ignore[assignment]
     for one in module.modules():
         for table in (one._parameters, one._buffers):
             for name, tensor in list(table.items()):

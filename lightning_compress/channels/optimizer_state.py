@@ -226,7 +226,7 @@ def _after_a_step(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> O
 
 
 def check_forgettable(optimizer: Optimizer) -> None:
-    """Raise a ValueError if an optimizer keeps state for several parameters together, so that none of them can leave."""
+    """Raise a ValueError if an optimizer keeps state for several parameters together, so that none can leave."""
     _check_groups(optimizer)
     for level in _levels(optimizer):
         held = [value for key, value in vars(level).items() if key not in ("state", "param_groups")]

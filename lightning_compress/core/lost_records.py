@@ -75,8 +75,13 @@ def _change_loads() -> None:
             result = load(module, state_dict, *args, **kwargs)
             warnings.warn(f"{type(module).__name__} has loaded tensors alone. {error}", stacklevel=2)
             return result
-        added = () if follows(module) else _prefixes(_lost(module, found))
-        result = load(module, _without(state_dict, added), *args, **kwargs)
+        lost = [] if follows(module) else _lost(module, found)
+        try:
+            result = load(module, _without(state_dict, _prefixes(lost)), *args, **kwargs)
+        except RuntimeError as error:
+            if remedies := [one.kind.when_refused(module) for one in lost if one.kind.renames]:
+                raise RuntimeError(f"{error} {remedies[0]}") from error
+            raise
         names: dict[type[Structure], list[str]] = {}
         for one in _lost(module, found):  # a load may have rebuilt some
             names.setdefault(one.kind, []).append(one.path)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 KEY = "lightning_compress.structure"  # the key of a module's records, by kind, in its metadata
 KINDS = {  # the class of each kind, imported when a state dict has one; networks are rebuilt in this order
+    "depth": "lightning_compress.block_pruning.record.DepthStructure",  # others are of layers that are left
     "exits": "lightning_compress.early_exit.record.ExitStructure",  # after "cut": a cut network has thinner heads
     "widths": "lightning_compress.slimmable.record.WidthStructure",
     "cut": "lightning_compress.channels.load.CutNetwork",

@@ -74,6 +74,11 @@ class Structure:
         return None
 
     @classmethod
+    def when_refused(cls, model: nn.Module) -> str:
+        """Return what to do where a strict load has failed, for a kind that renames."""
+        return f"Use load_compressed with a new {type(model).__name__}, which rebuilds the saved network first."
+
+    @classmethod
     def own_keys(cls, record: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the prefixes, within the module, of the names of tensors that an unchanged network lacks."""
         return ()
