@@ -3,6 +3,7 @@
 from pathlib import Path as _Path
 
 from lightning_compress.binary.callback import BinaryWeightsCallback
+from lightning_compress.channel_gates.module import ChannelGates
 from lightning_compress.channels.cut import cut, shrink
 from lightning_compress.channels.find import ChannelGroup, ChannelGroups, channel_groups
 from lightning_compress.clustering.callback import WeightClusteringCallback
@@ -20,6 +21,7 @@ from lightning_compress.slimmable.module import SlimmableWidth
 __all__ = [
     "BinaryWeightsCallback",
     "BudgetController",
+    "ChannelGates",
     "ChannelGroup",
     "ChannelGroups",
     "CompressedSize",

@@ -39,6 +39,7 @@ YOURS = {  # what these files leave to the user
 }
 DELIBERATE = {  # where a file has another value than the constructor's default, on purpose
     ("compress", "binary_weights"): {"lr_scale"},  # for the recipe's Adam
+    ("compress", "channel_gates"): {"share", "network"},  # the share that a network without gates gets
     ("compress", "distillation"): {"teacher"},  # has no default
     ("compress", "early_exit"): {"num_classes", "network"},  # without a default; a Classifier has a network
     ("compress", "group_lasso"): {"strength", "granularity", "proximal", "shrink"},  # one compresses, with these

@@ -17,6 +17,7 @@ KINDS = {  # the class of each kind, imported when a state dict has one; network
     "depth": "lightning_compress.block_pruning.record.DepthStructure",  # others are of layers that are left
     "exits": "lightning_compress.early_exit.record.ExitStructure",  # after "cut": a cut network has thinner heads
     "widths": "lightning_compress.slimmable.record.WidthStructure",
+    "channel_gates": "lightning_compress.channel_gates.record.ChannelGateStructure",
     "cut": "lightning_compress.channels.load.CutNetwork",
     "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
     "sign": "lightning_compress.binary.inputs.BinaryInput",

@@ -210,6 +210,20 @@ PAIR_RULES = (
         reason="{other} cuts channels, of which {one} trains fixed shares together with what it keeps for each",
         remedy="use shrink='never', or cut the network in an earlier fit, or use widths alone, which can be extracted",
     ),
+    PairRule(
+        name="a cut of a network with gates",
+        meets=lambda one, other, first: one.chooses_by_sample and other.shapes != "never",
+        shows=("", "shapes"),
+        reason="{other} cuts channels for all samples, by what it finds in the graph of the network, in which {one} "
+        "chooses for each sample",
+        remedy="use shrink='never', or cut the network in an earlier fit",
+    ),
+    PairRule(
+        name="widths of a network with gates",
+        meets=lambda one, other, first: one.chooses_by_sample and other.runs_thinner,
+        reason="{other} runs the network with fewer channels, and {one} makes its choices for all of them",
+        remedy="use one of them",
+    ),
 )
 
 

@@ -28,7 +28,7 @@ from torch.multiprocessing import ProcessRaisedException
 from lightning_compress.trainer.compatibility import IncompatibleError
 from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES, Rule
 from support.ranks import TESTS, RankPair
-from support.registry import Entry, binary, clustering, distillation, exits, lasso, pruning, qat, widths
+from support.registry import Entry, binary, channel_gates, clustering, distillation, exits, lasso, pruning, qat, widths
 from support.small import ManualModule, SmallModule, plain, quiet_trainer, shuffled
 
 CARD = TESTS.parent / "lightning_compress" / "trainer" / "README.md"
@@ -65,6 +65,7 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "distillation, hints": lambda **options: distillation(hints=[_HINT]),
     "exits": lambda **options: exits(),
     "widths": lambda **options: widths((0.5,)),
+    "channel gates": lambda **options: channel_gates(),
 }
 
 

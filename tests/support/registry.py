@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule
 from examples.own_technique import ClippedWeightsCallback
 from lightning_compress import (
     BinaryWeightsCallback,
+    ChannelGates,
     DistillationModule,
     EarlyExitHeads,
     GroupLassoCallback,
@@ -126,6 +127,13 @@ def widths(widths: Sequence[float] = (0.25, 0.5, 1.0), **options: Any) -> Entry:
     return Entry(wrap=wrap, idle_wrap=partial(wrap, widths=(1.0,)))
 
 
+def channel_gates(**options: Any) -> Entry:
+    def wrap(module: LightningModule, **changed: Any) -> LightningModule:
+        return ChannelGates(module, example_inputs=torch.zeros(2, FEATURES), **(options | changed))
+
+    return Entry(wrap=wrap, idle_wrap=partial(wrap, share=1.0))
+
+
 def clipped(**options: Any) -> Entry:
     return technique(ClippedWeightsCallback, idle={"limit": 1e9}, **({"limit": 0.1} | options))
 
@@ -198,6 +206,12 @@ REGISTRY: dict[str, Entry] = {
     "pruning-widths": pruning().with_(widths((0.5,))),
     "clustering-qat-widths": clustering(start_epoch=1.0).with_(
         qat(4, 8, granularity="tensor", start_epoch=2.0), widths((0.5,))
+    ),
+    "channel-gates": channel_gates(),
+    "distillation-channel-gates": distillation().with_(channel_gates(share=0.3, end_epoch=1.5)),
+    "pruning-channel-gates": pruning().with_(channel_gates()),
+    "clustering-qat-channel-gates": clustering(start_epoch=1.0).with_(
+        qat(4, 8, granularity="tensor", start_epoch=2.0), channel_gates()
     ),
     "own-technique": clipped(),
 }

@@ -1,0 +1,179 @@
+"""Gates of channels as a wrapper: any LightningModule whose samples choose the channels that they use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_compress.channel_gates.gates import LayerGates, Way
+from lightning_compress.channel_gates.network import ChannelGatedNetwork
+from lightning_compress.channel_gates.objective import GatedChannels
+from lightning_compress.channel_gates.record import note_gates
+from lightning_compress.core.example_inputs import ExampleInputs, to_device, to_type
+from lightning_compress.measure.macs import count_macs
+from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.one_step import backbone
+from lightning_compress.trainer.operating_points import OperatingPoint
+from lightning_compress.trainer.outline import Outline
+from lightning_compress.trainer.unwrap import objective_of, without_trainer
+from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
+
+
+class ChannelGates(CompressionModule):
+    """Have each sample choose, in each layer, the share of the channels that it uses: feature boosting and suppression.
+
+    With s the mean absolute values of the channels that a layer reads, and y what it returns, after its batch norm:
+
+        g = relu(W s + b)        y' = g y for the ceil(d C) channels with the largest g; 0 for the others
+        loss' = loss + penalty * (mean over the samples of the sum of all g)
+
+    W is 0 and b is 1 at first, so that a trained network goes on from where it is. In training, d falls linearly from 1
+    to `share`; in evaluation it is `share`, so that validation measures the network that is deployed.
+
+    The gates become a part of the network, as its child `channel_gates`: they are saved with it in checkpoints and
+    compressed files. The keys of the module's own tensors stay.
+
+    Args:
+        module: The LightningModule, whose network should be trained.
+        layers: Names of convolutions and linear layers within the network. None: those whose channels go to other
+            layers alone, through at most a batch norm and code that maps zeros to zeros; or those that have gates
+            already, as from a compressed file.
+        share: d, the share of a layer's channels that each sample keeps. None: 0.5, or that of the gates that the
+            network has; 1: no gates.
+        start_epoch: When the share begins to fall.
+        end_epoch: When it has fallen. None: two thirds of the fit.
+        penalty: The weight of the gains in the loss.
+        network: Dotted path of the submodule whose layers are gated; empty: the module itself.
+        example_inputs: What the network is called with, to find its layers; None: the module's `example_input_array`,
+            or else one peeked batch when the fit begins, until which there are no gates, unless a checkpoint brings
+            them.
+
+    Raises:
+        TypeError: `module` is no LightningModule.
+        ValueError: A number out of range; a layer that does not exist or can't be gated, or none that can; a network
+            with gates at other layers.
+
+    Paper:
+        Gao et al., Dynamic channel pruning: feature boosting and suppression (1810.05331).
+
+    Example:
+        >>> import torch
+        >>> from lightning_compress.baselines import Classifier, DigitsConvNet
+        >>> module = Classifier(DigitsConvNet(width=8))
+        >>> module = ChannelGates(module, network="network", example_inputs=torch.zeros(2, 1, 8, 8))
+        >>> [name for name in module.state_dict() if "channel_gates.1" in name]
+        ['network.channel_gates.1.weight', 'network.channel_gates.1.bias', 'network.channel_gates.1.used']
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        module: LightningModule,
+        layers: Sequence[str] | None = None,
+        *,
+        share: float | None = None,
+        start_epoch: float = 0.0,
+        end_epoch: float | None = None,
+        penalty: float = 1e-8,
+        network: str = "",
+        example_inputs: ExampleInputs | None = None,
+    ) -> None:
+        check_wrappable(module, type(self))
+        objective = GatedChannels(
+            layers,
+            share=share,
+            start_epoch=start_epoch,
+            end_epoch=end_epoch,
+            penalty=penalty,
+            network=network,
+            example_inputs=example_inputs,
+        )
+        found = resolve_network(module, network)
+        given = example_inputs if example_inputs is not None else getattr(module, "example_input_array", None)
+        if not objective.adopt(found):
+            if given is not None:
+                objective.build(found, given)
+            elif share != 1.0:
+                note_gates(backbone(found))
+        super().__init__(module, objective)
+
+    def deploy(
+        self, *, example_inputs: ExampleInputs | None = None, min_gain: float | None = 0.0
+    ) -> ChannelGatedNetwork:
+        """Return the network as a plain module that computes only chosen channels where that pays.
+
+        It is a copy in evaluation mode.
+
+        Args:
+            example_inputs: Samples in a batch as it will come, with which the ways to run it are timed; None: those
+                with which the layers were found.
+            min_gain: As for `ChannelGatedNetwork`.
+
+        Raises:
+            ValueError: There are no gates yet, or no example inputs.
+        """
+        objective = self._objective()
+        network = backbone(resolve_network(self, objective.network))
+        given = example_inputs if example_inputs is not None else objective.example_inputs
+        given = self.example_input_array if given is None else given
+        if objective.gates(self) is None or given is None:
+            raise ValueError(
+                "deploy() needs gates and example inputs: fit or load the module first, and pass example_inputs=."
+            )
+        like = next(network.parameters())
+        inputs = to_device(given, like.device)
+        with without_trainer(self):
+            return ChannelGatedNetwork(
+                network, inputs if example_inputs is not None else to_type(inputs, like.dtype), min_gain=min_gain
+            )
+
+    def operating_points(self) -> list[OperatingPoint]:
+        """Return the controls: random channels, as many for each sample, and the same channels for all samples."""
+        objective = self._objective()
+        gates = objective.gates(self)
+        if gates is None or objective.example_inputs is None:
+            return []
+        ways: dict[Way, str] = {"random": "random channels", "static": "the same channels for all"}
+        return [self._point(gates, way, name) for way, name in ways.items()]
+
+    def outline(self, inputs: ExampleInputs) -> Outline | None:
+        objective = self._objective()
+        network = backbone(resolve_network(self, objective.network))
+        if objective.gates(self) is None:
+            objective.build(network, inputs)
+        gates = objective.gates(self)
+        if gates is None:
+            return None
+        rows = [
+            [
+                layer.name,
+                layer.end,
+                str(layer.channels),
+                str(gates.kept(layer)),
+                f"{sum(p.numel() for p in gate.parameters()):,}",
+            ]
+            for layer, gate in zip(gates.layers, gates.by_layer().values(), strict=True)
+        ]
+        with torch.no_grad():
+            macs, _ = count_macs(network, inputs)
+        refused = {} if objective.found is None else objective.found.refused
+        note = f"The network has {macs:,} MACs. " + "; ".join(f"{name}: {why}" for name, why in refused.items())
+        return Outline(["layer", "gated after", "channels", "kept by a sample", "parameters of its gate"], rows, note)
+
+    def _point(self, gates: LayerGates, way: Way, name: str) -> OperatingPoint:
+        network = self.deploy()
+        network.gates.way = way
+        return OperatingPoint(name, network, partial(self._choosing, gates, way))
+
+    @contextmanager
+    def _choosing(self, gates: LayerGates, way: Way) -> Iterator[None]:
+        with gates.running(way):
+            yield
+
+    def _objective(self) -> GatedChannels:
+        return objective_of(self, GatedChannels)

@@ -1,0 +1,223 @@
+"""The objective of gated channels: the user's own step with the gates in its network, and a penalty on their gains.
+
+loss' = loss + penalty * mean over the samples of the sum of all gains
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.channel_gates.find import FoundLayers, find_layers
+from lightning_compress.channel_gates.gates import LayerGates, checked_share, gates_of
+from lightning_compress.channel_gates.making import give_gates
+from lightning_compress.channel_gates.record import note_gates
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.trainer.effects import Effects, Progress
+from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.one_step import backbone
+from lightning_compress.trainer.replaying import loss_of
+from lightning_compress.trainer.scheduled import Scheduled
+from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.wrapper import Objective
+
+_FEW = 4  # samples that are kept of a peeked batch, with which the layers are found
+_SHARE = 0.5  # where the user names none
+_STATIC = 0.02  # share of channels below which the choice is called the same for all samples
+
+
+class GatedChannels(Objective):
+    """The objective that `ChannelGates` adds; its arguments are that wrapper's.
+
+    Attributes:
+        found: The layers, once they were found; None for a network that came with its gates.
+        example_inputs: Some of those with which they were found.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str] | None,
+        *,
+        share: float | None,
+        start_epoch: float,
+        end_epoch: float | None,
+        penalty: float,
+        network: str,
+        example_inputs: ExampleInputs | None,
+    ) -> None:
+        names = None if layers is None else list(layers)
+        super().__init__(
+            layers=names, share=share, start_epoch=start_epoch, end_epoch=end_epoch, penalty=penalty, network=network
+        )
+        self.names = names
+        self.share = None if share is None else checked_share(share)
+        self.epochs = {"start_epoch": start_epoch, "end_epoch": end_epoch}
+        self.penalty = penalty
+        self.network = network
+        self.example_inputs = example_inputs
+        self.found: FoundLayers | None = None
+        self.training_share = Scheduled.of(1.0, "share")
+        self._made = False  # whether the gates were made here, and did not come with the network
+        self._start = 1.0  # the share with which training begins
+        self._step = 0
+        self._said_static = False
+        if not penalty >= 0.0:
+            raise ValueError(f"penalty is the weight of the sum of all gains, 0 or more; got {penalty!r}.")
+        if end_epoch is not None and end_epoch <= start_epoch:
+            raise ValueError(
+                f"The share falls between start_epoch={start_epoch} and end_epoch={end_epoch}: give an end_epoch after "
+                f"start_epoch, or none."
+            )
+
+    # ------------------------------------------------------------------ gates
+
+    def gates(self, module: LightningModule) -> LayerGates | None:
+        """Return the gates of the module's network; None before they were made."""
+        return gates_of(backbone(resolve_network(module, self.network)))
+
+    def build(self, network: nn.Module, inputs: ExampleInputs) -> None:
+        """Give a network its gates, with which it computes what it did before while all channels are kept.
+
+        Args:
+            network: The network, or its compiled form.
+            inputs: What it is called with.
+
+        Raises:
+            ValueError: No layer can have gates, or one that was named.
+        """
+        share = _SHARE if self.share is None else self.share
+        if share == 1.0:
+            return
+        bare = backbone(network)
+        found = find_layers(bare, inputs, self.names)
+        like = next(iter(bare.parameters()))
+        give_gates(bare, LayerGates(found.layers, share).to(like.device, like.dtype))
+        note_gates(bare)
+        self._made, self.found = True, found
+        self.example_inputs = first_samples(inputs, _FEW)
+
+    def adopt(self, network: nn.Module) -> bool:
+        """Take the gates that a network has already; return whether it has some.
+
+        Raises:
+            ValueError: They are at other layers than `layers` says.
+        """
+        gates = gates_of(backbone(network))
+        if gates is None:
+            return False
+        have = [layer.name for layer in gates.layers]
+        if self.names is not None and set(self.names) != set(have):
+            raise ValueError(
+                f"The network has gates at {', '.join(have)} already, and layers= says {', '.join(self.names)}."
+            )
+        if not self._made:
+            self._start = gates.share
+        if self.share is not None:
+            gates.share = self.share
+        note_gates(backbone(network))
+        return True
+
+    def configure(self, module: LightningModule) -> None:
+        network = resolve_network(module, self.network)
+        if self.adopt(network) or self.share == 1.0:
+            return
+        device = next((one.device for one in network.parameters()), torch.device("cpu"))
+        move = partial(to_device, device=device)
+        self.build(network, move(given_or_peeked(module.trainer, module, network, self.example_inputs, move)))
+
+    def finish(self, module: LightningModule) -> None:
+        gates = self.gates(module)
+        if gates is not None:
+            gates.training_share = None
+
+    def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
+        gates = self.gates(module)
+        ids = set() if gates is None else {id(one) for one in gates.parameters()}
+        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+
+    def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
+        gates = self.gates(module)
+        return replace(
+            super().effects(trainer, module),
+            modules=frozenset(self.own_parameters(module)),
+            looks_at=frozenset() if gates is None else frozenset({"layers"}),
+            chooses_by_sample=gates is not None,
+            options={"looks_at": "share=...", "modules": "share=..."},
+        )
+
+    def progress(self) -> Progress:
+        share = self.training_share
+        fraction = share.progress(self._step)
+        numbers = {} if share.constant else {"channels": partial(share.at, self._step)}
+        return Progress(fraction=0.0 if share.constant else fraction, finished=fraction == 1.0, numbers=numbers)
+
+    # ------------------------------------------------------------------ the fit
+
+    def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
+        gates = self.gates(module)
+        if gates is None:
+            return
+        falls = self.training_share
+        if falls.ramp is None:  # a second fit goes on with the share that the first one has reached
+            falls = Scheduled.of({"start": self._start, "end": gates.share, **self.epochs}, "share")
+        falls.plan(trainer, None if state is None else state["share"])
+        self.training_share = falls
+
+    def follow_epochs(self, moment: Callable[[int], int]) -> None:
+        self.training_share.follow_epochs(moment)
+
+    def at_step(self, step: int) -> None:
+        self._step = step
+
+    def state(self) -> dict[str, Any]:
+        return {"share": self.training_share.state()}
+
+    def before_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Say it once if all samples keep the same channels although the share has reached its end."""
+        gates = self.gates(module)
+        if gates is None or self._said_static or self.training_share.progress(self._step) < 1.0:
+            return
+        if (varying := gates.varying()) < _STATIC:
+            self._said_static = True
+            rank_zero_warn(
+                f"ChannelGates: {varying:.1%} of the channels are kept for some samples and not for others, so that "
+                f"the gates choose the same channels for all. Cut the others for good, or train with a larger learning "
+                f"rate for the gates, or for longer."
+            )
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gates = self.gates(module)
+        if gates is None:
+            return run(*args, **kwargs)
+        share = gates.training_share = self.training_share.at(self._step)
+        if _is_written(module):
+            module.log(self.logged_name("channels"), share, prog_bar=True)
+            module.log(self.logged_name("varying"), gates.varying())
+        with gates.collecting() as found:
+            result = run(*args, **kwargs)
+        loss = loss_of(result)
+        gains = [one.sum(1).mean() for one in found if one.requires_grad]
+        if loss is None or not gains or not self.penalty:
+            return result
+        total = loss + self.penalty * _summed(gains, loss)
+        return {**result, "loss": total} if isinstance(result, Mapping) else total
+
+
+def _is_written(module: LightningModule) -> bool:
+    """Whether the Trainer writes what this step logs."""
+    trainer = module._trainer
+    interval: int = 0 if trainer is None else trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+    return trainer is not None and bool(interval) and (trainer.global_step + 1) % interval == 0
+
+
+def _summed(gains: Sequence[Tensor], loss: Tensor) -> Tensor:
+    return torch.stack(list(gains)).sum().to(loss.dtype)
