@@ -130,7 +130,11 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
     checkpoint = torch.load(whole(entry)[1] / f"step={4 * EPOCH}.ckpt", weights_only=True)
     assert_compressed(entry, checkpoint["state_dict"])
     module = SmallModule()
-    own = [name for name in checkpoint["state_dict"] if not name.startswith(("exit_heads.", "width_norms.", "channel_gates."))]
+    own = [
+        name
+        for name in checkpoint["state_dict"]
+        if not name.startswith(("exit_heads.", "width_norms.", "channel_gates."))
+    ]
     assert own == list(module.state_dict())
     if "during-fit" in entry:  # thinner than the plain class
         adopt_state(module, checkpoint["state_dict"])

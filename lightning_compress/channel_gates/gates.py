@@ -250,9 +250,7 @@ def checked_share(share: float) -> float:
         ValueError: It is none above 0 and at most 1.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
-        raise ValueError(
-            f"share is the share of channels that each sample keeps, above 0 and at most 1; got {share!r}."
-        )
+        raise ValueError(f"share says how many channels each sample keeps, above 0 and at most 1; got {share!r}.")
     return float(share)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_compress.channel_gates.gates import LayerGates, Way
+from lightning_compress.channel_gates.gates import Way
 from lightning_compress.channel_gates.network import ChannelGatedNetwork
 from lightning_compress.channel_gates.objective import GatedChannels
 from lightning_compress.channel_gates.record import note_gates
 from lightning_compress.core.example_inputs import ExampleInputs, to_device, to_type
 from lightning_compress.measure.macs import count_macs
+from lightning_compress.trainer.compatibility import check_together
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.operating_points import OperatingPoint
@@ -55,7 +56,7 @@ class ChannelGates(CompressionModule):
     Raises:
         TypeError: `module` is no LightningModule.
         ValueError: A number out of range; a layer that does not exist or can't be gated, or none that can; a network
-            with gates at other layers.
+            with gates at other layers, or a wrapper inside that does not go with gates.
 
     Paper:
         Gao et al., Dynamic channel pruning: feature boosting and suppression (1810.05331).
@@ -101,6 +102,7 @@ class ChannelGates(CompressionModule):
             elif share != 1.0:
                 note_gates(backbone(found))
         super().__init__(module, objective)
+        check_together(self, [level.callback for level in self._lightning_compress.levels])
 
     def deploy(
         self, *, example_inputs: ExampleInputs | None = None, min_gain: float | None = 0.0
@@ -133,13 +135,22 @@ class ChannelGates(CompressionModule):
             )
 
     def operating_points(self) -> list[OperatingPoint]:
-        """Return the controls: random channels, as many for each sample, and the same channels for all samples."""
+        """Return the deployed network, and its controls: as many random channels, and the same channels for all."""
         objective = self._objective()
         gates = objective.gates(self)
         if gates is None or objective.example_inputs is None:
             return []
-        ways: dict[Way, str] = {"random": "random channels", "static": "the same channels for all"}
-        return [self._point(gates, way, name) for way, name in ways.items()]
+        ways: dict[Way, str] = {
+            "gates": "chosen channels",
+            "random": "random channels",
+            "static": "the same channels for all",
+        }
+        deployed, points = self.deploy(), []
+        for way, name in ways.items():
+            network = copy.deepcopy(deployed)
+            network.gates.way = way
+            points.append(OperatingPoint(name, network, partial(gates.running, way)))
+        return points
 
     def outline(self, inputs: ExampleInputs) -> Outline | None:
         objective = self._objective()
@@ -164,16 +175,6 @@ class ChannelGates(CompressionModule):
         refused = {} if objective.found is None else objective.found.refused
         note = f"The network has {macs:,} MACs. " + "; ".join(f"{name}: {why}" for name, why in refused.items())
         return Outline(["layer", "gated after", "channels", "kept by a sample", "parameters of its gate"], rows, note)
-
-    def _point(self, gates: LayerGates, way: Way, name: str) -> OperatingPoint:
-        network = self.deploy()
-        network.gates.way = way
-        return OperatingPoint(name, network, partial(self._choosing, gates, way))
-
-    @contextmanager
-    def _choosing(self, gates: LayerGates, way: Way) -> Iterator[None]:
-        with gates.running(way):
-            yield
 
     def _objective(self) -> GatedChannels:
         return objective_of(self, GatedChannels)

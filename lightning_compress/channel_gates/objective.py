@@ -19,6 +19,7 @@ from lightning_compress.channel_gates.find import FoundLayers, find_layers
 from lightning_compress.channel_gates.gates import LayerGates, checked_share, gates_of
 from lightning_compress.channel_gates.making import give_gates
 from lightning_compress.channel_gates.record import note_gates
+from lightning_compress.core.distributed import all_reduce_sum, world_size
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
@@ -64,8 +65,7 @@ class GatedChannels(Objective):
         self.example_inputs = example_inputs
         self.found: FoundLayers | None = None
         self.training_share = Scheduled.of(1.0, "share")
-        self._made = False  # whether the gates were made here, and did not come with the network
-        self._start = 1.0  # the share with which training begins
+        self._start: float | None = None  # the share with which training begins, once there are gates
         self._step = 0
         self._said_static = False
         if not penalty >= 0.0:
@@ -100,7 +100,7 @@ class GatedChannels(Objective):
         like = next(iter(bare.parameters()))
         give_gates(bare, LayerGates(found.layers, share).to(like.device, like.dtype))
         note_gates(bare)
-        self._made, self.found = True, found
+        self._start, self.found = 1.0, found
         self.example_inputs = first_samples(inputs, _FEW)
 
     def adopt(self, network: nn.Module) -> bool:
@@ -117,7 +117,7 @@ class GatedChannels(Objective):
             raise ValueError(
                 f"The network has gates at {', '.join(have)} already, and layers= says {', '.join(self.names)}."
             )
-        if not self._made:
+        if self._start is None:
             self._start = gates.share
         if self.share is not None:
             gates.share = self.share
@@ -166,6 +166,7 @@ class GatedChannels(Objective):
             return
         falls = self.training_share
         if falls.ramp is None:  # a second fit goes on with the share that the first one has reached
+            assert self._start is not None, "there are gates"
             falls = Scheduled.of({"start": self._start, "end": gates.share, **self.epochs}, "share")
         falls.plan(trainer, None if state is None else state["share"])
         self.training_share = falls
@@ -180,8 +181,10 @@ class GatedChannels(Objective):
         return {"share": self.training_share.state()}
 
     def before_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say it once if all samples keep the same channels although the share has reached its end."""
+        """Bring what the ranks have counted together; say it once if all samples keep the same channels."""
         gates = self.gates(module)
+        for gate in () if gates is None else gates.by_layer().values():
+            all_reduce_sum(gate.used.div_(world_size()))
         if gates is None or self._said_static or self.training_share.progress(self._step) < 1.0:
             return
         if (varying := gates.varying()) < _STATIC:

@@ -146,6 +146,8 @@ def fitted(entry: Entry, module: LightningModule, *, before: Any = (), behind: A
         except ValueError as error:
             if "manual optimization" in str(error):
                 return "manual optimization"
+            if "tells channels apart by their place" in str(error):  # as soon as widths look for their channels
+                return "widths of a network with gates"
             raise
         except ProcessRaisedException as error:  # has the text of what was raised in the other process
             return next(rule.name for rule in TRAINER_RULES if _words(rule.reason) <= _words(str(error)))
