@@ -20,6 +20,7 @@ CARDS = [
     "quantization",
     "distillation",
     "early_exit",
+    "channel_gates",
     "serving",
     "slimmable",
     "coding",
