@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,6 +97,30 @@ def macs_at_ends(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[
     with hooked(*handles), torch.no_grad(), _unfused(), counter:
         call(model, example_inputs)
     return ends, counter.get_total_flops() // 2
+
+
+def macs_of_nodes(module: fx.GraphModule, *inputs: Any) -> dict[fx.Node, int]:
+    """Return the multiply-accumulates of the nodes of a graph that has any, for a batch.
+
+    Example:
+        >>> found = macs_of_nodes(fx.symbolic_trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU())), torch.zeros(3, 4))
+        >>> [(node.name, macs) for node, macs in found.items()]
+        [('_0', 96)]
+    """
+    counter = FlopCounterMode(display=False)
+    found: dict[fx.Node, int] = {}
+
+    class Counting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            before = counter.get_total_flops()
+            result = super().run_node(n)
+            if (macs := (counter.get_total_flops() - before) // 2) > 0:
+                found[n] = macs
+            return result
+
+    with torch.no_grad(), _unfused(), counter:
+        Counting(module).run(*inputs)
+    return found
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

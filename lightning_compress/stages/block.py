@@ -35,16 +35,24 @@ class FoundBlocks:
     """The blocks of a network.
 
     Attributes:
-        blocks: The innermost ones whose shortcut is an identity, in the order in which they run.
-        others: Those that are taken only when they are named: projections, and blocks around blocks.
+        candidates: All of them, in the order in which they run.
         macs: Multiply-accumulates of the network, for one sample.
         refused: Why a sum is none of `blocks`, by the name of its branch.
     """
 
-    blocks: tuple[Block, ...]
-    others: tuple[Block, ...]
+    candidates: tuple[Block, ...]
     macs: int
     refused: Mapping[str, str]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The innermost ones whose shortcut is an identity."""
+        return tuple(block for block in self.candidates if block.name not in self.refused)
+
+    @property
+    def others(self) -> tuple[Block, ...]:
+        """Those that are taken only when they are named: projections, and blocks around blocks."""
+        return tuple(block for block in self.candidates if block.name in self.refused)
 
 
 def chosen_blocks(found: FoundBlocks, names: Sequence[str] | None) -> tuple[Block, ...]:
@@ -59,7 +67,7 @@ def chosen_blocks(found: FoundBlocks, names: Sequence[str] | None) -> tuple[Bloc
 
     Example:
         >>> one = Block("layer.0", "identity", "layer.0.conv", "layer.0.norm", ("layer.0",), 100)
-        >>> chosen_blocks(FoundBlocks((one,), (), 200, {}), ["layer.*"]) == (one,)
+        >>> chosen_blocks(FoundBlocks((one,), 200, {}), ["layer.*"]) == (one,)
         True
     """
     if names is None:
@@ -72,7 +80,7 @@ def chosen_blocks(found: FoundBlocks, names: Sequence[str] | None) -> tuple[Bloc
         return found.blocks
     if isinstance(names, str):
         raise TypeError(f"blocks={names!r}: pass a list of names.")
-    known = {block.name: block for block in (*found.blocks, *found.others)}
+    known = {block.name: block for block in found.candidates}
     chosen: dict[str, Block] = {}
     for name in names:
         fits = [one for one in known if one == name or fnmatchcase(one, name)]

@@ -137,7 +137,7 @@ class Examples:
         known = dict(network.named_modules(remove_duplicate=False))
         if missing := [name for name in layers if not name or name not in known]:
             raise ValueError(f"{type(network).__name__} has no layer {missing[0]!r}: pass the names of modules in it.")
-        self.leaves = _different(axes)
+        self.leaves = different(axes)
         with _unrounded(network):
             self.together = self.computed(range(_TRIED))
             try:
@@ -195,7 +195,7 @@ def _check_layers(layers: Sequence[str], found: Sequence[tuple[str, Any]]) -> No
         raise ValueError(f"The layers {list(layers)} are not in the order in which their layers return: {order}.")
 
 
-def _different(axes: Axes) -> list[Any]:
+def different(axes: Axes) -> list[Any]:
     """Make samples that differ of the example's, which may be equal, or zeros."""
     leaves, _ = tree_flatten(axes.resized({BATCH: _TRIED}))
     generator = torch.Generator().manual_seed(0)

@@ -44,10 +44,17 @@ fx.node.has_side_effect(_LAYER_MARK)  # so that nothing removes it as dead code
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a layer begins or ends: the node of what it reads or returns, and how many nodes of the graph precede."""
+    """Where a layer begins or ends.
+
+    Attributes:
+        node: Of what it reads or returns.
+        position: How many nodes of the graph come before.
+        event: Counts marks, in the order in which layers begin and end.
+    """
 
     node: fx.Node
     position: int
+    event: int
 
 
 @dataclass(frozen=True)
@@ -185,10 +192,12 @@ def _read(program: ExportedProgram, axes: Axes, functional: bool) -> Trace:
     begins: dict[str, list[Mark]] = {}
     ends: dict[str, list[Mark]] = {}
     nodes: list[fx.Node] = []
+    event = 0
     for node in list(graph.nodes):
         if node.target is _LAYER_MARK:
             source, layer, at_end = node.args
-            (ends if at_end else begins).setdefault(layer, []).append(Mark(source, len(nodes)))
+            (ends if at_end else begins).setdefault(layer, []).append(Mark(source, len(nodes), event))
+            event += 1
             graph.erase_node(node)
         elif node.op != "output":
             nodes.append(node)
@@ -219,7 +228,7 @@ def _read(program: ExportedProgram, axes: Axes, functional: bool) -> Trace:
 def _tidy(graph: fx.Graph, node: fx.Node, functional: bool) -> None:
     """Erase checks and dropout, which do nothing, and have the parts of a list follow it at once.
 
-    What is made functional has copies in place of dropout, and batch norms that return a tuple.
+    What is made functional has copies in place of dropout, copies for views, and batch norms that return a tuple.
     """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
@@ -228,15 +237,21 @@ def _tidy(graph: fx.Graph, node: fx.Node, functional: bool) -> None:
     if ("_assert_" in name or "sym_constrain" in name) and not node.users:
         graph.erase_node(node)
     elif (name in ("dropout", "feature_dropout", "alpha_dropout") and node.args[2] is False) or (
-        functional and name == "clone" and not node.kwargs
+        functional and name == "clone" and (not node.kwargs or all(map(_reshapes, node.users)))
     ):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # the tensor
         graph.erase_node(node)
+    elif functional and _reshapes(node):
+        node.target = torch.ops.aten.reshape.default  # strides may be others than those of the trace
     elif target is _NORM and all(user.args[1] == 0 for user in node.users):
         _one_output(graph, node)
     elif isinstance(node.meta.get("val"), (list, tuple)):
         for part in reversed([user for user in node.users if user.target is operator.getitem]):
             node.append(part)
+
+
+def _reshapes(node: fx.Node) -> bool:
+    return node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
