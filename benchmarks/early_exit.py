@@ -52,11 +52,11 @@ from lightning_compress.measure.macs import count_macs
 
 WIDTH, AT = 16, (0.25, 0.5, 0.75)
 EXITS: dict[str, dict[str, Any]] = {  # how exits are trained, by the name of the row
-    "joint": {},
+    "joint": {"weights": "equal"},
     "frozen": {"train": "frozen"},
     "rising": {"weights": "rising"},
-    "equilibrium": {"gradient": "equilibrium"},
-    "distill": {"distill": 0.5},
+    "equilibrium": {"weights": "equal", "gradient": "equilibrium"},
+    "distill": {"weights": "equal", "distill": 0.5},
 }
 
 WANTED: dict[str, dict[str, Any]] = {

@@ -103,7 +103,7 @@ def global_pool_head(feature: Tensor, num_classes: int) -> nn.Module:
 def damage(make: Callable[[], nn.Module], layer: str, data: ImageData, setting: Setting) -> tuple[float, float]:
     """Accuracy of the last classifier and of the early one, trained together."""
     module = classifier(initial(make, setting), setting, SHAPE)
-    wrapped = EarlyExitHeads(module, [layer], num_classes=10, head=global_pool_head, network="network")
+    wrapped = EarlyExitHeads(module, [layer], num_classes=10, head=global_pool_head, weights="equal", network="network")
     fit(wrapped, data, setting)
     found = accuracies(wrapped, data, setting)
     return found["test_acc"], found["exit1/test_acc"]

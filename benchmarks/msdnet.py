@@ -145,6 +145,7 @@ def main() -> None:
         list(network.exits),
         num_classes=10,
         head=partial(msdnet_classifier, width=HEAD_WIDTH),
+        weights="equal",
         network="network",
     )
     fit(module, data, setting)

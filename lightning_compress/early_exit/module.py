@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from lightning_compress.early_exit.record import note_heads, take_heads
 from lightning_compress.early_exit.rules import Confidence, ExitRule, Rule, Unit
 from lightning_compress.early_exit.static import Served
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.loss_weights import Weights
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.operating_points import OperatingPoint
 from lightning_compress.trainer.outline import Outline
@@ -60,7 +61,8 @@ class EarlyExitHeads(CompressionModule):
         head: "auto": by the layer's output, a "map", "tokens" or a "vector", which may also be said here; a function of
             features and num_classes that returns a module; or a sequence of modules.
         weights: w, one for each exit and one for the full network, numbers or schedules as in `DistillationModule`;
-            "equal": all 1; "rising": that of exit k of K rises to k / (K + 1), from 0.01.
+            "equal": all 1; "rising": that of exit k of K rises to k / (K + 1), from 0.01. None: "rising", and "equal"
+            with train="frozen" or another gradient than "full".
         train: "joint", all of the network; "frozen", the heads alone, on the network as it is in evaluation.
         distill: The share a of the full network's outputs f in the loss of exit k, with logits z:
             (1 - a) e_k + a T^2 KL(softmax(f / T) || softmax(z / T)).
@@ -101,7 +103,7 @@ class EarlyExitHeads(CompressionModule):
         *,
         num_classes: int,
         head: str | Callable[[Tensor, int], nn.Module] | Sequence[nn.Module] = "auto",
-        weights: str | Sequence[float | Mapping[str, Any]] = "equal",
+        weights: Weights | None = None,
         train: Training = "joint",
         distill: float = 0.0,
         temperature: float = 4.0,

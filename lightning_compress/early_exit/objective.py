@@ -39,6 +39,9 @@ class EarlyExits(ReplayingObjective):
     def __init__(self, exits: int | Sequence[float] | Sequence[str] | None, *, example_inputs: Any, **settings: Any):
         self.exits = checked_exits(exits)
         plain = {name: value for name, value in settings.items() if name != "head"}
+        if plain["weights"] is None:
+            trains_before = plain["train"] == "joint" and plain["gradient"] == "full"  # the layers before exits
+            plain["weights"] = "rising" if trains_before else "equal"
         super().__init__(exits=self.exits, **plain)
         self.example_inputs: ExampleInputs | None = example_inputs
         self.num_classes: int = settings["num_classes"]

@@ -54,7 +54,8 @@ class SlimmableWidth(CompressionModule):
             the fit the statistics of all `widths` are computed anew from samples of the last five batches, which are in
             checkpoints. None: "private", and "recalibrate" with `universal`; or those of the widths that it has.
         weights: v, one for each width, the smallest first, numbers or schedules as in `DistillationModule`; "equal":
-            all 1; "rising": that of the k-th of K thinner widths rises to k / (K + 1), from 0.01.
+            all 1; "rising": that of the k-th of K thinner widths rises to k / (K + 1), from 0.01. None: "rising", and
+            "equal" with `universal`.
         distill: The share a of the full network's outputs in the loss of a width. None: 0.5, and 1 with `universal`.
         temperature: T.
         order: By what channels are sorted once, before training, the important ones first, which leaves the network's
@@ -93,7 +94,7 @@ class SlimmableWidth(CompressionModule):
         *,
         universal: bool = False,
         norms: Norms | None = None,
-        weights: Weights = "equal",
+        weights: Weights | None = None,
         distill: float | None = None,
         temperature: float = 1.0,
         order: Order = "magnitude",

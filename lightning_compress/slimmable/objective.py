@@ -57,6 +57,13 @@ class Widths(ReplayingObjective):
         universal = settings["universal"]
         distill = settings["distill"]
         known = {"distill": (1.0 if universal else 0.5) if distill is None else distill}
+        if universal and settings["weights"] not in (None, "equal"):
+            raise ValueError(
+                f"universal=True draws widths at random, which count alike, so that weights={settings['weights']!r} is "
+                f"for a list of widths: leave weights= or universal= out."
+            )
+        if settings["weights"] is None:
+            known["weights"] = "equal" if universal else "rising"
         if callable(settings["order"]):
             known["order"] = getattr(settings["order"], "__name__", "own")  # a checkpoint is recognised by it
         super().__init__(widths=None if self.widths is None else list(self.widths), **(settings | known))
@@ -74,11 +81,6 @@ class Widths(ReplayingObjective):
         self._stale = False  # whether training went on since the statistics were computed
         if self.norms not in get_args(Norms):
             raise ValueError(f"norms is one of {', '.join(get_args(Norms))}; got {self.norms!r}.")
-        if self.universal and settings["weights"] != "equal":
-            raise ValueError(
-                f"universal=True draws widths at random, which count alike, so that weights={settings['weights']!r} is "
-                f"for a list of widths: leave weights= or universal= out."
-            )
         if self.universal and self.norms != "recalibrate":
             raise ValueError(
                 f"universal=True trains widths that have no norms of their own, so that norms={self.norms!r} is for a "

@@ -20,6 +20,8 @@ from lightning_compress import DistillationModule
 from lightning_compress.early_exit.gradients import scale_gradient
 from lightning_compress.early_exit.heads import MapHead, heads_of
 from lightning_compress.early_exit.module import EarlyExitHeads
+from lightning_compress.early_exit.objective import EarlyExits
+from lightning_compress.trainer.unwrap import objective_of
 
 X = torch.zeros(2, FEATURES)
 EXITS = ["net.norm", "net.hidden"]
@@ -147,7 +149,7 @@ def test_scaled_gradients_leave_the_value() -> None:
 
 def test_distilling_adds_the_divergence_from_the_full_network() -> None:
     seed_everything(1)
-    wrapped = with_exits(SmallModule(), distill=0.4, temperature=3.0)
+    wrapped = with_exits(SmallModule(), distill=0.4, temperature=3.0, weights="equal")
     by_hand = copy.deepcopy(wrapped)
 
     def losses(exits: list[Tensor], full: Tensor, y: Tensor) -> Tensor:
@@ -409,3 +411,11 @@ def test_the_head_of_a_map_mixes_maxima_and_means_of_windows(extents: tuple[int,
     torch.testing.assert_close(found, expected)
     by_hand, by_head = (torch.autograd.grad(one.square().sum(), x)[0] for one in (expected, found))
     torch.testing.assert_close(by_head, by_hand)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [({}, "rising"), ({"train": "frozen"}, "equal"), ({"gradient": "stop"}, "equal"), ({"weights": "equal"}, "equal")],
+)
+def test_the_default_weights_rise_where_exits_train_the_layers_before_them(options: Any, weights: str) -> None:
+    assert objective_of(with_exits(SmallModule(), **options), EarlyExits).settings["weights"] == weights

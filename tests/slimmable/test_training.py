@@ -120,7 +120,7 @@ def test_the_gradient_of_a_step_is_that_of_a_loop_over_cut_networks(
 ) -> None:
     seed_everything(1)
     module = Watched().double()
-    wrapped = slimmable(module, example_inputs=X.double(), **options)
+    wrapped = slimmable(module, example_inputs=X.double(), **({"weights": "equal"} | options))
     quiet_trainer(max_steps=1, precision="64-true").fit(wrapped, plain(0))
     objective = wrapped._objective()
     used = [0.25, *objective._drawn] if options.get("universal") else [0.25, 0.5]
