@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _SLOTS = ("forward", "_compiled_call_impl")  # a network that was compiled in place would ignore its forward
+_WAY = "_lightning_compress_way"
 
 
 class Answer:
@@ -78,6 +79,23 @@ def answering_now(network: nn.Module) -> nn.Module:
 def way_now(network: nn.Module) -> str:
     """Return the name of the way in which a network runs now, such as "width 0.5"; "": as it is."""
     return str(getattr(vars(network).get("forward"), "name", ""))
+
+
+def mark_way(module: nn.Module, way: str) -> None:
+    """Note on a module, such as a layer of a thinner network, that it computes in this way of its network."""
+    vars(module)[_WAY] = way
+
+
+def way_of(module: nn.Module) -> str:
+    """Return the way of its network in which a module computes; "": that of the network as it is.
+
+    Example:
+        >>> thin = nn.Linear(1, 1)
+        >>> mark_way(thin, "width 0.5"); way_of(thin), way_of(nn.Linear(2, 2))
+        ('width 0.5', '')
+    """
+    found: str = getattr(module, _WAY, "")
+    return found
 
 
 def copied_alone(network: nn.Module) -> nn.Module:

@@ -63,6 +63,9 @@ class InputHook(NotScriptable, Structure):
         """Take the settings in the record of another hook; None: change no input."""
         raise NotImplementedError(f"{type(self).__name__} must supply take().")
 
+    def settle(self, way: str) -> None:
+        """Change inputs from now on as in one of the ways in which the network was run: see `answering.way_of`."""
+
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
         return self.record()
 
@@ -134,6 +137,13 @@ class InputHooks:
 def input_hook(layer: nn.Module) -> InputHook | None:
     """Return the hook that changes this layer's input, or None."""
     return next((hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, InputHook)), None)
+
+
+def settle_inputs(model: nn.Module, way: str) -> None:
+    """Have all input hooks of a model do from now on what they did in one of the ways in which it was run."""
+    for layer in model.modules():
+        if (hook := input_hook(layer)) is not None:
+            hook.settle(way)
 
 
 def take_away(layer: nn.Module) -> None:

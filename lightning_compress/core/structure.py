@@ -83,6 +83,10 @@ class Structure:
         """Return the prefixes, within the module, of the names of tensors that an unchanged network lacks."""
         return ()
 
+    def runs_as(self, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of the ways in which training runs the module beside the module as it is: see `way_of`."""
+        return ()
+
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
         """Return the record: plain values, from which `rebuild` changes another module alike; None if none is needed.
 
@@ -109,6 +113,12 @@ def structures(module: nn.Module) -> list[Structure]:
     """Return the structures that are attached to a module itself."""
     hooks = _hooks_of(module)
     return [] if hooks is None else list(hooks.structures)
+
+
+def ways_of(model: nn.Module) -> list[str]:
+    """Return the names of all ways in which training runs parts of a model, beside those parts as they are."""
+    found = (way for module in model.modules() for one in structures(module) for way in one.runs_as(module))
+    return list(dict.fromkeys(found))
 
 
 def detach(module: nn.Module, structure: Structure) -> None:

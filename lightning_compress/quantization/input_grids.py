@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.answering import way_of
 from lightning_compress.core.input_hooks import InputHook, InputHooks, input_hook
 from lightning_compress.quantization.grids import check_bits
 
@@ -147,9 +148,13 @@ class InputQuantizer(InputHook):
         bits: The bits of the grid.
         scale: The scale of the grid, as a tensor; None without a grid.
         zero_point: The zero point of the grid, as a tensor; None without a grid.
+        ways: The scale and the zero point for each other way in which the network runs, such as "width 0.5", by the
+            way's name: see `core.answering.way_of`. A way without a grid of its own has that of the network as it is.
     """
 
     kind = "grid"
+    format = 2  # with "ways"
+    ways: Mapping[str, tuple[Tensor, Tensor]] = {}
 
     def __init__(self, bits: int = 8) -> None:
         self.bits = bits
@@ -164,25 +169,45 @@ class InputQuantizer(InputHook):
         return InputGrid(float(self.scale), int(self.zero_point), self.bits)
 
     def set(self, grid: InputGrid | None) -> None:
-        """Replace the grid; with None the input stays real."""
+        """Replace the grid, for every way of running the network; with None the input stays real."""
+        self.ways = {}
         if grid is None:
             self.scale = self.zero_point = None
         else:
             self.bits = grid.bits
-            self.scale, self.zero_point = torch.tensor(grid.scale), torch.tensor(float(grid.zero_point))
+            self.scale, self.zero_point = _tensors(grid)
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.scale is None or self.zero_point is None:
             return x
         if self.scale.device != x.device:
             self.scale, self.zero_point = self.scale.to(x.device), self.zero_point.to(x.device)
-        return on_grid(x, self.scale, self.zero_point, self.bits)
+            self.ways = {way: (scale.to(x.device), zero.to(x.device)) for way, (scale, zero) in self.ways.items()}
+        scale, zero_point = self.scale, self.zero_point
+        if self.ways:
+            scale, zero_point = self.ways.get(way_of(layer), (scale, zero_point))
+        return on_grid(x, scale, zero_point, self.bits)
+
+    def settle(self, way: str) -> None:
+        if self.scale is not None and self.zero_point is not None:
+            self.scale, self.zero_point = self.ways.get(way, (self.scale, self.zero_point))
+        self.ways = {}
 
     def record(self) -> dict[str, Any] | None:
-        return None if (grid := self.grid) is None else asdict(grid)
+        if (grid := self.grid) is None:
+            return None
+        ways = {way: [float(scale), int(zero_point)] for way, (scale, zero_point) in self.ways.items()}
+        return asdict(grid) | ({"ways": ways} if ways else {})
 
     def take(self, record: Mapping[str, Any] | None) -> None:
         self.set(None if record is None else InputGrid(record["scale"], record["zero_point"], record["bits"]))
+        given = {} if record is None else record.get("ways", {})
+        grids = {way: InputGrid(scale, zero_point, self.bits) for way, (scale, zero_point) in given.items()}
+        self.ways = {way: _tensors(grid) for way, grid in grids.items()}
+
+
+def _tensors(grid: InputGrid) -> tuple[Tensor, Tensor]:
+    return torch.tensor(grid.scale), torch.tensor(float(grid.zero_point))
 
 
 def quantize_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> InputHooks:

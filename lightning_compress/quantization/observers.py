@@ -4,6 +4,8 @@
     high <- a high + (1 - a) max(0, largest entry of the step's inputs)
     grid:   `affine(low, high, bits)`
 
+A network that training runs in several ways, as at several widths, has a range and a grid for each of them.
+
 A step's inputs are those of all its micro-batches on all ranks, in training mode or with gradients enabled.
 Jacob et al. 2018 (arXiv 1712.05877), section 3.1.
 """
@@ -15,7 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.answering import way_of
 from lightning_compress.core.input_hooks import InputHooks
+from lightning_compress.core.structure import ways_of
 from lightning_compress.quantization.input_grids import InputQuantizer, affine
 
 
@@ -27,20 +31,21 @@ class ObservingQuantizer(InputQuantizer):
 
     Attributes:
         observes: Whether the range is recorded.
-        seen: The negated smallest and the largest entry since the last update; None without an input.
+        seen: By way of running the network the negated smallest and the largest entry since the last update.
     """
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__(bits)
         self.observes = True
-        self.seen: Tensor | None = None
+        self.seen: dict[str, Tensor] = {}
 
     def change(self, layer: nn.Module, x: Tensor) -> Tensor:
         trains = layer.training or torch.is_grad_enabled()  # a network may be trained in evaluation mode
         if self.observes and trains and x.numel() and not torch.compiler.is_compiling():
             low, high = x.detach().float().aminmax()
             seen = torch.stack([-low, high])
-            self.seen = seen if self.seen is None else torch.maximum(self.seen, seen)
+            way = way_of(layer)
+            self.seen[way] = torch.maximum(self.seen[way], seen) if way in self.seen else seen
         return super().change(layer, x)
 
 
@@ -55,7 +60,8 @@ class ObservedInputs(InputHooks):
 
     Attributes:
         hooks: The hook of each layer, by name.
-        ranges: A row of low and high for each layer; NaN before the layer's first update.
+        ways: Those in which training runs the network; the first one, "", is the network as it is.
+        ranges: A row of low and high for each layer in each way, one way after another; NaN before its first update.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1))
@@ -71,8 +77,10 @@ class ObservedInputs(InputHooks):
         self.hooks = {name: ObservingQuantizer(bits) for name in names}
         layers = {name: model.get_submodule(name) for name in names}
         device = next((parameter.device for layer in layers.values() for parameter in layer.parameters()), None)
-        self.ranges = torch.full((len(names), 2), torch.nan, device=device)
-        self._not_finite = torch.zeros(len(names), dtype=torch.bool, device=device)
+        self.ways = ["", *ways_of(model)]
+        self._rows = [(way, name) for way in self.ways for name in names]
+        self.ranges = torch.full((len(self._rows), 2), torch.nan, device=device)
+        self._not_finite = torch.zeros(len(self._rows), dtype=torch.bool, device=device)
         super().__init__(names, [handle for name in names for handle in self.hooks[name].attach(layers[name])])
 
     def seen(self) -> Tensor:
@@ -80,11 +88,13 @@ class ObservedInputs(InputHooks):
 
         A layer that has not run has -inf. NaN counts as infinite.
         """
-        rows = []
+        nothing = self.ranges.new_full((2,), -torch.inf)
+        rows = [
+            self.hooks[name].seen.get(way, nothing).nan_to_num(torch.inf, torch.inf, -torch.inf)
+            for way, name in self._rows
+        ]
         for hook in self.hooks.values():
-            nothing = self.ranges.new_full((2,), -torch.inf)
-            rows.append(nothing if hook.seen is None else hook.seen.nan_to_num(torch.inf, torch.inf))
-            hook.seen = None
+            hook.seen = {}
         return torch.stack(rows)
 
     def update(self, seen: Tensor) -> None:
@@ -98,35 +108,42 @@ class ObservedInputs(InputHooks):
 
     def check_finite(self) -> None:
         """Raise a ValueError if an input was NaN or infinite, which no grid can represent."""
-        found = [name for name, bad in zip(self.names, self._not_finite.tolist(), strict=True) if bad]
+        found = [name for (_, name), bad in zip(self._rows, self._not_finite.tolist(), strict=True) if bad]
         if found:
             raise ValueError(
-                f"Inputs of {', '.join(found)} were NaN or infinite, which no grid can represent: check whether the "
-                f"loss diverged."
+                f"Inputs of {', '.join(dict.fromkeys(found))} were NaN or infinite, which no grid can represent: check "
+                f"whether the loss diverged."
             )
 
     def unseen(self) -> list[str]:
         """Return the names of layers that have not run in training, so that their inputs have no grid."""
-        return [name for name, low in zip(self.names, self.ranges[:, 0].tolist(), strict=True) if low != low]
+        return [name for name, low in zip(self.names, self.ranges[:, 0].tolist(), strict=False) if low != low]
 
     def observe(self, on: bool) -> None:
         """Start or stop recording the ranges of inputs in training."""
         for hook in self.hooks.values():
-            hook.observes, hook.seen = on, None
+            hook.observes, hook.seen = on, {}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the range of each layer, by name."""
-        return dict(zip(self.names, self.ranges.clone(), strict=True))
+        """Return the range of each layer, by name, and those of other ways, by name and way."""
+        return dict(zip(map(_key, self._rows), self.ranges.clone(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore the ranges of the layers that `state` contains, and update the grids."""
-        for row, name in enumerate(self.names):
-            if name in state:
-                self.ranges[row] = state[name]
+        for row, key in enumerate(map(_key, self._rows)):
+            if key in state:
+                self.ranges[row] = state[key]
         self._set()
 
     def _set(self) -> None:
         scales, zero_points = affine(self.ranges[:, 0], self.ranges[:, 1], self.bits)
         known = (~self.ranges[:, 0].isnan()).tolist()
-        for row, hook in enumerate(self.hooks.values()):
-            hook.scale, hook.zero_point = (scales[row], zero_points[row]) if known[row] else (None, None)
+        grids = {pair: (scales[row], zero_points[row]) for row, pair in enumerate(self._rows) if known[row]}
+        for name, hook in self.hooks.items():
+            hook.scale, hook.zero_point = grids.get(("", name), (None, None))
+            hook.ways = {way: grids[way, name] for way in self.ways[1:] if (way, name) in grids}
+
+
+def _key(row: tuple[str, str]) -> str:
+    way, name = row
+    return f"{name} at {way}" if way else name

@@ -12,7 +12,8 @@ from lightning_compress.channels.cut import cut
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import put
 from lightning_compress.core.example_inputs import ExampleInputs
-from lightning_compress.slimmable.norms import norms_or_raise, take_norms
+from lightning_compress.core.input_hooks import settle_inputs
+from lightning_compress.slimmable.norms import norms_or_raise, take_norms, way_at
 from lightning_compress.slimmable.switch import find_groups, fresh, thin_of
 from lightning_compress.slimmable.widths import Width, counts_at, masks_of
 
@@ -48,6 +49,7 @@ def extract(network: nn.Module, width: Width, example_inputs: ExampleInputs) -> 
         thin_of(network, width)  # refuses what has no statistics
     found = copy.deepcopy(network)
     put(found, None)
+    settle_inputs(found, "" if width == 1.0 else way_at(width))
     take_norms(found)
     if width == 1.0:
         return found

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.groups import ChannelGroups, positions_kept
+from lightning_compress.core.input_hooks import settle_inputs
 from lightning_compress.core.recalibrate import tracks
 from lightning_compress.core.structure import detach, structures
 from lightning_compress.core.tensors import named_tensors, select
@@ -102,6 +103,10 @@ class WidthNorms(nn.Module):
         key = key_of(width)
         return {path: self.get_submodule(f"{key}.{path}".rstrip(".")) for path in self._paths.get(key, ())}
 
+    def is_tracked(self, width: Width) -> bool:
+        """Return whether training measures what the network computes at a width, for its statistics."""
+        return self.norms != "recalibrate" and not isinstance(width, Mapping) and width in self.widths[:-1]
+
     def forward(self, unchanged: Tensor) -> Tensor:
         return unchanged
 
@@ -120,6 +125,16 @@ def key_of(width: Width) -> str:
         return f"{float(width)!r}".replace(".", "_")
     shares = (f"{name.replace('.', '/')}={key_of(share)}" for name, share in sorted(width.items()))
     return f"by_group {', '.join(shares)}"
+
+
+def way_at(width: Width) -> str:
+    """Return the name of the way in which a network runs at a width, as for `core.answering.way_of`.
+
+    Example:
+        >>> way_at(0.25)
+        'width 0.25'
+    """
+    return f"width {dict(width) if isinstance(width, Mapping) else float(width)}"
 
 
 def _made(tree: nn.Module, path: str) -> nn.Module:
@@ -241,6 +256,7 @@ def norms_or_raise(network: nn.Module) -> WidthNorms:
 
 def take_norms(network: nn.Module) -> None:
     """Take its widths away from a network, with their record; it is then as before `give_norms`."""
+    settle_inputs(network, "")
     network._modules.pop(NORMS, None)
     for one in structures(network):
         if one.kind == KIND:

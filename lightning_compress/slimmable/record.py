@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.records import RecordError, shown
 from lightning_compress.core.structure import Arriving, Structure, structures
-from lightning_compress.slimmable.norms import KIND, NORMS, Norms, WidthNorms, key_of, norms_of
+from lightning_compress.slimmable.norms import KIND, NORMS, Norms, WidthNorms, key_of, norms_of, way_at
 from lightning_compress.slimmable.widths import checked_widths
 
 
@@ -29,6 +29,10 @@ class WidthStructure(Structure):
             f"{type(model).__name__} has loaded the full network, and not what norms hold for each width at {path!r}: "
             f"wrap it in SlimmableWidth(module, widths) first, or use load_compressed, to have its widths as well."
         )
+
+    def runs_as(self, module: nn.Module) -> tuple[str, ...]:
+        held = norms_of(module)
+        return () if held is None else tuple(way_at(width) for width in held.widths if held.is_tracked(width))
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
         held = norms_of(module)

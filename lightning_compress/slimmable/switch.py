@@ -16,7 +16,7 @@ from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroups
 from lightning_compress.core.answering import Answer, put
 from lightning_compress.core.example_inputs import ExampleInputs
-from lightning_compress.slimmable.norms import Held, key_of, norm_paths, norms_or_raise
+from lightning_compress.slimmable.norms import Held, key_of, norm_paths, norms_or_raise, way_at
 from lightning_compress.slimmable.thin import ThinNetwork
 from lightning_compress.slimmable.widths import Width, counts_at, masks_of
 
@@ -38,7 +38,7 @@ class Switched(Answer):
 
     @property
     def name(self) -> str:  # type: ignore[override]  # a width does not change
-        return f"width {dict(self.width) if isinstance(self.width, Mapping) else self.width}"
+        return way_at(self.width)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
@@ -141,8 +141,9 @@ def thin_of(network: nn.Module, width: Width) -> ThinNetwork:
             f"Width {_shown(width)} has no statistics of its own for norms, such as {paths[0]!r}, and those of the "
             f"full network would ruin its outputs: choose one of {known}, or recalibrate this width with data."
         )
-    tracked = held.norms != "recalibrate" and not isinstance(width, Mapping) and width in held.widths
-    thin = ThinNetwork(network, groups, counts, norms, tracked=tracked, contiguous=held.contiguous)
+    tracked = held.is_tracked(width)
+    way = way_at(width) if tracked else ""
+    thin = ThinNetwork(network, groups, counts, norms, tracked=tracked, contiguous=held.contiguous, way=way)
     held._kept[key] = thin
     return thin
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.groups import ChannelGroups, positions_kept
 from lightning_compress.channels.removal import drop_of
+from lightning_compress.core.answering import mark_way
 from lightning_compress.core.evaluation import set_mode
 from lightning_compress.core.recalibrate import tracks
+from lightning_compress.core.select import is_weight_layer
 from lightning_compress.core.tensors import named_tensors
 from lightning_compress.slimmable.follow import TABLES, Pair, Slot, Watch, cuts_of, held_in, slots_of
 from lightning_compress.slimmable.norms import NORMS
@@ -39,6 +41,8 @@ class ThinNetwork:
         tracked: Whether training updates the statistics in `norms`. The network's own are never updated.
         contiguous: Whether to copy also what a view has with gaps, where no gradients are wanted: a few per cent faster
             for single samples, and each width needs memory for its numbers.
+        way: Of running the network, by whose name hooks on inputs know this width's layers; empty: they take them for
+            those of the network.
 
     Attributes:
         module: The thin network, whose tensors are slices as of the last `refresh`. It is registered nowhere.
@@ -73,9 +77,10 @@ class ThinNetwork:
         *,
         tracked: bool = True,
         contiguous: bool = False,
+        way: str = "",
     ) -> None:
         self.network, self.groups, self.counts = network, groups, dict(counts)
-        self.norms, self.tracked, self.contiguous = dict(norms or {}), tracked, contiguous
+        self.norms, self.tracked, self.contiguous, self.way = dict(norms or {}), tracked, contiguous, way
         self._watch: Watch | None = None
         self._build()
         self.refresh(gradients=False)
@@ -136,7 +141,10 @@ class ThinNetwork:
         own = {path for path in self.norms if path in paths}
         still = {path for path, one in paths.items() if tracks(one) and not (self.tracked and path in own)}
         still = {path for path in still if not path.startswith(f"{NORMS}.")}
-        self.module, copies = skeleton_of(network, drop, cuts.keys(), own | still, NORMS)
+        layers = {path for path, one in paths.items() if self.way and is_weight_layer(one)}
+        self.module, copies = skeleton_of(network, drop, cuts.keys(), own | still | layers, NORMS)
+        for one in copies.values() if self.way else ():
+            mark_way(one, self.way)
         given = {paths[path]: self.norms[path] for path in own}
         fixed = {paths[path] for path in still}
         self._slots = [
