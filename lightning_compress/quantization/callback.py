@@ -31,10 +31,10 @@ class QuantizationAwareTrainingCallback(LatentCallback):
     Inputs: every targeted layer computes with x~ = s (q - z), q = clamp(round(x / s) + z, 0, 2^b - 1), with one scale s
     and one zero point z per layer. The gradient passes where q was not clamped. The grid covers 0 and a moving average
     of the input's range over the training steps (in training mode, or with gradients), the same on all ranks; it does
-    not change outside training. A network that trains at several widths has a grid for each width, unless the statistics
-    of its norms are recalibrated: then the widths share one. Inputs stay real until the first step after `start_epoch`. The hooks stay on the module
-    after the fit. The metadata of the state dict store the grids, so `trainer.test(ckpt_path=...)` with this callback,
-    or `load_compressed` without it, restores them.
+    not change outside training. A network that trains at several widths has a grid for each, unless the statistics of
+    its norms are recalibrated: then the widths share one. Inputs stay real until the first step after `start_epoch`.
+    The hooks stay on the module after the fit. The metadata of the state dict store the grids, so
+    `trainer.test(ckpt_path=...)` with this callback, or `load_compressed` without it, restores them.
 
     Biases, norms and what `exclude` matches stay real. Once an epoch the callback logs `compress/weight_bits` (the
     mean), `compress/clipped` (the fraction of real weights beyond the grid) and `compress/zeros` (the fraction of zero

@@ -72,7 +72,7 @@ class BudgetController:
             between which straight lines lead.
         hysteresis: How much faster than the budget a more accurate setting must be to be taken.
         patience: For how many batches in a row.
-        within: The share of batches that the headroom for noise covers.
+        within: The share of batches whose budget is to be kept, where some setting can: the headroom follows it.
         batch_sizes: Those that are measured: see `measure`.
         repeats: The number of timed runs of each setting for each batch size.
         history: The number of batches of which `history` keeps what happened.
@@ -257,6 +257,18 @@ class BudgetController:
             self._waited = 0
         return chosen
 
+    def _learn(self, setting: Setting, size: int, seconds: float) -> None:
+        """Take the seconds of a run. The most accurate setting keeps any budget that is large enough, with no merit."""
+        ratio = seconds / seconds_at(self.table[setting.name], size)
+        if self._budget is None:
+            self.pace.add(setting.name, ratio)
+            return
+        missed = 1000 * seconds > self._budget
+        fastest = min(seconds_at(self.table[one.name], size) for one in self.settings)
+        easy = not missed and setting.accuracy == max(one.accuracy for one in self.settings)
+        hopeless = 1000 * fastest * ratio > self._budget
+        self.pace.add(setting.name, ratio, missed=None if easy else missed, hopeless=hopeless)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the chosen setting returns for these inputs, without gradients; measure it and learn from it."""
         inputs = (*args, kwargs)
@@ -268,7 +280,7 @@ class BudgetController:
             output, seconds = timed(
                 partial(setting.run, *args, **kwargs), accelerators_of(setting.run, inputs), self._clock
             )
-        self.pace.add(setting.name, seconds / seconds_at(self.table[setting.name], size))
+        self._learn(setting, size, seconds)
         self.history.append(
             Served(
                 setting=setting.name,
