@@ -5,6 +5,7 @@ The cosine is that of one token's features, or, for maps of features, of a sampl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.block_pruning.plan import FEW, BlockError, without
 from lightning_compress.channels.sandbox import doubles, sandbox
+from lightning_compress.core.distributed import all_reduce_sum, rank
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples
 from lightning_compress.core.hooks import Removable, hooked
@@ -69,6 +71,22 @@ class Influence:
             else:
                 self._handles.append(module.register_forward_hook(self._returns(k, block)))
 
+    def of(self, blocks: Sequence[Block]) -> Influence:
+        """Return one for some of the blocks, which has measured nothing yet."""
+        found = copy.copy(self)
+        found._blocks, found._handles, found._read = list(blocks), [], {}
+        found.sums = torch.zeros(len(found._blocks), 2, dtype=torch.float64)
+        return found
+
+    def gather(self) -> None:
+        """Give the first rank the sums of all ranks, for a checkpoint; those of the others begin at zero."""
+        total = self._total()
+        self.sums = total if rank() == 0 else torch.zeros_like(total)
+
+    def _total(self) -> Tensor:
+        device = next((one.device for one in self._network.parameters()), self.sums.device)
+        return all_reduce_sum(self.sums.to(device, copy=True)).cpu()
+
     def stop(self) -> None:
         """Measure nothing more."""
         while self._handles:
@@ -76,8 +94,9 @@ class Influence:
         self._read.clear()
 
     def scores(self) -> dict[str, float]:
-        """Return the influence of each block, by name; NaN where nothing was measured."""
-        means = self.sums[:, 0] / self.sums[:, 1]
+        """Return the influence of each block on the samples of all ranks, by name; NaN where nothing was measured."""
+        total = self._total()
+        means = total[:, 0] / total[:, 1]
         return {block.name: float(one) for block, one in zip(self._blocks, means, strict=True)}
 
     def _reads(self, block: Block) -> Any:

@@ -187,6 +187,11 @@ def take_out(
     return frozenset(left)
 
 
+def within(module: nn.Module, path: str) -> nn.Module | None:
+    """Return the submodule at a path, or None."""
+    return dict(module.named_modules()).get(path)
+
+
 def _replaced(module: nn.Module, place: Place) -> Callable[[], None]:
     return replace(module.get_submodule(place.path), place.described, block=place.block, macs=place.macs)
 

@@ -30,6 +30,7 @@ class Effects:
         proximal: Whether it changes values after the optimizer's step, instead of adding to their gradients.
         revives: Whether zeros may become other values again, because masked entries keep training latent values.
         rewinds: Whether it may restore the network of an earlier step.
+        takes_blocks: Whether it takes whole blocks out of the network during the fit, with their parameters.
         shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
         looks_at: The basis of its decisions: the "magnitudes" of weights, their "gradients", the inputs or outputs of
             "layers" inside the forward pass, the "output" of the network in the user's step, or a "second_backward"
@@ -52,6 +53,7 @@ class Effects:
     proximal: bool = False
     revives: bool = False
     rewinds: bool = False
+    takes_blocks: bool = False
     shapes: Literal["never", "on_fit_end", "during_fit"] = "never"
     looks_at: frozenset[Sight] = frozenset()
     replays: int = 1

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -31,13 +32,24 @@ def first_batch(trainer: Trainer) -> Any:
     Raises:
         ValueError: The loader yields nothing, or would lose the batch.
     """
+    batches = first_batches(trainer, 1)
+    if not batches:
+        kind = type(training_loaders(trainer)[0]).__name__
+        raise ValueError(f"The training loader, a {kind}, yields no batch: pass example_inputs=.")
+    return batches[0]
+
+
+def first_batches(trainer: Trainer, number: int) -> list[Any]:
+    """Return some batches of the fit's first training loader, or all that it has, and restore all as `first_batch`.
+
+    Raises:
+        ValueError: The loader would lose the batches.
+    """
     random_states = rng.capture()
     try:
         loader = next(iter(training_loaders(trainer)))
         with untouched(loader):
-            for batch in loader:
-                return batch
-        raise ValueError(f"The training loader, a {type(loader).__name__}, yields no batch: pass example_inputs=.")
+            return list(islice(loader, number))
     finally:
         rng.restore(random_states)
 

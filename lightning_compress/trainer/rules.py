@@ -204,6 +204,20 @@ PAIR_RULES = (
         remedy="put {one} around {other}",
     ),
     PairRule(
+        name="blocks leave with weights of others",
+        meets=lambda one, other, first: one.takes_blocks and (other.changes_weights or other.shapes != "never"),
+        reason="{one} takes blocks out of the network, and {other} keeps masks, codebooks, scales or groups of their "
+        "weights",
+        remedy="use {one} in an earlier fit",
+    ),
+    PairRule(
+        name="blocks leave under hooks",
+        meets=lambda one, other, first: one.takes_blocks and (other.replays > 1 or "layers" in other.looks_at),
+        shows=("", "looks_at"),
+        reason="{one} takes blocks out of the network, and {other} watches layers that may be in them",
+        remedy="use {one} in an earlier fit",
+    ),
+    PairRule(
         name="a cut of a network with widths",
         meets=lambda one, other, first: one.runs_thinner and other.shapes != "never",
         shows=("replays", "shapes"),
