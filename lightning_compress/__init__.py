@@ -3,6 +3,7 @@
 from pathlib import Path as _Path
 
 from lightning_compress.binary.callback import BinaryWeightsCallback
+from lightning_compress.block_pruning.prune import prune_blocks
 from lightning_compress.channel_gates.module import ChannelGates
 from lightning_compress.channels.cut import cut, shrink
 from lightning_compress.channels.find import ChannelGroup, ChannelGroups, channel_groups
@@ -38,6 +39,7 @@ __all__ = [
     "cut",
     "footprint",
     "load_compressed",
+    "prune_blocks",
     "save_compressed",
     "shrink",
 ]

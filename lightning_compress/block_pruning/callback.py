@@ -17,7 +17,7 @@ from lightning_compress.block_pruning.losses import loss_of_blocks
 from lightning_compress.block_pruning.prune import least_important, take_out, within
 from lightning_compress.block_pruning.record import follow_depth
 from lightning_compress.block_pruning.stand_in import StandIn
-from lightning_compress.core.distributed import broadcast, rank
+from lightning_compress.core.distributed import broadcast, on_all_ranks, rank
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.hooks import Removable
 from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
@@ -27,7 +27,6 @@ from lightning_compress.stages.blocks import find_blocks
 from lightning_compress.stages.branch_hooks import gated
 from lightning_compress.trainer.averages import averaged_modules, copies_inside
 from lightning_compress.trainer.callback import CompressionCallback
-from lightning_compress.trainer.distributed import on_all_ranks
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network, traced_network
 from lightning_compress.trainer.monitors import count_anew
@@ -126,7 +125,7 @@ class BlockPruningCallback(CompressionCallback):
         self.example_inputs = example_inputs
 
         self._ramp: Ramp | None = None
-        self._known: tuple[Block, ...] = ()  # the blocks that may leave, with those that have left
+        self._all: tuple[Block, ...] = ()  # the blocks that may leave, with those that have left
         self._left: list[Block] = []  # those of them that are still there
         self._inputs: ExampleInputs | None = None
         self._influence: Influence | None = None
@@ -139,12 +138,12 @@ class BlockPruningCallback(CompressionCallback):
     def removed(self) -> dict[str, int]:
         """The blocks that have left, with their multiply-accumulates for one sample."""
         left = {block.name for block in self._left}
-        return {block.name: block.macs for block in self._known if block.name not in left}
+        return {block.name: block.macs for block in self._all if block.name not in left}
 
     @property
     def share(self) -> float:
         """Share of the blocks' multiply-accumulates that has left."""
-        total = sum(block.macs for block in self._known)
+        total = sum(block.macs for block in self._all)
         return sum(self.removed.values()) / total if total else 0.0
 
     @property
@@ -197,10 +196,10 @@ class BlockPruningCallback(CompressionCallback):
             lambda: traced_network(trainer, pl_module, self.network, self.example_inputs)
         )
         if state is not None:
-            self._known = tuple(Block(**one | {"modules": tuple(one["modules"])}) for one in state["blocks"])
-        elif not self._known:
-            self._known = on_all_ranks(lambda: self._find(network))
-        self._left = [block for block in self._known if _is_there(network, block)]
+            self._all = tuple(Block(**one | {"modules": tuple(one["modules"])}) for one in state["blocks"])
+        elif not self._all:
+            self._all = on_all_ranks(lambda: self._find(network))
+        self._left = [block for block in self._all if _is_there(network, block)]
         self._ramp = self._planned(trainer, state)
         if self.criterion == "influence" and self.amount > 0 and not self.finished:
             self._influence = Influence(network, self._inputs, self._left)
@@ -257,7 +256,7 @@ class BlockPruningCallback(CompressionCallback):
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> tuple[Block, ...]:
         """Return the blocks that leave now, the same on all ranks."""
-        total = sum(block.macs for block in self._known)
+        total = sum(block.macs for block in self._all)
         budget = amount * total * (1 + 1e-9) - sum(self.removed.values())
         fit = [block for block in self._left if block.macs <= budget]
         if not fit:
@@ -338,10 +337,10 @@ class BlockPruningCallback(CompressionCallback):
 
     def _draw(self, block: Block, x: Tensor) -> Tensor:
         """Return 0 for the samples that leave a block out in this step; the branch of others is scaled up."""
-        place = self._known.index(block)
+        place = self._all.index(block)
         drawn = self._drawn.get(place)
         if drawn is None or len(drawn) != len(x):  # else the step runs the network again
-            keep = 1 - self.stochastic_depth * (place + 1) / len(self._known)
+            keep = 1 - self.stochastic_depth * (place + 1) / len(self._all)
             drawn = self._drawn[place] = (torch.rand(len(x), generator=self.generator) < keep) / keep
         return drawn.to(x.device)
 
@@ -373,7 +372,7 @@ class BlockPruningCallback(CompressionCallback):
 
     def technique_state(self) -> dict[str, Any]:
         return {
-            "blocks": [asdict(block) | {"modules": list(block.modules)} for block in self._known],
+            "blocks": [asdict(block) | {"modules": list(block.modules)} for block in self._all],
             "ramp": None if self._ramp is None else self._ramp.state_dict(),
             "influence": None if self._influence is None else self._influence.sums.clone(),
         }

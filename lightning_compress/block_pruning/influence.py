@@ -25,6 +25,7 @@ from lightning_compress.core.precision import widened
 from lightning_compress.stages.blocks import Block
 
 _EQUAL = 1e-9  # relative, in double precision
+_TINY = 1e-30
 
 
 class Sum(NamedTuple):
@@ -119,7 +120,7 @@ class Influence:
         x, total = widened(x), widened(total.detach())
         if x.dim() > 3:
             x, total = x.flatten(1), total.flatten(1)
-        differing = 1 - F.cosine_similarity(x, total, dim=-1)
+        differing = 1 - _cosine(x, total)
         self.sums[k] += torch.tensor([float(differing.double().sum()), differing.numel()], dtype=torch.float64)
 
 
@@ -205,6 +206,13 @@ def _equal(network: nn.Module, inputs: ExampleInputs, block: Block) -> list[Sum]
     with hooked(*handles):
         run(network, inputs)
     return found
+
+
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    """Return the cosines of rows, also of tiny ones; two rows of zeros are alike."""
+    large, larger = (rows.abs().amax(-1, keepdim=True) for rows in (one, other))
+    cosine = F.cosine_similarity(one / large.clamp_min(_TINY), other / larger.clamp_min(_TINY), dim=-1)
+    return torch.where((large + larger).squeeze(-1) == 0, 1.0, cosine)
 
 
 def _first(value: Any) -> Tensor:
