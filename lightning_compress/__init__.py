@@ -17,6 +17,7 @@ from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.quantization.callback import QuantizationAwareTrainingCallback
 from lightning_compress.serving.controller import BudgetController
+from lightning_compress.skipping.module import SkippableBlocks
 from lightning_compress.slimmable.module import SlimmableWidth
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "GroupLassoCallback",
     "IterativePruningCallback",
     "QuantizationAwareTrainingCallback",
+    "SkippableBlocks",
     "SlimmableWidth",
     "WeightClusteringCallback",
     "channel_groups",

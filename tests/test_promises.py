@@ -25,6 +25,7 @@ from lightning_compress.channels.load import adopt_state
 
 ENTRIES = list(REGISTRY)
 MASKING = [entry for entry in ENTRIES if entry.startswith("pruning")]  # the others promise no masks
+ADDED = ("exit_heads.", "width_norms.", "channel_gates.", "skip_gates.")  # children that a plain class lacks
 EPOCH = SAMPLES // BATCH  # optimizer steps
 Whole = Callable[[str], tuple[dict[str, Any], Path]]
 
@@ -129,12 +130,8 @@ def test_a_technique_does_something(entry: str, whole: Whole) -> None:
 def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(entry: str, whole: Whole) -> None:
     checkpoint = torch.load(whole(entry)[1] / f"step={4 * EPOCH}.ckpt", weights_only=True)
     assert_compressed(entry, checkpoint["state_dict"])
-    module = SmallModule()
-    own = [
-        name
-        for name in checkpoint["state_dict"]
-        if not name.startswith(("exit_heads.", "width_norms.", "channel_gates."))
-    ]
+    module = SmallModule(**REGISTRY[entry].module)
+    own = [name for name in checkpoint["state_dict"] if not name.startswith(ADDED)]
     assert own == list(module.state_dict())
     if "during-fit" in entry:  # thinner than the plain class
         adopt_state(module, checkpoint["state_dict"])

@@ -18,6 +18,7 @@ KINDS = {  # the class of each kind, imported when a state dict has one; network
     "exits": "lightning_compress.early_exit.record.ExitStructure",  # after "cut": a cut network has thinner heads
     "widths": "lightning_compress.slimmable.record.WidthStructure",
     "channel_gates": "lightning_compress.channel_gates.record.ChannelGateStructure",
+    "gates": "lightning_compress.skipping.record.GateStructure",
     "cut": "lightning_compress.channels.load.CutNetwork",
     "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
     "sign": "lightning_compress.binary.inputs.BinaryInput",

@@ -27,6 +27,7 @@ from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.scheduled import Scheduled
+from lightning_compress.trainer.steps import is_written
 from lightning_compress.trainer.unwrap import innermost
 from lightning_compress.trainer.wrapper import Objective
 
@@ -166,7 +167,7 @@ class Distillation(Objective):
             batch, index = without_index(args[0], self.index)
             args = (batch, *args[1:])
         alpha, temperature = self.alpha.at(self._step), self.temperature.at(self._step)
-        logs = _is_written(module)
+        logs = is_written(module)
         if logs:
             for place, (name, number) in enumerate(self.progress().numbers.items()):
                 module.log(self.logged_name(name), number(), prog_bar=place == 0)
@@ -230,15 +231,6 @@ class Distillation(Objective):
             return soft_target_loss(student, teachers, temperature=temperature, **options)
         function = logit_regression_loss if self.loss == "logit_regression" else cosine_loss
         return function(student, teachers, **options)
-
-
-def _is_written(module: LightningModule) -> bool:
-    """Whether the Trainer writes what this step logs: logging all adds a fifth to an epoch of a small network."""
-    trainer = module._trainer
-    if trainer is None:
-        return False
-    interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
-    return bool(interval) and (trainer.global_step + 1) % interval == 0
 
 
 class _Lesson:

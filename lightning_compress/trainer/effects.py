@@ -38,6 +38,7 @@ class Effects:
         replays: How often it runs the user's step for each batch.
         runs_thinner: Whether it runs the network with fewer channels for that, and so knows which channels it has.
         chooses_by_sample: Whether the network runs parts of itself, such as blocks or channels, for some samples only.
+        skips: Whether gates decide for each sample which blocks of the network run.
         begins: The optimizer step after which it acts for the first time; None if unknown. A callback also counts the
             steps of its earlier fits. `declared` counts as the Trainer does: a technique that began in an earlier fit
             has a step below 0.
@@ -59,6 +60,7 @@ class Effects:
     replays: int = 1
     runs_thinner: bool = False
     chooses_by_sample: bool = False
+    skips: bool = False
     begins: int | None = 0
     final: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)

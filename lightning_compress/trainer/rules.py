@@ -238,6 +238,20 @@ PAIR_RULES = (
         reason="{other} runs the network with fewer channels, and {one} makes its choices for all of them",
         remedy="use one of them",
     ),
+    PairRule(
+        name="exits of a network with gates before blocks",
+        meets=lambda one, other, first: one.skips and other.replays > 1 and not other.runs_thinner,
+        shows=("", "replays"),
+        reason="{one} lets each sample skip blocks, and {other} lets it leave the network, which no deployed network "
+        "does at once",
+        remedy="use one of them",
+    ),
+    PairRule(
+        name="two wrappers with gates before blocks",
+        meets=lambda one, other, first: first and one.skips and other.skips,
+        reason="{one} and {other} both train the gates of the network's blocks",
+        remedy="use one of them",
+    ),
 )
 
 

@@ -80,6 +80,9 @@ class Objective:
     def before_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Act in a fit before each validation, and at the ends of its epochs and of the fit; on all ranks."""
 
+    def after_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Act at the end of each validation and test, where values can be logged; on all ranks."""
+
     def synchronize(self) -> None:
         """Bring together for a checkpoint what the ranks have; all of them call this."""
 
@@ -377,6 +380,12 @@ class ObjectiveCallback(ResumableCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
             self.objective.before_evaluation(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.objective.after_evaluation(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.objective.after_evaluation(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.objective.before_evaluation(trainer, pl_module)

@@ -28,7 +28,19 @@ from torch.multiprocessing import ProcessRaisedException
 from lightning_compress.trainer.compatibility import IncompatibleError
 from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES, Rule
 from support.ranks import TESTS, RankPair
-from support.registry import Entry, binary, channel_gates, clustering, distillation, exits, lasso, pruning, qat, widths
+from support.registry import (
+    Entry,
+    binary,
+    block_gates,
+    channel_gates,
+    clustering,
+    distillation,
+    exits,
+    lasso,
+    pruning,
+    qat,
+    widths,
+)
 from support.small import ManualModule, SmallModule, plain, quiet_trainer, shuffled
 
 CARD = TESTS.parent / "lightning_compress" / "trainer" / "README.md"
@@ -66,6 +78,7 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "exits": lambda **options: exits(),
     "widths": lambda **options: widths((0.5,)),
     "channel gates": lambda **options: channel_gates(),
+    "block gates": lambda **options: block_gates(),
 }
 
 
@@ -161,7 +174,8 @@ def _words(text: str) -> set[str]:
 def pair(first: str, second: str) -> str:
     """Try two techniques, in this order, in one fit."""
     one, other = TECHNIQUES[first](), TECHNIQUES[second](exclude=() if first != second else "net.nothing")
-    return fitted(one.with_(other), SmallModule())
+    entry = one.with_(other)
+    return fitted(entry, SmallModule(**entry.module))
 
 
 def alone(technique: str, setting: str, **options: Any) -> str:
@@ -169,7 +183,7 @@ def alone(technique: str, setting: str, **options: Any) -> str:
     known = SETTINGS[setting]
     entry = TECHNIQUES[technique]()
     return fitted(
-        entry, known.module(), before=known.before(), behind=known.behind(), **(dict(known.options) | options)
+        entry, known.module(**entry.module), before=known.before(), behind=known.behind(), **(dict(known.options) | options)
     )
 
 

@@ -20,6 +20,7 @@ from lightning_compress import (
     GroupLassoCallback,
     IterativePruningCallback,
     QuantizationAwareTrainingCallback,
+    SkippableBlocks,
     SlimmableWidth,
     WeightClusteringCallback,
 )
@@ -62,6 +63,7 @@ class Entry:
             self,
             callbacks=lambda: [one for entry in (self, *others) for one in entry.callbacks()],
             wrap=wrap if any(entry.wraps for entry in (self, *others)) else unwrapped,
+            module={name: value for entry in (self, *others) for name, value in entry.module.items()},
         )
 
 
@@ -132,6 +134,15 @@ def channel_gates(**options: Any) -> Entry:
         return ChannelGates(module, example_inputs=torch.zeros(2, FEATURES), **(options | changed))
 
     return Entry(wrap=wrap, idle_wrap=partial(wrap, share=1.0))
+
+
+def block_gates(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"target": 0.7, "weight": 8.0} | options
+
+    def wrap(module: LightningModule, **changed: Any) -> LightningModule:
+        return SkippableBlocks(module, example_inputs=torch.zeros(2, FEATURES), **(settings | changed))
+
+    return Entry(wrap=wrap, idle_wrap=partial(wrap, blocks=()), module={"residual": True})
 
 
 def clipped(**options: Any) -> Entry:
@@ -213,5 +224,10 @@ REGISTRY: dict[str, Entry] = {
     "clustering-qat-channel-gates": clustering(start_epoch=1.0).with_(
         qat(4, 8, granularity="tensor", start_epoch=2.0), channel_gates()
     ),
+    "block-gates": block_gates(),
+    "block-gates-recurrent-total": block_gates(gate="recurrent", budget="total"),
+    "block-gates-policy": block_gates(gate="policy", end_epoch=3.0),
+    "distillation-block-gates": distillation().with_(block_gates()),
+    "pruning-clustering-block-gates": pruning(amount=0.6).with_(clustering(start_epoch=1.0), block_gates()),
     "own-technique": clipped(),
 }

@@ -14,25 +14,44 @@ from torch.utils.data import DataLoader, TensorDataset
 FEATURES, CLASSES, SAMPLES, BATCH = 12, 3, 96, 8
 
 
+class SmallBlock(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(6, 6, 3, padding=1), nn.Conv1d(6, 6, 3, padding=1)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm(self.conv2(F.relu(self.conv1(x)))))
+
+
 class SmallNet(nn.Module):
-    def __init__(self, activation: Callable[[Tensor], Tensor] = F.relu) -> None:
+    def __init__(self, activation: Callable[[Tensor], Tensor] = F.relu, *, residual: bool = False) -> None:
         super().__init__()
         self.activation = activation
         self.conv = nn.Conv1d(1, 6, 3, padding=1)
         self.norm = nn.BatchNorm1d(6)
+        if residual:
+            self.block1, self.block2 = SmallBlock(), SmallBlock()
+        self.residual = residual
         self.hidden = nn.Linear(6 * FEATURES, 16)
         self.dropout = nn.Dropout(0.25)
         self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.norm(self.conv(x.unsqueeze(1))))
+        if self.residual:
+            x = self.block2(self.block1(x))
         return self.head(self.dropout(self.activation(self.hidden(x.flatten(1)))))
 
 
 class SmallModule(LightningModule):
-    def __init__(self, optimizer: str = "sgd", activation: Callable[[Tensor], Tensor] = F.relu) -> None:
+    def __init__(
+        self, optimizer: str = "sgd", activation: Callable[[Tensor], Tensor] = F.relu, *, residual: bool = False
+    ) -> None:
         super().__init__()
-        self.net = SmallNet(activation)
+        self.net = SmallNet(activation, residual=residual)
         self.optimizer = optimizer
 
     def forward(self, x: Tensor) -> Tensor:

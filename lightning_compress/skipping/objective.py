@@ -1,0 +1,277 @@
+"""The objective of gates: the user's own loss, and how far the gates are from their budget.
+
+loss = the step's loss + w budget(t)        t falls from 1 to the target, then stays
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_compress.core.distributed import gather
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.skipping.budget import Budget, Measured, budget_loss, measured
+from lightning_compress.skipping.gates import Decisions, GateKind, SkipGates, gates_of, new_gates
+from lightning_compress.skipping.record import give_gates, note_gates
+from lightning_compress.stages.block import chosen_blocks
+from lightning_compress.stages.blocks import find_blocks
+from lightning_compress.trainer.effects import Effects, Progress
+from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.one_step import backbone
+from lightning_compress.trainer.replaying import loss_of
+from lightning_compress.trainer.scheduled import Scheduled
+from lightning_compress.trainer.steps import is_written
+from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.wrapper import Objective
+
+Training = Literal["straight_through"]
+_FEW = 4  # samples that are kept of a peeked batch, with which the network is deployed
+_FALLS = 0.5  # share of the time with noise in which the target falls
+
+
+class Skipping(Objective):
+    """The objective that `SkippableBlocks` adds; its arguments are that wrapper's.
+
+    Attributes:
+        measuring: Whether an evaluation sets the rates, as that of a fit does.
+    """
+
+    def __init__(self, blocks: Sequence[str] | None, *, example_inputs: Any, **settings: Any) -> None:
+        self.blocks = None if blocks is None else list(blocks)
+        super().__init__(blocks=self.blocks, **settings)
+        self.example_inputs: ExampleInputs | None = example_inputs
+        self.gate: GateKind | None = settings["gate"]
+        self.target: float = settings["target"]
+        self.budget: Budget = settings["budget"]
+        self.weight: float = settings["weight"]
+        self.train: Training = settings["train"]
+        self.temperature: float = settings["temperature"]
+        self.network: str = settings["network"]
+        self.output: str | int | None = settings["output"]
+        self.measuring = False
+        self.found: Measured | None = None  # by the last evaluation that set the rates
+        self._noise = Scheduled(start=1.0, end=0.0, end_epoch=settings["end_epoch"])  # it ends where this does
+        self._gates: SkipGates | None = None  # that a fit trains
+        self._seen: list[Tensor] = []  # decisions of the evaluation that runs
+        self._said = False
+        self._step = 0
+        self._check()
+
+    def _check(self) -> None:
+        for name, known in (("budget", get_args(Budget)), ("train", get_args(Training))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}.")
+        if self.gate is not None and self.gate not in get_args(GateKind):
+            raise ValueError(f"gate is one of {', '.join(get_args(GateKind))}; got {self.gate!r}.")
+        if not 0.0 < self.target < 1.0:
+            raise ValueError(
+                f"target is the share of the network's MACs that samples use on average, between 0 and 1; got "
+                f"{self.target!r}."
+            )
+        for name in ("weight", "temperature"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is a number above 0; got {getattr(self, name)!r}.")
+
+    # ------------------------------------------------------------------ gates
+
+    def gates(self, module: LightningModule) -> SkipGates | None:
+        """Return the gates of the module's network; None before they were made."""
+        return gates_of(backbone(resolve_network(module, self.network)))
+
+    def build(self, network: nn.Module, inputs: ExampleInputs) -> None:
+        """Give a network its gates.
+
+        Args:
+            network: The network, or its compiled form.
+            inputs: What it is called with.
+
+        Raises:
+            ValueError: There is no block to skip, or none of a name in `blocks`; the target is below what the network
+                costs without its blocks.
+        """
+        if self.blocks == []:
+            return
+        bare = backbone(network)
+        found = find_blocks(bare, inputs, output=self.output)
+        blocks = chosen_blocks(found, self.blocks)
+        gates = new_gates(bare, inputs, blocks, macs=found.macs, kind=self.gate or "per_block")
+        self._check_target(gates)
+        give_gates(bare, gates)
+        self.example_inputs = first_samples(inputs, _FEW)
+        rank_zero_info(f"Samples may skip {', '.join(one.name for one in blocks)}: at most {1 - gates.least:.0%} of the MACs.")
+
+    def adopt(self, network: nn.Module) -> bool:
+        """Take the gates that a network has already; return whether it has some.
+
+        Raises:
+            ValueError: They are others than `blocks` and `gate` say.
+        """
+        gates = gates_of(backbone(network))
+        if gates is None:
+            return False
+        names = [one.name for one in gates.blocks]
+        if self.blocks is not None and set(self.blocks) != set(names):
+            raise ValueError(
+                f"The network has gates before {', '.join(names)} already, and blocks= says {', '.join(self.blocks)}: "
+                f"pass blocks=None to go on with those."
+            )
+        if self.gate is not None and self.gate != gates.kind:
+            raise ValueError(f"The network has gates of the kind {gates.kind!r} already; got gate={self.gate!r}.")
+        self._check_target(gates)
+        note_gates(backbone(network))
+        return True
+
+    def _check_target(self, gates: SkipGates) -> None:
+        if self.target <= gates.least:
+            raise ValueError(
+                f"target={self.target} is below what is left without the blocks {', '.join(b.name for b in gates.blocks)}: "
+                f"{gates.least:.3f} of the MACs. Take a larger target, or name more blocks."
+            )
+
+    def configure(self, module: LightningModule) -> None:
+        network = resolve_network(module, self.network)
+        if not self.adopt(network) and self.blocks != []:
+            device = next((one.device for one in network.parameters()), torch.device("cpu"))
+            move = partial(to_device, device=device)
+            self.build(network, move(given_or_peeked(module.trainer, module, network, self.example_inputs, move)))
+
+    def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
+        gates = self.gates(module)
+        ids = set() if gates is None else {id(one) for one in gates.parameters() if one.requires_grad}
+        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+
+    def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
+        there = self.gates(module) is not None
+        return replace(
+            super().effects(trainer, module),
+            modules=frozenset(self.own_parameters(module)),
+            looks_at=frozenset({"layers"}) if there else frozenset(),
+            skips=there,
+            options={"modules": "blocks=...", "looks_at": "blocks=..."},
+        )
+
+    # ------------------------------------------------------------------ the fit
+
+    def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
+        self._gates = self.gates(module)
+        self._seen = []
+        if self._gates is None:
+            return
+        self._noise.plan(trainer, None if state is None else state["noise"])
+        self._gates.temperature = self.temperature
+        if state is not None:
+            self._said = state["said"]
+
+    def state(self) -> dict[str, Any]:
+        return {"noise": self._noise.state(), "said": self._said}
+
+    def follow_epochs(self, moment: Callable[[int], int]) -> None:
+        self._noise.follow_epochs(moment)
+
+    def at_step(self, step: int) -> None:
+        self._step = step
+        if self._gates is not None:
+            self._gates.draws = self._noise.progress(step) < 1.0
+
+    def finish(self, module: LightningModule) -> None:
+        if self._gates is not None:
+            self._gates.draws = False
+
+    def target_now(self) -> float:
+        """Return the target after the last step."""
+        return 1.0 - (1.0 - self.target) * min(1.0, self._noise.progress(self._step) / _FALLS)
+
+    def progress(self) -> Progress:
+        if self._gates is None:
+            return Progress(fraction=0.0)
+        share = self._noise.progress(self._step)
+        return Progress(fraction=share, finished=share == 1.0, numbers={"target": self.target_now})
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gates = self.gates(module)
+        if gates is None:
+            return run(*args, **kwargs)
+        with gates.collecting() as decisions:
+            result = run(*args, **kwargs)
+        own = loss_of(result)
+        if own is None:  # a step that is skipped; Lightning refuses anything else
+            return result
+        runs = self._runs(module, decisions, own)
+        if is_written(module):
+            module.log(self.logged_name("target"), self.target_now(), prog_bar=True)
+            module.log(self.logged_name("train_used"), gates.used(runs.detach().mean(0)))
+        total = own + self.weight * budget_loss(gates, runs, self.target_now(), self.budget).to(own.dtype)
+        return {**result, "loss": total} if isinstance(result, Mapping) else total
+
+    def _runs(self, module: LightningModule, decisions: Decisions, own: Tensor) -> Tensor:
+        """Return who ran which block in a step of a training."""
+        runs = decisions.runs()
+        if runs is None:
+            raise ValueError(
+                f"The training_step of {type(innermost(module)).__name__} did not run the network {self.network!r}, "
+                f"whose blocks have gates: pass network= with the path of the submodule whose output is the prediction."
+            )
+        if own.requires_grad and not runs.requires_grad and self.own_parameters(module):
+            raise ValueError(
+                "The gates have no gradient, and would learn nothing: the network ran under torch.no_grad(), in "
+                "evaluation mode, or in a reentrant checkpoint (use_reentrant=False is supported)."
+            )
+        return runs
+
+    def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        gates = self.gates(module)
+        if gates is None or module.trainer.sanity_checking:
+            return run(*args, **kwargs)
+        with gates.collecting() as decisions:
+            result = run(*args, **kwargs)
+        runs = decisions.runs()
+        if runs is not None:
+            self._seen.append(runs.detach().bool().cpu())
+        return result
+
+    def after_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        gates = self.gates(module)
+        if gates is None or trainer.sanity_checking:
+            return
+        counts: Counter[tuple[bool, ...]] = Counter()
+        seen, self._seen = self._seen, []
+        if seen:
+            choices, numbers = torch.cat(seen).unique(dim=0, return_counts=True)
+            counts.update(dict(zip(map(tuple, choices.tolist()), numbers.tolist(), strict=True)))
+        everyones = sum(gather(counts), Counter())
+        if not everyones:
+            return
+        found = measured(gates, everyones)
+        for name in ("used", "varying"):
+            module.log(self.logged_name(name), getattr(found, name), sync_dist=True)
+        if self.measuring or trainer.state.fn == "fit":
+            self.found = found
+            gates.rates = torch.tensor(list(found.rates.values()), dtype=torch.float64)
+        if trainer.state.fn == "fit" and self._noise.progress(self._step) >= _FALLS:
+            self._warn_of_collapse(found)
+
+    def _warn_of_collapse(self, found: Measured) -> None:
+        if self._said or found.varying > 0.0:
+            return
+        self._said = True
+        rates = found.rates.values()
+        what = "open" if min(rates) > 0.5 else "closed" if max(rates) < 0.5 else "the same"
+        remedy = {
+            "open": "Take a larger weight=, a larger learning rate, or a longer fit",
+            "closed": "Take a larger target=, or a smaller weight= or learning rate",
+            "the same": "Take budget='per_gate' or a longer fit; or prune_blocks, which removes blocks for good",
+        }[what]
+        rank_zero_warn(
+            f"The gates are {what} for all samples at step {self._step}, with {found.used:.1%} of the MACs, which is a "
+            f"static choice of blocks. {remedy}."
+        )
