@@ -23,7 +23,8 @@ class Drawn:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, k: int, x: Tensor) -> Tensor:
-        return (torch.rand(len(x), generator=self._generator) < self._rates[k]).float().to(x.device)
+        runs: Tensor = torch.rand(len(x), generator=self._generator) < self._rates[k]
+        return runs.float().to(x.device)
 
 
 class DrawnGates(SkipGates):

@@ -267,7 +267,8 @@ def new_gates(
     likes: dict[int, Tensor] = {}
 
     def look(k: int, x: Tensor) -> None:
-        maps = any(isinstance(one, _ConvNd) for name in blocks[k].modules for one in network.get_submodule(name).modules())
+        inside = [one for name in blocks[k].modules for one in network.get_submodule(name).modules()]
+        maps = any(isinstance(one, _ConvNd) for one in inside)
         axis = 1 if maps or x.dim() == 2 else x.dim() - 1
         features[k], likes[k] = Features(x.dim(), axis, x.shape[axis]), x
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -41,8 +41,10 @@ class Skipping(Objective):
     """The objective that `SkippableBlocks` adds; its arguments are that wrapper's.
 
     Attributes:
-        measuring: Whether an evaluation sets the rates, as that of a fit does.
+        measuring: Gets what an evaluation finds, which then sets the rates, as that of a fit does.
     """
+
+    refuses_replays: ClassVar[bool] = True
 
     def __init__(self, blocks: Sequence[str] | None, *, example_inputs: Any, **settings: Any) -> None:
         self.blocks = None if blocks is None else list(blocks)
@@ -56,8 +58,7 @@ class Skipping(Objective):
         self.temperature: float = settings["temperature"]
         self.network: str = settings["network"]
         self.output: str | int | None = settings["output"]
-        self.measuring = False
-        self.found: Measured | None = None  # by the last evaluation that set the rates
+        self.measuring: list[Measured] | None = None
         self._noise = Scheduled(start=1.0, end=0.0, end_epoch=settings["end_epoch"])  # it ends where this does
         self._gates: SkipGates | None = None  # that a fit trains
         self._seen: list[Tensor] = []  # decisions of the evaluation that runs
@@ -106,7 +107,9 @@ class Skipping(Objective):
         self._check_target(gates)
         give_gates(bare, gates)
         self.example_inputs = first_samples(inputs, _FEW)
-        rank_zero_info(f"Samples may skip {', '.join(one.name for one in blocks)}: at most {1 - gates.least:.0%} of the MACs.")
+        rank_zero_info(
+            f"Samples may skip {', '.join(one.name for one in blocks)}: at most {1 - gates.least:.0%} of the MACs."
+        )
 
     def adopt(self, network: nn.Module) -> bool:
         """Take the gates that a network has already; return whether it has some.
@@ -131,9 +134,10 @@ class Skipping(Objective):
 
     def _check_target(self, gates: SkipGates) -> None:
         if self.target <= gates.least:
+            names = ", ".join(one.name for one in gates.blocks)
             raise ValueError(
-                f"target={self.target} is below what is left without the blocks {', '.join(b.name for b in gates.blocks)}: "
-                f"{gates.least:.3f} of the MACs. Take a larger target, or name more blocks."
+                f"target={self.target} is below what is left without the blocks {names}: {gates.least:.3f} of the "
+                f"MACs. Take a larger target, or name more blocks."
             )
 
     def configure(self, module: LightningModule) -> None:
@@ -246,16 +250,16 @@ class Skipping(Objective):
         counts: Counter[tuple[bool, ...]] = Counter()
         seen, self._seen = self._seen, []
         if seen:
-            choices, numbers = torch.cat(seen).unique(dim=0, return_counts=True)
-            counts.update(dict(zip(map(tuple, choices.tolist()), numbers.tolist(), strict=True)))
+            counts.update(map(tuple, torch.cat(seen).tolist()))
         everyones = sum(gather(counts), Counter())
         if not everyones:
             return
         found = measured(gates, everyones)
         for name in ("used", "varying"):
             module.log(self.logged_name(name), getattr(found, name), sync_dist=True)
-        if self.measuring or trainer.state.fn == "fit":
-            self.found = found
+        if self.measuring is not None:
+            self.measuring.append(found)
+        if self.measuring is not None or trainer.state.fn == "fit":
             gates.rates = torch.tensor(list(found.rates.values()), dtype=torch.float64)
         if trainer.state.fn == "fit" and self._noise.progress(self._step) >= _FALLS:
             self._warn_of_collapse(found)

@@ -15,7 +15,7 @@ from lightning_compress.core.structure import Arriving, Structure, detach, struc
 from lightning_compress.skipping.gate_modules import Features
 from lightning_compress.skipping.gates import GATES, GateKind, SkipGates, gates_of
 from lightning_compress.stages.block import Block
-from lightning_compress.stages.branch_hooks import gated, ungate
+from lightning_compress.stages.branch_hooks import _Gate, gated
 
 _MOST = 1 << 16  # channels or blocks that a file may ask for
 
@@ -52,15 +52,10 @@ class GateStructure(Structure):
     def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
         made = _made(record)
         known = gates_of(module)
-        for what, mine, theirs in (
-            ("gates before", known and [one.name for one in known.blocks], [one.name for one in made.blocks]),
-            ("gates of the kind", known and [known.kind], [made.kind]),
-        ):
-            if mine is not None and mine != theirs:
-                raise RecordError(
-                    f"The network was saved with {what} {', '.join(theirs)}, and this one has {what} "
-                    f"{', '.join(mine)}: build it with the same."
-                )
+        if known is not None and _said(known) != _said(made):
+            raise RecordError(
+                f"The network was saved with {_said(made)}, and this one has {_said(known)}: build it with the same."
+            )
         for block in made.blocks if known is None else ():
             for path in (block.reads, block.ends):
                 try:
@@ -111,7 +106,10 @@ def note_gates(network: nn.Module) -> None:
 def take_gates(network: nn.Module) -> None:
     """Take the gates away from a network, with their hooks and their record."""
     network._modules.pop(GATES, None)
-    ungate(network)
+    for module in network.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Gate)]:
+                del hooks[key]
     for one in structures(network):
         if isinstance(one, GateStructure):
             detach(network, one)
@@ -122,15 +120,22 @@ def _made(record: Mapping[str, Any]) -> SkipGates:
     blocks, features = _blocks(record), _features(record)
     if len(blocks) != len(features):
         raise RecordError(f"The record of gates has {len(blocks)} blocks, and features of {len(features)}.")
-    kind, macs = record.get("gate"), record.get("macs")
+    kind: Any = record.get("gate")
+    macs: Any = record.get("macs")
     if kind not in get_args(GateKind):
-        raise RecordError(f"The record of gates has gates {shown(kind)}, which are none of {', '.join(get_args(GateKind))}.")
+        raise RecordError(
+            f"The record of gates has gates {shown(kind)}, which are none of {', '.join(get_args(GateKind))}."
+        )
     if not _is_size(macs) or macs < sum(one.macs for one in blocks):
         raise RecordError(f"The record of gates has {shown(macs)} MACs, which are less than its blocks have.")
     with torch.random.fork_rng([]):
         made = SkipGates(blocks, features, macs=macs, kind=kind)
     made.rates = _rates(record, len(blocks))
     return made
+
+
+def _said(gates: SkipGates) -> str:
+    return f"gates of the kind {gates.kind} before {', '.join(one.name for one in gates.blocks)}"
 
 
 def _blocks(record: Mapping[str, Any]) -> tuple[Block, ...]:

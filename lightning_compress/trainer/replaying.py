@@ -174,7 +174,12 @@ class ReplayingObjective(Objective):
     def _replays(self, module: LightningModule) -> bool:
         """Whether there is something to replay, and no wrapper around with which a fit will be refused."""
         around = [one for one in self._around(module) if isinstance(one, ReplayingObjective)]
-        return bool(self.labels(module)) and all(one.runs_thinner and not self.runs_thinner for one in around)
+        levels: Any = getattr(module, SLOT).levels
+        return (
+            bool(self.labels(module))
+            and all(one.runs_thinner and not self.runs_thinner for one in around)
+            and not any(level.objective.refuses_replays for level in levels)
+        )
 
     def _begin(self, module: LightningModule, batch: Any) -> OneStep:
         self.begin(module)

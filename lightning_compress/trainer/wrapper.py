@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,8 +36,11 @@ class Objective:
             its state dict, no target of a pattern.
         depth: How many wrappers are inside this one.
         fitting: Whether a fit goes on, in which `auxiliary` is among the wrapper's parameters.
+        refuses_replays: Whether no other wrapper may run its steps several times for a batch, which a rule refuses.
         replicas: What the replays of a step have to themselves, by the folder of what they log: see `trainer.replica`.
     """
+
+    refuses_replays: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings

@@ -183,7 +183,11 @@ def alone(technique: str, setting: str, **options: Any) -> str:
     known = SETTINGS[setting]
     entry = TECHNIQUES[technique]()
     return fitted(
-        entry, known.module(**entry.module), before=known.before(), behind=known.behind(), **(dict(known.options) | options)
+        entry,
+        known.module(**entry.module),
+        before=known.before(),
+        behind=known.behind(),
+        **(dict(known.options) | options),
     )
 
 

@@ -137,7 +137,7 @@ def channel_gates(**options: Any) -> Entry:
 
 
 def block_gates(**options: Any) -> Entry:
-    settings: dict[str, Any] = {"target": 0.7, "weight": 8.0} | options
+    settings: dict[str, Any] = {"target": 0.6, "weight": 8.0} | options
 
     def wrap(module: LightningModule, **changed: Any) -> LightningModule:
         return SkippableBlocks(module, example_inputs=torch.zeros(2, FEATURES), **(settings | changed))
