@@ -12,6 +12,7 @@ from lightning_compress.skipping.budget import Budget, Measured
 from lightning_compress.skipping.gates import GateKind, SkipGates, gates_of
 from lightning_compress.skipping.objective import Skipping, Training
 from lightning_compress.skipping.record import note_gates
+from lightning_compress.trainer.compatibility import check_together
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.outline import Outline
@@ -98,6 +99,8 @@ class SkippableBlocks(CompressionModule):
             output=output,
             example_inputs=example_inputs,
         )
+        super().__init__(module, objective)
+        check_together(self, [level.callback for level in self._lightning_compress.levels])
         found = resolve_network(module, network)
         given = example_inputs if example_inputs is not None else getattr(module, "example_input_array", None)
         if not objective.adopt(found):
@@ -105,7 +108,6 @@ class SkippableBlocks(CompressionModule):
                 objective.build(found, given)
             elif objective.blocks != []:
                 note_gates(backbone(found))
-        super().__init__(module, objective)
 
     def measure(self, loader: Any, *, trainer: Trainer | None = None) -> Measured:
         """Return what the gates do to the samples of a loader, and keep their rates for `deploy`.

@@ -153,12 +153,13 @@ class Skipping(Objective):
         return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
-        there = self.gates(module) is not None
+        there = self.blocks != [] or self.gates(module) is not None
         return replace(
             super().effects(trainer, module),
             modules=frozenset(self.own_parameters(module)),
             looks_at=frozenset({"layers"}) if there else frozenset(),
             skips=there,
+            chooses_by_sample=there,
             options={"modules": "blocks=...", "looks_at": "blocks=..."},
         )
 

@@ -247,9 +247,10 @@ PAIR_RULES = (
         remedy="use one of them",
     ),
     PairRule(
-        name="two wrappers with gates before blocks",
-        meets=lambda one, other, first: first and one.skips and other.skips,
-        reason="{one} and {other} both train the gates of the network's blocks",
+        name="gates before blocks beside other gates",
+        meets=lambda one, other, first: one.skips and other.chooses_by_sample and (first or not other.skips),
+        reason="{one} has gates before blocks, which are found and deployed in a network without other gates, and "
+        "{other} has some as well",
         remedy="use one of them",
     ),
 )
