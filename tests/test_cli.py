@@ -452,6 +452,12 @@ def test_autoslim_ends_with_a_plain_network_within_its_budget(command: Callable[
     plain = load_compressed("run/compressed.lcz", Classifier(DigitsConvNet(width=8)))
     convolutions = [one for one in plain.modules() if isinstance(one, torch.nn.Conv2d)]
     assert sum(one.out_channels for one in convolutions) < 8 + 8 + 16 + 16
+    before = Path("run/tuning.ckpt").stat()
+    command("ckpt_path=run/checkpoints/last.ckpt")  # nothing is left to train, but the controls
+    again = Report.load("run/report.json")
+    assert Path("run/tuning.ckpt").stat().st_mtime_ns == before.st_mtime_ns
+    assert again.compressed.test_metric == report.compressed.test_metric
+    assert [one.phase for one in again.history] == [one.phase for one in report.history]
 
 
 # ---------------------------------------------------------------------------------------------------- other tasks

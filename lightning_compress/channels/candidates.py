@@ -170,10 +170,27 @@ def _dense_output(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
     try:
         return run(model, inputs)
     except Exception as error:
+        found = _unregistered(model)
+        advice = (
+            f". It holds {found}, which torch does not see: make it an nn.ModuleList or nn.ModuleDict" if found else ""
+        )
         raise ValueError(
             f"{type(model).__name__} does not run on the example inputs in double precision, in which its channel "
-            f"groups are tried: {error}"
+            f"groups are tried: {error}{advice}"
         ) from error
+
+
+def _unregistered(model: nn.Module) -> str:
+    """Return words for the first list or dict of modules that are no children of the module that holds it."""
+    known = {id(one) for one in model.modules()}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            held = value.values() if isinstance(value, dict) else value
+            if name.startswith("_") or not isinstance(value, list | tuple | dict):
+                continue
+            if any(isinstance(one, nn.Module) and id(one) not in known for one in held):
+                return f"modules in a plain {type(value).__name__}, {f'{path}.{name}'.lstrip('.')!r}"
+    return ""
 
 
 def _operators(program: ExportedProgram) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -58,6 +59,8 @@ def sandbox(model: nn.Module) -> Iterator[None]:
             _fill(table, {name: others.get(id(one), one) for name, one in table.items()})
         for module in model.modules():
             _double_attributes(vars(module), others)
+            if isinstance(module, _NormBase) and module.momentum is None:
+                module.momentum = 0.1  # no export can follow the count of batches, on which no output depends
         for context in (modes_restored(model), all_sliceable(model), scripts_callable(model), _Doubles()):
             back.enter_context(context)
         torch.set_default_dtype(torch.float64)  # for constants that the network's code makes

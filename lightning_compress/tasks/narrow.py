@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.core.example_inputs import to_device
@@ -85,3 +85,13 @@ def narrowed(
         module = copy.deepcopy(innermost(wrapped))
     module.set_submodule(objective.network, thin)
     return module
+
+
+class SavesEveryEpoch(Callback):
+    """Overwrites one checkpoint at the end of every epoch, without the warnings of Lightning's for a used folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.path)

@@ -29,11 +29,11 @@ from lightning_compress.report.figure import can_draw
 from lightning_compress.report.metric import Metric, Mode
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs, samples
-from lightning_compress.tasks.narrow import check_search, narrowed
+from lightning_compress.tasks.narrow import SavesEveryEpoch, check_search, narrowed
 from lightning_compress.tasks.points import Way, calibrate, check_calibration, tested_ways, timed_points
 from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
-from lightning_compress.tasks.run_folder import COMPRESSED, SEARCH, SMALL, dense_files
+from lightning_compress.tasks.run_folder import COMPRESSED, SEARCH, SMALL, TUNING, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
 
 
@@ -125,7 +125,7 @@ class Run:
         )
         epochs = int(dense.get("max_epochs") or 0) + compressed.trainer.current_epoch
         if self.search is not None:
-            compressed = self.narrow(compressed, self.search)
+            compressed = self.narrow(compressed, self.search, resumed=ckpt_path is not None)
             epochs += compressed.trainer.current_epoch
         compressed.trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
         alone = dict(controls or {})
@@ -236,22 +236,25 @@ class Run:
             history=recorder.history,
         )
 
-    def narrow(self, slimmable: Compressed, search: Mapping[str, Any]) -> Compressed:
+    def narrow(self, slimmable: Compressed, search: Mapping[str, Any], *, resumed: bool = False) -> Compressed:
         """Search a width for every group of a slimmable network, and train the network of these widths on.
 
-        A run that is resumed trains these epochs again; the search goes on from its record.
+        A run that is resumed goes on with both from what the folder has of them.
         """
         settings = dict(search)
         epochs = int(settings.pop("epochs"))
         wrapped: Any = slimmable.module
+        resumed = resumed and (self.folder / SEARCH).exists()  # else the widths may be others
         module = narrowed(wrapped, self.datamodule, record=self.folder / SEARCH, **settings)
         before = self._test(module)
         recorder = Recorder(self.val_metric, slimmable.history)
         recorder.phase = "tuning"
         seed_everything(self.seed, workers=True, verbose=False)
+        path = self.folder / TUNING
+        saving = SavesEveryEpoch(path)
         options: dict[str, Any] = {"max_epochs": epochs, "logger": False, "enable_checkpointing": False}
-        trainer = trainer_of(self.make_trainer, callbacks=[recorder], **options)
-        trainer.fit(module, datamodule=self.datamodule)
+        trainer = trainer_of(self.make_trainer, callbacks=[recorder, saving], **options)
+        trainer.fit(module, datamodule=self.datamodule, ckpt_path=path if resumed and path.exists() else None)
         return Compressed(
             module=module,
             trainer=trainer,

@@ -8,6 +8,7 @@ COMPRESSED, SMALL = "compressed.ckpt", "compressed.lcz"
 CONFIG = "config.yaml"  # the composed config, resolved
 CHECKPOINTS = "checkpoints"  # a folder
 SEARCH = "search.json"  # the decisions of a search for widths
+TUNING = "tuning.ckpt"  # the last epoch of the training that follows
 
 
 def dense_files(folder: str | Path, number: int) -> list[str]:

@@ -354,7 +354,8 @@ class ObjectiveCallback(ResumableCallback):
         if left:
             raise ValueError(
                 f"{self.name} has parameters that no optimizer trains: {', '.join(left)}. They are among "
-                f"self.parameters() of {type(pl_module).__name__}: let its configure_optimizers take these."
+                f"self.parameters() of {type(pl_module).__name__}: let its configure_optimizers take these, or freeze "
+                f"them with requires_grad_(False) if they are to stay as they are."
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
