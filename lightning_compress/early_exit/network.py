@@ -170,7 +170,7 @@ class EarlyExitNetwork(nn.Module):
         if self._stages is None:
             return Served(self, exit=exit)
         stage = self._stages.between(0, exit, leave=True)
-        tensors = dict(zip(stage.names, Live(self.network, self._stages).tensors(stage), strict=True))
+        tensors = dict(zip(stage.names, Live(self.network, self._stages.graph.constants).tensors(stage), strict=True))
         head = None if exit == last else self.heads[exit - 1]
         return Static(self._stages.alone(exit, tensors), head).train(self.training)
 
@@ -217,7 +217,7 @@ class EarlyExitNetwork(nn.Module):
         if not self.whole_batch:
             try:
                 self._stages = split(self.network, self.exits, inputs, output=self.output)
-                self._live = Live(self.network, self._stages)
+                self._live = Live(self.network, self._stages.graph.constants)
             except MixedSamplesError:
                 raise
             except SplitError as error:
@@ -281,7 +281,7 @@ class EarlyExitNetwork(nn.Module):
             return run_whole(forward, layers, exits, visit, last)
         assert self._stages is not None
         if self._live is None:
-            self._live = Live(self.network, self._stages)
+            self._live = Live(self.network, self._stages.graph.constants)
         tensors = [one for one in inputs if isinstance(one, Tensor)]
         try:
             return self._stages.run(self._execute, tensors, exits, visit, last)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +102,16 @@ def is_carried(graph: Trace, node: fx.Node) -> bool:
     return not (node in graph.names or node.op == "get_attr" or is_size(node))
 
 
+Instead = Callable[[fx.Graph, dict[fx.Node, fx.Node]], fx.Node]
+
+
 def extract(
     graph: Trace,
     nodes: Iterable[fx.Node],
     given: Mapping[fx.Node, Rows | None],
     results: fx.Node | Sequence[fx.Node],
     where: str,
+    instead: Mapping[fx.Node, Instead] | None = None,
 ) -> Stage:
     """Return a part of a graph, in which sizes are computed from the number of samples that it is given.
 
@@ -117,6 +121,8 @@ def extract(
         given: The tensors that the part takes, and where their samples stand.
         results: What it returns: one node, or a tuple.
         where: The place where it begins, for messages.
+        instead: For some nodes, a function that adds others in their place: called with the new graph, and the nodes
+            that were copied so far, which it may replace for those that follow; returns the one in the node's place.
 
     Raises:
         SplitError: A size cannot be computed anew.
@@ -125,7 +131,8 @@ def extract(
     returned = tuple(results) if isinstance(results, Sequence) else (results,)
     inner = list(nodes)
     env = {node: part.placeholder(node.name) for node in given}
-    used = {one for node in inner for one in node.all_input_nodes} | set(returned)
+    given_up = instead or {}
+    used = {one for node in inner if node not in given_up for one in node.all_input_nodes} | set(returned)
     weights = [node for node in graph.names if node in used]
     env |= {node: part.placeholder(node.name) for node in weights}
     samples: list[fx.Node] = []
@@ -157,7 +164,9 @@ def extract(
         return part.call_function(operator.add, (result, size[1])) if size[1] else result
 
     for node in inner:
-        if node.op != "get_attr" and not is_size(node):
+        if node in given_up:
+            env[node] = given_up[node](part, env)
+        elif node.op != "get_attr" and not is_size(node):
             env[node] = part.node_copy(node, known)
     part.output(tuple(env[node] for node in returned) if several else env[returned[0]])
     _reuse_memory(part)
@@ -168,7 +177,7 @@ def _reuse_memory(graph: fx.Graph) -> None:
     """Have activations and sums write into what they alone read, which is freshly made: memory is what they cost."""
     fresh: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target in _FRESH:
+        if node.target in _FRESH or node.meta.get(FRESH):
             fresh.add(node)
         other = _IN_PLACE.get(node.target)
         first = node.args[0] if other else None
@@ -179,6 +188,7 @@ def _reuse_memory(graph: fx.Graph) -> None:
             node.target = other
 
 
+FRESH = "fresh"  # in a node's meta: nothing else has the memory of what it returns, and nobody reads it later
 _ATEN = torch.ops.aten
 _IN_PLACE = {_ATEN.relu.default: _ATEN.relu_.default, _ATEN.add.Tensor: _ATEN.add_.Tensor}
 _FRESH = {  # what they return is no view, and no gradient needs its values

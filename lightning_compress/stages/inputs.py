@@ -20,7 +20,7 @@ class Inputs:
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], has_samples: Sequence[bool]) -> None:
         self.leaves, self._spec = tree_flatten((args, dict(kwargs)))
-        self._keywords, self._has_samples = tuple(kwargs), tuple(has_samples)
+        self._keywords, self.has_samples = tuple(kwargs), tuple(has_samples)
         self._is_flat = not kwargs and all(isinstance(one, Tensor) for one in args)
 
     def forget_tensors(self) -> None:
@@ -52,7 +52,7 @@ class Inputs:
                     f"{_structure(*expected)}: pass the same arguments."
                 )
         numbers = set()
-        for leaf, example, has_samples in zip(leaves, examples, self._has_samples, strict=True):
+        for leaf, example, has_samples in zip(leaves, examples, self.has_samples, strict=True):
             if not isinstance(example, Tensor):
                 if isinstance(leaf, Tensor) or leaf != example:
                     raise ValueError(f"An input is {_said(leaf)}, and was {example!r} in the example.")

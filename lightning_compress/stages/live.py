@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.stages.extract import Stage
-from lightning_compress.stages.stages import Stages
 
 
 class StaleError(Exception):
@@ -20,12 +19,12 @@ class Live:
 
     Args:
         network: Has the tensors.
-        stages: Were made of it as it is now.
+        constants: Tensors that belong to its code, by name, from the graph of which stages were made.
     """
 
-    def __init__(self, network: nn.Module, stages: Stages) -> None:
+    def __init__(self, network: nn.Module, constants: Mapping[str, Tensor]) -> None:
         self.modules = list(network.modules())
-        self._network, self._constants = network, stages.graph.constants
+        self._network, self._constants = network, constants
         self._found: dict[Stage, _Tensors] = {}
 
     def tensors(self, stage: Stage) -> list[Tensor]:
