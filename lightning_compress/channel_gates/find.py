@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.channel_gates.gates import GATES, Layer
+from lightning_compress.channel_gates.gates import GATES
+from lightning_compress.channel_gates.kinds import Layer
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroup
 from lightning_compress.core.evaluation import entries_restored, evaluating

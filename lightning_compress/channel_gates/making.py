@@ -50,7 +50,7 @@ def give_gates(network: nn.Module, gates: LayerGates) -> None:
 
     Example:
         >>> import torch
-        >>> from lightning_compress.channel_gates.gates import Layer
+        >>> from lightning_compress.channel_gates.kinds import Layer
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> give_gates(net, LayerGates([Layer("0", "0", 2, 4, last=True)], share=0.5))
         >>> (net[0](torch.rand(1, 2)) != 0).tolist()

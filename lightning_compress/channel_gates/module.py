@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_compress.channel_gates.gates import Way
+from lightning_compress.channel_gates.kinds import Train, Way, count_at
 from lightning_compress.channel_gates.network import ChannelGatedNetwork
 from lightning_compress.channel_gates.objective import GatedChannels
 from lightning_compress.channel_gates.record import note_gates
@@ -45,10 +45,15 @@ class ChannelGates(CompressionModule):
             already, as from a compressed file.
         share: d, the share of a layer's channels that each sample keeps. None: 0.5, or that of the gates that the
             network has; 1: no gates.
+        train: "gradient": the gates learn by the loss's gradient in the gains of the channels that are kept;
+            "q_learning" (runtime neural pruning): a small agent in each layer keeps the first 1 to 4 of 4 groups of
+            channels, the important ones first, and learns from rewards (see `channel_gates.rewards`) which groups a
+            sample needs; `share` is then the mean that a price on channels aims at.
         start_epoch: When the share begins to fall.
         end_epoch: When it has fallen. None: two thirds of the fit.
-        penalty: The weight of the gains in the loss.
+        penalty: The weight of the gains in the loss, with "gradient".
         network: Dotted path of the submodule whose layers are gated; empty: the module itself.
+        output: Key, position or attribute of the logits, where the network returns more; for "q_learning".
         example_inputs: What the network is called with, to find its layers; None: the module's `example_input_array`,
             or else one peeked batch when the fit begins, until which there are no gates, unless a checkpoint brings
             them.
@@ -59,7 +64,8 @@ class ChannelGates(CompressionModule):
             with gates at other layers, or a wrapper inside that does not go with gates.
 
     Paper:
-        Gao et al., Dynamic channel pruning: feature boosting and suppression (1810.05331).
+        Gao et al., Dynamic channel pruning: feature boosting and suppression (1810.05331); Lin et al., Runtime
+        neural pruning (2017).
 
     Example:
         >>> import torch
@@ -78,20 +84,24 @@ class ChannelGates(CompressionModule):
         layers: Sequence[str] | None = None,
         *,
         share: float | None = None,
+        train: Train = "gradient",
         start_epoch: float = 0.0,
         end_epoch: float | None = None,
         penalty: float = 1e-8,
         network: str = "",
+        output: str | int | None = None,
         example_inputs: ExampleInputs | None = None,
     ) -> None:
         check_wrappable(module, type(self))
         objective = GatedChannels(
             layers,
             share=share,
+            train=train,
             start_epoch=start_epoch,
             end_epoch=end_epoch,
             penalty=penalty,
             network=network,
+            output=output,
             example_inputs=example_inputs,
         )
         found = resolve_network(module, network)
@@ -165,7 +175,7 @@ class ChannelGates(CompressionModule):
                 layer.name,
                 layer.end,
                 str(layer.channels),
-                str(gates.kept(layer)),
+                str(count_at(gates.share, layer.channels)),
                 f"{sum(p.numel() for p in gate.parameters()):,}",
             ]
             for layer, gate in zip(gates.layers, gates.by_layer().values(), strict=True)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_compress.channel_gates.find import Reader, find_layers
-from lightning_compress.channel_gates.gates import FeatureGate, Layer, LayerGates, gates_of, saliency
+from lightning_compress.channel_gates.gates import LayerGates, gates_of
+from lightning_compress.channel_gates.kinds import Gate, Layer, saliency
 from lightning_compress.channel_gates.making import take_gates
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call, first_samples
@@ -203,7 +204,7 @@ class _Gated:
     def __init__(self, network: nn.Module, layer: Layer, gates: LayerGates, *, thin: bool) -> None:
         self.layer, self.gates, self.thin = layer, gates, thin
         self.module: Any = network.get_submodule(layer.name)
-        self.gate: FeatureGate = gates.by_layer()[layer.name]
+        self.gate: Gate = gates.by_layer()[layer.name]
         self.slices, self.in_sets = True, True
         self.kept: Tensor | None = None
         self.feed: _Feed | None = None
@@ -217,27 +218,26 @@ class _Gated:
 
     def __call__(self, input: Tensor) -> Tensor:
         x, feed = input, None if self.feed is None else self.feed.positions()
-        s = saliency(x, last=self.layer.last)
-        weight = self.gate.weight if feed is None else self.gate.weight.index_select(1, feed)
-        gains = torch.relu(F.linear(s, weight.to(s.dtype), self.gate.bias.to(s.dtype)))
-        mask = self.gate.choose(gains, self.gates.share, self.gates.way, self.gates._generator)
+        scores = self.gate(saliency(x, last=self.layer.last), feed)
+        mask = self.gates.choice(self.gate, scores)
+        factors = self.gate.factors(scores, mask)
         if len(x) == 1 and self.slices:
-            return self._one(x, gains[0], mask[0], feed)
+            return self._one(x, factors[0], mask[0], feed)
         self.kept = None
         if self.in_sets and len(x) > 1:
-            return self._sets(x, gains, mask)
-        return self._shaped(self._computed(x, self._weight(None, feed)), gains * mask)
+            return self._sets(x, factors, mask)
+        return self._shaped(self._computed(x, self._weight(None, feed)), factors)
 
-    def _one(self, x: Tensor, gains: Tensor, mask: Tensor, feed: Tensor | None) -> Tensor:
+    def _one(self, x: Tensor, factors: Tensor, mask: Tensor, feed: Tensor | None) -> Tensor:
         kept = mask.nonzero().squeeze(1)
-        factors = (gains[kept] * self.gate.scale[kept]).to(x.dtype)
+        factors = factors[kept]
         weight = self._weight(kept, feed)
-        weight = weight * factors.view(-1, *[1] * (weight.dim() - 1))
-        thin = self._computed(x, weight, (gains[kept] * self.gate.shift[kept]).to(x.dtype))
+        weight = weight * (factors * self.gate.scale[kept]).to(x.dtype).view(-1, *[1] * (weight.dim() - 1))
+        thin = self._computed(x, weight, (factors * self.gate.shift[kept]).to(x.dtype))
         self.kept = kept if self.thin else None
         return thin if self.thin else self._scattered(thin, kept)
 
-    def _sets(self, x: Tensor, gains: Tensor, mask: Tensor) -> Tensor:
+    def _sets(self, x: Tensor, factors: Tensor, mask: Tensor) -> Tensor:
         """Compute the samples that have chosen the same channels together."""
         sets, of_sample = torch.unique(mask, dim=0, return_inverse=True)
         output: Tensor | None = None
@@ -249,7 +249,7 @@ class _Gated:
                 output = full.new_zeros(len(x), *full.shape[1:])
             output.index_copy_(0, rows, full)
         assert output is not None
-        return self._shaped(output, gains * mask)
+        return self._shaped(output, factors)
 
     def _shaped(self, output: Tensor, factors: Tensor) -> Tensor:
         between = [1] * (output.dim() - 2)

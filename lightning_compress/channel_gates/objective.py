@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,11 +16,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.channel_gates.find import FoundLayers, find_layers
-from lightning_compress.channel_gates.gates import LayerGates, checked_share, gates_of
+from lightning_compress.channel_gates.gates import LayerGates, gates_of
+from lightning_compress.channel_gates.kinds import GroupGate, Layer, Train, checked_share
 from lightning_compress.channel_gates.making import give_gates
 from lightning_compress.channel_gates.record import note_gates
+from lightning_compress.channel_gates.rewards import Agent, errors
 from lightning_compress.core.distributed import all_reduce_sum, world_size
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.core.outputs import select_output
+from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
 from lightning_compress.trainer.one_step import backbone
@@ -29,6 +33,10 @@ from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.unwrap import innermost
 from lightning_compress.trainer.wrapper import Objective
 
+Seen = Sequence[tuple[Tensor, Tensor]]  # scores and choices of the gates that have run
+Run = Callable[[], Any]
+Added = Tensor | None
+_EXPLORE, _EXPLORE_LAST = 0.2, 0.05  # shares of samples that choose groups at random, while the share falls and later
 _FEW = 4  # samples that are kept of a peeked batch, with which the layers are found
 _SHARE = 0.5  # where the user names none
 _STATIC = 0.02  # share of channels below which the choice is called the same for all samples
@@ -47,27 +55,40 @@ class GatedChannels(Objective):
         layers: Sequence[str] | None,
         *,
         share: float | None,
+        train: Train,
         start_epoch: float,
         end_epoch: float | None,
         penalty: float,
         network: str,
+        output: str | int | None,
         example_inputs: ExampleInputs | None,
     ) -> None:
         names = None if layers is None else list(layers)
         super().__init__(
-            layers=names, share=share, start_epoch=start_epoch, end_epoch=end_epoch, penalty=penalty, network=network
+            layers=names,
+            share=share,
+            train=train,
+            start_epoch=start_epoch,
+            end_epoch=end_epoch,
+            penalty=penalty,
+            network=network,
+            output=output,
         )
         self.names = names
         self.share = None if share is None else checked_share(share)
         self.epochs = {"start_epoch": start_epoch, "end_epoch": end_epoch}
         self.penalty = penalty
-        self.network = network
+        self.network, self.output = network, output
+        self.train: Train = train
+        self.agent = Agent()
         self.example_inputs = example_inputs
         self.found: FoundLayers | None = None
         self.training_share = Scheduled.of(1.0, "share")
         self._start: float | None = None  # the share with which training begins, once there are gates
         self._step = 0
         self._said_static = False
+        if train not in get_args(Train):
+            raise ValueError(f"train is one of {', '.join(get_args(Train))}; got {train!r}.")
         if not penalty >= 0.0:
             raise ValueError(f"penalty is the weight of the sum of all gains, 0 or more; got {penalty!r}.")
         if end_epoch is not None and end_epoch <= start_epoch:
@@ -98,7 +119,8 @@ class GatedChannels(Objective):
         bare = backbone(network)
         found = find_layers(bare, inputs, self.names)
         like = next(iter(bare.parameters()))
-        give_gates(bare, LayerGates(found.layers, share).to(like.device, like.dtype))
+        orders = None if self.train == "gradient" else {one.name: _importance(bare, one) for one in found.layers}
+        give_gates(bare, LayerGates(found.layers, share, orders).to(like.device, like.dtype))
         note_gates(bare)
         self._start, self.found = 1.0, found
         self.example_inputs = first_samples(inputs, _FEW)
@@ -117,6 +139,9 @@ class GatedChannels(Objective):
             raise ValueError(
                 f"The network has gates at {', '.join(have)} already, and layers= says {', '.join(self.names)}."
             )
+        if (gates.orders is None) != (self.train == "gradient"):
+            kind = "gradient" if gates.orders is None else "q_learning"
+            raise ValueError(f"The network has gates already, which learn by train={kind!r}; got {self.train!r}.")
         if self._start is None:
             self._start = gates.share
         if self.share is not None:
@@ -135,7 +160,7 @@ class GatedChannels(Objective):
     def finish(self, module: LightningModule) -> None:
         gates = self.gates(module)
         if gates is not None:
-            gates.training_share = None
+            gates.training_share, gates.explore = None, 0.0
 
     def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
         gates = self.gates(module)
@@ -170,6 +195,8 @@ class GatedChannels(Objective):
             falls = Scheduled.of({"start": self._start, "end": gates.share, **self.epochs}, "share")
         falls.plan(trainer, None if state is None else state["share"])
         self.training_share = falls
+        if state is not None:
+            self.agent.price = state["price"]
 
     def follow_epochs(self, moment: Callable[[int], int]) -> None:
         self.training_share.follow_epochs(moment)
@@ -178,7 +205,7 @@ class GatedChannels(Objective):
         self._step = step
 
     def state(self) -> dict[str, Any]:
-        return {"share": self.training_share.state()}
+        return {"share": self.training_share.state(), "price": self.agent.price}
 
     def before_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Bring what the ranks have counted together; say it once if all samples keep the same channels."""
@@ -205,14 +232,36 @@ class GatedChannels(Objective):
         if _is_written(module):
             module.log(self.logged_name("channels"), share, prog_bar=True)
             module.log(self.logged_name("varying"), gates.varying())
-        with gates.collecting() as found:
-            result = run(*args, **kwargs)
+        add = self._with_penalty if gates.orders is None else self._with_rewards
+        with gates.collecting() as seen:
+            result, added = add(module, gates, seen, partial(run, *args, **kwargs))
         loss = loss_of(result)
-        gains = [one.sum(1).mean() for one in found if one.requires_grad]
-        if loss is None or not gains or not self.penalty:
+        if loss is None or added is None:
             return result
-        total = loss + self.penalty * _summed(gains, loss)
+        total = loss + added.to(loss.dtype)
         return {**result, "loss": total} if isinstance(result, Mapping) else total
+
+    def _with_penalty(self, module: LightningModule, gates: LayerGates, seen: Seen, run: Run) -> tuple[Any, Added]:
+        """Run the step, and return what it returns, and the penalty on the gains of all gates."""
+        result = run()
+        gains = [scores.sum(1).mean() for scores, _ in seen if scores.requires_grad]
+        return result, self.penalty * torch.stack(gains).sum() if gains and self.penalty else None
+
+    def _with_rewards(self, module: LightningModule, gates: LayerGates, seen: Seen, run: Run) -> tuple[Any, Added]:
+        """Run the step, and return what it returns, and the loss of the agents that choose groups."""
+        share, found = self.training_share, list[Any]()
+        gates.explore = _EXPLORE_LAST if share.progress(self._step) == 1.0 else _EXPLORE
+        with captured(module, self.network, lambda *_: None, found.append) as was_called:
+            result = run()
+        loss = loss_of(result)
+        if loss is None:
+            return result, None
+        was_called()
+        wrong = errors(loss, select_output(found[0], self.output, "The network"))
+        mine = [one for one in gates.by_layer().values() if isinstance(one, GroupGate)]
+        added = self.agent.loss(mine, seen, wrong)
+        self.agent.pay(seen, share.at(self._step))
+        return result, added
 
 
 def _is_written(module: LightningModule) -> bool:
@@ -222,5 +271,13 @@ def _is_written(module: LightningModule) -> bool:
     return trainer is not None and bool(interval) and (trainer.global_step + 1) % interval == 0
 
 
-def _summed(gains: Sequence[Tensor], loss: Tensor) -> Tensor:
-    return torch.stack(list(gains)).sum().to(loss.dtype)
+@torch.no_grad()
+def _importance(network: nn.Module, layer: Layer) -> list[int]:
+    """Return a layer's output channels, those of the largest magnitude first: the scale of their norm, or L1."""
+    module: Any = network.get_submodule(layer.name)
+    norm: Any = network.get_submodule(layer.end)
+    scores = module.weight.abs().flatten(1).sum(1)
+    if layer.end != layer.name and norm.weight is not None:
+        scores = norm.weight.abs()
+    found: list[int] = scores.argsort(descending=True, stable=True).tolist()
+    return found

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_compress.channel_gates.gates import GATES, Layer, LayerGates, checked_share, gates_of
+from lightning_compress.channel_gates.gates import GATES, LayerGates, gates_of
+from lightning_compress.channel_gates.kinds import Layer, checked_share
 from lightning_compress.channel_gates.making import give_gates
 from lightning_compress.core.records import RecordError, shown
 from lightning_compress.core.structure import Arriving, Structure, structures
@@ -37,15 +38,25 @@ class ChannelGateStructure(Structure):
         gates = gates_of(module)
         if gates is None:
             return None
-        return {"share": gates.share, "layers": [[getattr(one, name) for name in _FIELDS] for one in gates.layers]}
+        orders = gates.orders
+        return {
+            "share": gates.share,
+            "layers": [[getattr(one, name) for name in _FIELDS] for one in gates.layers],
+            "orders": None if orders is None else [list(orders[layer.name]) for layer in gates.layers],
+        }
 
     def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
         layers, _ = _layers(record), _share(record)
-        known = gates_of(module)
+        orders, known = _orders(record), gates_of(module)
         if known is not None and known.layers != layers:
             raise RecordError(
                 f"The network was saved with gates at {_named(layers)}, and this one has them at "
                 f"{_named(known.layers)}: build it with the same layers."
+            )
+        if known is not None and known.orders != orders:
+            raise RecordError(
+                f"The network was saved with gates that choose {_choices(orders)}, and those of this one choose "
+                f"{_choices(known.orders)}: build it with the same train=, from the same network."
             )
         for layer in layers:
             for name in (layer.name, layer.end):
@@ -61,7 +72,7 @@ class ChannelGateStructure(Structure):
             return  # a state dict without gates says nothing of them, and a strict load will
         gates = gates_of(module)
         if gates is None:
-            gates = LayerGates(_layers(record), _share(record))
+            gates = LayerGates(_layers(record), _share(record), _orders(record))
             like = next(iter(module.parameters()), None)
             give_gates(module, gates if like is None else gates.to(like.device, like.dtype))
         gates.share = _share(record)
@@ -75,6 +86,10 @@ def note_gates(network: nn.Module) -> None:
 
 def _named(layers: tuple[Layer, ...]) -> str:
     return ", ".join(layer.name for layer in layers)
+
+
+def _choices(orders: Any) -> str:
+    return "single channels" if orders is None else "groups of channels in some order"
 
 
 def _share(record: Mapping[str, Any]) -> float:
@@ -96,3 +111,18 @@ def _layers(record: Mapping[str, Any]) -> tuple[Layer, ...]:
     if not found or any(min(layer.inputs, layer.channels) < 1 for layer in found):
         raise RecordError(f"The record of channel gates has layers {shown(given)}, which are no list of layers.")
     return tuple(found)
+
+
+def _orders(record: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    given, layers = record.get("orders"), _layers(record)
+    if given is None:
+        return None
+    fits = isinstance(given, list | tuple) and len(given) == len(layers)
+    if not fits or any(
+        not isinstance(order, list | tuple)
+        or any(type(place) is not int for place in order)
+        or sorted(order) != list(range(layer.channels))
+        for order, layer in zip(given, layers, strict=True)
+    ):
+        raise RecordError(f"The record of channel gates has orders {shown(given)}, which do not order the channels.")
+    return {layer.name: tuple(order) for layer, order in zip(layers, given, strict=True)}

@@ -47,7 +47,7 @@ NETWORKS: dict[str, Any] = {
 }
 
 
-def gated(name: str, share: float = 0.5, samples: int = 5) -> tuple[nn.Module, Tensor]:
+def gated(name: str, share: float = 0.5, samples: int = 5, *, groups: bool = False) -> tuple[nn.Module, Tensor]:
     """A network in double precision with gates that choose different channels for different samples."""
     torch.manual_seed(0)
     make, shape, names = NETWORKS[name]
@@ -59,10 +59,11 @@ def gated(name: str, share: float = 0.5, samples: int = 5) -> tuple[nn.Module, T
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.normal_(module.bias)
     found = find_layers(network, x, names)
-    gates = LayerGates(found.layers, share).double()
+    orders = {layer.name: torch.randperm(layer.channels).tolist() for layer in found.layers}
+    gates = LayerGates(found.layers, share, orders if groups else None).double()
     for gate in gates.by_layer().values():
-        nn.init.normal_(gate.weight, std=0.5)
-        nn.init.uniform_(gate.bias, 0.5, 1.5)
+        for parameter in gate.parameters():
+            nn.init.normal_(parameter, mean=float(not groups) * (parameter.dim() == 1), std=0.5)
     give_gates(network, gates)
     return network, x
 
@@ -72,11 +73,11 @@ def logits(output: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5])
+@pytest.mark.parametrize("share", [0.3, 0.5, "groups"])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_every_way_to_run_it_answers_as_the_network_with_gates(name: str, share: float) -> None:
-    network, x = gated(name, share)
+def test_every_way_to_run_it_answers_as_the_network_with_gates(name: str, share: Any) -> None:
+    network, x = gated(name, groups=True) if share == "groups" else gated(name, share)
     expected = logits(network(x))
     deployed = ChannelGatedNetwork(network, x, min_gain=None)
     assert all(deployed.sliced.values())
@@ -127,7 +128,9 @@ def test_samples_of_one_set_are_computed_together(monkeypatch: pytest.MonkeyPatc
     alike = x[[0, 1, 0, 0]]
     counted = Counted(monkeypatch)
     deployed(alike)
-    sets = {tuple(row.tolist()) for row in first.choose(first(x.abs().mean((2, 3))), 0.5, "gates", torch.Generator())}
+    sets = {
+        tuple(row.tolist()) for row in first.choose(first(x.abs().mean((2, 3))), 0.5, "gates", torch.Generator(), 0.0)
+    }
     assert counted.shapes[1 : 1 + len(sets)] == [(3, 1)] * len(sets)
 
 

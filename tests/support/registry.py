@@ -220,6 +220,7 @@ REGISTRY: dict[str, Entry] = {
     ),
     "channel-gates": channel_gates(),
     "distillation-channel-gates": distillation().with_(channel_gates(share=0.3, end_epoch=1.5)),
+    "channel-gates-q-learning": channel_gates(train="q_learning"),
     "pruning-channel-gates": pruning().with_(channel_gates()),
     "clustering-qat-channel-gates": clustering(start_epoch=1.0).with_(
         qat(4, 8, granularity="tensor", start_epoch=2.0), channel_gates()
