@@ -64,6 +64,15 @@ class LayerGates(nn.Module):
         }
         return found
 
+    def reorder(self, orders: Mapping[str, Sequence[int]] | None) -> None:
+        """Change the order of channels by which groups are kept, as that of a network that is loaded."""
+        if orders is None or self.orders is None:
+            return
+        self.orders = {name: tuple(order) for name, order in orders.items()}
+        for name, gate in self.by_layer().items():
+            assert isinstance(gate, GroupGate)
+            gate.reorder(self.orders[name])
+
     def look(self, number: int, x: Tensor) -> None:
         """Choose the channels of layer `number`, counted from 0, by what the layer is about to read."""
         layer, gate = self.layers[number], self.get_submodule(str(number + 1))

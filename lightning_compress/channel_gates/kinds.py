@@ -194,16 +194,20 @@ class GroupGate(Gate):
 
     def __init__(self, inputs: int, order: Sequence[int]) -> None:
         super().__init__(len(order))
-        self.order = tuple(order)
         groups = min(GROUPS, len(order))
-        group = torch.empty(len(order), dtype=torch.long)
-        group[torch.tensor(self.order)] = torch.arange(len(order)) * groups // len(order)
-        self.register_buffer("group", group, persistent=False)
+        self.register_buffer("group", torch.zeros(len(order), dtype=torch.long), persistent=False)
+        self.reorder(order)
         own = torch.Generator().manual_seed(0)  # the network's random draws stay what they are
         self.hidden_weight = nn.Parameter(torch.randn(_HIDDEN, inputs, generator=own) / inputs**0.5)
         self.hidden_bias = nn.Parameter(torch.zeros(_HIDDEN))
         self.value_weight = nn.Parameter(torch.zeros(groups, _HIDDEN))
         self.value_bias = nn.Parameter(torch.tensor([0.0] * (groups - 1) + [0.1]))
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Take another order of the channels."""
+        size = len(order)
+        self.order = tuple(order)
+        self.group[torch.tensor(self.order)] = (torch.arange(size) * min(GROUPS, size) // size).to(self.group.device)
 
     def forward(self, s: Tensor, positions: Tensor | None = None) -> Tensor:
         hidden = torch.relu(_linear(s, self.hidden_weight, self.hidden_bias, positions))
@@ -222,8 +226,7 @@ class GroupGate(Gate):
         return self.group <= last[:, None]
 
     def _begins(self, place: int) -> bool:
-        groups = self.value_bias.shape[0]
-        return place * groups // len(self.order) != (place - 1) * groups // len(self.order)
+        return bool(self.group[self.order[place]] != self.group[self.order[place - 1]])
 
     def factors(self, scores: Tensor, kept: Tensor) -> Tensor:
         return kept.to(scores.dtype)

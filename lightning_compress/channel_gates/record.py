@@ -53,10 +53,10 @@ class ChannelGateStructure(Structure):
                 f"The network was saved with gates at {_named(layers)}, and this one has them at "
                 f"{_named(known.layers)}: build it with the same layers."
             )
-        if known is not None and known.orders != orders:
+        if known is not None and (known.orders is None) != (orders is None):
             raise RecordError(
                 f"The network was saved with gates that choose {_choices(orders)}, and those of this one choose "
-                f"{_choices(known.orders)}: build it with the same train=, from the same network."
+                f"{_choices(known.orders)}: build it with the same train=."
             )
         for layer in layers:
             for name in (layer.name, layer.end):
@@ -76,6 +76,7 @@ class ChannelGateStructure(Structure):
             like = next(iter(module.parameters()), None)
             give_gates(module, gates if like is None else gates.to(like.device, like.dtype))
         gates.share = _share(record)
+        gates.reorder(_orders(record))
 
 
 def note_gates(network: nn.Module) -> None:
@@ -89,7 +90,7 @@ def _named(layers: tuple[Layer, ...]) -> str:
 
 
 def _choices(orders: Any) -> str:
-    return "single channels" if orders is None else "groups of channels in some order"
+    return "single channels" if orders is None else "groups of channels"
 
 
 def _share(record: Mapping[str, Any]) -> float:
