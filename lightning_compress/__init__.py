@@ -3,6 +3,7 @@
 from pathlib import Path as _Path
 
 from lightning_compress.binary.callback import BinaryWeightsCallback
+from lightning_compress.block_pruning.callback import BlockPruningCallback
 from lightning_compress.block_pruning.prune import prune_blocks
 from lightning_compress.channel_gates.module import ChannelGates
 from lightning_compress.channels.cut import cut, shrink
@@ -22,6 +23,7 @@ from lightning_compress.slimmable.module import SlimmableWidth
 
 __all__ = [
     "BinaryWeightsCallback",
+    "BlockPruningCallback",
     "BudgetController",
     "ChannelGates",
     "ChannelGroup",

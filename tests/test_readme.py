@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text()
 HEADINGS = ["What it does", "Use", "How it works", "Measured", "When it did not help", "Papers"]
 MORE = {"coding": {"The format, version 2"}}
 CARDS = [
+    "block_pruning",
     "pruning",
     "group_lasso",
     "clustering",

@@ -152,7 +152,8 @@ class BlockPruningCallback(CompressionCallback):
         return self._ramp is not None and self._ramp.finished
 
     def progress(self) -> Progress:
-        reached = 0.0 if self._ramp is None else max(0.0, self._ramp.progress(self._ramp.last))
+        ramp = self._ramp
+        reached = 0.0 if ramp is None or ramp.last < ramp.start else ramp.progress(ramp.last)
         return Progress(
             fraction=reached if self.amount > 0 else 0.0,
             finished=self.finished or self.amount == 0,

@@ -270,8 +270,8 @@ TRAINER_RULES = (
     ),
     TrainerRule(
         name="stochastic weight averaging",
-        meets=lambda one, fit: fit.swaps_averages and one.effects.changes_weights,
-        reason="StochasticWeightAveraging replaces the weights by an average, which {one} can't project",
+        meets=lambda one, fit: fit.swaps_averages and (one.effects.changes_weights or one.effects.takes_blocks),
+        reason="StochasticWeightAveraging replaces the weights by an average, which {one} can't change with them",
         remedy="use Lightning's WeightAveraging or EMAWeightAveraging",
     ),
     TrainerRule(
@@ -283,14 +283,17 @@ TRAINER_RULES = (
     ),
     TrainerRule(
         name="averages stand first",
-        meets=lambda one, fit: one.effects.changes_weights and fit.average_after(one.place),
-        reason="{what} updates its average after {one} has projected it",
+        meets=lambda one, fit: (
+            (one.effects.changes_weights or one.effects.takes_blocks) and fit.average_after(one.place)
+        ),
+        reason="{what} makes and updates its average after {one} has changed it",
         remedy="put {what} before {one} in Trainer(callbacks=[...])",
     ),
     TrainerRule(
         name="LBFGS",
-        meets=lambda one, fit: one.effects.changes_weights and fit.lbfgs,
-        reason="{one} does not support LBFGS, which evaluates the loss several times within one step",
+        meets=lambda one, fit: (one.effects.changes_weights or one.effects.takes_blocks) and fit.lbfgs,
+        reason="{one} does not support LBFGS, which evaluates the loss several times within one step and keeps one "
+        "state for all weights",
         remedy="use SGD, Adam or another first-order optimizer",
     ),
     TrainerRule(

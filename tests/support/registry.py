@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule
 from examples.own_technique import ClippedWeightsCallback
 from lightning_compress import (
     BinaryWeightsCallback,
+    BlockPruningCallback,
     ChannelGates,
     DistillationModule,
     EarlyExitHeads,
@@ -48,8 +49,13 @@ class Entry:
 
     @property
     def wraps(self) -> bool:
-        """Whether it has wrappers, which refuse manual optimization."""
+        """Whether it has wrappers."""
         return self.wrap is not unwrapped
+
+    @property
+    def runs_steps(self) -> bool:
+        """Whether it runs the module's own step, and so refuses manual optimization."""
+        return self.wraps or any(getattr(one, "criterion", "") == "loss" for one in self.callbacks())
 
     def with_(self, *others: Entry) -> Entry:
         """These callbacks followed by others, and the wrappers around these wrappers."""
@@ -145,6 +151,12 @@ def block_gates(**options: Any) -> Entry:
     return Entry(wrap=wrap, idle_wrap=partial(wrap, blocks=()), module={"residual": True})
 
 
+def depth(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"amount": 0.5, "end_epoch": 2.5, "every_n_steps": 5, "n_batches": 2} | options
+    entry = technique(BlockPruningCallback, idle={"amount": 0.0, "stochastic_depth": 0.0}, **settings)
+    return replace(entry, module={"residual": True})
+
+
 def clipped(**options: Any) -> Entry:
     return technique(ClippedWeightsCallback, idle={"limit": 1e9}, **({"limit": 0.1} | options))
 
@@ -230,5 +242,10 @@ REGISTRY: dict[str, Entry] = {
     "block-gates-policy": block_gates(gate="policy", end_epoch=3.0),
     "distillation-block-gates": distillation().with_(block_gates()),
     "pruning-clustering-block-gates": pruning(amount=0.6).with_(clustering(start_epoch=1.0), block_gates()),
+    "depth": depth(amount=1.0),
+    "depth-influence-stochastic": depth(
+        criterion="influence", schedule="one_shot", start_epoch=1.5, end_epoch=None, stochastic_depth=0.4
+    ),
+    "depth-distillation": depth().with_(distillation()),
     "own-technique": clipped(),
 }
