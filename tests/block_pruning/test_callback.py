@@ -88,7 +88,9 @@ def test_the_blocks_without_which_the_loss_rises_least_leave_one_by_one() -> Non
     module, oracle = Deep(), Greedy(2)
     callback = BlockPruningCallback(0.5, schedule="one_shot", n_batches=2)
     fitted(callback, module, oracle, max_epochs=1)
-    assert list(callback.removed) == [f"layers.{i}.0" for i in sorted(oracle.chosen)]  # named after the layer with the MACs
+    assert list(callback.removed) == [
+        f"layers.{i}.0" for i in sorted(oracle.chosen)
+    ]  # named after the layer with the MACs
     assert module.counted == EPOCH  # the evaluations left the module's own counters alone
 
 
@@ -109,7 +111,12 @@ def test_blocks_leave_a_few_at_a_time_and_monitors_count_anew(tmp_path: Path) ->
 
     class Watch(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            seen.append((round(callback.share, 2), sum(p.numel() for g in trainer.optimizers[0].param_groups for p in g["params"])))
+            seen.append(
+                (
+                    round(callback.share, 2),
+                    sum(p.numel() for g in trainer.optimizers[0].param_groups for p in g["params"]),
+                )
+            )
 
     callback = BlockPruningCallback(1.0, n_batches=1, end_epoch=3.0)
     best = ModelCheckpoint(tmp_path, monitor="train_loss", filename="{step}")
@@ -124,12 +131,11 @@ def test_blocks_leave_a_few_at_a_time_and_monitors_count_anew(tmp_path: Path) ->
 @pytest.mark.parametrize("resume", [EPOCH, 2 * EPOCH, 3 * EPOCH])
 def test_averages_lose_the_blocks_and_a_resume_is_exact(resume: int, tmp_path: Path) -> None:
     """Before the last removal, at it and after it."""
+
     def run(resume: Path | None = None, folder: Path | None = None) -> dict[str, Any]:
         callback = BlockPruningCallback(1.0, n_batches=1, end_epoch=2.0)
         average = EMAWeightAveraging(decay=0.9)
-        return fit(
-            None, module=SmallModule(residual=True), callbacks=(average, callback), resume=resume, folder=folder
-        )
+        return fit(None, module=SmallModule(residual=True), callbacks=(average, callback), resume=resume, folder=folder)
 
     whole = run(folder=tmp_path)
     again = run(resume=tmp_path / f"step={resume}.ckpt")
@@ -246,5 +252,7 @@ def test_a_fit_that_ends_too_early_says_so() -> None:
 def test_masks_of_other_techniques_are_refused_by_name() -> None:
     from lightning_compress import IterativePruningCallback
 
-    with pytest.raises(IncompatibleError, match=r"BlockPruningCallback takes blocks out .* use BlockPruningCallback in an earlier fit"):
+    with pytest.raises(
+        IncompatibleError, match=r"BlockPruningCallback takes blocks out .* use BlockPruningCallback in an earlier fit"
+    ):
         fitted(BlockPruningCallback(0.5), SmallModule(residual=True), IterativePruningCallback(0.5))
