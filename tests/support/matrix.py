@@ -234,8 +234,8 @@ def table(rows: Mapping[str, Mapping[str, str]], corner: str) -> str:
 def _note(rule: str) -> str:
     if rule not in RULES:
         return (
-            "Wrappers, and losses that are compared, run the user's own `training_step`, which manual optimization ends "
-            "before its loss is known."
+            "Wrappers, and losses that are compared, run the user's own `training_step`, which manual optimization "
+            "ends before its loss is known."
         )
     said = RULES[rule].said(_WORDS)
     return f"{said[0].upper()}{said[1:]}."
