@@ -22,11 +22,11 @@ from lightning_compress.channel_gates.making import give_gates
 from lightning_compress.channel_gates.record import note_gates
 from lightning_compress.channel_gates.rewards import Agent, errors
 from lightning_compress.core.distributed import all_reduce_sum, world_size
-from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.core.outputs import select_output
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress
-from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.replaying import loss_of
 from lightning_compress.trainer.scheduled import Scheduled
@@ -153,9 +153,7 @@ class GatedChannels(Objective):
         network = resolve_network(module, self.network)
         if self.adopt(network) or self.share == 1.0:
             return
-        device = next((one.device for one in network.parameters()), torch.device("cpu"))
-        move = partial(to_device, device=device)
-        self.build(network, move(given_or_peeked(module.trainer, module, network, self.example_inputs, move)))
+        self.build(network, inputs_on_device(module, network, self.example_inputs))
 
     def finish(self, module: LightningModule) -> None:
         gates = self.gates(module)

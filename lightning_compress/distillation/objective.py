@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.aligned import named_mask
 from lightning_compress.core.evaluation import evaluating
-from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.core.outputs import select_output
 from lightning_compress.distillation.cache import OutputCache, checksums, without_index
@@ -25,7 +25,7 @@ from lightning_compress.distillation.hint_losses import left_out
 from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress
-from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.steps import is_written
 from lightning_compress.trainer.unwrap import innermost
@@ -96,8 +96,7 @@ class Distillation(Objective):
         network = resolve_network(module, self.network)
         device = next((one.device for one in network.parameters()), torch.device("cpu"))
         self.teachers.to(device, module)
-        move = partial(to_device, device=device)
-        inputs = move(given_or_peeked(module.trainer, module, network, self.example_inputs, move))
+        inputs = inputs_on_device(module, network, self.example_inputs)
         with (
             evaluating(innermost(module)),
             features(innermost(module), self.hints, "student") as mine,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,16 +12,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import modes_restored, set_mode
-from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.early_exit.heads import ExitHeads, heads_of
 from lightning_compress.early_exit.making import checked_exits, named, new_heads
 from lightning_compress.early_exit.one_step import ExitsStep, Gradient
 from lightning_compress.early_exit.record import give_heads, note_heads
 from lightning_compress.trainer.effects import Effects
-from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
 from lightning_compress.trainer.one_step import OneStep, backbone, computing
 from lightning_compress.trainer.replaying import ReplayingObjective
-from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.unwrap import innermost, parameters_of
 
 Training = Literal["joint", "frozen"]
 _FEW = 4  # samples that are kept of a peeked batch, with which the network is cut into stages
@@ -112,10 +111,7 @@ class EarlyExits(ReplayingObjective):
     def configure(self, module: LightningModule) -> None:
         network = resolve_network(module, self.network)
         if not self.adopt(network) and self.exits:
-            device = next((one.device for one in network.parameters()), torch.device("cpu"))
-            move = partial(to_device, device=device)
-            inputs = move(given_or_peeked(module.trainer, module, network, self.example_inputs, move))
-            self.build(network, inputs)
+            self.build(network, inputs_on_device(module, network, self.example_inputs))
         heads = self.heads(module)
         self.renew_replicas(module)
         if heads is not None and self.train == "frozen" and not self._frozen:
@@ -130,11 +126,7 @@ class EarlyExits(ReplayingObjective):
         self._frozen = []
 
     def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
-        heads = self.heads(module)
-        if heads is None:
-            return {}
-        ids = {id(one) for one in heads.parameters() if one.requires_grad}
-        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+        return parameters_of(module, self.heads(module))
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         heads = self.heads(module)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,19 +16,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.core.distributed import gather
-from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.skipping.budget import Budget, Measured, budget_loss, measured
 from lightning_compress.skipping.gates import Decisions, GateKind, SkipGates, gates_of, new_gates
 from lightning_compress.skipping.record import give_gates, note_gates
 from lightning_compress.stages.block import chosen_blocks
 from lightning_compress.stages.blocks import find_blocks
 from lightning_compress.trainer.effects import Effects, Progress
-from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.replaying import loss_of
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.steps import is_written
-from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.unwrap import innermost, parameters_of
 from lightning_compress.trainer.wrapper import Objective
 
 Training = Literal["straight_through"]
@@ -143,14 +142,10 @@ class Skipping(Objective):
     def configure(self, module: LightningModule) -> None:
         network = resolve_network(module, self.network)
         if not self.adopt(network) and self.blocks != []:
-            device = next((one.device for one in network.parameters()), torch.device("cpu"))
-            move = partial(to_device, device=device)
-            self.build(network, move(given_or_peeked(module.trainer, module, network, self.example_inputs, move)))
+            self.build(network, inputs_on_device(module, network, self.example_inputs))
 
     def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
-        gates = self.gates(module)
-        ids = set() if gates is None else {id(one) for one in gates.parameters() if one.requires_grad}
-        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+        return parameters_of(module, self.gates(module))
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         there = self.blocks != [] or self.gates(module) is not None

@@ -19,7 +19,7 @@ from torch import nn
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import answering
 from lightning_compress.core.distributed import gather, rank
-from lightning_compress.core.example_inputs import ExampleInputs, first_samples, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.slimmable.norms import Norms, WidthNorms, give_norms, norms_of, sliced_norms
@@ -30,11 +30,11 @@ from lightning_compress.slimmable.switch import find_groups, thin_of, width_of
 from lightning_compress.slimmable.thin import ThinNetwork
 from lightning_compress.slimmable.widths import Width, checked_widths, counts_at, shrinkable
 from lightning_compress.trainer.effects import Effects
-from lightning_compress.trainer.inputs import given_or_peeked, resolve_network
+from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
 from lightning_compress.trainer.one_step import OneStep, backbone
 from lightning_compress.trainer.replaying import ReplayingObjective
 from lightning_compress.trainer.surroundings import Surroundings
-from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.unwrap import innermost, parameters_of
 
 RANDOM = 2  # widths that are drawn for a step of universal training, beside the widest and the narrowest
 _STEPS = 32  # random widths are multiples of 1 / 32, so that each has its thin network soon
@@ -149,18 +149,14 @@ class Widths(ReplayingObjective):
         network = resolve_network(module, self.network)
         has = self.adopt(network)
         if (has and not self.thinner(module)) or (not has and self.widths is not None and len(self.widths) > 1):
-            device = next((one.device for one in network.parameters()), torch.device("cpu"))
-            move = partial(to_device, device=device)
-            self.build(network, move(given_or_peeked(module.trainer, module, network, self.example_inputs, move)))
+            self.build(network, inputs_on_device(module, network, self.example_inputs))
         self.renew_replicas(module)
 
     def finish(self, module: LightningModule) -> None:
         self._others.clear()
 
     def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
-        held = self.held(module)
-        ids = set() if held is None else {id(one) for one in held.parameters() if one.requires_grad}
-        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+        return parameters_of(module, self.held(module))
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         held, thinner = self.held(module), self.thinner(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import entries_restored, evaluating
-from lightning_compress.core.example_inputs import ExampleInputs, call
+from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
 from lightning_compress.trainer.peek import first_batch
 from lightning_compress.trainer.unwrap import innermost
 
@@ -69,6 +70,13 @@ def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network
         return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(inputs))
 
     return move(given_or_peeked(trainer, pl_module, network, given, move))
+
+
+def inputs_on_device(module: LightningModule, network: nn.Module, given: Any) -> Any:
+    """Return example inputs on the network's device, before the strategy exists: see `given_or_peeked`."""
+    device = next((one.device for one in network.parameters()), torch.device("cpu"))
+    move = partial(to_device, device=device)
+    return move(given_or_peeked(module.trainer, module, network, given, move))
 
 
 def given_or_peeked(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
 
 T = TypeVar("T")
 LOGGED = "compress/"  # prefix of the names that this package logs, which keeps them apart from the user's
@@ -26,6 +27,12 @@ def objective_of(module: LightningModule, kind: type[T]) -> T:
     """Return the objective of the outermost wrapper whose objective is of a kind."""
     levels: Any = getattr(module, SLOT).levels
     return next(level.objective for level in reversed(levels) if isinstance(level.objective, kind))
+
+
+def parameters_of(module: LightningModule, part: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Return the parameters of a part of the user's module that train, by their names in it; none without a part."""
+    ids = set() if part is None else {id(one) for one in part.parameters() if one.requires_grad}
+    return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
 
 
 @contextmanager

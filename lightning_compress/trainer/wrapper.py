@@ -350,7 +350,7 @@ class ObjectiveCallback(ResumableCallback):
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = {id(one) for group in groups for one in group["params"]}
-        left = [name for name, parameter in added.items() if id(parameter) not in trained]
+        left = [name for name, one in added.items() if one.requires_grad and id(one) not in trained]
         if left:
             raise ValueError(
                 f"{self.name} has parameters that no optimizer trains: {', '.join(left)}. They are among "
