@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.trainer.labels import targets_of
 from lightning_compress.trainer.quiet import validate_quietly
-
-_TARGETS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass
@@ -78,29 +77,6 @@ def collect(
         raise ValueError(
             f"The validation_step of {type(module).__name__} did not call the network for any batch of the loader: "
             f"there is nothing to calibrate with."
-        )
-    return found
-
-
-def targets_of(batch: Any) -> Tensor:
-    """Return the targets of a batch: its last part, or what a mapping has under a usual name.
-
-    Raises:
-        ValueError: There are none.
-
-    Example:
-        >>> targets_of({"input_ids": torch.zeros(2, 3), "labels": torch.tensor([1, 0])})
-        tensor([1, 0])
-    """
-    if isinstance(batch, Mapping):
-        name = next((one for one in _TARGETS if isinstance(batch.get(one), Tensor)), None)
-        found = None if name is None else batch[name]
-    else:
-        found = batch[-1] if isinstance(batch, list | tuple) and len(batch) > 1 else None
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"A batch is a {type(batch).__name__}, in which the targets can't be told: pass targets=, a function from "
-            f"the batch to its targets."
         )
     return found
 

@@ -142,6 +142,20 @@ class SkipGates(nn.Module):
         return Decision(logit, (uniform < chance).to(logit.dtype))
 
     @contextmanager
+    def apart(self, instead: Instead | None = None) -> Iterator[None]:
+        """Let the block run the network for a purpose of its own, between a forward pass and its gradients.
+
+        Args:
+            instead: Decides in the gates' place.
+        """
+        was, self._pass = (self._pass, self.instead), _Pass()
+        self.instead = instead
+        try:
+            yield
+        finally:
+            self._pass, self.instead = was
+
+    @contextmanager
     def collecting(self) -> Iterator[Decisions]:
         """Yield what the gates decide while the block runs the network."""
         found = Decisions(len(self))

@@ -46,8 +46,11 @@ class SkippableBlocks(CompressionModule):
         target: t, the mean share of the network's MACs that samples may use, without those of the gates.
         budget: "per_gate", as above, under which gates go on to differ between samples; "total": w (u / t - 1)^2 for
             the mean share u of the MACs, which leaves it to training which blocks are run.
-        weight: w.
-        train: "straight_through": decisions get the gradient of their probabilities.
+        weight: w; rewards have none.
+        train: "straight_through": decisions get the gradient of their probabilities. "reinforce": they get rewards, of
+            SkipNet, or of BlockDrop for a policy, with a price of cost that moves until the target is met; a policy
+            begins with the last block. "hybrid": rewards follow in the last third of the fit. Rewards need the classes
+            in the batch; else gates are paid for answers as those of the network with all blocks.
         temperature: Of these probabilities.
         end_epoch: When decisions are no more drawn; t has fallen at half of that time. None: at two thirds of the
             planned steps.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,6 +21,7 @@ from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.skipping.budget import Budget, Measured, budget_loss, measured
 from lightning_compress.skipping.gates import Decisions, GateKind, SkipGates, gates_of, new_gates
 from lightning_compress.skipping.record import give_gates, note_gates
+from lightning_compress.skipping.rewards import Rewards, set_drawing
 from lightning_compress.stages.block import chosen_blocks
 from lightning_compress.stages.blocks import find_blocks
 from lightning_compress.trainer.effects import Effects, Progress
@@ -31,7 +33,7 @@ from lightning_compress.trainer.steps import is_written
 from lightning_compress.trainer.unwrap import innermost, parameters_of
 from lightning_compress.trainer.wrapper import Objective
 
-Training = Literal["straight_through"]
+Training = Literal["straight_through", "hybrid", "reinforce"]
 _FEW = 4  # samples that are kept of a peeked batch, with which the network is deployed
 _FALLS = 0.5  # share of the time with noise in which the target falls
 
@@ -61,6 +63,7 @@ class Skipping(Objective):
         self._noise = Scheduled(start=1.0, end=0.0, end_epoch=settings["end_epoch"])  # it ends where this does
         self._gates: SkipGates | None = None  # that a fit trains
         self._seen: list[Tensor] = []  # decisions of the evaluation that runs
+        self._rewards = Rewards(self.network, self.output)
         self._said = False
         self._step = 0
         self._check()
@@ -168,10 +171,10 @@ class Skipping(Objective):
         self._noise.plan(trainer, None if state is None else state["noise"])
         self._gates.temperature = self.temperature
         if state is not None:
-            self._said = state["said"]
+            self._said, self._rewards.price = state["said"], state["price"]
 
     def state(self) -> dict[str, Any]:
-        return {"noise": self._noise.state(), "said": self._said}
+        return {"noise": self._noise.state(), "said": self._said, "price": self._rewards.price}
 
     def follow_epochs(self, moment: Callable[[int], int]) -> None:
         self._noise.follow_epochs(moment)
@@ -179,11 +182,20 @@ class Skipping(Objective):
     def at_step(self, step: int) -> None:
         self._step = step
         if self._gates is not None:
-            self._gates.draws = self._noise.progress(step) < 1.0
+            progress = self._noise.progress(step)
+            self._gates.draws = self._rewarded or progress < 1.0
+            share = min(1.0, progress / _FALLS) if self.train == "reinforce" and self._gates.kind == "policy" else 1.0
+            set_drawing(self._gates, rewarded=self._rewarded, curriculum=share)
+
+    @property
+    def _rewarded(self) -> bool:
+        """Whether gates learn from rewards now."""
+        return self.train == "reinforce" or (self.train == "hybrid" and self._noise.progress(self._step) == 1.0)
 
     def finish(self, module: LightningModule) -> None:
         if self._gates is not None:
             self._gates.draws = False
+            set_drawing(self._gates, rewarded=False, curriculum=1.0)
 
     def target_now(self) -> float:
         """Return the target after the last step."""
@@ -201,7 +213,8 @@ class Skipping(Objective):
         gates = self.gates(module)
         if gates is None:
             return run(*args, **kwargs)
-        with gates.collecting() as decisions:
+        watched = self._rewards.watched(module) if self._rewarded else nullcontext(None)
+        with watched, gates.collecting() as decisions:
             result = run(*args, **kwargs)
         own = loss_of(result)
         if own is None:  # a step that is skipped; Lightning refuses anything else
@@ -210,7 +223,12 @@ class Skipping(Objective):
         if is_written(module):
             module.log(self.logged_name("target"), self.target_now(), prog_bar=True)
             module.log(self.logged_name("train_used"), gates.used(runs.detach().mean(0)))
-        total = own + self.weight * budget_loss(gates, runs, self.target_now(), self.budget).to(own.dtype)
+        if self._rewarded:
+            batch = args[0] if args else next(iter(kwargs.values()))
+            added = self._rewards.loss(module, gates, decisions, batch, self.target)
+        else:
+            added = self.weight * budget_loss(gates, runs, self.target_now(), self.budget)
+        total = own + added.to(own.dtype)
         return {**result, "loss": total} if isinstance(result, Mapping) else total
 
     def _runs(self, module: LightningModule, decisions: Decisions, own: Tensor) -> Tensor:
@@ -221,7 +239,9 @@ class Skipping(Objective):
                 f"The training_step of {type(innermost(module)).__name__} did not run the network {self.network!r}, "
                 f"whose blocks have gates: pass network= with the path of the submodule whose output is the prediction."
             )
-        if own.requires_grad and not runs.requires_grad and self.own_parameters(module):
+        logits = decisions.logits()
+        assert logits is not None, "there are runs"
+        if own.requires_grad and not logits.requires_grad and self.own_parameters(module):
             raise ValueError(
                 "The gates have no gradient, and would learn nothing: the network ran under torch.no_grad(), in "
                 "evaluation mode, or in a reentrant checkpoint (use_reentrant=False is supported)."

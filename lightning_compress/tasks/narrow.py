@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_compress.core.example_inputs import to_device
-from lightning_compress.early_exit.collect import targets_of
 from lightning_compress.slimmable.module import SlimmableWidth
 from lightning_compress.slimmable.objective import Widths
 from lightning_compress.slimmable.search import search_widths
 from lightning_compress.trainer.inputs import inputs_of, resolve_network
+from lightning_compress.trainer.labels import targets_of
 from lightning_compress.trainer.one_step import backbone
 from lightning_compress.trainer.unwrap import innermost, objective_of, without_trainer
 

@@ -194,7 +194,7 @@ def test_a_network_may_run_twice_in_a_step(kind: Any) -> None:
         ({"target": 0.2}, r"target=0\.2 is below what is left without the blocks block1, block2: 0\.2\d\d of the MACs"),
         ({"gate": "none"}, "gate is one of per_block, recurrent, policy; got 'none'"),
         ({"budget": "none"}, "budget is one of per_gate, total"),
-        ({"train": "none"}, "train is one of straight_through"),
+        ({"train": "none"}, "train is one of straight_through, hybrid, reinforce"),
         ({"weight": 0.0}, "weight is a number above 0"),
         ({"temperature": float("nan")}, "temperature is a number above 0"),
         ({"blocks": ["block3"]}, "block3"),

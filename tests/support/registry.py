@@ -240,6 +240,8 @@ REGISTRY: dict[str, Entry] = {
     "block-gates": block_gates(),
     "block-gates-recurrent-total": block_gates(gate="recurrent", budget="total"),
     "block-gates-policy": block_gates(gate="policy", end_epoch=3.0),
+    "block-gates-hybrid": block_gates(train="hybrid"),
+    "block-gates-policy-reinforce": block_gates(train="reinforce", gate="policy"),
     "distillation-block-gates": distillation().with_(block_gates()),
     "pruning-clustering-block-gates": pruning(amount=0.6).with_(clustering(start_epoch=1.0), block_gates()),
     "depth": depth(amount=1.0),
