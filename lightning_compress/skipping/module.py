@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_compress.core.example_inputs import ExampleInputs
-from lightning_compress.skipping.budget import Budget, Measured
-from lightning_compress.skipping.gates import GateKind, SkipGates, gates_of
+from lightning_compress.core.answering import copied_alone
+from lightning_compress.core.example_inputs import ExampleInputs, to_device
+from lightning_compress.skipping.budget import Budget, Measured, most_used
+from lightning_compress.skipping.controls import Drawn, DrawnGates, Fixed
+from lightning_compress.skipping.gates import GateKind, Instead, SkipGates, gates_of
+from lightning_compress.skipping.network import SkippingNetwork
 from lightning_compress.skipping.objective import Skipping, Training
-from lightning_compress.skipping.record import note_gates
+from lightning_compress.skipping.record import note_gates, take_gates
 from lightning_compress.trainer.compatibility import check_together
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.one_step import backbone
+from lightning_compress.trainer.operating_points import OperatingPoint
 from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.quiet import validate_quietly
-from lightning_compress.trainer.unwrap import objective_of
+from lightning_compress.trainer.unwrap import objective_of, without_trainer
 from lightning_compress.trainer.wrapper import CompressionModule, check_wrappable
 
 
@@ -31,7 +38,7 @@ class SkippableBlocks(CompressionModule):
 
     where r is the rate at which the network uses the share t of its MACs. t falls from 1 to the target in the first
     third of the fit. Gates begin open, their decisions are drawn in training, in the last third by their sign alone, as
-    in evaluation always. The gates act whenever the network runs, by multiplication.
+    in evaluation always. The gates act whenever the network runs, by multiplication; `deploy` skips what they close.
 
     The gates become a part of the network, as its child `skip_gates`: they are saved with it in checkpoints and
     compressed files. The keys and shapes of the module's own tensors stay.
@@ -139,6 +146,37 @@ class SkippableBlocks(CompressionModule):
             )
         return found[-1]
 
+    def deploy(self, *, example_inputs: ExampleInputs | None = None, **options: Any) -> SkippingNetwork:
+        """Return the network as a plain module that skips blocks: `forward(x) -> output`.
+
+        It is a copy in evaluation mode. Blocks that cost less than their gates run for all samples, at the rates that
+        the last validation of a fit, or `measure`, has found.
+
+        Args:
+            example_inputs: Some samples; None: those with which the blocks were found.
+            options: Of `SkippingNetwork`, such as `min_gain`.
+
+        Raises:
+            ValueError: There are no gates yet, or no example inputs; a gate is no longer finite.
+        """
+        return self._deployed(example_inputs, lambda gates: gates, **options)
+
+    def operating_points(self) -> list[OperatingPoint]:
+        """Return the controls: gates at random at the same rates, and the most used blocks for all samples."""
+        gates = gates_of(backbone(resolve_network(self, self._objective().network)))
+        if gates is None or self._example_inputs() is None or bool(gates.rates.isnan().any()):
+            return []
+        chosen = most_used(gates)
+        always = [block.name for block, runs in zip(gates.blocks, chosen, strict=True) if runs]
+        never = [block.name for block, runs in zip(gates.blocks, chosen, strict=True) if not runs]
+        static = self._deployed(None, lambda gates: gates, always=always, never=never)
+        drawn = self._deployed(None, DrawnGates.like)
+        return [
+            OperatingPoint("gates", self.deploy(), partial(self._deciding, None)),
+            OperatingPoint("random gates", drawn, partial(self._deciding, Drawn(gates))),
+            OperatingPoint("static", static, partial(self._deciding, Fixed(chosen))),
+        ]
+
     def outline(self, inputs: ExampleInputs) -> Outline | None:
         objective = self._objective()
         network = backbone(resolve_network(self, objective.network))
@@ -155,6 +193,15 @@ class SkippableBlocks(CompressionModule):
         )
         return Outline(["block", "name", "MACs", "share"], rows, note)
 
+    @contextmanager
+    def _deciding(self, instead: Instead | None) -> Iterator[None]:
+        gates = self._gates()
+        gates.instead = instead
+        try:
+            yield
+        finally:
+            gates.instead = None
+
     def _objective(self) -> Skipping:
         return objective_of(self, Skipping)
 
@@ -165,3 +212,29 @@ class SkippableBlocks(CompressionModule):
                 "The network has no gates yet, as no fit has begun: pass example_inputs=, or fit or load the module."
             )
         return gates
+
+    def _example_inputs(self) -> ExampleInputs | None:
+        given = self._objective().example_inputs
+        return self.example_input_array if given is None else given
+
+    def _deployed(
+        self, given: ExampleInputs | None, change: Callable[[SkipGates], SkipGates], **options: Any
+    ) -> SkippingNetwork:
+        objective, gates = self._objective(), self._gates()
+        inputs = self._example_inputs() if given is None else given
+        if inputs is None:
+            raise ValueError("deploy() needs example inputs: fit the module first, or pass example_inputs=.")
+        for name, parameter in gates.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ValueError(
+                    f"The gates have {name} with values that are no finite numbers: their training diverged. Train "
+                    f"with a smaller learning rate."
+                )
+        with without_trainer(self):
+            network = copied_alone(backbone(resolve_network(self, objective.network))).eval()
+        own = gates_of(network)
+        assert own is not None, "there are some in what was copied"
+        take_gates(network)
+        device = next((one.device for one in network.parameters()), torch.device("cpu"))
+        moved = to_device(inputs, device)
+        return SkippingNetwork(network, change(own.eval()), moved, output=objective.output, **options).eval()
