@@ -17,6 +17,7 @@ def targets_of(batch: Any) -> Tensor:
         ValueError: There are none.
 
     Example:
+        >>> import torch
         >>> targets_of({"input_ids": torch.zeros(2, 3), "labels": torch.tensor([1, 0])})
         tensor([1, 0])
     """
