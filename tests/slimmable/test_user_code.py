@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import WeightAveraging
+from support import jobs
+from support.compare import differences
 from support.ranks import RankPair
 from support.small import CLASSES, FEATURES, SmallModule, plain, quiet_trainer
 from torch import Tensor, nn
@@ -102,6 +104,14 @@ def test_thin_networks_follow_averages_of_weights() -> None:
             now = module(x)
             again = module.extract(width, example_inputs=X).eval()(x)
         torch.testing.assert_close(now, again)
+
+
+def test_a_resume_with_averages_inside_an_epoch_is_exact(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"stateful": True, "every_n_train_steps": 14, "max_epochs": 2}
+    whole = jobs.fit("widths", folder=tmp_path / "whole", callbacks=(WeightAveraging(),), **options)
+    resume = tmp_path / "whole" / "step=14.ckpt"
+    again = jobs.fit("widths", folder=tmp_path / "again", callbacks=(WeightAveraging(),), resume=resume, **options)
+    assert differences(whole, again) == []
 
 
 def test_kept_copies_are_those_of_the_average_without_a_new_call_of_set_width() -> None:
