@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -87,6 +88,25 @@ def find_layers(network: nn.Module, example_inputs: ExampleInputs, names: Sequen
                 readers[name] = reading
     _check(type(network).__name__, layers, refused, names)
     return FoundLayers(tuple(layers), readers, refused)
+
+
+@torch.no_grad()
+def magnitudes(network: nn.Module, layer: Layer, readers: Sequence[Reader]) -> Tensor:
+    """Return how large each output channel of a layer is, and how much of it is read, with a mean of 1.
+
+    |scale of its norm|, or else L1 of the weights that make it, times L1 of the weights that read it, if known
+    """
+    module: Any = network.get_submodule(layer.name)
+    norm: Any = network.get_submodule(layer.end)
+    own = layer.end == layer.name or norm.weight is None
+    found: Tensor = module.weight.abs().flatten(1).sum(1) if own else norm.weight.abs()
+    if readers:
+        read = torch.zeros_like(found)
+        for reader in readers:
+            weight: Any = network.get_submodule(reader.name).weight
+            read += weight.abs().movedim(1, 0).flatten(1).sum(1)[reader.index.to(weight.device)].sum(1)
+        found = found * read
+    return found / found.mean().clamp(min=torch.finfo(found.dtype).tiny)
 
 
 def _check(kind: str, layers: Sequence[Layer], refused: Mapping[str, str], names: Sequence[str] | None) -> None:

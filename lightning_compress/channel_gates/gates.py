@@ -81,6 +81,7 @@ class LayerGates(nn.Module):
             x = x.detach()  # an agent learns from rewards, and the network from its loss
         with torch.autocast(x.device.type, enabled=False):
             scores = gate(saliency(x, last=layer.last))
+        scores = scores.detach() if self.way == "random" else scores  # a control's gains stay what they are
         kept = self.choice(gate, scores)
         if self.training:
             gate.count(kept)

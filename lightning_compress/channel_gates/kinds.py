@@ -86,8 +86,6 @@ class Gate(nn.Module):
     """
 
     used: Tensor
-    scale: Tensor  # of a deployed network: of the channels, with the norm in it
-    shift: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -127,12 +125,16 @@ class Gate(nn.Module):
 class FeatureGate(Gate):
     """The gains of a layer's channels, from the mean absolute values of what it reads: relu(W s + b).
 
-    At first W is 0 and b is 1, so that all gains are 1, and the layer's output stays as it is. Each sample keeps
-    as many channels.
+    At first W is 0 and b is 1, so that all gains are 1, and the layer's output stays as it is. Each sample keeps as
+    many channels: those with the largest gains, each times the magnitude of its channel.
 
     Args:
         inputs: Number of the layer's input channels.
         channels: Number of its output channels.
+
+    Attributes:
+        magnitude: Of each output channel, by which gains are compared; it stays as it is. The paper's gains are in the
+            place of a norm's scale, and so compared with it.
 
     Shapes:
         input (N, inputs), output (N, channels).
@@ -145,10 +147,13 @@ class FeatureGate(Gate):
         tensor([[1., 1., 1.]], grad_fn=<ReluBackward0>)
     """
 
+    magnitude: Tensor
+
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__(channels)
         self.weight = nn.Parameter(torch.zeros(channels, inputs))
         self.bias = nn.Parameter(torch.ones(channels))
+        self.register_buffer("magnitude", torch.ones(channels))
 
     def forward(self, s: Tensor, positions: Tensor | None = None) -> Tensor:
         return torch.relu(_linear(s, self.weight, self.bias, positions))
@@ -159,7 +164,7 @@ class FeatureGate(Gate):
             return largest(torch.rand(scores.shape, generator=generator), count).to(scores.device)
         if way == "static":
             return largest(self.used.float()[None], count).expand_as(scores)
-        return largest(scores.detach(), count)
+        return largest(scores.detach() * self.magnitude.to(scores.dtype), count)
 
     def factors(self, scores: Tensor, kept: Tensor) -> Tensor:
         return scores * kept

@@ -72,8 +72,8 @@ class ChannelGates(CompressionModule):
         >>> from lightning_compress.baselines import Classifier, DigitsConvNet
         >>> module = Classifier(DigitsConvNet(width=8))
         >>> module = ChannelGates(module, network="network", example_inputs=torch.zeros(2, 1, 8, 8))
-        >>> [name for name in module.state_dict() if "channel_gates.1" in name]
-        ['network.channel_gates.1.weight', 'network.channel_gates.1.bias', 'network.channel_gates.1.used']
+        >>> [name for name, _ in module.named_parameters() if "channel_gates.1" in name]
+        ['network.channel_gates.1.weight', 'network.channel_gates.1.bias']
     """
 
     __slots__ = ()

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from lightning_compress.channel_gates.find import Reader, find_layers
@@ -132,16 +133,14 @@ class ChannelGatedNetwork(nn.Module):
 
     def _choose(self, example_inputs: ExampleInputs, min_gain: float, rounds: int) -> None:
         """Time one sample with and without slices in each layer, and a batch in each way, and keep the fastest."""
-        one = first_samples(example_inputs, 1)
-        wanted = []
-        for name in self._layers:
-            ways = {"all": self._slicing(()), "chosen": self._slicing((name,))}
-            seconds = self._timed(ways, one, rounds)
-            if seconds["chosen"] < (1.0 - min_gain) * seconds["all"]:
-                wanted.append(name)
-        together = {"all": self._slicing(()), "chosen": self._slicing(wanted)}
-        seconds = self._timed(together, one, rounds)
-        self._slicing(wanted if seconds["chosen"] < (1.0 - min_gain) * seconds["all"] else ())()
+        one, every = first_samples(example_inputs, 1), list(self._layers)
+        ways = {name: self._slicing([other for other in every if other != name]) for name in every}
+        seconds = self._timed(ways | {"": self._slicing(every)}, one, rounds)
+        slower = [name for name in every if seconds[name] > seconds[""]]  # it takes longer without these slices
+        ways = {"none": self._slicing(()), "all": self._slicing(every), "some": self._slicing(slower)}
+        seconds = self._timed(ways, one, rounds)
+        fastest = min(ways, key=lambda way: seconds[way])
+        ways[fastest if seconds[fastest] < (1.0 - min_gain) * seconds["none"] else "none"]()
         if batch_size(example_inputs) > 1:
             seconds = self._timed({way: self._batching(way) for way in _BATCHED}, example_inputs, rounds)
             fastest = min(_BATCHED, key=lambda way: seconds[way])
@@ -186,7 +185,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 class _Gated:
-    """The forward of a gated layer, which also does what the norm at its end would do.
+    """The forward of a gated layer, whose weight and bias do what the norm at its end did as well.
 
     Args:
         network: Has the layer.
@@ -209,12 +208,10 @@ class _Gated:
         self.kept: Tensor | None = None
         self.feed: _Feed | None = None
         norm: Any = network.get_submodule(layer.end) if layer.end != layer.name else None
-        scale, shift = _affine(self.module, norm)
-        self.gate.register_buffer("scale", scale, persistent=False)
-        self.gate.register_buffer("shift", shift, persistent=False)
-        vars(self.module)["forward"] = self
         if norm is not None:
+            _fold(self.module, norm)
             vars(norm)["forward"] = _unchanged
+        vars(self.module)["forward"] = self
 
     def __call__(self, input: Tensor) -> Tensor:
         x, feed = input, None if self.feed is None else self.feed.positions()
@@ -226,14 +223,14 @@ class _Gated:
         self.kept = None
         if self.in_sets and len(x) > 1:
             return self._sets(x, factors, mask)
-        return self._shaped(self._computed(x, self._weight(None, feed)), factors)
+        return self._times(_computed(self.module, x, self._weight(None, feed), self.module.bias), factors)
 
     def _one(self, x: Tensor, factors: Tensor, mask: Tensor, feed: Tensor | None) -> Tensor:
         kept = mask.nonzero().squeeze(1)
-        factors = factors[kept]
-        weight = self._weight(kept, feed)
-        weight = weight * (factors * self.gate.scale[kept]).to(x.dtype).view(-1, *[1] * (weight.dim() - 1))
-        thin = self._computed(x, weight, (factors * self.gate.shift[kept]).to(x.dtype))
+        factors = factors.index_select(0, kept).to(x.dtype)
+        weight, bias = self._weight(kept, feed), self.module.bias
+        weight = weight * factors.view(-1, *[1] * (weight.dim() - 1))
+        thin = _computed(self.module, x, weight, None if bias is None else bias.index_select(0, kept) * factors)
         self.kept = kept if self.thin else None
         return thin if self.thin else self._scattered(thin, kept)
 
@@ -243,19 +240,19 @@ class _Gated:
         output: Tensor | None = None
         for number, chosen in enumerate(sets):
             rows, kept = (of_sample == number).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
-            thin = self._computed(x.index_select(0, rows), self._weight(kept, None))
+            bias = None if self.module.bias is None else self.module.bias.index_select(0, kept)
+            thin = _computed(self.module, x.index_select(0, rows), self._weight(kept, None), bias)
             full = self._scattered(thin, kept)
             if output is None:
                 output = full.new_zeros(len(x), *full.shape[1:])
             output.index_copy_(0, rows, full)
         assert output is not None
-        return self._shaped(output, factors)
+        return self._times(output, factors)
 
-    def _shaped(self, output: Tensor, factors: Tensor) -> Tensor:
+    def _times(self, output: Tensor, factors: Tensor) -> Tensor:
         between = [1] * (output.dim() - 2)
         shape = (len(factors), *between, -1) if self.layer.last else (len(factors), -1, *between)
-        scale = (factors * self.gate.scale).to(output.dtype).view(shape)
-        return torch.addcmul((factors * self.gate.shift).to(output.dtype).view(shape), output, scale)
+        return output * factors.to(output.dtype).view(shape)
 
     def _scattered(self, thin: Tensor, kept: Tensor) -> Tensor:
         dim = thin.dim() - 1 if self.layer.last else 1
@@ -267,9 +264,6 @@ class _Gated:
         weight: Tensor = self.module.weight
         weight = weight if kept is None else weight.index_select(0, kept)
         return weight if feed is None else weight.index_select(1, feed)
-
-    def _computed(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _computed(self.module, x, weight, bias)
 
 
 class _Reading:
@@ -331,13 +325,15 @@ def _computed(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 @torch.no_grad()
-def _affine(module: Any, norm: Any) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift of what a layer computes without its bias, by which its norm's output is had."""
-    weight: Tensor = module.weight
-    bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) if module.bias is None else module.bias
-    if norm is None:
-        return torch.ones_like(bias), bias.detach().clone()
+def _fold(module: Any, norm: Any) -> None:
+    """Give a layer the weight and bias with which it returns what the batch norm behind it returns in evaluation."""
+    if parametrize.is_parametrized(module):
+        for name in list(module.parametrizations):
+            parametrize.remove_parametrizations(module, name)
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight
-    shift = (bias - norm.running_mean) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    shift = (0.0 if module.bias is None else module.bias) - norm.running_mean
+    weight = module.weight * scale.view(-1, *[1] * (module.weight.dim() - 1))
+    bias = shift * scale if norm.bias is None else shift * scale + norm.bias
+    module.register_parameter("weight", nn.Parameter(weight.to(module.weight.dtype)))
+    module.register_parameter("bias", nn.Parameter(bias.to(module.weight.dtype)))

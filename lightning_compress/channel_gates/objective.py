@@ -15,9 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_compress.channel_gates.find import FoundLayers, find_layers
+from lightning_compress.channel_gates.find import FoundLayers, find_layers, magnitudes
 from lightning_compress.channel_gates.gates import LayerGates, gates_of
-from lightning_compress.channel_gates.kinds import GroupGate, Layer, Train, checked_share
+from lightning_compress.channel_gates.kinds import FeatureGate, GroupGate, Train, checked_share
 from lightning_compress.channel_gates.making import give_gates
 from lightning_compress.channel_gates.record import note_gates
 from lightning_compress.channel_gates.rewards import Agent, errors
@@ -119,8 +119,13 @@ class GatedChannels(Objective):
         bare = backbone(network)
         found = find_layers(bare, inputs, self.names)
         like = next(iter(bare.parameters()))
-        orders = None if self.train == "gradient" else {one.name: _importance(bare, one) for one in found.layers}
-        give_gates(bare, LayerGates(found.layers, share, orders).to(like.device, like.dtype))
+        scores = {one.name: magnitudes(bare, one, found.readers.get(one.name, ())) for one in found.layers}
+        orders = {name: some.argsort(descending=True, stable=True).tolist() for name, some in scores.items()}
+        gates = LayerGates(found.layers, share, None if self.train == "gradient" else orders)
+        for name, gate in gates.by_layer().items():
+            if isinstance(gate, FeatureGate):
+                gate.magnitude.copy_(scores[name])
+        give_gates(bare, gates.to(like.device, like.dtype))
         note_gates(bare)
         self._start, self.found = 1.0, found
         self.example_inputs = first_samples(inputs, _FEW)
@@ -267,15 +272,3 @@ def _is_written(module: LightningModule) -> bool:
     trainer = module._trainer
     interval: int = 0 if trainer is None else trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
     return trainer is not None and bool(interval) and (trainer.global_step + 1) % interval == 0
-
-
-@torch.no_grad()
-def _importance(network: nn.Module, layer: Layer) -> list[int]:
-    """Return a layer's output channels, those of the largest magnitude first: the scale of their norm, or L1."""
-    module: Any = network.get_submodule(layer.name)
-    norm: Any = network.get_submodule(layer.end)
-    scores = module.weight.abs().flatten(1).sum(1)
-    if layer.end != layer.name and norm.weight is not None:
-        scores = norm.weight.abs()
-    found: list[int] = scores.argsort(descending=True, stable=True).tolist()
-    return found

@@ -42,15 +42,15 @@ def shaken(module: Any) -> Any:
     return module
 
 
-def factors_by_hand(s: Tensor, weight: Tensor, bias: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def factors_by_hand(s: Tensor, gate: Any, share: float) -> tuple[Tensor, Tensor]:
     """The gains of each sample with zeros for those that are not kept, and all gains; sample by sample."""
-    rows, every = [], []
+    rows, every, weight, bias = [], [], gate.weight, gate.bias
     for one in s:
         gains = [
             max(0.0 * b, sum(w * v for w, v in zip(row, one, strict=True)) + b)
             for row, b in zip(weight, bias, strict=True)
         ]
-        ranked = sorted(range(len(gains)), key=lambda i: (-float(gains[i]), i))
+        ranked = sorted(range(len(gains)), key=lambda i: (-float(gains[i] * gate.magnitude[i]), i))
         kept = set(ranked[: math.ceil(round(share * len(gains), 6))])
         rows.append(torch.stack([gain if i in kept else 0.0 * gain for i, gain in enumerate(gains)]))
         every.append(torch.stack(gains))
@@ -61,9 +61,9 @@ def by_hand(net: SmallNet, gates: LayerGates, x: Tensor, share: float) -> tuple[
     """The output of a small network with gates, and all gains."""
     first, second = gates.by_layer().values()
     x = x.unsqueeze(1)
-    f1, g1 = factors_by_hand(x.abs().mean(2), first.weight, first.bias, share)
+    f1, g1 = factors_by_hand(x.abs().mean(2), first, share)
     x = F.relu(net.norm(net.conv(x)) * f1[:, :, None]).flatten(1)
-    f2, g2 = factors_by_hand(x.abs(), second.weight, second.bias, share)
+    f2, g2 = factors_by_hand(x.abs(), second, share)
     return net.head(net.dropout(F.relu(net.hidden(x) * f2))), [g1, g2]
 
 
@@ -99,8 +99,13 @@ def test_a_sample_keeps_exactly_its_channels_and_ties_are_broken_by_their_order(
     seen = []
     module.net.norm.register_forward_hook(lambda *args: seen.append(args[-1]))
     module.net.norm.bias.data.fill_(1.0)
+    gate = held(module).by_layer()["net.conv"]
+    read = module.net.hidden.weight.abs().reshape(16, 6, 12).sum((0, 2))  # scales of the norm are 1
+    torch.testing.assert_close(gate.magnitude, read / read.mean())
+    gate.magnitude.copy_(torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0, 2.0]))
     module(torch.randn(4, FEATURES))
-    assert (seen[0].abs().amax(2) > 0).tolist() == [[True, True, True, False, False, False]] * 4  # all gains are 1
+    assert (seen[0].abs().amax(2) > 0).tolist() == [[True, True, False, False, False, True]] * 4  # all gains are 1
+    gate.magnitude.fill_(1.0)
     shaken(module)
     module(torch.randn(64, FEATURES))
     kept = seen[1].abs().amax(2) > 0
