@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_compress.core.answering import copied_alone
-from lightning_compress.core.example_inputs import ExampleInputs, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, batch_size, to_device
 from lightning_compress.skipping.budget import Budget, Measured, most_used
 from lightning_compress.skipping.controls import Drawn, DrawnGates, Fixed
 from lightning_compress.skipping.gates import GateKind, Instead, SkipGates, gates_of
 from lightning_compress.skipping.network import SkippingNetwork
 from lightning_compress.skipping.objective import Skipping, Training
 from lightning_compress.skipping.record import note_gates, take_gates
+from lightning_compress.stages.block_times import time_blocks
 from lightning_compress.trainer.compatibility import check_together
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.one_step import backbone
@@ -185,13 +186,22 @@ class SkippableBlocks(CompressionModule):
         gates = gates_of(network)
         if gates is None:
             return None
+        with without_trainer(self):
+            bare = copied_alone(network)
+        take_gates(bare)
+        times = time_blocks(bare, inputs, output=objective.output)
         rows = []
         for number, block in enumerate(gates.blocks, start=1):
-            rows.append([str(number), block.name, f"{block.macs:,}", f"{block.macs / gates.macs:.1%}"])
+            seconds = times.seconds[block.name]
+            share, of_time = block.macs / gates.macs, seconds / times.network
+            rows.append(
+                [str(number), block.name, f"{block.macs:,}", f"{share:.1%}", f"{1000 * seconds:.2f}", f"{of_time:.1%}"]
+            )
         note = (
-            f"Shares are of the network's {gates.macs:,} MACs per sample; {gates.least:.1%} remain without any block."
+            f"Shares are of the network's {gates.macs:,} MACs per sample, of which {gates.least:.1%} remain without "
+            f"any block, and of its {1000 * times.network:.2f} ms for a batch of {batch_size(inputs)} on this machine."
         )
-        return Outline(["block", "name", "MACs", "share"], rows, note)
+        return Outline(["block", "name", "MACs", "share", "ms", "of the time"], rows, note)
 
     @contextmanager
     def _deciding(self, instead: Instead | None) -> Iterator[None]:

@@ -92,7 +92,7 @@ def program_of(
     gone: set[fx.Node] = set()
     for branch in branches.values():
         gone.update(branch.nodes)
-    inputs = {k: _inputs(graph, branch) for k, branch in branches.items()}
+    inputs = {k: branch.inputs(graph) for k, branch in branches.items()}
     dynamic = [k for k in branches if k not in never]
     first = min(dynamic, key=lambda k: found.branches.order[branches[k].sum], default=None)
     source = found.of[names[0]].x
@@ -100,10 +100,8 @@ def program_of(
         if k in never:
             instead[branch.sum] = _shortcut(branch)
             continue
-        where = f"the block {names[k]!r}"
-        rows = {node: rows_of(graph, node, where) for node in inputs[k]}
+        stage, rows = branch.stage(graph, names[k])
         in_place = _is_last(graph, branch, branches, inputs, source if policy and k == first else None)
-        stage = extract(graph, branch.nodes, rows, branch.end, where)
         parts[k] = BlockPart(stage, list(rows.values()), in_place)
         calls = _call(k, branch, inputs[k], run, in_place)
         if policy and k == first:
@@ -119,12 +117,6 @@ def program_of(
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def _inputs(graph: Trace, branch: Branch) -> list[fx.Node]:
-    inside = set(branch.nodes)
-    used = {one for node in branch.nodes for one in node.all_input_nodes}
-    return [node for node in graph.nodes if node in used and node not in inside and is_carried(graph, node)]
 
 
 def _shortcut(branch: Branch) -> Callable[[fx.Graph, dict[fx.Node, fx.Node]], fx.Node]:

@@ -78,7 +78,7 @@ def found_in(network: nn.Module, example_inputs: ExampleInputs, output: str | in
     ]
     graph = trace(network, axes, layers, output, functional=True)
     leaves = different(axes)
-    arguments = _arguments(graph, network, leaves)
+    arguments = arguments_of(graph, network, leaves)
     with running(network):
         of_batch = macs_of_nodes(graph.module, *arguments)
     samples = next(len(leaf) for leaf, named in zip(leaves, axes.named, strict=True) if named)
@@ -89,7 +89,7 @@ def found_in(network: nn.Module, example_inputs: ExampleInputs, output: str | in
     return _sorted_out(branches, named, refused | unproved, sum(macs.values()))
 
 
-def _arguments(graph: Trace, network: nn.Module, leaves: Sequence[Any]) -> list[Any]:
+def arguments_of(graph: Trace, network: nn.Module, leaves: Sequence[Any]) -> list[Any]:
     """Return what the graph takes: the network's tensors, and the leaves of its inputs."""
     tensors = graph.constants | named_tensors(network)
     given = dict(zip(graph.inputs, leaves, strict=True))
@@ -188,7 +188,7 @@ def _wrong(
     last = {branch.end: factor for branch, factor in zip(branches, factors, strict=True)}
     expected = _Gated(graph, last, [branch.x for branch in branches])
     with running(network), random_state_restored(network):
-        answer = expected.run(*_arguments(graph, network, leaves))
+        answer = expected.run(*arguments_of(graph, network, leaves))
         with hooked(*gated(network, blocks, decide)):
             try:
                 found = call(network, tree_unflatten(list(leaves), axes.spec))

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from lightning_compress.stages.extract import is_size, rows_of
+from lightning_compress.stages.extract import Rows, Stage, extract, is_carried, is_size, rows_of
 from lightning_compress.stages.trace import SplitError, Trace
 
 _ADD = torch.ops.aten.add.Tensor
@@ -41,6 +41,22 @@ class Branch:
     x: fx.Node
     nodes: tuple[fx.Node, ...]
     macs: int
+
+    def inputs(self, graph: Trace) -> list[fx.Node]:
+        """Return what the branch takes from the rest of the graph, without weights, constants and sizes."""
+        inside = set(self.nodes)
+        used = {one for node in self.nodes for one in node.all_input_nodes}
+        return [node for node in graph.nodes if node in used and node not in inside and is_carried(graph, node)]
+
+    def stage(self, graph: Trace, name: str) -> tuple[Stage, dict[fx.Node, Rows | None]]:
+        """Return the branch as a part of the graph, and where the samples stand in what it takes.
+
+        Raises:
+            SplitError: It cannot run for some of the samples.
+        """
+        where = f"the block {name!r}"
+        rows = {node: rows_of(graph, node, where) for node in self.inputs(graph)}
+        return extract(graph, self.nodes, rows, self.end, where), rows
 
 
 @dataclass(frozen=True, eq=False)
