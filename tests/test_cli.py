@@ -487,6 +487,18 @@ def test_inspect_knows_neurons(command: Callable[..., None], capsys: pytest.Capt
     assert "36 of 144 channels" in shown  # 24 + 24 + 48 + 48
 
 
+def test_inspect_lists_the_blocks_that_may_leave(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["model=resnet20", "model.network.width=2", "model.network.in_channels=1"]
+    command("task=inspect", "compress=block_pruning", *small)
+    rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert [name for name in rows if name.endswith((".0", ".1", ".2")) and "stays" not in rows[name]] == [
+        f"network.stages.{i}" for i in ("0.0", "0.1", "0.2", "1.1", "1.2", "2.1", "2.2")
+    ]
+    assert "stays" in rows["network.stages.1.0"]
+
+
 @pytest.mark.parametrize(
     ("compress", "done", "option"),
     [

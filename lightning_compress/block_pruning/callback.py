@@ -30,6 +30,7 @@ from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network, traced_network
 from lightning_compress.trainer.monitors import count_anew
+from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.settings import settings_of
 from lightning_compress.trainer.step_window import Ramp
 from lightning_compress.trainer.steps import planned_steps, steps_at
@@ -172,6 +173,20 @@ class BlockPruningCallback(CompressionCallback):
             looks_at=frozenset() if finished else frozenset({"layers"}),
             begins=None if ramp is None else ramp.start,
             final=None if ramp is None else ramp.last if finished else ramp.end,
+        )
+
+    def outline(self, pl_module: LightningModule, inputs: Callable[[], ExampleInputs]) -> Outline | None:
+        given = inputs() if self.example_inputs is None else self.example_inputs
+        found = find_blocks(resolve_network(pl_module, self.network), given, output=self.output)
+        blocks = chosen_blocks(found, self.blocks)
+        total = sum(block.macs for block in blocks)
+        rows = [[block.name, f"{block.macs:,}", f"{block.macs / found.macs:.1%}"] for block in blocks]
+        rows += [[name, "", f"stays: {reason}"] for name, reason in found.refused.items() if self.blocks is None]
+        return Outline(
+            ["block", "MACs", "share of the network's"],
+            rows,
+            f"amount={self.amount:g}: at most {self.amount * total:,.0f} of these {total:,} MACs per sample leave; the "
+            f"network has {found.macs:,}.",
         )
 
     # ------------------------------------------------------------------ the fit

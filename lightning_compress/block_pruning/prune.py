@@ -16,6 +16,7 @@ from lightning_compress.block_pruning.stand_in import replace, stand_ins
 from lightning_compress.channels.optimizer_state import check_forgettable, forget_parameters
 from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.input_hooks import take_away
 from lightning_compress.core.outputs import compare, run
 from lightning_compress.core.side_outputs import side_outputs
 from lightning_compress.core.tensors import named_tensors
@@ -87,14 +88,15 @@ def prune_blocks(
             f"remove=['layer1.1']) or prune_blocks(network, example_inputs, amount=0.3). Got remove={remove} and "
             f"amount={amount}."
         )
-    found = find_blocks(network, example_inputs, output=output)
-    if remove is not None:
-        leaving = chosen_blocks(found, remove)
-    else:
-        assert amount is not None
-        among = chosen_blocks(found, blocks)
-        known = block_influence(network, [example_inputs], among) if scores is None else scores
-        leaving = least_important(among, known, amount)
+    with torch.compiler.set_stance("force_eager"):  # compiled code runs no hooks
+        found = find_blocks(network, example_inputs, output=output)
+        if remove is not None:
+            leaving = chosen_blocks(found, remove)
+        else:
+            assert amount is not None
+            among = chosen_blocks(found, blocks)
+            known = block_influence(network, [example_inputs], among) if scores is None else scores
+            leaving = least_important(among, known, amount)
     take_out(network, example_inputs, leaving, optimizers=optimizers, copies=copies)
     return network
 
@@ -183,7 +185,9 @@ def take_out(
         undo.pop_all()
     for module in (network, *copies):
         for one in places:
-            note_depth(module.get_submodule(one.path))
+            stand_in = module.get_submodule(one.path)
+            take_away(stand_in)  # what quantized the inputs of a layer that has left
+            note_depth(stand_in)
         renew_caches(module)
     after = {id(one) for one in named_tensors(network).values()}
     left = {name: one for name, one in before.items() if id(one) not in after}

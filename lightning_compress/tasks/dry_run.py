@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from rich.table import Table
@@ -17,6 +18,7 @@ from lightning_compress.pruning.inspection import Verdict, inspect_channels, ins
 from lightning_compress.tasks.inputs import example_inputs
 from lightning_compress.trainer.effects import DeclaresEffects, Kind
 from lightning_compress.trainer.inputs import resolve_network
+from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.targets import layers_of_fit
 from lightning_compress.trainer.wrapper import CompressionModule
 
@@ -119,9 +121,11 @@ def outline_table(name: str, wrapper: CompressionModule, datamodule: LightningDa
     if outline is None:
         return None
     level = wrapper._lightning_compress.levels[-1]
-    table = Table(
-        title=Text(f"{name}: {level.callback.name}", style="bold"), caption=Text(outline.note), caption_justify="left"
-    )
+    return _outlined(name, level.callback.name, outline)
+
+
+def _outlined(name: str, technique: str, outline: Outline) -> Table:
+    table = Table(title=Text(f"{name}: {technique}", style="bold"), caption=Text(outline.note), caption_justify="left")
     for heading in outline.columns:
         table.add_column(heading, overflow="fold")
     for row in outline.rows:
@@ -151,7 +155,9 @@ def inspection_tables(
         if isinstance(one, IterativePruningCallback):
             tables.append(inspection_table(name, one, inspect_pruning(one, module, datamodule)))
         elif isinstance(one, DeclaresEffects):
-            tables.append(effects_table(name, one, module))
+            outline = one.outline(module, partial(_inputs, module, datamodule))
+            table = None if outline is None else _outlined(name, one.name, outline)
+            tables.append(effects_table(name, one, module) if table is None else table)
     for name, wrapped in (wrappers or {}).items():
         table = outline_table(name, wrapped, datamodule) if isinstance(wrapped, CompressionModule) else None
         said = f"{name}: this wrapper changes the training objective, and is not inspected."

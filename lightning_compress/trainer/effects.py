@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.unwrap import LOGGED
 
 Kind = Literal["zeros", "codebook", "grid", "signs", "bounds", "penalty"]
@@ -146,6 +148,15 @@ class DeclaresEffects:
     def declared(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         """Return its effects, with steps counted as by the Trainer, for `compatibility`."""
         return self.effects(trainer, pl_module)
+
+    def outline(self, pl_module: LightningModule, inputs: Callable[[], ExampleInputs]) -> Outline | None:
+        """Return what the technique would do, as a table; None for what its effects say of each parameter.
+
+        Args:
+            pl_module: The LightningModule, which is not changed.
+            inputs: Reads example inputs of it.
+        """
+        return None
 
     def progress(self) -> Progress:
         """Return how far the technique has come."""
