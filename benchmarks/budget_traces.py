@@ -10,7 +10,7 @@ until the speed has added up to the work of its setting, so each setting has its
     best static       the most accurate setting that keeps as many budgets as the controller, in hindsight
     ... and budget    the same with one setting for each of the budgets, chosen in hindsight of the whole trace
 
-The constants of `serving.pace` were chosen on seeds 100 to 119; the default seeds are others.
+The constants of `serving.pace` were chosen on seeds 100 to 111; the default seeds are others.
 
     python benchmarks/budget_traces.py
 """
