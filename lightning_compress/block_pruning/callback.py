@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_compress.block_pruning.influence import Influence
-from lightning_compress.block_pruning.losses import loss_of_blocks
+from lightning_compress.block_pruning.losses import check_steps, loss_of_blocks
 from lightning_compress.block_pruning.prune import least_important, take_out, within
 from lightning_compress.block_pruning.record import follow_depth
 from lightning_compress.block_pruning.stand_in import StandIn
@@ -203,11 +203,8 @@ class BlockPruningCallback(CompressionCallback):
         if self.amount == 0 and self.stochastic_depth == 0:
             return
         refuse_average_in_forward(pl_module, self.network)
-        if self.criterion == "loss" and self.amount > 0 and not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{self.name}(criterion='loss') runs the module's training_step to compare losses, but with manual "
-                f"optimization that step trains: use criterion='influence'."
-            )
+        if self.criterion == "loss" and self.amount > 0:
+            on_all_ranks(lambda: check_steps(trainer, pl_module))
         network, self._inputs = on_all_ranks(
             lambda: traced_network(trainer, pl_module, self.network, self.example_inputs)
         )

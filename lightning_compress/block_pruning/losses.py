@@ -13,8 +13,28 @@ from lightning_compress.block_pruning.plan import without
 from lightning_compress.core.distributed import all_reduce_sum
 from lightning_compress.core.evaluation import entries_restored, evaluating
 from lightning_compress.stages.block import Block
-from lightning_compress.trainer.peek import first_batches
+from lightning_compress.trainer.peek import first_batches, training_loaders, untouched
 from lightning_compress.trainer.unwrap import innermost
+
+
+def check_steps(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Raise a ValueError unless the module's step can be run between those of the fit, on batches of its loader."""
+    kind, remedy = type(innermost(pl_module)).__name__, "use criterion='influence'"
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"criterion='loss' runs the training_step of {kind} to compare losses, but with manual optimization that "
+            f"step trains: {remedy}."
+        )
+    loaders = training_loaders(trainer)
+    if len(loaders) > 1:
+        raise ValueError(
+            f"criterion='loss' reads batches of one training loader, and there are {len(loaders)}: {remedy}."
+        )
+    try:
+        with untouched(loaders[0]):
+            pass
+    except ValueError as error:
+        raise ValueError(f"criterion='loss' reads batches anew at each event: {error} Or {remedy}.") from error
 
 
 def loss_of_blocks(
@@ -39,6 +59,8 @@ def loss_of_blocks(
         for batch in first_batches(trainer, n_batches)
     ]
     own = innermost(pl_module)
+    if not batches:
+        raise ValueError("The training loader has yielded no batch, on which blocks could be compared.")
 
     def loss(blocks: Sequence[Block]) -> float:
         total = torch.zeros(2, dtype=torch.float64)

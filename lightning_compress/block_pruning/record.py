@@ -46,7 +46,7 @@ class DepthStructure(Structure):
                 f"The record of a block that has left has the name {shown(block)} and {shown(macs)} MACs; expected a "
                 f"text and a number from 0 on."
             )
-        if not arriving.prefix:
+        if not arriving.prefix and not isinstance(module, StandIn):
             raise RecordError("The record says that the whole network has left.")
         if (name := _first_within(arriving)) is not None:
             raise RecordError(
