@@ -237,10 +237,9 @@ def test_fits_that_cannot_work_are_refused_before_the_first_step() -> None:
     with pytest.raises(ValueError, match="reads batches of one training loader, and there are 2: use criterion='infl"):
         quiet_trainer(callbacks=[BlockPruningCallback(0.5)]).fit(Deep(), [shuffled(), shuffled()])
     stream = (batch for batch in shuffled())
+    callback = BlockPruningCallback(0.5, every_n_steps=3, example_inputs=torch.zeros(2, FEATURES))
     with pytest.raises(ValueError, match=r"reads batches anew at each event: .* running generator"):
-        quiet_trainer(callbacks=[BlockPruningCallback(0.5, example_inputs=torch.zeros(2, FEATURES))], max_steps=9).fit(
-            Deep(), stream
-        )
+        quiet_trainer(callbacks=[callback], max_steps=9).fit(Deep(), stream)
     with pytest.raises(ValueError, match=r"has no residual block"):
         fitted(BlockPruningCallback(0.5), SmallModule())
     with pytest.raises(ValueError, match=r"amount=0\.2 is less than the smallest block has"):
