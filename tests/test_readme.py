@@ -23,6 +23,7 @@ CARDS = [
     "early_exit",
     "channel_gates",
     "serving",
+    "skipping",
     "slimmable",
     "coding",
     "deploy",

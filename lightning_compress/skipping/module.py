@@ -56,9 +56,10 @@ class SkippableBlocks(CompressionModule):
             the mean share u of the MACs, which leaves it to training which blocks are run.
         weight: w; rewards have none.
         train: "straight_through": decisions get the gradient of their probabilities. "reinforce": they get rewards, of
-            SkipNet, or of BlockDrop for a policy, with a price of cost that moves until the target is met; a policy
-            begins with the last block. "hybrid": rewards follow in the last third of the fit. Rewards need the classes
-            in the batch; else gates are paid for answers as those of the network with all blocks.
+            SkipNet, or of BlockDrop for a policy, which begins with the last block. The price of cost rises while
+            samples use more than t, which is a bound then: blocks without which answers stay right are closed.
+            "hybrid": rewards follow in the last third of the fit. Rewards need the classes in the batch; else gates are
+            paid for answers as those of the network with all blocks.
         temperature: Of these probabilities.
         end_epoch: When decisions are no more drawn; t has fallen at half of that time. None: at two thirds of the
             planned steps.

@@ -225,7 +225,7 @@ class Skipping(Objective):
             module.log(self.logged_name("train_used"), gates.used(runs.detach().mean(0)))
         if self._rewarded:
             batch = args[0] if args else next(iter(kwargs.values()))
-            added = self._rewards.loss(module, gates, decisions, batch, self.target)
+            added = self._rewards.loss(module, gates, decisions, batch, self.target_now())
         else:
             added = self.weight * budget_loss(gates, runs, self.target_now(), self.budget)
         total = own + added.to(own.dtype)

@@ -93,7 +93,7 @@ def moved(price: float, used: float, target: float) -> float:
         True
     """
     change = max(-_FASTEST, min(_FASTEST, used / target - 1.0))
-    return min(max(price * (1.0 + change), 1e-3), 1e3)
+    return min(max(price * (1.0 + change), 1e-2), 1e2)
 
 
 def quality(output: Tensor, targets: Tensor | None, reference: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class Rewards:
             loss = blockdrop_loss(logits, runs, costs, right, greedy, penalty, first=gates.first)
         else:
             loss = skipnet_loss(logits, runs, costs, losses, PRICE * self.price)
-        used = all_reduce_sum(gates.used(runs.mean(0)).clone()) / world_size()
+        used = all_reduce_sum(gates.used((logits.detach() > 0).to(runs).mean(0))) / world_size()  # as in evaluation
         self.price = moved(self.price, float(used), target)
         return loss
 
