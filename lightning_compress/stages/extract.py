@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lightning_compress.stages.trace import SplitError, Trace
+from lightning_compress.stages.trace import SplitError, Trace, writes
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,3 @@ _FRESH = {  # what they return is no view, and no gradient needs its values
     *(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.linear.default),
     *(_ATEN.batch_norm.default, _ATEN.add.Tensor),
 }
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether an operator writes into a tensor that it reads."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_compress.stages.extract import Rows, Stage, behind, extract, is_carried, rows_of, writes
-from lightning_compress.stages.trace import Trace
+from lightning_compress.stages.extract import Rows, Stage, behind, extract, is_carried, rows_of
+from lightning_compress.stages.trace import Trace, writes
 
 
 class Stages:

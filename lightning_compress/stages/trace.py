@@ -121,7 +121,7 @@ def trace(
             back.enter_context(_answering(network, output))
             back.enter_context(_marking(network, layers))
             program = exported(network, axes.resized({BATCH: _SAMPLES}), axes, {BATCH: Dim(BATCH, max=_MOST)})
-            if functional:
+            if functional and any(map(writes, program.graph.nodes)):
                 program = program.run_decompositions({})
     except Exception as error:  # whatever the network's code or torch.export raises
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
@@ -173,6 +173,11 @@ def _marking(network: nn.Module, layers: Iterable[str]) -> AbstractContextManage
         *(one.register_forward_pre_hook(begins(name), with_kwargs=True, prepend=True) for name, one in modules.items()),
         *(one.register_forward_hook(ends(name)) for name, one in modules.items()),
     )
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether an operator writes into a tensor that it reads."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:
