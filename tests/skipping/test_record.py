@@ -12,7 +12,7 @@ from support.gated import KINDS, gated_net
 from support.small import FEATURES, SmallModule, SmallNet, plain, quiet_trainer
 from torch import nn
 
-from lightning_compress import SkippableBlocks, load_compressed, save_compressed
+from lightning_compress import SkippableBlocks, cut, load_compressed, save_compressed
 from lightning_compress.core.records import KEY, RecordError
 from lightning_compress.skipping.gates import gates_of
 
@@ -46,6 +46,16 @@ def test_a_compressed_file_gives_the_plain_class_its_gates(kind: Any, tmp_path: 
     model = load_compressed(tmp_path / "small.lcz", SmallNet(residual=True))
     assert_same(model, net)
     assert_same(copy.deepcopy(model), net)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_are_cut_with_the_channels_that_they_read_and_come_back_from_a_file(kind: Any, tmp_path: Path) -> None:
+    net = with_rates(kind)
+    cut(net, X, remove={"conv": [1, 4], "block1.conv1": [0]})
+    save_compressed(net, tmp_path / "small.lcz")
+    model = load_compressed(tmp_path / "small.lcz", SmallNet(residual=True))
+    assert model.conv.weight.shape[0] == 4
+    assert_same(model, net)
 
 
 def test_a_plain_class_loads_the_network_strictly_and_is_told_what_it_leaves() -> None:
