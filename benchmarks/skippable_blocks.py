@@ -62,7 +62,7 @@ def of_transformers(model: str, inputs: Callable[[], Any], **options: Any) -> Ca
     def make() -> tuple[nn.Module, Any]:
         import transformers
 
-        config = getattr(transformers, f"{model.split('For')[0].removesuffix('Model')}Config")(**options)
+        config = getattr(transformers, f"{model.split('For')[0].removesuffix('LMHeadModel')}Config")(**options)
         return getattr(transformers, model)(config), inputs()
 
     return make
@@ -144,7 +144,11 @@ KNOWN: dict[str, Known] = {
     "EfficientNet blocks": Known(inverted(excite=True, drop=0.2), 4),
     "EfficientNet-b0": Known(
         of_transformers(
-            "EfficientNetForImageClassification", lambda: images(32), width_coefficient=0.25, hidden_dim=320
+            "EfficientNetForImageClassification",
+            lambda: images(32),
+            width_coefficient=0.25,
+            depth_coefficient=1.0,
+            hidden_dim=320,
         ),
         9,
     ),

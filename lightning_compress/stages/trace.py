@@ -190,6 +190,9 @@ def _read(program: ExportedProgram, axes: Axes, functional: bool) -> Trace:
     if any(one.kind != OutputKind.USER_OUTPUT for one in signature.output_specs):
         raise SplitError("The network writes into its buffers or inputs.")
     graph = program.graph
+    for node in graph.nodes:  # torch.export forgets that a mark uses the network's output
+        for source in node.all_input_nodes:
+            source.users.setdefault(node, None)
     for node in list(graph.nodes):
         if node._erased:
             continue

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.zoo import Net
+from support.zoo import ZOO, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -430,3 +430,11 @@ def test_resnet20() -> None:
             hidden = stage[0](hidden)
         expected = network.fc(hidden.mean((2, 3)))
     assert float((zeroed(network, found.blocks, x) - expected).abs().max()) <= 1e-12
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("llama", 4), ("regnet", 0)])
+def test_networks_of_transformers(name: str, blocks: int) -> None:
+    network, x = ZOO[name].make().eval(), ZOO[name].inputs()
+    found = find_blocks(network, x)
+    assert len(found.blocks) == blocks
+    assert len(found.others) == (2 if name == "regnet" else 0)
