@@ -156,9 +156,17 @@ def classifier(network: nn.Module, setting: Setting, shape: Sequence[int], **rec
     return Classifier(network, input_shape=shape, **given).train()
 
 
-def fit(module: LightningModule, data: ImageData, setting: Setting, *, epochs: int | None = None) -> None:
+def fit(
+    module: LightningModule,
+    data: ImageData,
+    setting: Setting,
+    *,
+    epochs: int | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     seed_everything(setting.seed, verbose=False)
-    trainer(setting, epochs or setting.epochs, precision=setting.precision).fit(module, datamodule=data)
+    options: dict[str, Any] = {"precision": setting.precision, "callbacks": list(callbacks)}
+    trainer(setting, epochs or setting.epochs, **options).fit(module, datamodule=data)
 
 
 def trained(
