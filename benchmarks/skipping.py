@@ -54,6 +54,9 @@ from lightning_compress import BlockPruningCallback, SkippableBlocks
 from lightning_compress.baselines import Classifier, ResNet20, TensorLoader
 from lightning_compress.baselines.datamodule import ImageData
 from lightning_compress.measure.macs import count_macs
+from lightning_compress.skipping.budget import most_used
+from lightning_compress.skipping.controls import Drawn, Fixed
+from lightning_compress.skipping.gates import gates_of
 
 ACCURACY, CHOICES, TIMES = "Test accuracy by share of the MACs", "What the gates choose", "Times of deployed networks"
 TUNE = {"mnist": 2, "cifar10": 5}  # epochs
@@ -71,12 +74,16 @@ def gated(plain: nn.Module, setting: Setting, shape: Sequence[int], **options: A
 
 
 def ways(module: SkippableBlocks, test: TensorLoader) -> dict[str, float]:
-    """The accuracy of each way to run the gated network, by its name."""
-    found = {}
+    """The accuracy of the gated network, and of its controls without training."""
     network: Any = module.network
-    for point in module.operating_points():
-        with point.answering():
-            found[point.name] = right(answers(network, test.inputs), test.targets)
+    gates = gates_of(network)
+    assert gates is not None
+    decide = {"gates": None, "random gates": Drawn(gates), "always the same": Fixed(most_used(gates))}
+    found = {}
+    for name, instead in decide.items():
+        gates.instead = instead
+        found[name] = right(answers(network, test.inputs), test.targets)
+    gates.instead = None
     return found
 
 
@@ -148,6 +155,8 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, clock: Callable[[]
             "" if arguments.train == "straight_through" else f", {arguments.train}"
         )
         module = tuned(f"skip-{name.replace(', ', '-')}", partial(gated, plain, tuning, shape, **options))
+        if arguments.only == "train":
+            continue
         measured = module.measure(TensorLoader(test.inputs, test.targets, batch_size=500))
         for way, accuracy in ways(module, test).items():
             found.add(ACCURACY, f"{name}: {way}", accuracy=accuracy, MACs=measured.used)
@@ -166,6 +175,8 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, clock: Callable[[]
         of_blocks.add(
             math.ceil((1 - measured.used) / (1 - module.network.skip_gates.least) * len(measured.rates) - 0.1)
         )
+    if arguments.only == "train":
+        return
     if arguments.controls:
         number = len(measured.rates)
         for blocks in sorted(of_blocks):
