@@ -2,8 +2,8 @@
 
     s = x + g F(x)        g = 1 where the gate's logit l(x) > 0, else 0
 
-In training g is drawn, 1 with the probability sigmoid(l), and its gradient is that of sigmoid((l + noise) / T), the
-straight-through estimator. In evaluation nothing is drawn.
+In training the gradient of g is that of sigmoid(l / T), the straight-through estimator. Where decisions are drawn, g is
+1 with the probability sigmoid(l), and has the gradient of sigmoid((l + noise) / T); in evaluation nothing is drawn.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class SkipGates(nn.Module):
         if self.training and self.draws:
             drawn = self._drawn(logit)
         else:
-            drawn = Decision(logit, _hard(logit.sigmoid()) if self.training else (logit > 0).to(logit.dtype))
+            sign = _hard((logit / self.temperature).sigmoid()) if self.training else (logit > 0).to(logit.dtype)
+            drawn = Decision(logit, sign)
         self._pass.decided(k, drawn)
         return drawn.runs if self.straight_through else drawn.runs.detach()
 

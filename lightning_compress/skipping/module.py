@@ -33,13 +33,13 @@ class SkippableBlocks(CompressionModule):
     """Give a trained network gates: for each sample they decide which of its residual blocks run.
 
     A block x + F(x) becomes x + g F(x), g = 0 or 1 for each sample, from a small module that reads x. With e the
-    module's own loss and m_k the share of a batch that runs block k:
+    module's own loss:
 
-        loss = e + w sum over k of (m_k - r)^2
+        loss = e + w (u / t - 1)^2                    u the mean share of the network's MACs that samples use
 
-    where r is the rate at which the network uses the share t of its MACs. t falls from 1 to the target in the first
-    third of the fit. Gates begin open, their decisions are drawn in training, in the last third by their sign alone, as
-    in evaluation always. The gates act whenever the network runs, by multiplication; `deploy` skips what they close.
+    t falls from 1 to the target in the first third of the fit. Gates begin open, and a gate opens where its logit is
+    above 0; in training it gets the gradient of its probability. The gates act whenever the network runs, by
+    multiplication; `deploy` skips what they close.
 
     The gates become a part of the network, as its child `skip_gates`: they are saved with it in checkpoints and
     compressed files. The keys and shapes of the module's own tensors stay.
@@ -52,16 +52,18 @@ class SkippableBlocks(CompressionModule):
             for all blocks (SkipNet); "policy", a small network that looks once and decides for all blocks (BlockDrop).
             None: that of the gates that the network has already, else "per_block".
         target: t, the mean share of the network's MACs that samples may use, without those of the gates.
-        budget: "per_gate", as above, under which gates go on to differ between samples; "total": w (u / t - 1)^2 for
-            the mean share u of the MACs, which leaves it to training which blocks are run.
+        budget: "total", as above, which leaves it to training which blocks are run; "per_gate": w sum over k of
+            (m_k - r)^2, where m_k is the share of a batch that runs block k and r the rate at which t is met, under
+            which all gates go on to differ between samples.
         weight: w; rewards have none.
         train: "straight_through": decisions get the gradient of their probabilities. "reinforce": they get rewards, of
             SkipNet, or of BlockDrop for a policy, which begins with the last block. The price of cost rises while
             samples use more than t, which is a bound then: blocks without which answers stay right are closed.
             "hybrid": rewards follow in the last third of the fit. Rewards need the classes in the batch; else gates are
             paid for answers as those of the network with all blocks.
-        temperature: Of these probabilities.
-        end_epoch: When decisions are no more drawn; t has fallen at half of that time. None: at two thirds of the
+        noise: Whether decisions are drawn at random until `end_epoch`, as in the papers.
+        temperature: Of the probabilities whose gradient decisions get.
+        end_epoch: When the last third of the fit begins; t has fallen at half of that time. None: at two thirds of the
             planned steps.
         network: Dotted path of the submodule whose output is the prediction; empty: the module's own forward.
         output: Key, position or attribute of the logits, where the network returns more than a tensor.
@@ -88,9 +90,10 @@ class SkippableBlocks(CompressionModule):
         *,
         gate: GateKind | None = None,
         target: float = 0.6,
-        budget: Budget = "per_gate",
+        budget: Budget = "total",
         weight: float = 2.0,
         train: Training = "straight_through",
+        noise: bool = False,
         temperature: float = 1.0,
         end_epoch: float | None = None,
         network: str = "",
@@ -105,6 +108,7 @@ class SkippableBlocks(CompressionModule):
             budget=budget,
             weight=weight,
             train=train,
+            noise=noise,
             temperature=temperature,
             end_epoch=end_epoch,
             network=network,

@@ -35,7 +35,7 @@ from lightning_compress.trainer.wrapper import Objective
 
 Training = Literal["straight_through", "hybrid", "reinforce"]
 _FEW = 4  # samples that are kept of a peeked batch, with which the network is deployed
-_FALLS = 0.5  # share of the time with noise in which the target falls
+_FALLS = 0.5  # share of the time until end_epoch in which the target falls
 
 
 class Skipping(Objective):
@@ -57,10 +57,11 @@ class Skipping(Objective):
         self.weight: float = settings["weight"]
         self.train: Training = settings["train"]
         self.temperature: float = settings["temperature"]
+        self.noise: bool = bool(settings["noise"])
         self.network: str = settings["network"]
         self.output: str | int | None = settings["output"]
         self.measuring: list[Measured] | None = None
-        self._noise = Scheduled(start=1.0, end=0.0, end_epoch=settings["end_epoch"])  # it ends where this does
+        self._schedule = Scheduled(start=1.0, end=0.0, end_epoch=settings["end_epoch"])
         self._gates: SkipGates | None = None  # that a fit trains
         self._seen: list[Tensor] = []  # decisions of the evaluation that runs
         self._rewards = Rewards(self.network, self.output)
@@ -168,29 +169,29 @@ class Skipping(Objective):
         self._seen = []
         if self._gates is None:
             return
-        self._noise.plan(trainer, None if state is None else state["noise"])
+        self._schedule.plan(trainer, None if state is None else state["schedule"])
         self._gates.temperature = self.temperature
         if state is not None:
             self._said, self._rewards.price = state["said"], state["price"]
 
     def state(self) -> dict[str, Any]:
-        return {"noise": self._noise.state(), "said": self._said, "price": self._rewards.price}
+        return {"schedule": self._schedule.state(), "said": self._said, "price": self._rewards.price}
 
     def follow_epochs(self, moment: Callable[[int], int]) -> None:
-        self._noise.follow_epochs(moment)
+        self._schedule.follow_epochs(moment)
 
     def at_step(self, step: int) -> None:
         self._step = step
         if self._gates is not None:
-            progress = self._noise.progress(step)
-            self._gates.draws = self._rewarded or progress < 1.0
+            progress = self._schedule.progress(step)
+            self._gates.draws = self._rewarded or (progress < 1.0 and (self.noise or self.train == "reinforce"))
             share = min(1.0, progress / _FALLS) if self.train == "reinforce" and self._gates.kind == "policy" else 1.0
             set_drawing(self._gates, rewarded=self._rewarded, curriculum=share)
 
     @property
     def _rewarded(self) -> bool:
         """Whether gates learn from rewards now."""
-        return self.train == "reinforce" or (self.train == "hybrid" and self._noise.progress(self._step) == 1.0)
+        return self.train == "reinforce" or (self.train == "hybrid" and self._schedule.progress(self._step) == 1.0)
 
     def finish(self, module: LightningModule) -> None:
         if self._gates is not None:
@@ -199,12 +200,12 @@ class Skipping(Objective):
 
     def target_now(self) -> float:
         """Return the target after the last step."""
-        return 1.0 - (1.0 - self.target) * min(1.0, self._noise.progress(self._step) / _FALLS)
+        return 1.0 - (1.0 - self.target) * min(1.0, self._schedule.progress(self._step) / _FALLS)
 
     def progress(self) -> Progress:
         if self._gates is None:
             return Progress(fraction=0.0)
-        share = self._noise.progress(self._step)
+        share = self._schedule.progress(self._step)
         return Progress(fraction=share, finished=share == 1.0, numbers={"target": self.target_now})
 
     # ------------------------------------------------------------------ a step
@@ -277,7 +278,7 @@ class Skipping(Objective):
             self.measuring.append(found)
         if self.measuring is not None or trainer.state.fn == "fit":
             gates.rates = torch.tensor(list(found.rates.values()), dtype=torch.float64)
-        if trainer.state.fn == "fit" and self._noise.progress(self._step) >= _FALLS:
+        if trainer.state.fn == "fit" and self._schedule.progress(self._step) >= _FALLS:
             self._warn_of_collapse(found)
 
     def _warn_of_collapse(self, found: Measured) -> None:

@@ -48,9 +48,9 @@ class Seen(Callback):
         self.draws.append(gates_in(pl_module).draws)
 
 
-@pytest.mark.parametrize("budget", ["per_gate", "total"])
-def test_the_loss_is_the_users_and_the_budget(budget: Any) -> None:
-    module = wrapped(budget=budget, weight=3.0)
+@pytest.mark.parametrize(("budget", "noise"), [("per_gate", True), ("total", True), ("total", False)])
+def test_the_loss_is_the_users_and_the_budget(budget: Any, noise: bool) -> None:
+    module = wrapped(budget=budget, weight=3.0, noise=noise)
     batch = next(iter(plain(0)))
     seen = Seen()
     start = {name: one.clone() for name, one in module.state_dict().items()}
@@ -61,7 +61,7 @@ def test_the_loss_is_the_users_and_the_budget(budget: Any) -> None:
     other = wrapped()
     other.load_state_dict(start)
     gates = gates_in(other)
-    gates.draws = True
+    gates.draws = noise
     torch.manual_seed(11)
     next(iter(plain(0)))  # the Trainer draws the loader's seed
     losses = []
@@ -77,13 +77,14 @@ def test_the_loss_is_the_users_and_the_budget(budget: Any) -> None:
     assert min(abs(one - seen.losses[0]) for one in losses) < 1e-6
 
 
-def test_the_target_falls_and_then_draws_end() -> None:
+@pytest.mark.parametrize("noise", [True, False])
+def test_the_target_falls_and_then_draws_end(noise: bool) -> None:
     seen = Seen()
-    quiet_trainer(max_epochs=3, callbacks=[seen]).fit(wrapped(), shuffled(), plain())
+    quiet_trainer(max_epochs=3, callbacks=[seen]).fit(wrapped(noise=noise), shuffled(), plain())
     assert len(seen.targets) == 36
     expected = [max(0.6, 1.0 - 0.4 * step / 12) for step in range(36)]
     assert seen.targets == pytest.approx(expected)
-    assert seen.draws == [step < 24 for step in range(36)]
+    assert seen.draws == [noise and step < 24 for step in range(36)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -143,7 +143,7 @@ def channel_gates(**options: Any) -> Entry:
 
 
 def block_gates(**options: Any) -> Entry:
-    settings: dict[str, Any] = {"target": 0.6, "weight": 8.0} | options
+    settings: dict[str, Any] = {"target": 0.6, "weight": 8.0, "budget": "per_gate", "noise": True} | options
 
     def wrap(module: LightningModule, **changed: Any) -> LightningModule:
         return SkippableBlocks(module, example_inputs=torch.zeros(2, FEATURES), **(settings | changed))
@@ -238,7 +238,7 @@ REGISTRY: dict[str, Entry] = {
         qat(4, 8, granularity="tensor", start_epoch=2.0), channel_gates()
     ),
     "block-gates": block_gates(),
-    "block-gates-recurrent-total": block_gates(gate="recurrent", budget="total"),
+    "block-gates-recurrent-total": block_gates(gate="recurrent", budget="total", noise=False),
     "block-gates-policy": block_gates(gate="policy", end_epoch=3.0),
     "block-gates-hybrid": block_gates(train="hybrid"),
     "block-gates-policy-reinforce": block_gates(train="reinforce", gate="policy"),
