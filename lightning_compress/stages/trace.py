@@ -245,7 +245,11 @@ def _tidy(graph: fx.Graph, node: fx.Node, functional: bool) -> None:
     if ("_assert_" in name or "sym_constrain" in name) and not node.users:
         graph.erase_node(node)
     elif (name in ("dropout", "feature_dropout", "alpha_dropout") and node.args[2] is False) or (
-        functional and name == "clone" and (not node.kwargs or all(map(_reshapes, node.users)))
+        functional
+        and (
+            (name == "clone" and (not node.kwargs or all(map(_reshapes, node.users))))
+            or (name in ("to", "alias", "detach") and _same(node, node.args[0]))
+        )
     ):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # the tensor
         graph.erase_node(node)
@@ -256,6 +260,14 @@ def _tidy(graph: fx.Graph, node: fx.Node, functional: bool) -> None:
     elif isinstance(node.meta.get("val"), (list, tuple)):
         for part in reversed([user for user in node.users if user.target is operator.getitem]):
             node.append(part)
+
+
+def _same(node: fx.Node, source: Any) -> bool:
+    """Whether a conversion converts nothing."""
+    mine, its = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(mine, Tensor) or not isinstance(its, Tensor):
+        return False
+    return (mine.dtype, mine.device) == (its.dtype, its.device) and "memory_format" not in node.kwargs
 
 
 def _reshapes(node: fx.Node) -> bool:
