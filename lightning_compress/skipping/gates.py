@@ -54,6 +54,7 @@ class SkipGates(nn.Module):
         explores: The share e of exploration: a gate opens with the probability (1 - e) p + e (1 - p).
         first: The first block whose gate decides; the blocks before it always run.
         instead: Decides in the gates' place, if it is set.
+        fixed: The blocks, by number, that run for all samples, or for nobody, whatever is decided.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class SkipGates(nn.Module):
         self.explores = 0.0
         self.first = 0
         self.instead: Instead | None = None
+        self.fixed: dict[int, bool] = {}
         self._pass = _Pass()
         if kind == "per_block":
             for number, one in enumerate(features, start=1):
@@ -120,10 +122,12 @@ class SkipGates(nn.Module):
 
     def decide(self, k: int, x: Tensor) -> Tensor | None:
         """Return the factors (N,) of block k, given what it reads; None: it runs for all samples."""
-        if self.instead is not None:
+        if self.instead is not None and k not in self.fixed:
             return self.instead(k, x)
         logit, state = self.logit(k, x, self._pass.state_before(k))
         self._pass.after(k, state)
+        if k in self.fixed:
+            return torch.full_like(logit, float(self.fixed[k]))
         if k < self.first:
             return None
         if self.training and self.draws:

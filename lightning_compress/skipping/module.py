@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_compress.core.answering import copied_alone
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, to_device
 from lightning_compress.skipping.budget import Budget, Measured, most_used
-from lightning_compress.skipping.controls import Drawn, DrawnGates, Fixed
+from lightning_compress.skipping.controls import Drawn, DrawnGates
 from lightning_compress.skipping.gates import GateKind, Instead, SkipGates, gates_of
 from lightning_compress.skipping.network import SkippingNetwork
 from lightning_compress.skipping.objective import Skipping, Training
@@ -178,10 +178,15 @@ class SkippableBlocks(CompressionModule):
         static = self._deployed(None, lambda gates: gates, always=always, never=never)
         drawn = self._deployed(None, DrawnGates.like)
         return [
-            OperatingPoint("gates", self.deploy(), partial(self._deciding, None)),
-            OperatingPoint("random gates", drawn, partial(self._deciding, Drawn(gates))),
-            OperatingPoint("static", static, partial(self._deciding, Fixed(chosen))),
+            self._point("gates", self.deploy(), None),
+            self._point("random gates", drawn, Drawn(gates)),
+            self._point("static", static, None),
         ]
+
+    def _point(self, name: str, network: SkippingNetwork, instead: Instead | None) -> OperatingPoint:
+        """Return a point that answers as its network does, which runs some blocks for all samples, or for nobody."""
+        fixed = dict.fromkeys(network.always, True) | dict.fromkeys(network.never, False)
+        return OperatingPoint(name, network, partial(self._deciding, instead, fixed))
 
     def outline(self, inputs: ExampleInputs) -> Outline | None:
         objective = self._objective()
@@ -209,13 +214,14 @@ class SkippableBlocks(CompressionModule):
         return Outline(["block", "name", "MACs", "share", "ms", "of the time"], rows, note)
 
     @contextmanager
-    def _deciding(self, instead: Instead | None) -> Iterator[None]:
+    def _deciding(self, instead: Instead | None, fixed: Mapping[str, bool]) -> Iterator[None]:
         gates = self._gates()
         gates.instead = instead
+        gates.fixed = {k: fixed[one.name] for k, one in enumerate(gates.blocks) if one.name in fixed}
         try:
             yield
         finally:
-            gates.instead = None
+            gates.instead, gates.fixed = None, {}
 
     def _objective(self) -> Skipping:
         return objective_of(self, Skipping)

@@ -277,7 +277,8 @@ class Skipping(Objective):
         if self.measuring is not None:
             self.measuring.append(found)
         if self.measuring is not None or trainer.state.fn == "fit":
-            gates.rates = torch.tensor(list(found.rates.values()), dtype=torch.float64)
+            with torch.inference_mode(False):  # else nobody could write into them
+                gates.rates = torch.tensor(list(found.rates.values()), dtype=torch.float64)
         if trainer.state.fn == "fit" and self._schedule.progress(self._step) >= _FALLS:
             self._warn_of_collapse(found)
 

@@ -60,18 +60,28 @@ def test_there_are_no_points_before_rates_are_known_and_then_three() -> None:
         assert one.network(X).shape == (len(X), CLASSES)
     runs = decisions(module, X)
     with points["gates"].answering():
-        torch.testing.assert_close(module(X), by_hand(module.net, X, runs))
+        torch.testing.assert_close(module(X), points["gates"].network(X))
     with points["static"].answering():
         static = module(X)
         torch.testing.assert_close(static, points["static"].network(X))
     chosen = [block.name not in points["static"].network.never for block in gates.blocks]  # type: ignore[union-attr, operator]
     assert sum(chosen) <= 1
     torch.testing.assert_close(static, by_hand(module.net, X, torch.tensor([chosen]).expand(32, 2)))
-    with points["random gates"].answering():
-        first = module(X)
-    with points["random gates"].answering():
-        assert not torch.equal(first, module(X))  # draws go on
     assert torch.equal(decisions(module, X), runs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_point_answers_as_its_network_which_runs_costly_gates_for_all(kind: Any) -> None:
+    module, gates = wrapped(kind)
+    module.measure(plain())
+    gates.rates[0] = 0.99  # a gate that is static, and is not computed
+    point = module.operating_points()[0]
+    runs = decisions(module, X)
+    runs[:, [one.name in point.network.always for one in gates.blocks]] = True  # type: ignore[union-attr, operator]
+    assert bool(runs[:, 0].all())
+    with point.answering():
+        torch.testing.assert_close(module(X), by_hand(module.net, X, runs))
+        torch.testing.assert_close(module(X), point.network(X))
 
 
 def test_points_answer_in_the_modules_own_test_and_leave_the_rates() -> None:
