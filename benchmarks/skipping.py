@@ -6,7 +6,7 @@ as many epochs with the same optimizer, but for the narrower network, which trai
     trained on        the network without gates
     random gates      the gated network, whose gates are drawn at random with the same rate for each block
     always the same   the gated network, which runs the most used blocks for all samples, for as many MACs
-    static depth      the blocks that cost the least loss per MAC leave for good, down to as many MACs
+    static depth      the blocks that cost the least loss per MAC leave for good
     narrower          a ResNet-20 of equal MACs
 
 Accuracies and rates are those of test images. "varying": the share of gates whose rate is strictly between 5 and 95 %.
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -148,12 +147,11 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, clock: Callable[[]
     add("trained on", longer)
     deployed: dict[str, nn.Module] = {}
     shares: dict[str, float] = {}
-    of_blocks: set[int] = set()
     for gate, budget, target in product(arguments.gates, arguments.budgets, arguments.targets):
         options = {"gate": gate, "budget": budget, "target": target, "train": arguments.train}
-        name = f"{gate}, {budget}, {target:g}" + (
-            "" if arguments.train == "straight_through" else f", {arguments.train}"
-        )
+        name = f"{gate}, {budget}, {target:g}"
+        if arguments.train != "straight_through":
+            name += f", {arguments.train}"
         module = tuned(f"skip-{name.replace(', ', '-')}", partial(gated, plain, tuning, shape, **options))
         if arguments.only == "train":
             continue
@@ -172,15 +170,12 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, clock: Callable[[]
         )
         module.measure(TensorLoader(val.inputs, val.targets, batch_size=500))  # deploy() looks at the rates
         deployed[name], shares[name] = module.deploy(), measured.used
-        of_blocks.add(
-            math.ceil((1 - measured.used) / (1 - module.network.skip_gates.least) * len(measured.rates) - 0.1)
-        )
     if arguments.only == "train":
         return
     if arguments.controls:
         number = len(measured.rates)
-        for blocks in sorted(of_blocks):
-            thin: Any = thinned(plain, replace(tuning, epochs=epochs), data, min(blocks, number), number)
+        for blocks in arguments.blocks:
+            thin: Any = thinned(plain, replace(tuning, epochs=epochs), data, blocks, number)
             add(f"static depth, {blocks} of {number} blocks", thin.network)
             name = f"static depth, {blocks}"
             deployed[name], shares[name] = thin.network, share_of(thin.network, plain, test)
@@ -201,7 +196,8 @@ def main() -> None:
     add_settings(parser)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--gates", nargs="+", default=["per_block", "policy"])
-    parser.add_argument("--budgets", nargs="+", default=["per_gate"])
+    parser.add_argument("--budgets", nargs="+", default=["total"])
+    parser.add_argument("--blocks", type=int, nargs="*", default=[3, 4], help="that leave for good in static depth")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--train", default="straight_through")
     parser.add_argument("--tune", type=int, help="epochs with gates; by default 2 on MNIST and 5 on CIFAR-10")
