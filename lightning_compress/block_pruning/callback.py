@@ -33,7 +33,6 @@ from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.settings import settings_of
 from lightning_compress.trainer.step_window import Ramp
-from lightning_compress.trainer.steps import planned_steps, steps_at
 from lightning_compress.trainer.surgery import keep_metadata, rewrapped
 from lightning_compress.trainer.targets import refuse_average_in_forward
 from lightning_compress.trainer.unwrap import innermost
@@ -228,21 +227,19 @@ class BlockPruningCallback(CompressionCallback):
 
     def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> Ramp:
         """Return the ramp of a resumed fit, of an earlier fit, or of this one."""
-        if state is not None and state["ramp"] is not None:
-            return Ramp(**state["ramp"])
-        if state is None and self._ramp is not None:
-            return self._ramp
-        end_epoch = self.start_epoch if self.schedule == "one_shot" else self.end_epoch
-        return Ramp.plan(trainer, start_epoch=self.start_epoch, end_epoch=end_epoch, every_n_steps=self.every_n_steps)
+        ends = self.start_epoch if self.schedule == "one_shot" else self.end_epoch
+        kept, earlier = (None, self._ramp) if state is None else (state["ramp"], None)
+        steps: dict[str, Any] = {
+            "start_epoch": self.start_epoch,
+            "end_epoch": ends,
+            "every_n_steps": self.every_n_steps,
+        }
+        return Ramp.of_fit(trainer, kept, earlier, **steps)
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
         if self._ramp is not None:
-            limited = self.end_epoch is None and trainer.max_steps >= 0
-            self._ramp = self._ramp.moved(
-                moment,
-                interval=self.every_n_steps or steps_at(trainer, 1.0),
-                limit=planned_steps(trainer) if limited else None,
-            )
+            ends: dict[str, Any] = {"end_epoch": self.end_epoch, "every_n_steps": self.every_n_steps}
+            self._ramp = self._ramp.followed(trainer, moment, **ends)
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if self._ramp is None or not self._ramp.take(step):

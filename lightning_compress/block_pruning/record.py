@@ -101,8 +101,7 @@ def become(module: nn.Module, described: Mapping[str, Any], *, block: str, macs:
 
 def note_depth(module: nn.Module) -> None:
     """Have the state dicts of a stand-in say what it is."""
-    if not any(isinstance(one, DepthStructure) for one in structures(module)):
-        DepthStructure().attach(module)
+    DepthStructure().attach_once(module)
 
 
 def follow_depth(copy: nn.Module, leader: nn.Module) -> None:

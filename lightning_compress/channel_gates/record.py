@@ -11,7 +11,7 @@ from lightning_compress.channel_gates.gates import GATES, LayerGates, gates_of
 from lightning_compress.channel_gates.kinds import Layer, checked_share
 from lightning_compress.channel_gates.making import give_gates
 from lightning_compress.core.records import RecordError, shown
-from lightning_compress.core.structure import Arriving, Structure, structures
+from lightning_compress.core.structure import Arriving, Structure
 
 _FIELDS = {"name": str, "end": str, "inputs": int, "channels": int, "last": bool}
 
@@ -81,8 +81,7 @@ class ChannelGateStructure(Structure):
 
 def note_gates(network: nn.Module) -> None:
     """Have the state dicts of a network say what gates it has, and its loads take those of others."""
-    if not any(isinstance(one, ChannelGateStructure) for one in structures(network)):
-        ChannelGateStructure().attach(network)
+    ChannelGateStructure().attach_once(network)
 
 
 def _named(layers: tuple[Layer, ...]) -> str:

@@ -108,6 +108,11 @@ class Structure:
         hooks.structures = [*hooks.structures, self]
         return [_Handle(module, self)]
 
+    def attach_once(self, module: nn.Module) -> None:
+        """Attach it to a module, unless one of its class is attached there already."""
+        if not any(type(one) is type(self) for one in structures(module)):
+            self.attach(module)
+
 
 def structures(module: nn.Module) -> list[Structure]:
     """Return the structures that are attached to a module itself."""

@@ -99,8 +99,7 @@ def put_gates(network: nn.Module, gates: SkipGates) -> None:
 
 def note_gates(network: nn.Module) -> None:
     """Have the state dicts of a network say what gates it has, and its loads take those of others."""
-    if not any(isinstance(one, GateStructure) for one in structures(network)):
-        GateStructure().attach(network)
+    GateStructure().attach_once(network)
 
 
 def take_gates(network: nn.Module) -> None:

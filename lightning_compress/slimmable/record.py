@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor, nn
 
 from lightning_compress.core.records import RecordError, shown
-from lightning_compress.core.structure import Arriving, Structure, structures
+from lightning_compress.core.structure import Arriving, Structure
 from lightning_compress.slimmable.norms import KIND, NORMS, Norms, WidthNorms, key_of, norms_of, way_at
 from lightning_compress.slimmable.widths import checked_widths
 
@@ -73,8 +73,7 @@ class WidthStructure(Structure):
 
 def note_widths(network: nn.Module) -> None:
     """Have the state dicts of a network say what widths it has, and its loads take those of others."""
-    if not any(isinstance(one, WidthStructure) for one in structures(network)):
-        WidthStructure().attach(network)
+    WidthStructure().attach_once(network)
 
 
 def _names(module: nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +53,33 @@ class Ramp:
                     f"of the {planned} planned steps, {end}. Set end_epoch, or start earlier."
                 )
         return cls(start=start, end=end, interval=every_n_steps or steps_at(trainer, 1.0))
+
+    @classmethod
+    def of_fit(
+        cls,
+        trainer: Trainer,
+        state: Mapping[str, Any] | None,
+        earlier: Ramp | None,
+        *,
+        start_epoch: float,
+        end_epoch: float | None,
+        every_n_steps: int | None,
+    ) -> Ramp:
+        """Return the ramp of a checkpoint's `state_dict`, else that of an earlier fit, else one for this fit."""
+        if state is not None:
+            return cls(**state)
+        return earlier or cls.plan(trainer, start_epoch=start_epoch, end_epoch=end_epoch, every_n_steps=every_n_steps)
+
+    def followed(
+        self, trainer: Trainer, moment: Callable[[int], int], *, end_epoch: float | None, every_n_steps: int | None
+    ) -> Ramp:
+        """Return the ramp for a fit whose epochs have another number of steps from now on, with its last step in it."""
+        limited = end_epoch is None and trainer.max_steps >= 0
+        return self.moved(
+            moment,
+            interval=every_n_steps or steps_at(trainer, 1.0),
+            limit=planned_steps(trainer) if limited else None,
+        )
 
     def moved(self, moment: Callable[[int], int], *, interval: int, limit: int | None) -> Ramp:
         """Return the ramp for a fit whose epochs have another number of steps from now on.
