@@ -311,19 +311,19 @@ class IterativePruningCallback(CuttingCallback):
 
     def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> Ramp:
         """Return the ramp of a resumed fit, of an earlier fit, or of this one."""
-        ends = self.start_epoch if self.schedule == "one_shot" else self.end_epoch
         kept, earlier = (None, self._ramp) if state is None else (state["ramp"], None)
-        steps: dict[str, Any] = {
-            "start_epoch": self.start_epoch,
-            "end_epoch": ends,
-            "every_n_steps": self.every_n_steps,
-        }
-        return Ramp.of_fit(trainer, kept, earlier, **steps)
+        return Ramp.of_fit(
+            trainer,
+            kept,
+            earlier,
+            start_epoch=self.start_epoch,
+            end_epoch=self.start_epoch if self.schedule == "one_shot" else self.end_epoch,
+            every_n_steps=self.every_n_steps,
+        )
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
         assert self._ramp is not None
-        ends: dict[str, Any] = {"end_epoch": self.end_epoch, "every_n_steps": self.every_n_steps}
-        self._ramp = self._ramp.followed(trainer, moment, **ends)
+        self._ramp = self._ramp.followed(trainer, moment, end_epoch=self.end_epoch, every_n_steps=self.every_n_steps)
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._ramp is not None
