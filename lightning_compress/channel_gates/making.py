@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_compress.channel_gates.gates import GATES, LayerGates
+from lightning_compress.core.hooks import unhook
 
 _NEXT = "next_handle"  # key in the state of pickled hooks
 
@@ -71,8 +72,4 @@ def give_gates(network: nn.Module, gates: LayerGates) -> None:
 def take_gates(network: nn.Module) -> None:
     """Take the gates away from a network, with their hooks."""
     network._modules.pop(GATES, None)
-    for module in network.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    unhook(network, lambda hook: isinstance(hook, _Hook))

@@ -1,10 +1,12 @@
-"""Hooks for the time of a block."""
+"""Hooks for the time of a block, and hooks that are taken from a network whose handles nobody has."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import nn
 
 
 class Removable(Protocol):
@@ -31,3 +33,29 @@ def hooked(*handles: Removable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def unhook(network: nn.Module, mine: Callable[[Any], bool]) -> None:
+    """Take hooks around the forward passes of a network's modules away, such as those that a copy has got.
+
+    Args:
+        network: The network.
+        mine: Says of a hook whether it goes.
+
+    Example:
+        >>> import copy, torch
+        >>> layer = nn.ReLU()
+        >>> handle = layer.register_forward_hook(lambda *_: torch.ones(1))
+        >>> other = copy.deepcopy(layer)
+        >>> unhook(other, lambda hook: True)
+        >>> layer(torch.zeros(1)), other(torch.zeros(1))
+        (tensor([1.]), tensor([0.]))
+    """
+    for module in network.modules():
+        for hooks, extra in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if mine(hook)]:
+                del hooks[key]
+                extra.pop(key, None)

@@ -15,7 +15,7 @@ from lightning_compress.core.structure import Arriving, Structure, detach, struc
 from lightning_compress.skipping.gate_modules import Features
 from lightning_compress.skipping.gates import GATES, GateKind, SkipGates, gates_of
 from lightning_compress.stages.block import Block
-from lightning_compress.stages.branch_hooks import _Gate, gated
+from lightning_compress.stages.branch_hooks import gated, ungate
 
 _MOST = 1 << 16  # channels or blocks that a file may ask for
 
@@ -105,10 +105,7 @@ def note_gates(network: nn.Module) -> None:
 def take_gates(network: nn.Module) -> None:
     """Take the gates away from a network, with their hooks and their record."""
     network._modules.pop(GATES, None)
-    for module in network.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Gate)]:
-                del hooks[key]
+    ungate(network)
     for one in structures(network):
         if isinstance(one, GateStructure):
             detach(network, one)

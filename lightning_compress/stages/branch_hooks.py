@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from lightning_compress.core.hooks import unhook
 from lightning_compress.stages.block import Block
 from lightning_compress.stages.trace import first_tensor
 
@@ -47,6 +48,11 @@ def gated(network: nn.Module, blocks: Sequence[Block], decide: Decide) -> tuple[
         handles.append(reads.register_forward_pre_hook(gate.read, with_kwargs=True, prepend=True))
         handles.append(ends.register_forward_hook(gate.multiply))
     return tuple(handles)
+
+
+def ungate(network: nn.Module) -> None:
+    """Take all hooks of `gated` away from a network, which may be a copy."""
+    unhook(network, lambda hook: isinstance(getattr(hook, "__self__", None), _Gate))
 
 
 class _Gate:
