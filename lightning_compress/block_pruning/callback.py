@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from math import inf, isnan
 from typing import Any, Literal, get_args
 
 import torch
@@ -298,9 +299,15 @@ class BlockPruningCallback(CompressionCallback):
         network, rest, chosen = resolve_network(pl_module, self.network), list(self._left), list[Block]()
         loss = loss_of_blocks(trainer, pl_module, network, self.n_batches)
         now = loss([])
+        if isnan(now):
+            raise ValueError(
+                "The loss of the training_step is NaN with all blocks, so that nothing says which block matters least: "
+                "train with a smaller learning rate, or clip gradients."
+            )
         while fit := [block for block in rest if block.macs <= budget]:
             losses = {block.name: loss([*chosen, block]) for block in fit}
-            best = min(fit, key=lambda block: (losses[block.name] - now) / block.macs)
+            rises = {name: inf if isnan(one) else one - now for name, one in losses.items()}
+            best = min(fit, key=lambda block: rises[block.name] / block.macs)
             now, budget = losses[best.name], budget - best.macs
             chosen.append(best)
             rest.remove(best)

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.block_pruning.plan import FEW, BlockError, without
 from lightning_compress.channels.sandbox import doubles, sandbox
 from lightning_compress.core.distributed import all_reduce_sum, rank
-from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples
 from lightning_compress.core.hooks import Removable, hooked
 from lightning_compress.core.outputs import run
 from lightning_compress.core.precision import widened
 from lightning_compress.stages.blocks import Block
+from lightning_compress.stages.split import running
 
 _EQUAL = 1e-9  # relative, in double precision
 _TINY = 1e-30
@@ -137,7 +137,7 @@ def block_influence(network: nn.Module, batches: Iterable[ExampleInputs], blocks
     measured.watch()
     try:
         for batch in batches:
-            with evaluating(network):
+            with running(network):
                 call(network, batch)
     finally:
         measured.stop()

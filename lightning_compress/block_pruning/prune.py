@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import isnan, nan
 
 import torch
 from torch import nn
@@ -88,15 +89,16 @@ def prune_blocks(
             f"remove=['layer1.1']) or prune_blocks(network, example_inputs, amount=0.3). Got remove={remove} and "
             f"amount={amount}."
         )
-    with torch.compiler.set_stance("force_eager"):  # compiled code runs no hooks
-        found = find_blocks(network, example_inputs, output=output)
-        if remove is not None:
-            leaving = chosen_blocks(found, remove)
-        else:
-            assert amount is not None
-            among = chosen_blocks(found, blocks)
-            known = block_influence(network, [example_inputs], among) if scores is None else scores
-            leaving = least_important(among, known, amount)
+    if amount is not None:
+        check_amount(amount)
+    found = find_blocks(network, example_inputs, output=output)
+    if remove is not None:
+        leaving = chosen_blocks(found, remove)
+    else:
+        assert amount is not None
+        among = chosen_blocks(found, blocks)
+        known = block_influence(network, [example_inputs], among) if scores is None else scores
+        leaving = least_important(among, known, amount)
     take_out(network, example_inputs, leaving, optimizers=optimizers, copies=copies)
     return network
 
@@ -110,8 +112,8 @@ def least_important(blocks: Sequence[Block], scores: Mapping[str, float], amount
         ValueError: The amount is no share, a block has no score, or every block is too large.
     """
     check_amount(amount)
-    if lacking := [one.name for one in blocks if one.name not in scores]:
-        raise ValueError(f"scores has no {', '.join(lacking)}: expected a number for each block.")
+    if lacking := [one.name for one in blocks if isnan(scores.get(one.name, nan))]:
+        raise ValueError(f"scores has no number for {', '.join(lacking)}: expected one for each block.")
     left = amount * sum(one.macs for one in blocks) * (1 + _ROUNDING)
     if amount > 0 and (smallest := min(one.macs for one in blocks)) > left:
         raise ValueError(

@@ -15,9 +15,9 @@ from lightning_compress.channel_gates.gates import GATES
 from lightning_compress.channel_gates.kinds import Layer
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroup
-from lightning_compress.core.evaluation import entries_restored, evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
 from lightning_compress.core.hooks import hooked
+from lightning_compress.stages.split import running
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _SHOWN = 6  # layers in a message
@@ -184,7 +184,7 @@ class _Run:
                 handles.append(module.register_forward_hook(layer_hook(name), with_kwargs=True))
             elif isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_pre_hook(norm_hook(name)))
-        with hooked(*handles), evaluating(network), entries_restored(network):
+        with hooked(*handles), running(network):
             call(network, example_inputs)
         return run
 

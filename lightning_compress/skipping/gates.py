@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_compress.core.evaluation import entries_restored, evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.hooks import hooked
 from lightning_compress.skipping.gate_modules import BlockGate, Features, PolicyGate, RecurrentGate
 from lightning_compress.stages.block import Block
 from lightning_compress.stages.branch_hooks import gated
+from lightning_compress.stages.split import running
 
 GATES = "skip_gates"  # the name of a network's child that holds its gates
 GateKind = Literal["per_block", "recurrent", "policy"]
@@ -291,12 +291,7 @@ def new_gates(
         axis = 1 if maps or x.dim() == 2 else x.dim() - 1
         features[k], likes[k] = Features(x.dim(), axis, x.shape[axis]), x
 
-    with (
-        evaluating(network),
-        entries_restored(network),
-        torch.compiler.set_stance("force_eager"),
-        hooked(*gated(network, blocks, look)),
-    ):
+    with running(network), hooked(*gated(network, blocks, look)):
         call(network, inputs)
     with torch.random.fork_rng([]):  # the random draws of the fit stay what they are without gates
         made = SkipGates(blocks, [features[k] for k in range(len(blocks))], macs=macs, kind=kind)

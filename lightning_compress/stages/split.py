@@ -113,8 +113,9 @@ def axes_of(network: nn.Module, example_inputs: ExampleInputs, output: str | int
 
 @contextmanager
 def running(network: nn.Module) -> Iterator[None]:
-    """Run a network in evaluation mode, and put back what that changes."""
-    with evaluating(network), entries_restored(network), caches_off(network):
+    """Run a network in evaluation mode, without torch.compile, whose code runs no hooks, and put back what changes."""
+    eager = torch.compiler.set_stance("force_eager")
+    with evaluating(network), entries_restored(network), caches_off(network), eager:
         yield
 
 

@@ -262,3 +262,24 @@ def test_masks_of_other_techniques_are_refused_by_name() -> None:
         IncompatibleError, match=r"BlockPruningCallback takes blocks out .* use BlockPruningCallback in an earlier fit"
     ):
         fitted(BlockPruningCallback(0.5), SmallModule(residual=True), IterativePruningCallback(0.5))
+
+
+def test_a_loss_that_is_nan_names_no_block() -> None:
+    class Diverged(Deep):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    with pytest.raises(ValueError, match="The loss of the training_step is NaN with all blocks"):
+        fitted(BlockPruningCallback(0.5, schedule="one_shot"), Diverged(), max_epochs=1)
+
+
+def test_a_block_without_which_the_loss_is_nan_stays() -> None:
+    class Fragile(Deep):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            h = self.first(batch[0])
+            ran = (self.layers[0](h) != 0).any()
+            return super().training_step(batch, batch_idx) * torch.where(ran, 1.0, float("nan"))
+
+    callback = BlockPruningCallback(0.75, schedule="one_shot")
+    fitted(callback, Fragile(), max_epochs=1)
+    assert list(callback.removed) == ["layers.1.0", "layers.2.0", "layers.3.0"]

@@ -100,8 +100,10 @@ def test_bad_input_is_refused_and_nothing_leaves() -> None:
         prune_blocks(net, x, amount=1.5)
     with pytest.raises(ValueError, match=r"amount=0\.1 is less than the smallest block has .* 0\.143: raise it"):
         prune_blocks(net, x, amount=0.1)
-    with pytest.raises(ValueError, match=r"scores has no stages\.0\.0"):
+    with pytest.raises(ValueError, match=r"scores has no number for stages\.0\.0"):
         prune_blocks(net, x, amount=0.5, scores={})
+    with pytest.raises(ValueError, match=r"scores has no number for stages\.1\.1: expected one for each"):
+        least_important([resnet_block(1, 1)], {"stages.1.1": float("nan")}, 0.5)
     with pytest.raises(BlockError, match=r"'stages\.1\.0' is not known, because its shortcut has layers"):
         block_influence(net, [x], [resnet_block(1, 0)])
     assert not stand_ins(net)

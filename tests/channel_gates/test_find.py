@@ -68,3 +68,11 @@ def test_a_norm_over_tokens_is_no_norm_over_channels() -> None:
 
     tokens = find_layers(Tokens(), torch.zeros(2, 6, 5), ["hidden"])  # six tokens, and six channels
     assert [layer.end for layer in tokens.layers] == ["hidden"]
+
+
+def test_a_network_that_was_compiled_in_place_has_the_same_layers() -> None:
+    network = DigitsConvNet(width=4)
+    expected = found(network)
+    network.compile(backend="eager")
+    network(IMAGES)
+    assert found(network) == expected

@@ -438,3 +438,12 @@ def test_networks_of_transformers(name: str, blocks: int) -> None:
     found = find_blocks(network, x)
     assert len(found.blocks) == blocks
     assert len(found.others) == (2 if name == "regnet" else 0)
+
+
+def test_a_network_that_was_compiled_in_place_has_the_same_blocks() -> None:
+    network, x = nn.Sequential(conv(3, 4), Basic(4, 4), Basic(4, 4)), torch.randn(3, 3, 8, 8)
+    expected = find_blocks(network, x)
+    assert [block.name for block in expected.blocks] == ["1", "2"]
+    network.compile(backend="eager")
+    network(x)  # so that there is compiled code
+    assert find_blocks(network, x) == expected
