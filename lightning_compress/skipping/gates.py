@@ -209,7 +209,7 @@ class Decisions:
 
     def _stacked(self, pick: Any, otherwise: float) -> Tensor | None:
         rows = []
-        for one in self.passes:
+        for one in filter(None, self.passes):
             like = pick(next(iter(one.values())))
             columns = [pick(one[k]) if k in one else torch.full_like(like, otherwise) for k in range(self.blocks)]
             rows.append(torch.stack(columns, dim=1))
@@ -225,7 +225,9 @@ class _Pass:
 
     def __init__(self) -> None:
         self.found: Decisions | None = None
-        self._states: dict[int, Any] = {}
+        self._states: dict[int, Any] = {}  # before each block
+        self._state: Any = None  # after the last
+        self._last = 0  # the block that was read last
         self._passes = 0  # since the block of `collecting` began
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -240,16 +242,20 @@ class _Pass:
         return was
 
     def state_before(self, k: int) -> Any:
-        if k == 0 and not _in_backward():
-            self._states.clear()
-            self._passes = 1 if self.found is None else self._passes + 1
-            if self.found is not None:
-                self.found.passes.append({})
+        if not _in_backward():
+            if k <= self._last or self._passes == 0:  # a network may drop blocks in training, also the first one
+                self._states.clear()
+                self._state = None
+                self._passes = 1 if self.found is None else self._passes + 1
+                if self.found is not None:
+                    self.found.passes.append({})
+            self._last = k
+            self._states[k] = self._state
         return self._states.get(k)
 
     def after(self, k: int, state: Any) -> None:
         if not _in_backward():
-            self._states[k + 1] = state
+            self._state = state
         elif state is not None and self._passes > 1:
             raise ValueError(
                 "A network with gates ran twice in one step under activation checkpointing, and its gates do not know "

@@ -66,6 +66,7 @@ class Skipping(Objective):
         self._seen: list[Tensor] = []  # decisions of the evaluation that runs
         self._rewards = Rewards(self.network, self.output)
         self._said = False
+        self._ran = False  # in a step of this fit
         self._step = 0
         self._check()
 
@@ -166,7 +167,7 @@ class Skipping(Objective):
 
     def prepare(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None) -> None:
         self._gates = self.gates(module)
-        self._seen = []
+        self._seen, self._ran = [], False
         if self._gates is None:
             return
         self._schedule.plan(trainer, None if state is None else state["schedule"])
@@ -220,7 +221,10 @@ class Skipping(Objective):
         own = loss_of(result)
         if own is None:  # a step that is skipped; Lightning refuses anything else
             return result
+        if self._ran and not self._rewarded and decisions.runs() is None:  # as with all blocks dropped in this step
+            return result
         runs = self._runs(module, decisions, own)
+        self._ran = True
         if is_written(module):
             module.log(self.logged_name("target"), self.target_now(), prog_bar=True)
             module.log(self.logged_name("train_used"), gates.used(runs.detach().mean(0)))

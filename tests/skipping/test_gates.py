@@ -145,6 +145,34 @@ def test_checkpoints_of_two_passes_work_where_gates_need_no_memory_and_are_refus
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_network_may_drop_blocks_in_training(kind: Any) -> None:
+    net, gates = gated_net(kind)
+    seen: list[Tensor] = []
+    net.block2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def run(x: Tensor, dropped: bool) -> None:
+        hidden = net.norm(net.conv(x.unsqueeze(1))).relu()
+        net.block2(hidden if dropped else net.block1(hidden))
+
+    run(X, False)  # what is kept of it must not decide in the next pass
+    run(-X, True)
+    with gates.collecting() as found:
+        run(X * 2, True)
+        run(X, True)
+        run(-X, False)
+    logits, runs = found.logits(), found.runs()
+    assert logits is not None
+    assert runs is not None
+    n = len(X)
+    expected = [gates.logit(1, one, None)[0] for one in seen[2:4]]
+    torch.testing.assert_close(logits[: 2 * n, 1], torch.cat(expected))
+    assert bool((runs[: 2 * n, 0] == 1.0).all())
+    with gates.collecting() as whole:
+        net(-X)
+    torch.testing.assert_close(runs[2 * n :], whole.runs())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_has_gates_of_its_own(kind: Any, copied: Any) -> None:
     net, gates = gated_net(kind)

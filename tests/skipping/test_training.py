@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from support.gated import KINDS, gated_net
 from support.ranks import RankPair
 from support.small import FEATURES, SmallModule, dataset, plain, quiet_trainer, shuffled
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_compress import SkippableBlocks
@@ -178,6 +178,29 @@ class TwoCalls(SmallModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         first, second = self(batch[0][:4]), self(batch[0][4:])
         return F.cross_entropy(torch.cat([first, second]), batch[1])
+
+
+class Dropped(nn.Module):
+    """A block that is left out in all steps of a training but the first."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.ran = block, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.ran:
+            return x
+        self.ran = self.training
+        found: Tensor = self.block(x)
+        return found
+
+
+def test_a_step_may_drop_all_blocks() -> None:
+    module = SmallModule(residual=True)
+    module.net.block1, module.net.block2 = Dropped(module.net.block1), Dropped(module.net.block2)
+    seen = Seen()
+    quiet_trainer(max_steps=3, callbacks=[seen]).fit(wrapped(module), plain(0))
+    assert len(seen.losses) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
