@@ -117,7 +117,8 @@ class SkippingNetwork(nn.Module):
         return self._inputs.arguments(self._example_leaves())
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_live": None}
+        """Return what a copy has, which looks at its network anew: it may be of another type or place by then."""
+        return self.__dict__ | {"_live": None, "_program": None}
 
     def _answer(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, record: bool = False
@@ -130,8 +131,6 @@ class SkippingNetwork(nn.Module):
             return none, None
         if self._program is None:
             self._prepare()
-        if self._live is None:
-            self._live = Live(self.network, self._constants)
         try:
             return self._run(tensors, record=record)
         except StaleError:
@@ -205,6 +204,8 @@ class SkippingNetwork(nn.Module):
         never = [k for k, runs in self._fixed.items() if not runs and k not in kept]
         self._program = program_of(found, names, always, never, policy=self.gates.kind == "policy")
         self._live = Live(self.network, self._constants)
+        for stage in (self._program.trunk, *(part.stage for part in self._program.blocks.values())):
+            self._live.tensors(stage)  # of the types and places for which the graph was made
 
     def _prove(self, axes: Axes) -> None:
         """Compare the network in which random samples skip blocks with one whose hooks multiply them by 0 or 1."""

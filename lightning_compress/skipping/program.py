@@ -58,13 +58,6 @@ class Program:
                     part.rows[i], turned = replace(rows, together=not rows.together), True
         return turned
 
-    def __deepcopy__(self, memo: Any) -> Program:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Return what unpickles as None: the graph of another version of torch need not be the same."""
-        return type(None), ()
-
 
 def program_of(
     found: Found, names: Sequence[str], always: Sequence[int] = (), never: Sequence[int] = (), *, policy: bool = False

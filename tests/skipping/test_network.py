@@ -285,6 +285,32 @@ def test_copies_pickles_and_weights_that_change() -> None:
         assert same(got, expected, 1e-5)
 
 
+class Typed(nn.Module):
+    """A network whose code asks for the type of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 4)
+        self.block1, self.block2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) * torch.ones(4, dtype=self.stem.weight.dtype)
+        x = x + self.block1(x)
+        return x + self.block2(x)
+
+
+@pytest.mark.parametrize("min_gain", [-100.0, 100.0])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: one])
+def test_networks_may_be_of_another_type_before_they_are_called(copied: Any, min_gain: float) -> None:
+    torch.manual_seed(0)
+    network, x = Typed().double().eval(), torch.randn(5, 6, dtype=torch.float64)
+    gates = gates_for(network, x, "per_block", [0.5, 0.5])
+    skipping = SkippingNetwork(network, gates, x, min_gain=min_gain).eval()
+    expected = with_hooks(network, gates, x, {0: True, 1: True} if min_gain > 0 else None)[0]
+    with torch.no_grad():
+        assert same(copied(skipping).float()(x.float()), expected.float(), 1e-5)
+
+
 def test_projections_and_no_samples() -> None:
     network, x = resnet()
     gates = gates_for(network, x, "policy", names=["stages.0.1", "stages.1.0", "stages.2.0", "stages.2.1"])
