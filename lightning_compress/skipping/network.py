@@ -49,7 +49,8 @@ class SkippingNetwork(nn.Module):
         output: Which tensor of the network's output is the answer: key, position or attribute.
         min_gain: The share of the network's time that a block must save to be skipped, measured here where rates are
             known: its own time for those who skip it, less its gate and the gathering. One that saves less runs for
-            all, which is logged.
+            all, which is logged, and which changes the answers for the samples that would have skipped it. None: the
+            gates decide, as in validation.
         always: Names of blocks that run for all samples.
         never: Names of blocks that run for nobody.
 
@@ -66,7 +67,7 @@ class SkippingNetwork(nn.Module):
         example_inputs: ExampleInputs,
         *,
         output: str | int | None = None,
-        min_gain: float = 0.0,
+        min_gain: float | None = None,
         always: Sequence[str] = (),
         never: Sequence[str] = (),
     ) -> None:
@@ -232,7 +233,7 @@ class SkippingNetwork(nn.Module):
     def _leave_out(self, found: Found) -> None:
         """Have blocks run for all samples that would not save their gate and gathering."""
         rates = self.gates.rates
-        if bool(rates.isnan().any()):
+        if self.min_gain is None or bool(rates.isnan().any()):
             return
         assert self._program is not None
         assert self._live is not None
