@@ -155,8 +155,8 @@ class SkippableBlocks(CompressionModule):
     def deploy(self, *, example_inputs: ExampleInputs | None = None, **options: Any) -> SkippingNetwork:
         """Return the network as a plain module that skips blocks: `forward(x) -> output`.
 
-        It is a copy in evaluation mode. Blocks that cost less than their gates run for all samples, at the rates that
-        the last validation of a fit, or `measure`, has found.
+        It is a copy in evaluation mode. A gate whose rate is below 5 or above 95 %, in the last validation of a fit or
+        in `measure`, is not computed: its block runs for nobody, or for all.
 
         Args:
             example_inputs: Some samples; None: those with which the blocks were found.
@@ -165,7 +165,7 @@ class SkippableBlocks(CompressionModule):
         Raises:
             ValueError: There are no gates yet, or no example inputs; a gate is no longer finite.
         """
-        return self._deployed(example_inputs, lambda gates: gates, **options)
+        return self._deployed(example_inputs, **options)
 
     def operating_points(self) -> list[OperatingPoint]:
         """Return the controls: gates at random at the same rates, and the most used blocks for all samples."""
@@ -175,7 +175,7 @@ class SkippableBlocks(CompressionModule):
         chosen = most_used(gates)
         always = [block.name for block, runs in zip(gates.blocks, chosen, strict=True) if runs]
         never = [block.name for block, runs in zip(gates.blocks, chosen, strict=True) if not runs]
-        static = self._deployed(None, lambda gates: gates, always=always, never=never)
+        static = self._deployed(None, always=always, never=never)
         drawn = self._deployed(None, DrawnGates.like)
         return [
             self._point("gates", self.deploy(), None),
@@ -239,7 +239,7 @@ class SkippableBlocks(CompressionModule):
         return self.example_input_array if given is None else given
 
     def _deployed(
-        self, given: ExampleInputs | None, change: Callable[[SkipGates], SkipGates], **options: Any
+        self, given: ExampleInputs | None, change: Callable[[SkipGates], SkipGates] | None = None, **options: Any
     ) -> SkippingNetwork:
         objective, gates = self._objective(), self._gates()
         inputs = self._example_inputs() if given is None else given
@@ -258,4 +258,5 @@ class SkippableBlocks(CompressionModule):
         take_gates(network)
         device = next((one.device for one in network.parameters()), torch.device("cpu"))
         moved = to_device(inputs, device)
-        return SkippingNetwork(network, change(own.eval()), moved, output=objective.output, **options).eval()
+        decide = own if change is None else change(own)
+        return SkippingNetwork(network, decide.eval(), moved, output=objective.output, **options).eval()
