@@ -46,7 +46,8 @@ def watch(net: Any, found: Ranges) -> list[Any]:
 
 def fitted(steps: int, folder: Path, *, resume: Path | None = None, norms: Any = "private") -> tuple[Any, Ranges]:
     seed_everything(1)
-    wrapped, found = SlimmableWidth(SmallModule(), (0.25, 0.5), norms=norms, example_inputs=X), Ranges()
+    options: dict[str, Any] = {"norms": norms, "weights": "equal"}  # which do not depend on the length of the fit
+    wrapped, found = SlimmableWidth(SmallModule(), (0.25, 0.5), example_inputs=X, **options), Ranges()
     callback = QuantizationAwareTrainingCallback(8, BITS, smoothing=KEEPS)
     trainer = quiet_trainer(max_steps=steps, callbacks=[callback])
     with hooked(*watch(wrapped.net, found)):
