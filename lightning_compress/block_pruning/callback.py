@@ -21,7 +21,7 @@ from lightning_compress.block_pruning.stand_in import StandIn
 from lightning_compress.core.distributed import broadcast, on_all_ranks, rank
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.hooks import Removable
-from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
+from lightning_compress.core.schedule import Schedule, amount_at, check_events, check_schedule
 from lightning_compress.core.structure import follow
 from lightning_compress.stages.block import Block, chosen_blocks
 from lightning_compress.stages.blocks import find_blocks
@@ -103,13 +103,9 @@ class BlockPruningCallback(CompressionCallback):
         check_schedule(schedule, amount)
         if criterion not in get_args(Criterion):
             raise ValueError(f"criterion must be one of {', '.join(get_args(Criterion))}; got {criterion!r}.")
-        if not start_epoch >= 0:
-            raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
-        if end_epoch is not None and end_epoch <= start_epoch and schedule != "one_shot":
-            raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
-        for name, number in (("every_n_steps", every_n_steps), ("n_batches", n_batches)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be 1 or more; got {number!r}.")
+        check_events(start_epoch, end_epoch, every_n_steps, at_once=schedule == "one_shot")
+        if n_batches < 1:
+            raise ValueError(f"n_batches must be 1 or more; got {n_batches!r}.")
         if not 0 <= stochastic_depth < 1:
             raise ValueError(f"stochastic_depth must be a probability from 0 to below 1; got {stochastic_depth!r}.")
         self.amount = amount

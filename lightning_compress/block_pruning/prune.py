@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from math import isnan, nan
 
 import torch
@@ -15,19 +15,17 @@ from lightning_compress.block_pruning.plan import BlockError, Place, find_places
 from lightning_compress.block_pruning.record import note_depth
 from lightning_compress.block_pruning.stand_in import replace, stand_ins
 from lightning_compress.channels.optimizer_state import check_forgettable, forget_parameters
-from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
+from lightning_compress.channels.sandbox import undisturbed
+from lightning_compress.core.evaluation import renew_caches
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.input_hooks import take_away
-from lightning_compress.core.outputs import compare, run
-from lightning_compress.core.side_outputs import side_outputs
+from lightning_compress.core.outputs import TOLERANCES, compare, run
 from lightning_compress.core.tensors import named_tensors
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.stages.blocks import Block, chosen_blocks, find_blocks
 
 _STAYS = 0.01  # share of the blocks' MACs, above which those that the network's own code computes are told
 _ROUNDING = 1e-9  # of a share of MACs
-# largest difference, relative to the largest output
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 def prune_blocks(
@@ -166,7 +164,7 @@ def take_out(
         check_forgettable(optimizer)
     places = find_places(network, example_inputs, blocks)
     before = named_tensors(network)
-    with _undisturbed(network):
+    with undisturbed(network):
         cost, _ = count_macs(network, example_inputs)
         with without(network, blocks):
             expected = run(network, example_inputs)
@@ -174,11 +172,11 @@ def take_out(
         for module in (network, *copies):
             for one in places:
                 undo.callback(_replaced(module, one))
-        with _undisturbed(network):
+        with undisturbed(network):
             got = run(network, example_inputs)
             stays = sum(block.macs for block in blocks) - (cost - count_macs(network, example_inputs)[0])
         dtype = next((one.dtype for one in expected if one.is_floating_point()), torch.float32)
-        if (wrong := compare(got, expected, _TOLERANCES.get(dtype, 1e-3))) is not None:
+        if (wrong := compare(got, expected, TOLERANCES.get(dtype, 1e-3))) is not None:
             names = ", ".join(repr(one.name) for one in blocks)
             raise BlockError(
                 f"Without {names} the network does not compute what it does with zeros in their place, so nothing was "
@@ -212,25 +210,6 @@ def within(module: nn.Module, path: str) -> nn.Module | None:
 
 def _replaced(module: nn.Module, place: Place) -> Callable[[], None]:
     return replace(module.get_submodule(place.path), place.described, block=place.block, macs=place.macs)
-
-
-@contextmanager
-def _undisturbed(network: nn.Module) -> Iterator[None]:
-    """Run forward passes in the block without torch.compile and torch.autocast, and undo all that they change."""
-    with ExitStack() as stack:
-        for device in {tensor.device.type for tensor in named_tensors(network).values()} & {
-            "cpu",
-            "cuda",
-            "mps",
-            "xpu",
-        }:
-            stack.enter_context(torch.autocast(device, enabled=False))  # it caches weights
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(side_outputs(network))
-        stack.enter_context(entries_restored(network))
-        stack.enter_context(evaluating(network))
-        take_rounding_away(network)
-        yield
 
 
 def removed_blocks(network: nn.Module) -> dict[str, int]:

@@ -81,7 +81,7 @@ class ChannelGates(CompressionModule):
     def __init__(
         self,
         module: LightningModule,
-        layers: Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = None,
         *,
         share: float | None = None,
         train: Train = "gradient",

@@ -28,16 +28,16 @@ from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
 from lightning_compress.trainer.one_step import backbone
-from lightning_compress.trainer.replaying import loss_of
+from lightning_compress.trainer.replaying import loss_of, with_loss
 from lightning_compress.trainer.scheduled import Scheduled
-from lightning_compress.trainer.unwrap import innermost
+from lightning_compress.trainer.steps import is_written
+from lightning_compress.trainer.unwrap import parameters_of
 from lightning_compress.trainer.wrapper import Objective
 
 Seen = Sequence[tuple[Tensor, Tensor]]  # scores and choices of the gates that have run
 Run = Callable[[], Any]
 Added = Tensor | None
 _EXPLORE, _EXPLORE_LAST = 0.2, 0.05  # shares of samples that choose groups at random, while the share falls and later
-_FEW = 4  # samples that are kept of a peeked batch, with which the layers are found
 _SHARE = 0.5  # where the user names none
 _STATIC = 0.02  # share of channels below which the choice is called the same for all samples
 
@@ -52,7 +52,7 @@ class GatedChannels(Objective):
 
     def __init__(
         self,
-        layers: Sequence[str] | None,
+        layers: str | Sequence[str] | None,
         *,
         share: float | None,
         train: Train,
@@ -63,7 +63,7 @@ class GatedChannels(Objective):
         output: str | int | None,
         example_inputs: ExampleInputs | None,
     ) -> None:
-        names = None if layers is None else list(layers)
+        names = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
         super().__init__(
             layers=names,
             share=share,
@@ -128,7 +128,7 @@ class GatedChannels(Objective):
         give_gates(bare, gates.to(like.device, like.dtype))
         note_gates(bare)
         self._start, self.found = 1.0, found
-        self.example_inputs = first_samples(inputs, _FEW)
+        self.example_inputs = first_samples(inputs)
 
     def adopt(self, network: nn.Module) -> bool:
         """Take the gates that a network has already; return whether it has some.
@@ -166,9 +166,7 @@ class GatedChannels(Objective):
             gates.training_share, gates.explore = None, 0.0
 
     def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
-        gates = self.gates(module)
-        ids = set() if gates is None else {id(one) for one in gates.parameters()}
-        return {name: one for name, one in innermost(module).named_parameters() if id(one) in ids}
+        return parameters_of(module, self.gates(module))
 
     def effects(self, trainer: Trainer | None, module: LightningModule) -> Effects:
         gates = self.gates(module)
@@ -232,7 +230,7 @@ class GatedChannels(Objective):
         if gates is None:
             return run(*args, **kwargs)
         share = gates.training_share = self.training_share.at(self._step)
-        if _is_written(module):
+        if is_written(module):
             module.log(self.logged_name("channels"), share, prog_bar=True)
             module.log(self.logged_name("varying"), gates.varying())
         add = self._with_penalty if gates.orders is None else self._with_rewards
@@ -241,8 +239,7 @@ class GatedChannels(Objective):
         loss = loss_of(result)
         if loss is None or added is None:
             return result
-        total = loss + added.to(loss.dtype)
-        return {**result, "loss": total} if isinstance(result, Mapping) else total
+        return with_loss(result, loss + added.to(loss.dtype))
 
     def _with_penalty(self, module: LightningModule, gates: LayerGates, seen: Seen, run: Run) -> tuple[Any, Added]:
         """Run the step, and return what it returns, and the penalty on the gains of all gates."""
@@ -265,10 +262,3 @@ class GatedChannels(Objective):
         added = self.agent.loss(mine, seen, wrong)
         self.agent.pay(seen, share.at(self._step))
         return result, added
-
-
-def _is_written(module: LightningModule) -> bool:
-    """Whether the Trainer writes what this step logs."""
-    trainer = module._trainer
-    interval: int = 0 if trainer is None else trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
-    return trainer is not None and bool(interval) and (trainer.global_step + 1) % interval == 0

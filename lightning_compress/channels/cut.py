@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +12,15 @@ from lightning_compress.channels.groups import ChannelGroup, ChannelGroups, Drop
 from lightning_compress.channels.load import follow_checkpoints
 from lightning_compress.channels.reference import dense_without
 from lightning_compress.channels.removal import drop_of, take
+from lightning_compress.channels.sandbox import undisturbed
 from lightning_compress.channels.slicing import Slices
-from lightning_compress.core.evaluation import entries_restored, evaluating, renew_caches, take_rounding_away
+from lightning_compress.core.evaluation import renew_caches
 from lightning_compress.core.example_inputs import ExampleInputs
-from lightning_compress.core.outputs import compare, run
-from lightning_compress.core.side_outputs import side_outputs
+from lightning_compress.core.outputs import TOLERANCES, compare, run
 from lightning_compress.core.tensors import Kept, named_tensors
 from lightning_compress.core.undo import forget_graphs
 
 Indices = Tensor | Sequence[int] | Set[int]
-# largest difference, relative to the largest output
-_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 @torch.inference_mode(False)  # tensors that are made in inference mode can never be trained
@@ -93,7 +90,7 @@ def cut(
             f"because the cut is inexact: those that are given were renamed, or followed an earlier cut."
         )
     slices, optimizers, copies = Slices(), list(optimizers), list(copies)
-    with _undisturbed(model):
+    with undisturbed(model):
         expected = dense_without(model, example_inputs, drop) if exact else None
     try:
         for module, its in _loaded(model, copies, owner, groups):
@@ -101,7 +98,7 @@ def cut(
                 slices.on_undo(handle.remove)
         for module in (model, *copies):
             take(slices, module, drop, optimizers=optimizers if module is model else ())
-        with _undisturbed(model):
+        with undisturbed(model):
             got = run(model, example_inputs)
     except Exception as error:
         slices.undo()
@@ -111,7 +108,7 @@ def cut(
         raise
     if expected is not None:
         dtype = next((one.dtype for one in expected if one.is_floating_point()), torch.float32)
-        if (wrong := compare(got, expected, _TOLERANCES.get(dtype, 1e-3))) is not None:
+        if (wrong := compare(got, expected, TOLERANCES.get(dtype, 1e-3))) is not None:
             slices.undo()
             _check(drop, wrong)
     sliced = {member.tensor for group, _ in drop for member in group.members}
@@ -156,20 +153,6 @@ def cut_part(
         owner=owner,
     )
     return kept
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run forward passes in the block without torch.compile and torch.autocast, and undo all that they change."""
-    with ExitStack() as stack:
-        for device in {tensor.device.type for tensor in named_tensors(model).values()} & {"cpu", "cuda", "mps", "xpu"}:
-            stack.enter_context(torch.autocast(device, enabled=False))  # it caches weights
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(side_outputs(model))
-        stack.enter_context(entries_restored(model))
-        stack.enter_context(evaluating(model))
-        take_rounding_away(model)
-        yield
 
 
 def _loaded(

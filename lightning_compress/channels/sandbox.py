@@ -19,12 +19,15 @@ from lightning_compress.channels.attention import make_sliceable
 from lightning_compress.channels.scripts import convert, scripts_callable
 from lightning_compress.core.evaluation import (
     entries_restored,
+    evaluating,
     modes_restored,
     random_state_restored,
     set_mode,
     take_rounding_away,
 )
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.side_outputs import side_outputs
+from lightning_compress.core.tensors import named_tensors
 
 
 @contextmanager
@@ -221,3 +224,17 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     else:
         values = normal.mul_(0.3)
     return values.to(tensor.device)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run forward passes in the block without torch.compile and torch.autocast, and undo all that they change."""
+    with ExitStack() as stack:
+        for device in {tensor.device.type for tensor in named_tensors(model).values()} & {"cpu", "cuda", "mps", "xpu"}:
+            stack.enter_context(torch.autocast(device, enabled=False))  # it caches weights
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(side_outputs(model))
+        stack.enter_context(entries_restored(model))
+        stack.enter_context(evaluating(model))
+        take_rounding_away(model)
+        yield

@@ -57,7 +57,10 @@ def batch_size(example_inputs: ExampleInputs) -> int:
     return first.shape[0]
 
 
-def first_samples(example_inputs: ExampleInputs, samples: int) -> ExampleInputs:
+FEW = 4  # samples that suffice to look at a network
+
+
+def first_samples(example_inputs: ExampleInputs, samples: int = FEW) -> ExampleInputs:
     """Return the example inputs with at most so many samples.
 
     Example:

@@ -17,6 +17,9 @@ from lightning_compress.core.example_inputs import ExampleInputs, call
 
 TOLERANCE = 1e-8  # relative, in double precision: rounding stays far below it, an error far above
 
+# largest difference of two networks that compute the same, relative to the largest output
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
 
 def compare(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> str | None:
     """Return None if two lists of tensors agree, or else a text that describes the difference."""

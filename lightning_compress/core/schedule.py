@@ -55,3 +55,13 @@ def check_schedule(schedule: str, amount: float) -> None:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
     if schedule == "exponential" and amount == 1.0:
         raise ValueError("schedule='exponential' never reaches amount=1.0: take another schedule or a smaller amount.")
+
+
+def check_events(start_epoch: float, end_epoch: float | None, every_n_steps: int | None, *, at_once: bool) -> None:
+    """Raise a ValueError unless every event has a moment; with `at_once` there is a single event."""
+    if not start_epoch >= 0:  # also for NaN
+        raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
+    if end_epoch is not None and end_epoch <= start_epoch and not at_once:
+        raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
+    if every_n_steps is not None and every_n_steps < 1:
+        raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")

@@ -26,6 +26,7 @@ from lightning_compress.distillation.teachers import Teachers
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
+from lightning_compress.trainer.replaying import loss_of, with_loss
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.steps import is_written
 from lightning_compress.trainer.unwrap import innermost
@@ -178,8 +179,8 @@ class Distillation(Objective):
             captured(module, self.network, lesson.begin, lesson.compare_output) as was_called,
         ):
             output = run(*args, **kwargs)
-        own = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(own, Tensor):  # a step that is skipped; Lightning refuses anything else
+        own = loss_of(output)
+        if own is None:  # a step that is skipped; Lightning refuses anything else
             return output
         was_called()
         if own.requires_grad:
@@ -187,8 +188,7 @@ class Distillation(Objective):
         if logs:
             for name, value in lesson.losses().items():
                 module.log(self.logged_name(name), value.detach(), prog_bar=True)
-        total = lesson.added_to(own)
-        return {**output, "loss": total} if isinstance(output, Mapping) else total
+        return with_loss(output, lesson.added_to(own))
 
     def ask(self, args: tuple[Any, ...], kwargs: dict[str, Any], index: Tensor | None) -> list[Tensor]:
         """Return the teachers' outputs, from the cache where they are there."""

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_compress.core.evaluation import entries_restored, evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.heads import ExitHeads, make_heads, reading
 from lightning_compress.early_exit.placing import place_exits
+from lightning_compress.stages.split import running
 
 Exits = int | list[float | str]
 
@@ -50,12 +50,7 @@ def new_heads(
     if twice is not None:
         raise ValueError(f"exits has {twice!r} twice: name each layer once.")
     features: dict[str, Tensor] = {}
-    with (
-        evaluating(network),
-        entries_restored(network),
-        torch.compiler.set_stance("force_eager"),
-        reading(network, layers, features.__setitem__),
-    ):
+    with running(network), reading(network, layers, features.__setitem__):
         whole = call(network, inputs)
     logits = select_output(whole, output, "The network")
     with torch.random.fork_rng([]):  # the random draws of the fit stay what they are without heads

@@ -24,7 +24,6 @@ from lightning_compress.trainer.replaying import ReplayingObjective
 from lightning_compress.trainer.unwrap import innermost, parameters_of
 
 Training = Literal["joint", "frozen"]
-_FEW = 4  # samples that are kept of a peeked batch, with which the network is cut into stages
 
 
 class EarlyExits(ReplayingObjective):
@@ -87,7 +86,7 @@ class EarlyExits(ReplayingObjective):
         bare = backbone(network)
         heads = new_heads(bare, inputs, self.exits, num_classes=self.num_classes, head=self.head, output=self.output)
         give_heads(bare, heads)
-        self.example_inputs = first_samples(inputs, _FEW)
+        self.example_inputs = first_samples(inputs)
 
     def adopt(self, network: nn.Module) -> bool:
         """Take the heads that a network has already; return whether it has some.

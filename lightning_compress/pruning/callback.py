@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.costs import Cost
 from lightning_compress.core.distributed import broadcast
-from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
+from lightning_compress.core.schedule import Schedule, amount_at, check_events, check_schedule
 from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.core.tensors import Kept, sliced
 from lightning_compress.pruning.backtracker import Backtracker
@@ -24,7 +24,6 @@ from lightning_compress.pruning.criteria.choose import (
     Granularity,
     Shrink,
     check_criterion,
-    check_events,
     check_shrink,
     check_widths,
 )

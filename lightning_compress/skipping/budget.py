@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_compress.skipping.gates import SkipGates
 
 Budget = Literal["per_gate", "total"]
-_SELDOM, _MOSTLY = 0.05, 0.95  # a gate with a rate outside is the same for almost all samples
+SELDOM, MOSTLY = 0.05, 0.95  # a gate with a rate outside is static: the same for almost all samples
 
 
 def budget_loss(gates: SkipGates, runs: Tensor, target: float, budget: Budget) -> Tensor:
@@ -61,7 +61,7 @@ def varying(rates: Tensor) -> float:
         >>> varying(torch.tensor([0.0, 0.5, 0.96, 0.9]))
         0.5
     """
-    return float(((rates > _SELDOM) & (rates < _MOSTLY)).double().mean())
+    return float(((rates > SELDOM) & (rates < MOSTLY)).double().mean())
 
 
 def measured(gates: SkipGates, counts: dict[tuple[bool, ...], int]) -> Measured:

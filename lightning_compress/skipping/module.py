@@ -86,7 +86,7 @@ class SkippableBlocks(CompressionModule):
     def __init__(
         self,
         module: LightningModule,
-        blocks: Sequence[str] | None = None,
+        blocks: str | Sequence[str] | None = None,
         *,
         gate: GateKind | None = None,
         target: float = 0.6,

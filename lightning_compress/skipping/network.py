@@ -15,6 +15,7 @@ from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import select_output
+from lightning_compress.skipping.budget import MOSTLY, SELDOM
 from lightning_compress.skipping.gains import gains
 from lightning_compress.skipping.gates import SkipGates
 from lightning_compress.skipping.program import Program, program_of
@@ -29,7 +30,6 @@ from lightning_compress.stages.trace import SplitError
 
 log = logging.getLogger(__name__)
 
-SELDOM, MOSTLY = 0.05, 0.95  # outside of these rates a gate is static
 _KEPT = 4  # of the example's samples
 _TIMED = 32  # samples in a batch that is timed
 

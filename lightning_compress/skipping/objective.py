@@ -27,14 +27,13 @@ from lightning_compress.stages.blocks import find_blocks
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
 from lightning_compress.trainer.one_step import backbone
-from lightning_compress.trainer.replaying import loss_of
+from lightning_compress.trainer.replaying import loss_of, with_loss
 from lightning_compress.trainer.scheduled import Scheduled
 from lightning_compress.trainer.steps import is_written
 from lightning_compress.trainer.unwrap import innermost, parameters_of
 from lightning_compress.trainer.wrapper import Objective
 
 Training = Literal["straight_through", "hybrid", "reinforce"]
-_FEW = 4  # samples that are kept of a peeked batch, with which the network is deployed
 _FALLS = 0.5  # share of the time until end_epoch in which the target falls
 
 
@@ -47,8 +46,8 @@ class Skipping(Objective):
 
     refuses_replays: ClassVar[bool] = True
 
-    def __init__(self, blocks: Sequence[str] | None, *, example_inputs: Any, **settings: Any) -> None:
-        self.blocks = None if blocks is None else list(blocks)
+    def __init__(self, blocks: str | Sequence[str] | None, *, example_inputs: Any, **settings: Any) -> None:
+        self.blocks = [blocks] if isinstance(blocks, str) else None if blocks is None else list(blocks)
         super().__init__(blocks=self.blocks, **settings)
         self.example_inputs: ExampleInputs | None = example_inputs
         self.gate: GateKind | None = settings["gate"]
@@ -110,7 +109,7 @@ class Skipping(Objective):
         gates = new_gates(bare, inputs, blocks, macs=found.macs, kind=self.gate or "per_block")
         self._check_target(gates)
         give_gates(bare, gates)
-        self.example_inputs = first_samples(inputs, _FEW)
+        self.example_inputs = first_samples(inputs)
         rank_zero_info(
             f"Samples may skip {', '.join(one.name for one in blocks)}: at most {1 - gates.least:.0%} of the MACs."
         )
@@ -185,7 +184,7 @@ class Skipping(Objective):
         self._step = step
         if self._gates is not None:
             progress = self._schedule.progress(step)
-            self._gates.draws = self._rewarded or (progress < 1.0 and (self.noise or self.train == "reinforce"))
+            self._gates.draws = self._rewarded or (self.noise and progress < 1.0)
             share = min(1.0, progress / _FALLS) if self.train == "reinforce" and self._gates.kind == "policy" else 1.0
             set_drawing(self._gates, rewarded=self._rewarded, curriculum=share)
 
@@ -233,8 +232,7 @@ class Skipping(Objective):
             added = self._rewards.loss(module, gates, decisions, batch, self.target_now())
         else:
             added = self.weight * budget_loss(gates, runs, self.target_now(), self.budget)
-        total = own + added.to(own.dtype)
-        return {**result, "loss": total} if isinstance(result, Mapping) else total
+        return with_loss(result, own + added.to(own.dtype))
 
     def _runs(self, module: LightningModule, decisions: Decisions, own: Tensor) -> Tensor:
         """Return who ran which block in a step of a training."""

@@ -40,7 +40,6 @@ RANDOM = 2  # widths that are drawn for a step of universal training, beside the
 _STEPS = 32  # random widths are multiples of 1 / 32, so that each has its thin network soon
 _BATCHES = 5  # whose inputs are kept to compute the statistics of norms anew
 _SAMPLES = 64  # of each of these batches
-_FEW = 4  # samples that are kept of a peeked batch, with which channels are found
 
 
 class Widths(ReplayingObjective):
@@ -143,7 +142,7 @@ class Widths(ReplayingObjective):
                 give_norms(bare, groups, widths, self.norms, allow_inexact=self.allow_inexact)
             note_widths(bare)
             rank_zero_info(str(found))
-        self.example_inputs = first_samples(inputs, _FEW)
+        self.example_inputs = first_samples(inputs)
 
     def configure(self, module: LightningModule) -> None:
         network = resolve_network(module, self.network)

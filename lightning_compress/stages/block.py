@@ -55,12 +55,12 @@ class FoundBlocks:
         return tuple(block for block in self.candidates if block.name in self.refused)
 
 
-def chosen_blocks(found: FoundBlocks, names: Sequence[str] | None) -> tuple[Block, ...]:
+def chosen_blocks(found: FoundBlocks, names: str | Sequence[str] | None) -> tuple[Block, ...]:
     """Return the blocks with these names, in the order in which they run; None: all whose shortcut is an identity.
 
     Args:
         found: What `find_blocks` returned.
-        names: Names of blocks, or glob patterns.
+        names: Names of blocks, or glob patterns, or one of them.
 
     Raises:
         ValueError: A name fits no block, two of the blocks overlap, or there is no block at all.
@@ -78,8 +78,7 @@ def chosen_blocks(found: FoundBlocks, names: Sequence[str] | None) -> tuple[Bloc
                 + (" Blocks with a reason that allows it are taken when they are named." if found.others else "")
             )
         return found.blocks
-    if isinstance(names, str):
-        raise TypeError(f"blocks={names!r}: pass a list of names.")
+    names = [names] if isinstance(names, str) else names
     known = {block.name: block for block in found.candidates}
     chosen: dict[str, Block] = {}
     for name in names:

@@ -127,7 +127,7 @@ class ReplayingObjective(Objective):
                 taught = soft_target_loss(logits, one.logits.detach(), temperature=self.temperature, class_dim=-1)
                 loss = (1.0 - self.distill) * loss + self.distill * taught
             total = total + weight * loss
-        return {**result, "loss": total} if isinstance(result, Mapping) else total
+        return with_loss(result, total)
 
     def evaluate(self, module: LightningModule, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._replays(module):
@@ -247,3 +247,8 @@ def _folder(module: LightningModule) -> str:
     """Return the folder of the step or replay that runs."""
     inside: Any = getattr(module, SLOT)
     return str(inside.folders[0])
+
+
+def with_loss(result: Any, loss: Tensor) -> Any:
+    """Return what a `training_step` has returned, with another loss."""
+    return {**result, "loss": loss} if isinstance(result, Mapping) else loss

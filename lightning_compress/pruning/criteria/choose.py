@@ -46,16 +46,6 @@ def check_criterion(criterion: str, granularity: str, scope: str, *, regrow: boo
         )
 
 
-def check_events(start_epoch: float, end_epoch: float | None, every_n_steps: int | None, *, at_once: bool) -> None:
-    """Raise a ValueError unless every event has a moment; with `at_once` there is a single event."""
-    if start_epoch < 0:
-        raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
-    if end_epoch is not None and end_epoch <= start_epoch and not at_once:
-        raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
-    if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")
-
-
 def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion, *, regrow: bool, stop: bool) -> None:
     """Raise a ValueError unless channels may leave the network at that moment."""
     if shrink not in get_args(Shrink):
