@@ -82,9 +82,7 @@ def program_of(
     run = fx.Graph().placeholder("run")
     parts: dict[int, BlockPart] = {}
     instead: dict[fx.Node, Any] = {}
-    gone: set[fx.Node] = set()
-    for branch in branches.values():
-        gone.update(branch.nodes)
+    at = {node: branch.sum for branch in branches.values() for node in branch.nodes}  # where the trunk runs them
     inputs = {k: branch.inputs(graph) for k, branch in branches.items()}
     dynamic = [k for k in branches if k not in never]
     first = min(dynamic, key=lambda k: found.branches.order[branches[k].sum], default=None)
@@ -94,14 +92,14 @@ def program_of(
             instead[branch.sum] = _shortcut(branch)
             continue
         stage, rows = branch.stage(graph, names[k])
-        in_place = _is_last(graph, branch, branches, inputs, source if policy and k == first else None)
+        in_place = _is_last(graph, branch, branches, at, source if policy and k == first else None)
         parts[k] = BlockPart(stage, list(rows.values()), in_place)
         calls = _call(k, branch, inputs[k], run, in_place)
         if policy and k == first:
-            live = _live(graph, branch, branches, inputs, gone)
+            live = _live(graph, branch, at)
             calls = _planned(run, source, live, calls)
         instead[branch.sum] = calls
-    nodes = [node for node in graph.nodes if node not in gone and node.op != "placeholder"]
+    nodes = [node for node in graph.nodes if node not in at and node.op != "placeholder"]
     nodes = _needed(graph, nodes, instead, branches, inputs, source if policy and dynamic else None)
     tensors = {node: rows_of(graph, node, "the input") for node in graph.inputs if _is_tensor(node)}
     trunk = extract(graph, nodes, {run: None, **tensors}, graph.answer, "the input", instead)
@@ -143,29 +141,20 @@ def _planned(run: fx.Node, source: fx.Node, live: Mapping[fx.Node, Rows], call: 
     return planned
 
 
-def _uses(
-    graph: Trace, node: fx.Node, branches: Mapping[int, Branch], inputs: Mapping[int, Sequence[fx.Node]]
-) -> list[fx.Node]:
+def _uses(node: fx.Node, at: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
     """Return the nodes of the trunk at which a tensor is used: branches read theirs at their sums."""
-    sums = {one: branch.sum for branch in branches.values() for one in branch.nodes}
-    return [sums.get(user, user) for user in node.users]
+    return [at.get(user, user) for user in node.users]
 
 
-def _live(
-    graph: Trace,
-    branch: Branch,
-    branches: Mapping[int, Branch],
-    inputs: Mapping[int, Sequence[fx.Node]],
-    gone: set[fx.Node],
-) -> dict[fx.Node, Rows]:
+def _live(graph: Trace, branch: Branch, at: Mapping[fx.Node, fx.Node]) -> dict[fx.Node, Rows]:
     """Return what is made before the sum of the first block and used from there on, where it has samples."""
     place = {node: i for i, node in enumerate(graph.nodes)}
     now = place[branch.sum]
     found = {}
     for node in graph.nodes[:now]:
-        if node in gone or not is_carried(graph, node):
+        if node in at or not is_carried(graph, node):
             continue
-        later = [user for user in _uses(graph, node, branches, inputs) if place.get(user, now) >= now]
+        later = [user for user in _uses(node, at) if place.get(user, now) >= now]
         if later and (rows := rows_of(graph, node, "the first block")) is not None:
             found[node] = rows
     return found
@@ -175,7 +164,7 @@ def _is_last(
     graph: Trace,
     branch: Branch,
     branches: Mapping[int, Branch],
-    inputs: Mapping[int, Sequence[fx.Node]],
+    at: Mapping[fx.Node, fx.Node],
     source: fx.Node | None,
 ) -> bool:
     """Whether nothing reads the memory of a block's shortcut after its sum."""
@@ -199,7 +188,7 @@ def _is_last(
     return all(
         place.get(user, len(place)) <= now
         for node in family
-        for user in (*_uses(graph, node, branches, inputs), *([branch.sum] if node is source else []))
+        for user in (*_uses(node, at), *([branch.sum] if node is source else []))
     )
 
 

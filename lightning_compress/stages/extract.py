@@ -46,10 +46,14 @@ class Stage:
     Attributes:
         module: Computes it, as a function of the tensors that it is given and then those of `names`.
         names: Of the parameters, buffers and constants.
+        shapes: Of these, for which it was made.
+        types: Of these, likewise.
     """
 
     module: fx.GraphModule
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    types: tuple[torch.dtype, ...]
 
 
 def rows_of(graph: Trace, node: fx.Node, where: str) -> Rows | None:
@@ -170,7 +174,13 @@ def extract(
             env[node] = part.node_copy(node, known)
     part.output(tuple(env[node] for node in returned) if several else env[returned[0]])
     _reuse_memory(part)
-    return Stage(fx.GraphModule(graph.module, part), tuple(graph.names[node] for node in weights))
+    like: list[Tensor] = [node.meta["val"] for node in weights]
+    return Stage(
+        fx.GraphModule(graph.module, part),
+        tuple(graph.names[node] for node in weights),
+        tuple(tuple(one.shape) for one in like),
+        tuple(one.dtype for one in like),
+    )
 
 
 def _reuse_memory(graph: fx.Graph) -> None:

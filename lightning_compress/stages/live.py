@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.stages.extract import Stage
@@ -34,17 +35,17 @@ class Live:
             StaleError: The stages must be made anew.
         """
         if stage not in self._found:
-            self._found[stage] = _Tensors(self._network, stage.names, self._constants)
+            self._found[stage] = _Tensors(self._network, stage, self._constants)
         return self._found[stage].present()
 
 
 class _Tensors:
-    def __init__(self, network: nn.Module, names: Sequence[str], constants: Mapping[str, Tensor]) -> None:
+    def __init__(self, network: nn.Module, stage: Stage, constants: Mapping[str, Tensor]) -> None:
         self._modules: dict[tuple[int, str], tuple[Any, str, nn.Module]] = {}
-        self._slots = [self._slot(network, name, constants) for name in names]
-        tensors = [table[name] for table, name in self._slots]
-        self._shapes = [one.shape for one in tensors]
-        self._kind = [(one.dtype, one.device) for one in tensors[:1]]
+        self._slots = [self._slot(network, name, constants) for name in stage.names]
+        self._shapes = [torch.Size(shape) for shape in stage.shapes]
+        devices = [table[name].device for table, name in self._slots[:1]]
+        self._kind = [*zip(stage.types, devices, strict=False)]
 
     def _slot(self, network: nn.Module, name: str, constants: Mapping[str, Tensor]) -> tuple[Any, str]:
         module = network

@@ -638,3 +638,25 @@ def test_inputs_that_hooks_round(bits: int) -> None:
     for k, expected in enumerate(case.answers(case.inputs)):
         with torch.no_grad():
             assert torch.allclose(early(case.inputs, exit=k + 1)[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_copy_may_be_of_another_type_before_it_is_called(called: bool) -> None:
+    """The stages of a copy are those that were made for the types of the original."""
+
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            result: Tensor = self.b(hidden.relu() + torch.arange(8).to(x.dtype))
+            return result
+
+    early = EarlyExitNetwork(Casts(), {"a": nn.Linear(8, 2)}, None, torch.randn(3, 4)).eval()
+    if called:
+        early(torch.randn(5, 4), exit=2)
+    other = copy.deepcopy(early).double()
+    x = torch.randn(5, 4).double()
+    torch.testing.assert_close(other(x, exit=2)[0], other.network(x))
