@@ -14,7 +14,7 @@ PACKAGE = Path(lightning_compress.__file__).parent
 FRAMEWORKS = {"lightning", "pytorch_lightning", "hydra", "omegaconf"}
 HYDRA_FILES = {"hydra.py", "recorded.py", "cli.py", "__main__.py"}
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if "conf" not in path.parts)
-SHARED = {"core", "measure", "channels", "stages", "trainer", "baselines", "report", "tasks"}
+SHARED = {"core", "measure", "channels", "stages", "replacement", "trainer", "baselines", "report", "tasks"}
 ROOMS = {path.parts[0] for path in FILES if len(path.parts) > 1} - SHARED
 TECHNIQUES = ROOMS - {"coding", "deploy"}
 
@@ -31,7 +31,7 @@ def imported(path: Path) -> set[str]:
 
 
 def layer(path: Path) -> str:
-    """core | measure | channels | stages | trainer | functional | glue | baselines | report | tasks | app | root
+    """A directory that rooms share, or functional | glue | app | root.
 
     A room's files are glue if they import Lightning or `trainer`, and functional code if they do not.
     """
@@ -48,12 +48,13 @@ def layer(path: Path) -> str:
     )
 
 
-_BELOW = {"core", "measure", "channels", "stages"}
+_BELOW = {"core", "measure", "channels", "stages", "replacement"}
 MAY_IMPORT = {
     "core": {"core"},
     "measure": {"core", "measure"},
     "channels": {"core", "measure", "channels"},
     "stages": {"core", "measure", "stages"},
+    "replacement": {"core", "measure", "replacement"},
     "trainer": _BELOW | {"trainer"},
     "functional": _BELOW | {"functional"},
     "glue": _BELOW | {"functional", "trainer", "glue"},  # of the same room

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 KEY = "lightning_compress.structure"  # the key of a module's records, by kind, in its metadata
 KINDS = {  # the class of each kind, imported when a state dict has one; networks are rebuilt in this order
     "depth": "lightning_compress.block_pruning.record.DepthStructure",  # others are of layers that are left
+    "low_rank": "lightning_compress.low_rank.record.LowRankStructure",  # parts of replaced layers are cut afterwards
+    "conv_block": "lightning_compress.conv_substitution.record.ConvBlockStructure",
     "exits": "lightning_compress.early_exit.record.ExitStructure",  # after "cut": a cut network has thinner heads
     "widths": "lightning_compress.slimmable.record.WidthStructure",
     "channel_gates": "lightning_compress.channel_gates.record.ChannelGateStructure",

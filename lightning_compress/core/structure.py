@@ -241,7 +241,8 @@ class _OnLoad:
     ) -> list[tuple[Structure, nn.Module, str, Mapping[str, Any] | None]]:
         """Return what to check and rebuild: structure, module, path of the module, and its record."""
         here = [one for one in self.hooks.structures if one.kind == kind]
-        if not here and not (given and self.hooks.follows):
+        below = _renaming(module, kind)
+        if not here and not below and not (given and self.hooks.follows):
             return []
         gathered = kind_class(kind).gather(given) if given else {}
         found: list[tuple[Structure, nn.Module, str, Mapping[str, Any] | None]] = []
@@ -253,7 +254,17 @@ class _OnLoad:
             if not any(isinstance(one, kind_class(kind)) for one in those):
                 those.append(kind_class(kind).new(layer, path))
             found += [(one, layer, path, record) for one in those]
+        rebuilt = {id(one) for one, *_ in found}
+        found += [(one, layer, path, gathered.get(path)) for one, layer, path in below if id(one) not in rebuilt]
         return found
+
+
+def _renaming(module: nn.Module, kind: str) -> list[tuple[Structure, nn.Module, str]]:
+    """Return what renames tensors below a module: later kinds apply to the names that it gives them."""
+    below = [(layer, path) for path, layer in module.named_modules() if path]
+    return [
+        (one, layer, path) for layer, path in below for one in structures(layer) if one.renames and one.kind == kind
+    ]
 
 
 def _same_strings(values: dict[Any, Any], state_dict: Mapping[str, Any]) -> dict[Any, Any]:
@@ -289,7 +300,9 @@ def _submodule(module: nn.Module, path: str, kind: str) -> nn.Module:
 def _within(arriving: Arriving, path: str) -> Arriving:
     if not path:
         return arriving
-    return Arriving(arriving.state_dict, f"{arriving.prefix}{path}.", True, arriving.strict)
+    name = f"{arriving.prefix}{path}"
+    known = bool(getattr(arriving.state_dict, "_metadata", {}).get(name))
+    return Arriving(arriving.state_dict, f"{name}.", known, arriving.strict)
 
 
 def _hooks_of(module: nn.Module) -> _Hooks | None:

@@ -1,0 +1,1 @@
+"""Layers of low rank: a weight becomes a product of thin ones."""
