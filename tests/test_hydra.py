@@ -115,6 +115,7 @@ MODEL_INPUTS = {
     **dict.fromkeys(["digits_conv", "digits_conv_narrow", "msdnet_digits"], (1, 8, 8)),
     **dict.fromkeys(["lenet300", "lenet5", "msdnet_mnist"], (1, 28, 28)),
     **dict.fromkeys(["resnet20", "msdnet"], (3, 32, 32)),
+    **dict.fromkeys(["mobilenet", "squeezenet", "shufflenet", "xception", "ghostnet"], (3, 32, 32)),
 }
 
 

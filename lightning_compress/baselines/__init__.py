@@ -2,6 +2,7 @@
 
 from lightning_compress.baselines.classifier import Classifier
 from lightning_compress.baselines.data import CIFAR10, MNIST, Digits, FashionMNIST
+from lightning_compress.baselines.efficient import GhostNet, MobileNet, ShuffleNet, SqueezeNet, Xception
 from lightning_compress.baselines.loader import RandomShift, TensorLoader
 from lightning_compress.baselines.msdnet import MSDNet, MSDNetClassifier, msdnet_classifier
 from lightning_compress.baselines.networks import MLP, DigitsConvNet, LeNet5, LeNet300, ResNet20
@@ -14,12 +15,17 @@ __all__ = [
     "Digits",
     "DigitsConvNet",
     "FashionMNIST",
+    "GhostNet",
     "LeNet5",
     "LeNet300",
     "MSDNet",
     "MSDNetClassifier",
+    "MobileNet",
     "RandomShift",
     "ResNet20",
+    "ShuffleNet",
+    "SqueezeNet",
     "TensorLoader",
+    "Xception",
     "msdnet_classifier",
 ]
