@@ -415,6 +415,31 @@ def test_a_pruned_network_learns_from_what_it_was(finished: Path, command: Calla
     assert not torch.equal(taught["network.conv3.weight"], alone["network.conv3.weight"])
 
 
+def test_the_recipe_of_ratings_compares_a_perceptron_with_biases_and_products(
+    command: Callable[..., None], tmp_path: Path
+) -> None:
+    rows = [(u, v, (u * v + u) % 9 / 2 + 0.5) for u in range(12) for v in range(0 if u % 2 else 1, 10, 2 - u % 2)]
+    (tmp_path / "u.data").write_text("".join(f"{u}\t{v}\t{rating}\t0\n" for u, v, rating in rows))
+    sizes = ["data.users=12", "data.items=10", "model.network.hidden=[6]", "model.network.products=4"]
+    few = ["dense.max_epochs=6", "trainer.max_epochs=4", "trainer.check_val_every_n_epoch=2", "measure.repeats=1"]
+    command(
+        "experiment=matrix_factorization",
+        f"data.path={tmp_path}/u.data",
+        *sizes,
+        *few,
+        "verify=false",
+        "hydra.run.dir=run",
+    )
+    report = Report.load("run/report.json")
+    assert (report.metric, report.tested.mode) == ("test_rmse", "min")
+    points = {one.name: one for one in report.points}
+    assert [*points] == ["dense", "compressed", "mean", "biases", "linear", "dot_product"]
+    assert points["mean"].file_bytes < points["biases"].file_bytes  # type: ignore[operator]  # both are measured
+    tables = load_compressed("run/compressed.lcz")
+    for name in ("user", "user_products", "item", "item_products", "mlp.fc1"):
+        assert len(tables[f"network.{name}.weight"].unique()) <= 16
+
+
 # ------------------------------------------------------------------------------------------------------------ widths
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-FLOOR = {
+FLOOR = {  # accuracies; and, where it is negative, an error that is not exceeded
     "budget_controller": 0.85,
     "distillation": 0.9,
     "early_exit_stream": 0.85,
     "existing_module": 0.93,
     "hand_written_loop": 0.95,
+    "matrix_factorization": -0.6,
     "own_technique": 0.9,
     "transformers_model": 0.95,
 }
@@ -42,6 +43,6 @@ def test_example(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     last = capsys.readouterr().out.splitlines()[-1]
-    found = re.fullmatch(r"test accuracy (\d\.\d+) with .*", last)
+    found = re.fullmatch(r"test (accuracy|error) (\d\.\d+) with .*", last)
     assert found is not None, last
-    assert float(found[1]) >= FLOOR[name]
+    assert float(found[2]) * (1 if found[1] == "accuracy" else -1) >= FLOOR[name]

@@ -36,6 +36,7 @@ YOURS = {  # what these files leave to the user
     ("model", "module"): ["model._target_=support.small.SmallModule"],
     ("model", "classifier"): ["model.network._target_=torch.nn.Identity"],
     ("data", "datamodule"): ["data._target_=lightning_compress.baselines.Digits"],
+    **{("model", name): ["data=ratings"] for name in ("nnmf", "dot_product", "rating_biases")},
 }
 DELIBERATE = {  # where a file has another value than the constructor's default, on purpose
     ("compress", "binary_weights"): {"lr_scale"},  # for the recipe's Adam

@@ -46,6 +46,41 @@ def lr_factor(step: int, *, schedule: LRSchedule, steps: int, warmup: float = 0.
     return 1.0 - progress if schedule == "linear" else 1.0
 
 
+def check_schedule(schedule: str, warmup: float) -> None:
+    """Raise a ValueError for a schedule of the learning rate that `lr_factor` does not know."""
+    if schedule not in get_args(LRSchedule):
+        raise ValueError(f"lr_schedule must be one of {', '.join(get_args(LRSchedule))}; got {schedule!r}.")
+    if not 0.0 <= warmup < 1.0:
+        raise ValueError(
+            f"warmup is the fraction of steps over which the learning rate rises, 0 <= warmup < 1; got {warmup!r}."
+        )
+
+
+def with_schedule(
+    optimizer: torch.optim.Optimizer, module: LightningModule, *, schedule: LRSchedule, warmup: float
+) -> OptimizerLRScheduler:
+    """Return what `configure_optimizers` returns: an optimizer whose learning rate follows `lr_factor`, step by step.
+
+    Raises:
+        ValueError: The learning rate has a schedule but the fit has no planned end.
+    """
+    if schedule == "constant" and warmup == 0.0:
+        return optimizer
+    trainer = module.trainer
+    steps = trainer.estimated_stepping_batches
+    # The estimate sets up the training loader, before Lightning restores a checkpoint's loops. Lightning would then not
+    # restore the loader's state, so an epoch that is resumed in its middle would start from its beginning.
+    trainer.fit_loop._combined_loader = None
+    if math.isinf(steps):
+        raise ValueError(
+            f"lr_schedule={schedule!r} with warmup={warmup} needs a fit with a planned end: give"
+            " Trainer(max_epochs=...) or Trainer(max_steps=...), or use lr_schedule='constant'."
+        )
+    factor = partial(lr_factor, schedule=schedule, steps=int(steps), warmup=warmup)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 class MeanLoss(Metric):
     """The mean loss over all samples of all ranks; batches and ranks may have different sizes.
 
@@ -128,12 +163,7 @@ class Classifier(LightningModule):
         super().__init__()
         if optimizer not in get_args(OptimizerName):
             raise ValueError(f"optimizer must be one of {', '.join(get_args(OptimizerName))}; got {optimizer!r}.")
-        if lr_schedule not in get_args(LRSchedule):
-            raise ValueError(f"lr_schedule must be one of {', '.join(get_args(LRSchedule))}; got {lr_schedule!r}.")
-        if not 0.0 <= warmup < 1.0:
-            raise ValueError(
-                f"warmup is the fraction of steps over which the learning rate rises, 0 <= warmup < 1; got {warmup!r}."
-            )
+        check_schedule(lr_schedule, warmup)
         if input_shape is not None:
             input_shape = list(input_shape)  # with Hydra's list type in its hparams a checkpoint would be unreadable
             self.example_input_array = torch.zeros(1, *input_shape)
@@ -195,17 +225,4 @@ class Classifier(LightningModule):
             optimizer = (torch.optim.Adam if hparams["optimizer"] == "adam" else torch.optim.AdamW)(
                 self.parameters(), **kwargs
             )
-        if hparams["lr_schedule"] == "constant" and hparams["warmup"] == 0.0:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        # The estimate sets up the training loader, before Lightning restores a checkpoint's loops. Lightning would then
-        # not restore the loader's state, so an epoch that is resumed in its middle would start from its beginning.
-        self.trainer.fit_loop._combined_loader = None
-        if math.isinf(steps):
-            raise ValueError(
-                f"lr_schedule={hparams['lr_schedule']!r} with warmup={hparams['warmup']} needs a fit with a planned"
-                " end: give Trainer(max_epochs=...) or Trainer(max_steps=...), or use lr_schedule='constant'."
-            )
-        factor = partial(lr_factor, schedule=hparams["lr_schedule"], steps=int(steps), warmup=hparams["warmup"])
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_schedule(optimizer, self, schedule=hparams["lr_schedule"], warmup=hparams["warmup"])

@@ -1,0 +1,403 @@
+"""Networks that predict ratings, and the LightningModule that trains them: NNMF and the dot product."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_compress.baselines.classifier import LRSchedule, MeanLoss, check_schedule, with_schedule
+from lightning_compress.core.distributed import all_reduce_sum, world_size
+
+RatingOptimizer = Literal["rmsprop", "adam"]
+
+
+class Factorization(nn.Module):
+    """Base class of networks with tables of latent vectors: modules named user... and item..., which map indices.
+
+    Args:
+        users: The number of users.
+        items: The number of items.
+    """
+
+    def __init__(self, users: int, items: int) -> None:
+        super().__init__()
+        for name, number in (("users", users), ("items", items)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(
+                    f"{name} of {type(self).__name__} is the number of {name} that the data have; got {number!r}."
+                )
+        self.users, self.items = users, items
+
+    def add_table(self, side: Literal["user", "item"], suffix: str, width: int, *, std: float) -> None:
+        """Add a table of latent vectors, drawn from a normal distribution that is cut off at twice its `std`."""
+        table = nn.Embedding(self.users if side == "user" else self.items, width)
+        nn.init.trunc_normal_(table.weight, std=std, a=-2 * std, b=2 * std)
+        self.add_module(side + suffix, table)
+
+    def tables(self, side: Literal["user", "item"]) -> dict[str, nn.Module]:
+        """Return the tables of the users or of the items, by name."""
+        return {name: child for name, child in self.named_children() if name.startswith(side)}
+
+    def is_latent(self, name: str) -> bool:
+        """Whether a parameter belongs to a table, by its name."""
+        return name.startswith(("user", "item"))
+
+
+class NNMF(Factorization):
+    """Neural network matrix factorization (Dziugaite and Roy 2015, 1511.06443): a perceptron instead of a product.
+
+    A rating is f(U, V, U' * V'): a perceptron f on the vectors U of the user and V of the item, `width` numbers each,
+    and `products` inner products of two vectors of `factors` numbers. The paper has width 10, 60 products of single
+    numbers, and three or four hidden layers of 50 sigmoid units.
+
+    Args:
+        users: The number of users.
+        items: The number of items.
+        width: The size D of the vectors that the perceptron sees.
+        products: The number D' of inner products that it sees.
+        factors: The number K of entries over which each inner product sums.
+        hidden: The sizes of the hidden layers.
+
+    Shapes:
+        input (N, 2), indices of a user and an item; output (N,).
+
+    Example:
+        >>> NNMF(943, 1682)(torch.tensor([[0, 1], [942, 1681]])).shape
+        torch.Size([2])
+    """
+
+    user: nn.Module
+    item: nn.Module
+    user_products: nn.Module
+    item_products: nn.Module
+
+    def __init__(
+        self,
+        users: int,
+        items: int,
+        *,
+        width: int = 10,
+        products: int = 60,
+        factors: int = 1,
+        hidden: Sequence[int] = (50, 50, 50),
+    ) -> None:
+        super().__init__(users, items)
+        if width < 0 or products < 0 or factors < 1 or width + products == 0 or not hidden or min(hidden) < 1:
+            raise ValueError(
+                "NNMF needs a width or products, 0 or more of each, factors of at least 1, and hidden layers of one"
+                f" unit or more; got width={width}, products={products}, factors={factors}, hidden={list(hidden)}."
+            )
+        self.factors = factors
+        for side in ("user", "item"):
+            if width:
+                self.add_table(side, "", width, std=0.1)
+            if products:
+                self.add_table(side, "_products", products * factors, std=0.1)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for number, (inputs, outputs) in enumerate(pairwise([2 * width + products, *hidden, 1]), start=1):
+            layers[f"fc{number}"] = linear = nn.Linear(inputs, outputs)
+            nn.init.xavier_uniform_(linear.weight, gain=4.0)  # Glorot and Bengio's bound for sigmoid units
+            nn.init.zeros_(linear.bias)
+            if number <= len(hidden):
+                layers[f"sigmoid{number}"] = nn.Sigmoid()
+        self.mlp = nn.Sequential(layers)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        user, item = pairs.unbind(1)
+        seen = [self.user(user), self.item(item)] if hasattr(self, "user") else []
+        if hasattr(self, "user_products"):
+            products = self.user_products(user) * self.item_products(item)
+            seen.append(products if self.factors == 1 else products.unflatten(1, (-1, self.factors)).sum(2))
+        ratings: Tensor = self.mlp(torch.cat(seen, 1)).squeeze(1)
+        return ratings
+
+
+class DotProduct(Factorization):
+    """Linear matrix factorization: the inner product of two vectors, and biases of the user and of the item.
+
+    Args:
+        users: The number of users.
+        items: The number of items.
+        width: The size of the vectors.
+        biases: Whether there are biases.
+
+    Shapes:
+        input (N, 2), indices of a user and an item; output (N,).
+
+    Example:
+        >>> DotProduct(943, 1682, width=32)(torch.tensor([[0, 1], [942, 1681]])).shape
+        torch.Size([2])
+    """
+
+    user: nn.Module
+    item: nn.Module
+    user_bias: nn.Module
+    item_bias: nn.Module
+
+    def __init__(self, users: int, items: int, *, width: int = 16, biases: bool = True) -> None:
+        super().__init__(users, items)
+        if width < 1:
+            raise ValueError(f"width of DotProduct is the size of the vectors, at least 1; got {width!r}.")
+        for side in ("user", "item"):
+            self.add_table(side, "", width, std=0.1)
+            if biases:
+                self.add_table(side, "_bias", 1, std=0.001)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        user, item = pairs.unbind(1)
+        ratings: Tensor = (self.user(user) * self.item(item)).sum(1)
+        if hasattr(self, "user_bias"):
+            ratings = ratings + (self.user_bias(user) + self.item_bias(item)).squeeze(1)
+        return ratings
+
+
+class RootMeanSquare(MeanLoss):
+    """The root mean square of errors of all samples of all ranks; `update` takes the squared errors, of shape (N,).
+
+    Example:
+        >>> metric = RootMeanSquare()
+        >>> metric.update(torch.tensor([9.0, 16.0, 11.0]))
+        >>> metric.compute()
+        tensor(3.4641)
+    """
+
+    def compute(self) -> Tensor:
+        """Return the root of the mean."""
+        return super().compute().sqrt()
+
+
+class RatingModule(LightningModule):
+    """Predicts ratings, with what training they have left to a subclass; logs `val_rmse` and `test_rmse`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.val_rmse, self.test_rmse = RootMeanSquare(), RootMeanSquare()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add the batch to `val_rmse`."""
+        self.val_rmse.update((self(batch[0]) - batch[1]).square())
+        self.log("val_rmse", self.val_rmse, prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add the batch to `test_rmse`."""
+        self.test_rmse.update((self(batch[0]) - batch[1]).square())
+        self.log("test_rmse", self.test_rmse)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the batch's predictions."""
+        ratings: Tensor = self(batch[0])
+        return ratings
+
+
+class MatrixFactorization(RatingModule):
+    """Trains a `Factorization` on the squared error of ratings, its latent vectors and its other weights in turns.
+
+    The loss of N ratings r is (sum of (r - f)^2 + `regularization` * sum of c |u|^2) / N over all latent vectors u,
+    with c = 1, or, with `frequency_scaled`, c = the number of ratings that u has. With c = 1 the second sum counts
+    1 / (B R) where there are B batches on each of R ranks.
+
+    With `alternate`, optimizer steps 0, 2, 4, ... train all weights that are not latent, and steps 1, 3, ... the latent
+    vectors. There is one optimizer, and the parameters whose turn it is not have no gradient, so it leaves them and
+    their statistics as they are: that equals two optimizers that step in turns. But there is one step per batch, with
+    one backward pass, as the callbacks that project weights around a step, schedules, accumulation, gradient clipping
+    and DDP expect it.
+
+    Args:
+        network: A `Factorization`.
+        optimizer: "rmsprop" (the paper's) or "adam".
+        lr: The learning rate.
+        lr_schedule: "cosine", "linear" or "constant", over the planned steps of the fit.
+        warmup: The fraction of the planned steps over which the learning rate rises.
+        regularization: The weight of the penalty; the paper has 50 for the 100,000 ratings of MovieLens 100K.
+        frequency_scaled: Whether the penalty of a vector counts once per rating.
+        alternate: Whether latent vectors and other weights train in turns.
+
+    Raises:
+        ValueError: An argument is unknown or out of range, or `alternate` is asked of a network with latent vectors
+            only.
+
+    Example:
+        >>> module = MatrixFactorization(NNMF(943, 1682), regularization=50.0)
+        >>> module(torch.tensor([[0, 1]])).shape
+        torch.Size([1])
+    """
+
+    def __init__(
+        self,
+        network: Factorization,
+        *,
+        optimizer: RatingOptimizer = "rmsprop",
+        lr: float = 1e-3,
+        lr_schedule: LRSchedule = "constant",
+        warmup: float = 0.0,
+        regularization: float = 0.0,
+        frequency_scaled: bool = False,
+        alternate: bool = True,
+    ) -> None:
+        super().__init__()
+        if optimizer not in get_args(RatingOptimizer):
+            raise ValueError(f"optimizer must be one of {', '.join(get_args(RatingOptimizer))}; got {optimizer!r}.")
+        check_schedule(lr_schedule, warmup)
+        if not regularization >= 0:
+            raise ValueError(f"regularization is the weight of a penalty, 0 or more; got {regularization!r}.")
+        if alternate and all(network.is_latent(name) for name, _ in network.named_parameters()):
+            raise ValueError(
+                f"alternate=True trains latent vectors and other weights in turns, and {type(network).__name__} has "
+                "latent vectors only: set alternate=False."
+            )
+        self.save_hyperparameters(ignore=["network"])
+        self.network = network
+        self.regularization, self.frequency_scaled, self.alternate = regularization, frequency_scaled, alternate
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Return the ratings, of shape (N,), of pairs (user, item), of shape (N, 2)."""
+        ratings: Tensor = self.network(pairs)
+        return ratings
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the batch's loss."""
+        pairs, ratings = batch
+        loss: Tensor = (self(pairs) - ratings).square().mean()
+        if self.regularization:
+            loss = loss + self.regularization * self.penalty(pairs)
+        self.log("train_loss", loss)
+        return loss
+
+    def penalty(self, pairs: Tensor) -> Tensor:
+        """Return the penalty of a batch per rating, before it is weighted."""
+        parts = 1 if self.frequency_scaled else world_size() * int(self.trainer.num_training_batches)
+        sums = []
+        for column, side, number in ((0, "user", self.network.users), (1, "item", self.network.items)):
+            everyone = torch.arange(number, device=pairs.device)
+            squares = [table(everyone).square().sum(1) for table in self.network.tables(side).values()]  # type: ignore[arg-type]  # a literal
+            total = torch.stack(squares).sum(0)
+            counts = pairs[:, column].bincount(minlength=number) if self.frequency_scaled else torch.ones_like(total)
+            sums.append((counts * total).sum())
+        return torch.stack(sums).sum() / (len(pairs) * parts)
+
+    def on_after_backward(self) -> None:
+        """Leave the parameters whose turn it is not without a gradient."""
+        if self.alternate:
+            latent = self.global_step % 2 == 1
+            for name, parameter in self.network.named_parameters():
+                if self.network.is_latent(name) != latent:
+                    parameter.grad = None
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer and its learning-rate schedule."""
+        kind = torch.optim.RMSprop if self.hparams["optimizer"] == "rmsprop" else torch.optim.Adam
+        optimizer = kind(self.parameters(), lr=self.hparams["lr"])
+        return with_schedule(optimizer, self, schedule=self.hparams["lr_schedule"], warmup=self.hparams["warmup"])
+
+
+class RidgeBiases(RatingModule):
+    """Predicts a rating by a bias of its user and a bias of its item: the baseline that others must beat.
+
+    The biases minimise sum of (r - b_u - c_v)^2 + regularization * (sum of b_u^2 + sum of c_v^2). Each epoch solves for
+    those of one side in closed form, given those of the other: c_v = sum of (r - b_u) / (number of ratings + the
+    regularization), and so on in turns, items first. That is done for several regularizations side by side, and after
+    each validation the module takes over the biases that do best there; without a validation part, the first ones.
+
+    Args:
+        users: The number of users.
+        items: The number of items.
+        regularization: What to choose from, 0 or more each. With infinity alone all biases are zero, and every
+            prediction is the mean of the training ratings.
+
+    Raises:
+        ValueError: There is no regularization, or one below zero.
+
+    Example:
+        >>> RidgeBiases(943, 1682, regularization=[1.0, 2.0, 5.0])(torch.tensor([[0, 1]]))
+        tensor([0.], grad_fn=<AddBackward0>)
+    """
+
+    def __init__(self, users: int, items: int, *, regularization: Sequence[float] = (1.0, 2.0, 3.0, 5.0, 10.0)) -> None:
+        super().__init__()
+        if not regularization or not all(one >= 0 for one in regularization):
+            raise ValueError(
+                f"regularization of RidgeBiases is a list of numbers to choose from, 0 or more; got {regularization!r}."
+            )
+        self.regularization = [float(one) for one in regularization]
+        self.automatic_optimization = False
+        # Parameters, because DDP wants some, though no optimizer trains them
+        self.user, self.item = nn.Parameter(torch.zeros(users)), nn.Parameter(torch.zeros(items))
+        tried = len(self.regularization)
+        self._solved = [torch.zeros(tried, users), torch.zeros(tried, items)]  # biases for each regularization
+        self._sums = [torch.zeros(0), torch.zeros(0)]  # of an epoch: ratings without the other bias, and their number
+        self._errors = torch.zeros(tried)  # sums of squares of a validation
+        self._best = 0  # the place of the regularization that did best
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        """Return the ratings, of shape (N,), of pairs (user, item), of shape (N, 2)."""
+        ratings: Tensor = self.user[pairs[:, 0]] + self.item[pairs[:, 1]]
+        return ratings
+
+    def configure_optimizers(self) -> None:
+        """Return nothing: there is no optimizer."""
+
+    def on_fit_start(self) -> None:
+        """Move the biases to the module's device."""
+        self._solved = [one.to(self.device) for one in self._solved]
+
+    def on_train_epoch_start(self) -> None:
+        """Begin new sums."""
+        side = self._solved[self._side]
+        self._sums = [torch.zeros_like(side), side.new_zeros(side.shape[1])]
+
+    @property
+    def _side(self) -> int:
+        return (self.current_epoch + 1) % 2  # items first
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add the batch to the sums of the epoch."""
+        pairs, ratings = batch
+        own, other = pairs[:, self._side], pairs[:, 1 - self._side]
+        self._sums[0].index_add_(1, own, ratings - self._solved[1 - self._side][:, other])
+        self._sums[1].index_add_(0, own, torch.ones_like(ratings))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Solve for the biases of one side when the epoch's batches are over, before they are validated."""
+        if self.trainer.is_last_batch:
+            sums, counts = (all_reduce_sum(one) for one in self._sums)
+            strength = sums.new_tensor(self.regularization)[:, None]
+            self._solved[self._side] = torch.where(counts > 0, sums / (counts + strength), 0.0)
+            self._take(self._best)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new comparison."""
+        self._errors = torch.zeros_like(self._errors, device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add the batch to the comparison, and to `val_rmse` of the biases that the module has now."""
+        super().validation_step(batch, batch_idx)
+        pairs, ratings = batch
+        user, item = (one[:, pairs[:, side]] for side, one in enumerate(self._solved))
+        self._errors = self._errors + (user + item - ratings).square().sum(1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Take over the biases that did best."""
+        if self.trainer.state.fn == "fit":
+            self._best = int(all_reduce_sum(self._errors).argmin())
+            self._take(self._best)
+
+    @torch.no_grad()
+    def _take(self, place: int) -> None:
+        self.user.copy_(self._solved[0][place])
+        self.item.copy_(self._solved[1][place])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the biases for every regularization."""
+        checkpoint["ridge_biases"] = {"solved": self._solved, "best": self._best}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load them."""
+        saved = checkpoint["ridge_biases"]
+        self._solved, self._best = list(saved["solved"]), saved["best"]
