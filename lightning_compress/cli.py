@@ -36,7 +36,9 @@ from lightning_compress.hydra import (
     build_wrapped,
     check_choices,
     check_names,
+    refused_choices,
     register_resolvers,
+    replace_nulls,
     suggestions,
 )
 from lightning_compress.quantization.input_grids import input_grids
@@ -66,7 +68,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*deprecated")  # caused by Lightning, at every fit
     register_resolvers()
     own_configs = any(word.startswith(("--config", "-c")) for word in sys.argv[1:])  # with keys of any name
-    if not own_configs and (refused := refusal(sys.argv[1:])):
+    if refused := refused_choices(sys.argv[1:]) or ("" if own_configs else refusal(sys.argv[1:])):
         raise SystemExit(refused)
     try:
         _main()
@@ -86,6 +88,7 @@ def _main(cfg: DictConfig) -> None:
     if cfg.task not in tasks:
         raise ValueError(f"task={cfg.task!r} is unknown; expected {', '.join(tasks)}.")
     check_choices(HydraConfig.get().overrides.task)
+    replace_nulls(cfg)
     check_names(cfg)
     tasks[cfg.task](cfg)
 

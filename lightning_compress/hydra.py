@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_compress.report.renamed import KEYS, TARGETS
 from lightning_compress.report.tables import flatten
@@ -25,6 +25,10 @@ from lightning_compress.tasks.run_folder import dense_files, home
 
 T = TypeVar("T")
 
+MAY_BE_EMPTY = ("callbacks", "wrappers", "controls", "logger", "dense")  # sections of the config
+GROUPS = ("model", "data", "trainer")
+EMPTY_GROUPS = ("compress", "logger")  # with an option that is called none
+NEEDED = ("val_metric", "measure", "file", "compare", "compare.root", "file.coder", "seed", "output_dir")
 READING = ("inspect", "test", "compare")  # tasks that make no folder
 
 
@@ -166,6 +170,38 @@ def check_names(cfg: DictConfig) -> None:
     for key, value in flatten(OmegaConf.to_container(cfg, resolve=False)).items():  # type: ignore[arg-type]
         if key.endswith("_target_") and value in TARGETS:
             OmegaConf.update(cfg, key, TARGETS[value])
+
+
+def replace_nulls(cfg: DictConfig) -> None:
+    """Replace null by an empty section where a section may be empty, and leave out wrappers and controls that are null.
+
+    Raises:
+        ValueError: A key that every command needs is null.
+    """
+    for key in MAY_BE_EMPTY:
+        if cfg.get(key) is None:
+            OmegaConf.update(cfg, key, {}, force_add=True)
+    for key in ("wrappers", "controls"):
+        for name in [name for name, node in cfg.get(key, {}).items() if node is None]:
+            with open_dict(cfg):
+                del cfg[key][name]
+    for key in NEEDED:
+        section, _, name = key.rpartition(".")
+        nodes = OmegaConf.select(cfg, section) if section else cfg
+        if nodes is not None and name in nodes and nodes[name] is None:
+            raise ValueError(f"{key}=null, but a command needs a value for {key}: leave this out for the default.")
+
+
+def refused_choices(command_line: Sequence[str]) -> str:
+    """Return a line for every option of a command line that is null, which Hydra refuses without its name.
+
+    Example:
+        >>> refused_choices(["logger=null", "search=null"])
+        'logger=null chooses nothing: leave it out, or take logger=none.'
+    """
+    chosen = [key for key in (*GROUPS, *EMPTY_GROUPS, "experiment", "hydra") if f"{key}=null" in command_line]
+    others = {key: f", or take {key}=none" for key in EMPTY_GROUPS}
+    return "\n".join(f"{key}=null chooses nothing: leave it out{others.get(key, '')}." for key in chosen)
 
 
 def suggestions(command_line: Sequence[str]) -> str:

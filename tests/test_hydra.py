@@ -19,12 +19,15 @@ from support.small import SmallModule
 import lightning_compress
 from lightning_compress import IterativePruningCallback, save_compressed
 from lightning_compress.hydra import (
+    NEEDED,
     build_datamodule,
+    build_each_wrapped,
     build_module,
     build_named,
     build_trainer_factory,
     build_wrapped,
     register_resolvers,
+    replace_nulls,
     run_folder,
 )
 from lightning_compress.trainer.compatibility import check_together
@@ -189,6 +192,27 @@ def test_pruning_and_clustering_stand_side_by_side() -> None:
 def test_stop_is_written_as_a_dict() -> None:
     cfg = composed("callbacks.iterative_pruning.stop={monitor:val_acc,max_drop:0.01}")
     assert isinstance(build_named(cfg.callbacks)["iterative_pruning"], IterativePruningCallback)
+
+
+@pytest.mark.parametrize("key", ["callbacks", "wrappers", "controls", "logger", "dense"])
+def test_a_section_set_to_null_is_empty(key: str) -> None:
+    cfg = composed(f"{key}=null" if key != "logger" else "logger=none")
+    replace_nulls(cfg)
+    assert cfg[key] == {}
+
+
+def test_wrappers_and_controls_set_to_null_are_left_out() -> None:
+    cfg = composed("compress=[channel_gates,distillation]", "wrappers.distillation=null", "+controls.narrow=null")
+    replace_nulls(cfg)
+    assert (list(cfg.wrappers), list(cfg.controls)) == (["channel_gates"], [])
+    assert list(build_each_wrapped(cfg.wrappers, build_module(cfg))) == ["channel_gates"]
+
+
+@pytest.mark.parametrize("key", NEEDED)
+def test_null_for_what_a_command_needs_is_refused_by_the_name_of_the_key(key: str) -> None:
+    cfg = composed(f"{key}=null")
+    with pytest.raises(ValueError, match=f"{key}=null, but a command needs a value for {key}"):
+        replace_nulls(cfg)
 
 
 def test_a_callback_set_to_null_is_left_out() -> None:

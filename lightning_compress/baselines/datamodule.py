@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_compress.baselines.loader import RandomShift, TensorLoader
+from lightning_compress.core.given import whole_number
 
 Samples = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
 
@@ -77,6 +78,10 @@ class ImageData(LightningDataModule):
         seed: int = 0,
         split_seed: int = 0,
     ) -> None:
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            whole_number(size, f"{name} is a number of samples, 1 or more", least=1)
+        for name, size in (("val_size", val_size), ("shift", shift)):
+            whole_number(size, f"{name} must be a whole number, 0 or more", least=0)
         super().__init__()
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

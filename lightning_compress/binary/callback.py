@@ -15,7 +15,7 @@ from lightning_compress.binary.inputs import (
     has_binary_inputs,
     layers_with_signs,
 )
-from lightning_compress.binary.signs import LRScale, Mode, Scaling, check_binary, holds_signs
+from lightning_compress.binary.signs import LRScale, Mode, Scaling, check_binary, checked_clip, holds_signs
 from lightning_compress.binary.weights import BinaryWeights
 from lightning_compress.core.by_channel import transposed_groups
 from lightning_compress.core.distributed import broadcast
@@ -84,9 +84,9 @@ class BinaryWeightsCallback(LatentCallback):
         target: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
     ) -> None:
-        clip = None if clip is None else float(clip)
+        clip = checked_clip(clip)
         super().__init__(**settings_of(locals()))
-        check_binary(mode, scaling, lr_scale, clip)
+        check_binary(mode, scaling, lr_scale)
         self.mode: Mode = mode
         self.scaling: Scaling = scaling
         self.activations = activations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.by_channel import by_channel
+from lightning_compress.core.given import real_number
 from lightning_compress.core.precision import widened
 
 Mode = Literal["deterministic", "stochastic"]
@@ -225,7 +226,12 @@ def sign_through(x: Tensor) -> Tensor:
     return signs
 
 
-def check_binary(mode: str, scaling: str, lr_scale: str, clip: float | None) -> None:
+def checked_clip(clip: Any) -> float | None:
+    """Return the limit of latent weights, None for none, or raise a ValueError."""
+    return None if clip is None else real_number(clip, "clip must be a number above 0, or None", above=0)
+
+
+def check_binary(mode: str, scaling: str, lr_scale: str) -> None:
     """Raise a ValueError unless the arguments and their combination are valid."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be 'deterministic' or 'stochastic'; got {mode!r}.")
@@ -233,8 +239,6 @@ def check_binary(mode: str, scaling: str, lr_scale: str, clip: float | None) -> 
         raise ValueError(f"scaling must be 'none' or 'mean' (of |w|, per output channel); got {scaling!r}.")
     if lr_scale not in get_args(LRScale):
         raise ValueError(f"lr_scale must be 'none' or 'glorot'; got {lr_scale!r}.")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be a number above 0, or None; got {clip!r}.")
     if mode == "stochastic" and scaling == "mean":
         raise ValueError(
             "scaling='mean' does not go with mode='stochastic', where |w| already sets the probability of a sign: use "

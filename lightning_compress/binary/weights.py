@@ -14,6 +14,7 @@ from lightning_compress.binary.signs import (
     Scaling,
     binarize,
     check_binary,
+    checked_clip,
     draw_positive,
     glorot_coefficient,
     real_gradient,
@@ -73,7 +74,8 @@ class BinaryWeights(LatentWeights):
         lr_scale: LRScale = "none",
         generator: torch.Generator | None = None,
     ) -> None:
-        check_binary(mode, scaling, lr_scale, clip)
+        check_binary(mode, scaling, lr_scale)
+        checked_clip(clip)
         self.mode: Mode = mode
         self.scaling: Scaling = scaling
         self.clip = clip

@@ -20,8 +20,16 @@ from lightning_compress.block_pruning.record import follow_depth
 from lightning_compress.block_pruning.stand_in import StandIn
 from lightning_compress.core.distributed import broadcast, on_all_ranks, rank
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.given import real_number, whole_number
 from lightning_compress.core.hooks import Removable
-from lightning_compress.core.schedule import Schedule, amount_at, check_events, check_schedule
+from lightning_compress.core.schedule import (
+    Schedule,
+    amount_at,
+    check_interval,
+    check_schedule,
+    checked_amount,
+    checked_epochs,
+)
 from lightning_compress.core.structure import follow
 from lightning_compress.stages.block import Block, chosen_blocks
 from lightning_compress.stages.blocks import find_blocks
@@ -97,17 +105,22 @@ class BlockPruningCallback(CompressionCallback):
         output: str | int | None = None,
         example_inputs: Any = None,
     ) -> None:
-        amount, start_epoch, stochastic_depth = float(amount), float(start_epoch), float(stochastic_depth)
-        end_epoch = None if end_epoch is None else float(end_epoch)
+        amount = checked_amount(amount)
+        start_epoch, end_epoch = checked_epochs(start_epoch, end_epoch, at_once=schedule == "one_shot")
+        stochastic_depth = real_number(
+            stochastic_depth, "stochastic_depth must be a probability from 0 to below 1", least=0, below=1
+        )
         super().__init__(**settings_of(locals()))
         check_schedule(schedule, amount)
         if criterion not in get_args(Criterion):
             raise ValueError(f"criterion must be one of {', '.join(get_args(Criterion))}; got {criterion!r}.")
-        check_events(start_epoch, end_epoch, every_n_steps, at_once=schedule == "one_shot")
-        if n_batches < 1:
-            raise ValueError(f"n_batches must be 1 or more; got {n_batches!r}.")
-        if not 0 <= stochastic_depth < 1:
-            raise ValueError(f"stochastic_depth must be a probability from 0 to below 1; got {stochastic_depth!r}.")
+        check_interval(every_n_steps)
+        whole_number(n_batches, "n_batches must be a whole number, 1 or more", least=1)
+        if criterion == "influence" and schedule == "one_shot" and start_epoch == 0 < amount:
+            raise ValueError(
+                "criterion='influence' measures the blocks in the training steps before they leave, and with "
+                "schedule='one_shot' and start_epoch=0 there are none: start later, or use criterion='loss'."
+            )
         self.amount = amount
         self.blocks = [blocks] if isinstance(blocks, str) else blocks
         self.criterion: Criterion = criterion

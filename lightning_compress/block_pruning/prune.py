@@ -18,6 +18,7 @@ from lightning_compress.channels.optimizer_state import check_forgettable, forge
 from lightning_compress.channels.sandbox import undisturbed
 from lightning_compress.core.evaluation import renew_caches
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.given import real_number
 from lightning_compress.core.input_hooks import take_away
 from lightning_compress.core.outputs import TOLERANCES, compare, run
 from lightning_compress.core.tensors import named_tensors
@@ -128,8 +129,7 @@ def least_important(blocks: Sequence[Block], scores: Mapping[str, float], amount
 
 def check_amount(amount: float) -> None:
     """Raise a ValueError unless the amount is a share."""
-    if not 0 <= amount <= 1:
-        raise ValueError(f"amount must be a share of the blocks' multiply-accumulates, 0 to 1; got {amount!r}.")
+    real_number(amount, "amount must be a share of the blocks' multiply-accumulates, 0 to 1", least=0, most=1)
 
 
 @torch.inference_mode(False)  # tensors that are made in inference mode can never be trained

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_compress.core.given import real_number
+
 Train = Literal["gradient", "q_learning"]
 Way = Literal["gates", "random", "static"]
 GROUPS = 4  # of a layer's channels, for gates that choose groups
@@ -252,6 +254,4 @@ def checked_share(share: float) -> float:
     Raises:
         ValueError: It is none above 0 and at most 1.
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
-        raise ValueError(f"share says how many channels each sample keeps, above 0 and at most 1; got {share!r}.")
-    return float(share)
+    return real_number(share, "share says how many channels each sample keeps, above 0 and at most 1", above=0, most=1)

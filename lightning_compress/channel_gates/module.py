@@ -42,7 +42,7 @@ class ChannelGates(CompressionModule):
         module: The LightningModule, whose network should be trained.
         layers: Names of convolutions and linear layers within the network. None: those whose channels go to other
             layers alone, through at most a batch norm and code that maps zeros to zeros; or those that have gates
-            already, as from a compressed file.
+            already, as from a compressed file. []: no gates.
         share: d, the share of a layer's channels that each sample keeps. None: 0.5, or that of the gates that the
             network has; 1: no gates.
         train: "gradient": the gates learn by the loss's gradient in the gains of the channels that are kept;
@@ -109,7 +109,7 @@ class ChannelGates(CompressionModule):
         if not objective.adopt(found):
             if given is not None:
                 objective.build(found, given)
-            elif share != 1.0:
+            elif not objective.idle:
                 note_gates(backbone(found))
         super().__init__(module, objective)
         check_together(self, [level.callback for level in self._lightning_compress.levels])

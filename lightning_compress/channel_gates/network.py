@@ -22,6 +22,7 @@ from lightning_compress.channel_gates.making import take_gates
 from lightning_compress.channel_gates.slices import Feed, ReadingLayer, SlicedLayer
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call, first_samples
+from lightning_compress.core.given import real_number, whole_number
 from lightning_compress.core.structure import detach, structures
 
 Batched = Literal["dense", "sets", "single"]
@@ -65,6 +66,11 @@ class ChannelGatedNetwork(nn.Module):
         rounds: int = 9,
     ) -> None:
         super().__init__()
+        if min_gain is not None:
+            min_gain = real_number(
+                min_gain, "min_gain is the share of the time that must be saved, or None", infinite=True
+            )
+        whole_number(rounds, "rounds is how often each way is timed, 1 or more", least=1)
         self.network = copy.deepcopy(network).eval()
         gates = gates_of(self.network)
         if gates is None:

@@ -23,7 +23,9 @@ from lightning_compress.channel_gates.record import note_gates
 from lightning_compress.channel_gates.rewards import Agent, errors
 from lightning_compress.core.distributed import all_reduce_sum, world_size
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples
+from lightning_compress.core.given import real_number
 from lightning_compress.core.outputs import select_output
+from lightning_compress.core.schedule import checked_epochs
 from lightning_compress.trainer.capture import captured
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import inputs_on_device, resolve_network
@@ -64,6 +66,9 @@ class GatedChannels(Objective):
         example_inputs: ExampleInputs | None,
     ) -> None:
         names = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+        share = None if share is None else checked_share(share)
+        start_epoch, end_epoch = checked_epochs(start_epoch, end_epoch)
+        penalty = real_number(penalty, "penalty is the weight of the sum of all gains, 0 or more", least=0)
         super().__init__(
             layers=names,
             share=share,
@@ -75,7 +80,7 @@ class GatedChannels(Objective):
             output=output,
         )
         self.names = names
-        self.share = None if share is None else checked_share(share)
+        self.share = share
         self.epochs = {"start_epoch": start_epoch, "end_epoch": end_epoch}
         self.penalty = penalty
         self.network, self.output = network, output
@@ -89,15 +94,13 @@ class GatedChannels(Objective):
         self._said_static = False
         if train not in get_args(Train):
             raise ValueError(f"train is one of {', '.join(get_args(Train))}; got {train!r}.")
-        if not penalty >= 0.0:
-            raise ValueError(f"penalty is the weight of the sum of all gains, 0 or more; got {penalty!r}.")
-        if end_epoch is not None and end_epoch <= start_epoch:
-            raise ValueError(
-                f"The share falls between start_epoch={start_epoch} and end_epoch={end_epoch}: give an end_epoch after "
-                f"start_epoch, or none."
-            )
 
     # ------------------------------------------------------------------ gates
+
+    @property
+    def idle(self) -> bool:
+        """Whether the settings ask for no gates."""
+        return self.share == 1.0 or self.names == []
 
     def gates(self, module: LightningModule) -> LayerGates | None:
         """Return the gates of the module's network; None before they were made."""
@@ -113,9 +116,9 @@ class GatedChannels(Objective):
         Raises:
             ValueError: No layer can have gates, or one that was named.
         """
-        share = _SHARE if self.share is None else self.share
-        if share == 1.0:
+        if self.idle:
             return
+        share = _SHARE if self.share is None else self.share
         bare = backbone(network)
         found = find_layers(bare, inputs, self.names)
         like = next(iter(bare.parameters()))
@@ -142,7 +145,8 @@ class GatedChannels(Objective):
         have = [layer.name for layer in gates.layers]
         if self.names is not None and set(self.names) != set(have):
             raise ValueError(
-                f"The network has gates at {', '.join(have)} already, and layers= says {', '.join(self.names)}."
+                f"The network has gates at {', '.join(have)} already, and layers= says "
+                f"{', '.join(self.names) or 'none'}: pass layers=None to go on with those."
             )
         if (gates.orders is None) != (self.train == "gradient"):
             kind = "gradient" if gates.orders is None else "q_learning"
@@ -156,7 +160,7 @@ class GatedChannels(Objective):
 
     def configure(self, module: LightningModule) -> None:
         network = resolve_network(module, self.network)
-        if self.adopt(network) or self.share == 1.0:
+        if self.adopt(network) or self.idle:
             return
         self.build(network, inputs_on_device(module, network, self.example_inputs))
 

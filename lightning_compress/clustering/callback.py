@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.clustering.kmeans import Init, check_init, kmeans
 from lightning_compress.clustering.shared_weights import GradientRule, SharedWeights, check_rule
 from lightning_compress.core.distributed import broadcast
+from lightning_compress.core.given import whole_number
 from lightning_compress.core.numbers_by_pattern import numbers_by_name
 from lightning_compress.core.projection import Projection
 from lightning_compress.core.select import refuse_sparse_gradients
@@ -290,8 +291,7 @@ def _check_numbers(n_clusters: int | Mapping[str, int], scope: str) -> None:
         )
     if isinstance(n_clusters, Mapping) and not n_clusters:
         raise ValueError("n_clusters={} names no layer. Give {pattern: number}, or 0 to change nothing.")
-    for k in n_clusters.values() if isinstance(n_clusters, Mapping) else (n_clusters,):
-        if isinstance(k, bool) or not isinstance(k, int) or k < 0:
-            raise ValueError(
-                f"n_clusters must be a whole number, at least 1, or 0 to change nothing; got {n_clusters!r}."
-            )
+    given = n_clusters if isinstance(n_clusters, Mapping) else {None: n_clusters}
+    for pattern, k in given.items():
+        name = "n_clusters" if pattern is None else f"n_clusters[{pattern!r}]"
+        whole_number(k, f"{name} must be a whole number, at least 1, or 0 to change nothing", least=0)

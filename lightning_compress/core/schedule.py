@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from lightning_compress.core.given import real_number, whole_number
 
 Schedule = Literal["one_shot", "linear", "cubic", "exponential", "cosine"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -47,21 +49,39 @@ def amount_at(progress: float, amount: float, *, schedule: Schedule = "cubic") -
     return amount * (1.0 - math.cos(math.pi * p)) / 2.0
 
 
+def checked_amount(amount: Any) -> float:
+    """Return a fraction to remove, or raise a ValueError."""
+    return real_number(amount, "amount is the fraction of the original to remove, 0 to 1", least=0, most=1)
+
+
 def check_schedule(schedule: str, amount: float) -> None:
     """Raise a ValueError unless the schedule is known, and `amount` a fraction that it can reach."""
-    if not 0.0 <= amount <= 1.0:  # also false for NaN
-        raise ValueError(f"amount is the fraction of the original to remove, 0 to 1; got {amount!r}.")
+    amount = checked_amount(amount)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
     if schedule == "exponential" and amount == 1.0:
         raise ValueError("schedule='exponential' never reaches amount=1.0: take another schedule or a smaller amount.")
 
 
-def check_events(start_epoch: float, end_epoch: float | None, every_n_steps: int | None, *, at_once: bool) -> None:
-    """Raise a ValueError unless every event has a moment; with `at_once` there is a single event."""
-    if not start_epoch >= 0:  # also for NaN
-        raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
-    if end_epoch is not None and end_epoch <= start_epoch and not at_once:
+def checked_epoch(epoch: Any, name: str = "start_epoch") -> float:
+    """Return an epoch at which something may begin or end, or raise a ValueError."""
+    return real_number(epoch, f"{name} must be 0 or later", least=0)
+
+
+def checked_epochs(start_epoch: Any, end_epoch: Any, *, at_once: bool = False) -> tuple[float, float | None]:
+    """Return the epochs between which something changes, or raise a ValueError; with `at_once` it is a single moment.
+
+    Example:
+        >>> checked_epochs(0, 2), checked_epochs(1.5, None)
+        ((0.0, 2.0), (1.5, None))
+    """
+    start, end = checked_epoch(start_epoch), None if end_epoch is None else checked_epoch(end_epoch, "end_epoch")
+    if end is not None and end <= start and not at_once:
         raise ValueError(f"end_epoch={end_epoch!r} must be later than start_epoch={start_epoch!r}.")
-    if every_n_steps is not None and every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be 1 or more; got {every_n_steps!r}.")
+    return start, end
+
+
+def check_interval(every_n_steps: Any) -> None:
+    """Raise a ValueError unless the steps between events are None, for once an epoch, or a whole number."""
+    if every_n_steps is not None:
+        whole_number(every_n_steps, "every_n_steps must be a whole number, 1 or more, or None", least=1)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from lightning_compress.core.given import real_number
 from lightning_compress.core.hooks import hooked
 from lightning_compress.core.losses import cosine_loss
 from lightning_compress.core.outputs import select_output
@@ -62,8 +63,7 @@ class Hint:
         made = cls(**given)
         if made.loss not in get_args(HintLoss):
             raise ValueError(f"The loss of a hint is one of {', '.join(get_args(HintLoss))}; got {made.loss!r}.")
-        if not made.weight >= 0.0:
-            raise ValueError(f"The weight of a hint is 0 or more; got {made.weight!r} for {made.student!r}.")
+        real_number(made.weight, f"The weight of a hint is 0 or more, also that of {made.student!r}", least=0)
         return made
 
     def make_regressor(self, student: Tensor, teacher: Tensor) -> nn.Module:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_compress.core.aligned import named_mask
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call
+from lightning_compress.core.given import flag, real_number, whole_number
 from lightning_compress.core.losses import cosine_loss, logit_regression_loss, soft_target_loss
 from lightning_compress.core.outputs import select_output
 from lightning_compress.distillation.cache import OutputCache, checksums, without_index
@@ -43,6 +44,8 @@ class Distillation(Objective):
     """
 
     def __init__(self, teachers: Teachers, *, example_inputs: ExampleInputs | None, **settings: Any) -> None:
+        flag(teachers.train_bn, "teacher_train_bn")
+        flag(teachers.autocast, "teacher_autocast")
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
         super().__init__(
             # Checkpoints of runs that called the index `cache` can go on.
@@ -62,6 +65,8 @@ class Distillation(Objective):
         self.output: str | int | None = settings["output"]
         self.weights: Sequence[float] | None = settings["teacher_weights"]
         self.class_dim: int | None = settings["class_dim"]
+        if self.class_dim is not None:
+            whole_number(self.class_dim, "class_dim is a dimension, a whole number, or None")
         self.mask: str | None = settings["mask"]
         self.index: str | int | None = settings["index"]
         self.cache = OutputCache()
@@ -72,16 +77,16 @@ class Distillation(Objective):
 
     def _check(self) -> None:
         for one in (self.alpha.start, self.alpha.end):
-            if not 0.0 <= one <= 1.0:
-                raise ValueError(f"alpha is the share of the teacher, 0 to 1; got {one!r}.")
+            real_number(one, "alpha is the share of the teacher, 0 to 1", least=0, most=1)
         for one in (self.temperature.start, self.temperature.end):
-            if not 0.0 < one < float("inf"):
-                raise ValueError(f"temperature is a number above 0; got {one!r}.")
+            real_number(one, "temperature is a number above 0", above=0)
         if self.loss not in get_args(Loss):
             raise ValueError(f"loss must be one of {', '.join(get_args(Loss))}; got {self.loss!r}.")
         several = len(self.teachers.networks)
         if self.weights is not None and len(self.weights) != several:
             raise ValueError(f"teacher_weights has {len(self.weights)} numbers for {several} teachers.")
+        for weight in self.weights or ():
+            real_number(weight, "teacher_weights are numbers, 0 or more", least=0)
         if self.hints and several > 1:
             raise ValueError("Hints come from one teacher: wrap the student once for each, one wrapper in the other.")
         if self.index is not None and (self.hints or self.teachers.train_bn):

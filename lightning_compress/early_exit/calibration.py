@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_compress.core.given import real_number
 from lightning_compress.early_exit.rules import ExitRule, Rule, Unit, predict, streak
 from lightning_compress.early_exit.solver import Solver, q_sweep_places, thresholds
 from lightning_compress.early_exit.table import Outcome, Table, evaluate, settle
@@ -239,12 +240,11 @@ class _Patience(_Choices):
 def _check(table: Table, budget: float | None, accuracy_drop: float | None, slack: float) -> None:
     if (budget is None) == (accuracy_drop is None):
         raise ValueError(f"budget={budget}, accuracy_drop={accuracy_drop}: pass exactly one of them")
-    if budget is not None and not budget > 0:
-        raise ValueError(f"budget={budget}: pass the largest mean cost per sample, a positive number")
-    if accuracy_drop is not None and not 0 <= accuracy_drop < 1:
-        raise ValueError(f"accuracy_drop={accuracy_drop}: pass a fraction of the samples, such as 0.003 for 0.3 points")
-    if not 0 <= slack < math.inf:
-        raise ValueError(f"slack={slack}: pass a number of standard errors, 0 for none")
+    if budget is not None:
+        real_number(budget, "budget is the largest mean cost per sample, a positive number", above=0)
+    if accuracy_drop is not None:
+        real_number(accuracy_drop, "accuracy_drop is a fraction of the samples: 0.003 for 0.3 points", least=0, below=1)
+    real_number(slack, "slack is a number of standard errors, 0 for none", least=0)
     if table.samples < _FEWEST:
         raise ValueError(
             f"{table.samples} samples are too few for a calibration: pass at least {_FEWEST}, better 2,000"

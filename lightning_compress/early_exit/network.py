@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.core.axes import BATCH, arguments
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.given import flag, real_number
 from lightning_compress.core.outputs import select_output
 from lightning_compress.early_exit.answers import Answers, WholeBatchAnswers
 from lightning_compress.early_exit.gains import Times, left_out, measured
@@ -82,6 +83,8 @@ class EarlyExitNetwork(nn.Module):
         whole_batch: bool = False,
     ) -> None:
         super().__init__()
+        flag(compile, "compile")
+        flag(whole_batch, "whole_batch")
         self.exits = tuple(heads)
         if not self.exits:
             raise ValueError("heads is empty: pass at least one layer's name with its head.")
@@ -107,7 +110,7 @@ class EarlyExitNetwork(nn.Module):
         self._compiled: dict[Stage, Any] = {}
         self._answer_shape: tuple[int, ...] = ()
         self._prepare()
-        self.min_gain = min_gain
+        self.min_gain = real_number(min_gain, "min_gain is the share of the time that an exit must save", infinite=True)
         self.left_out: tuple[int, ...] = ()  # by the rule's own thresholds, counted from 0
         self._left_out: dict[tuple[float, ...], tuple[int, ...]] = {}  # by the thresholds of budgets
         self._times: Times | None = None

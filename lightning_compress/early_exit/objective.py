@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import modes_restored, set_mode
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples
+from lightning_compress.core.given import whole_number
 from lightning_compress.early_exit.heads import ExitHeads, heads_of
 from lightning_compress.early_exit.making import checked_exits, named, new_heads
 from lightning_compress.early_exit.one_step import ExitsStep, Gradient
@@ -52,8 +53,7 @@ class EarlyExits(ReplayingObjective):
         self._check()
 
     def _check(self) -> None:
-        if not isinstance(self.num_classes, int) or self.num_classes < 2:
-            raise ValueError(f"num_classes is a whole number of 2 or more; got {self.num_classes!r}.")
+        whole_number(self.num_classes, "num_classes is a whole number of 2 or more", least=2)
         for name, known in (("train", get_args(Training)), ("gradient", get_args(Gradient))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from torch import nn
 from lightning_compress.channels.cut import cut_part, live_channels
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.channels.groups import ChannelGroups
+from lightning_compress.core.given import flag, real_number
 from lightning_compress.core.select import refuse_complex, refuse_sparse_gradients, select_parameters
 from lightning_compress.core.tensors import Kept
 from lightning_compress.group_lasso.penalty import (
@@ -99,10 +99,9 @@ class GroupLassoCallback(CuttingCallback):
         example_inputs: Any = None,
         network: str = "",
     ) -> None:
-        strength = float(strength)
+        strength = real_number(strength, "strength must be a finite number, 0 or more", least=0)
         super().__init__(**settings_of(locals()))
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be a finite number, 0 or more; got {strength!r}.")
+        flag(proximal, "proximal")
         if granularity not in get_args(LassoGranularity):
             raise ValueError(f"granularity must be 'filter', 'channel', 'shape' or 'group'; got {granularity!r}.")
         if shrink not in get_args(LassoShrink):

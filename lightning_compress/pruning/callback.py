@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from lightning_compress.channels.costs import Cost
 from lightning_compress.core.distributed import broadcast
-from lightning_compress.core.schedule import Schedule, amount_at, check_events, check_schedule
+from lightning_compress.core.given import flag
+from lightning_compress.core.schedule import (
+    Schedule,
+    amount_at,
+    check_interval,
+    check_schedule,
+    checked_amount,
+    checked_epochs,
+)
 from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.core.tensors import Kept, sliced
 from lightning_compress.pruning.backtracker import Backtracker
@@ -26,6 +34,7 @@ from lightning_compress.pruning.criteria.choose import (
     check_criterion,
     check_shrink,
     check_widths,
+    checked_min_left,
 )
 from lightning_compress.pruning.criterion_hooks import CriterionHooks
 from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
@@ -124,14 +133,15 @@ class IterativePruningCallback(CuttingCallback):
         network: str = "",
         example_inputs: Any = None,
     ) -> None:
-        amount, start_epoch, min_left = float(amount), float(start_epoch), float(min_left)
-        end_epoch = None if end_epoch is None else float(end_epoch)
+        amount, min_left = checked_amount(amount), checked_min_left(min_left)
+        start_epoch, end_epoch = checked_epochs(start_epoch, end_epoch, at_once=schedule == "one_shot")
         super().__init__(**settings_of(locals()))
         check_schedule(schedule, amount)
+        flag(regrow, "regrow")
         check_criterion(criterion, granularity, scope, regrow=regrow)
-        check_events(start_epoch, end_epoch, every_n_steps, at_once=schedule == "one_shot")
+        check_interval(every_n_steps)
         check_shrink(shrink, granularity, criterion, regrow=regrow, stop=stop is not None)
-        check_widths(cost, min_left, min_channels, round_to)
+        check_widths(cost, min_channels, round_to)
         self.amount = amount
         self.granularity: Granularity = granularity
         self.criterion: Criterion = criterion

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_compress.core.given import real_number, whole_number
+
 
 @dataclass(frozen=True, kw_only=True)
 class StopRule:
@@ -39,12 +41,12 @@ class StopRule:
     recovery: int = 1
 
     def __post_init__(self) -> None:
-        if not self.max_drop >= 0:
-            raise ValueError(f"stop's max_drop is how much worse the metric may get, 0 or more; got {self.max_drop!r}.")
+        real_number(self.max_drop, "stop's max_drop is how much worse the metric may get, 0 or more", least=0)
+        if self.baseline is not None:
+            real_number(self.baseline, "stop's baseline is the dense network's metric, a number, or None")
         if self.mode not in ("max", "min"):
             raise ValueError(f"stop's mode must be 'max' or 'min'; got {self.mode!r}.")
-        if isinstance(self.recovery, bool) or not isinstance(self.recovery, int) or self.recovery < 0:
-            raise ValueError(f"stop's recovery is a number of validations, 0 or more; got {self.recovery!r}.")
+        whole_number(self.recovery, "stop's recovery is a number of validations, 0 or more", least=0)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> StopRule:

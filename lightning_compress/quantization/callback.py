@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_compress.core.distributed import all_reduce_max
+from lightning_compress.core.given import real_number
 from lightning_compress.core.select import is_weight_layer, select_parameters
 from lightning_compress.quantization.grids import Granularity, check_bits, check_granularity
 from lightning_compress.quantization.input_grids import InputGrid
@@ -83,7 +84,7 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         exclude: str | Sequence[str] = (),
     ) -> None:
         weight_bits = dict(weight_bits) if isinstance(weight_bits, Mapping) else weight_bits
-        smoothing = float(smoothing)
+        smoothing = real_number(smoothing, "smoothing must be at least 0 and below 1", least=0, below=1)
         super().__init__(**settings_of(locals()))
         if weight_bits == {}:
             raise ValueError("weight_bits={} names no layer. Give {pattern: bits}, or None to leave the weights real.")
@@ -99,8 +100,6 @@ class QuantizationAwareTrainingCallback(LatentCallback):
         if activation_bits is not None:
             check_bits("activation_bits", activation_bits)
         check_granularity(granularity)
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be at least 0 and below 1; got {smoothing!r}.")
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.granularity: Granularity = granularity

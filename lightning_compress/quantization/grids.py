@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.core.by_channel import by_channel
+from lightning_compress.core.given import whole_number
 from lightning_compress.core.precision import widened
 
 Granularity = Literal["channel", "tensor"]
@@ -30,9 +31,8 @@ _IMPROVEMENTS = 6  # per starting point
 
 def check_bits(name: str, bits: Any) -> None:
     """Raise a ValueError unless `bits` is a whole number from 2 to 8."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        hint = " For one bit use BinaryWeightsCallback." if name == "weight_bits" and bits == 1 else ""
-        raise ValueError(f"{name} must be a whole number from 2 to 8; got {bits!r}.{hint}")
+    hint = "For one bit use BinaryWeightsCallback: " if name == "weight_bits" and bits == 1 else ""
+    whole_number(bits, f"{hint}{name} must be a whole number from 2 to 8", least=2, most=8)
 
 
 def check_granularity(granularity: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size
+from lightning_compress.core.given import real_number, whole_number
 from lightning_compress.measure.footprint import accelerators_of, timed
 from lightning_compress.serving.latencies import measure_latencies, seconds_at
 from lightning_compress.serving.pace import Pace
@@ -114,18 +115,17 @@ class BudgetController:
             raise ValueError(f"settings must be at least one, with different names; got {names}.")
         if (example_inputs is None) == (table is None):
             raise ValueError("Pass example_inputs=, with which the settings are timed now, or the table= of before.")
-        if not (hysteresis >= 0 and patience >= 1 and 0 < within <= 1):
-            raise ValueError(
-                "hysteresis must be at least 0, patience at least 1 and within a share above 0; "
-                f"got {hysteresis!r}, {patience!r} and {within!r}."
-            )
-        if isinstance(battery, Mapping) and not (
-            battery and all(0 <= level <= 1 and ms > 0 for level, ms in battery.items())
-        ):
-            raise ValueError(
-                f"battery has the milliseconds, above 0, at levels from 0 to 1, such as {{1.0: 20, 0.2: 5}}; got "
-                f"{dict(battery)}."
-            )
+        hysteresis = real_number(hysteresis, "hysteresis must be at least 0", least=0)
+        whole_number(patience, "patience must be a whole number, at least 1", least=1)
+        within = real_number(within, "within must be a share above 0, at most 1", above=0, most=1)
+        whole_number(repeats, "repeats must be a whole number, at least 1", least=1)
+        whole_number(history, "history must be a whole number, 0 or more", least=0)
+        if isinstance(battery, Mapping):
+            if not battery:
+                raise ValueError("battery={} has no level: pass milliseconds by level, such as {1.0: 20, 0.2: 5}.")
+            for level, ms in battery.items():
+                _checked_level(level)
+                real_number(ms, "battery has milliseconds, above 0", above=0)
         for one in settings:
             check_mode(one)
         self.all_settings = tuple(settings)
@@ -175,8 +175,10 @@ class BudgetController:
 
     @budget_ms.setter
     def budget_ms(self, value: float | None) -> None:
-        if value is not None and not value > 0:
-            raise ValueError(f"budget_ms is the milliseconds that a batch may take, above 0; got {value!r}.")
+        if value is not None:
+            real_number(
+                value, "budget_ms is the milliseconds that a batch may take, above 0, or None", above=0, infinite=True
+            )
         old, self._budget = self._budget, value
         step = old != value and (
             old is None or value is None or max(old / value, value / old) > 1 + self.hysteresis
@@ -191,8 +193,7 @@ class BudgetController:
         """
         if self._battery is None:
             raise ValueError("The controller knows no budget for a battery level: pass battery={1.0: 20, 0.2: 5}.")
-        if not 0 <= level <= 1:
-            raise ValueError(f"The level of a battery is from 0 to 1; got {level!r}.")
+        _checked_level(level)
         if callable(self._battery):
             self.budget_ms = self._battery(level)
             return
@@ -294,6 +295,10 @@ class BudgetController:
             )
         )
         return output
+
+
+def _checked_level(level: float) -> float:
+    return real_number(level, "The level of a battery is from 0 to 1", least=0, most=1)
 
 
 def _by_size(name: str, sizes: Mapping[Any, float]) -> dict[int, float]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_unflatten
 from lightning_compress.core.axes import BATCH, Axes, arguments
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call
+from lightning_compress.core.given import real_number
 from lightning_compress.core.hooks import hooked
 from lightning_compress.core.outputs import select_output
 from lightning_compress.skipping.budget import MOSTLY, SELDOM
@@ -72,6 +73,10 @@ class SkippingNetwork(nn.Module):
         never: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if min_gain is not None:
+            min_gain = real_number(
+                min_gain, "min_gain is the share of the time that a block must save, or None", infinite=True
+            )
         self.network, self.gates, self.output, self.min_gain = network, gates, output, min_gain
         self.blocks: tuple[Block, ...] = gates.blocks
         plain = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs

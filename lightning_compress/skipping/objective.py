@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from lightning_compress.core.distributed import gather
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples
+from lightning_compress.core.given import flag, real_number
+from lightning_compress.core.schedule import checked_epochs
 from lightning_compress.skipping.budget import Budget, Measured, budget_loss, measured
 from lightning_compress.skipping.gates import Decisions, GateKind, SkipGates, gates_of, new_gates
 from lightning_compress.skipping.record import give_gates, note_gates
@@ -48,6 +50,12 @@ class Skipping(Objective):
 
     def __init__(self, blocks: str | Sequence[str] | None, *, example_inputs: Any, **settings: Any) -> None:
         self.blocks = [blocks] if isinstance(blocks, str) else None if blocks is None else list(blocks)
+        used = "target is the share of the network's MACs that samples use on average, between 0 and 1"
+        settings["target"] = real_number(settings["target"], used, above=0, below=1)
+        for name in ("weight", "temperature"):
+            settings[name] = real_number(settings[name], f"{name} is a number above 0", above=0)
+        flag(settings["noise"], "noise")
+        _, settings["end_epoch"] = checked_epochs(0.0, settings["end_epoch"])
         super().__init__(blocks=self.blocks, **settings)
         self.example_inputs: ExampleInputs | None = example_inputs
         self.gate: GateKind | None = settings["gate"]
@@ -56,7 +64,7 @@ class Skipping(Objective):
         self.weight: float = settings["weight"]
         self.train: Training = settings["train"]
         self.temperature: float = settings["temperature"]
-        self.noise: bool = bool(settings["noise"])
+        self.noise: bool = settings["noise"]
         self.network: str = settings["network"]
         self.output: str | int | None = settings["output"]
         self.measuring: list[Measured] | None = None
@@ -75,14 +83,6 @@ class Skipping(Objective):
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}.")
         if self.gate is not None and self.gate not in get_args(GateKind):
             raise ValueError(f"gate is one of {', '.join(get_args(GateKind))}; got {self.gate!r}.")
-        if not 0.0 < self.target < 1.0:
-            raise ValueError(
-                f"target is the share of the network's MACs that samples use on average, between 0 and 1; got "
-                f"{self.target!r}."
-            )
-        for name in ("weight", "temperature"):
-            if not 0.0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is a number above 0; got {getattr(self, name)!r}.")
 
     # ------------------------------------------------------------------ gates
 
@@ -126,8 +126,8 @@ class Skipping(Objective):
         names = [one.name for one in gates.blocks]
         if self.blocks is not None and set(self.blocks) != set(names):
             raise ValueError(
-                f"The network has gates before {', '.join(names)} already, and blocks= says {', '.join(self.blocks)}: "
-                f"pass blocks=None to go on with those."
+                f"The network has gates before {', '.join(names)} already, and blocks= says "
+                f"{', '.join(self.blocks) or 'none'}: pass blocks=None to go on with those."
             )
         if self.gate is not None and self.gate != gates.kind:
             raise ValueError(f"The network has gates of the kind {gates.kind!r} already; got gate={self.gate!r}.")

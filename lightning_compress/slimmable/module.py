@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_compress.core.example_inputs import ExampleInputs, to_device, to_type
+from lightning_compress.core.given import whole_number
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.slimmable.network import SlimmableNetwork, extract
 from lightning_compress.slimmable.norms import Norms
@@ -182,6 +183,7 @@ class SlimmableWidth(CompressionModule):
             batches: How many batches.
             trainer: Runs the validation; None: one on the module's device that reports nothing.
         """
+        whole_number(batches, "batches is a whole number, 1 or more", least=1)
         objective = self._checked_objective()
         found: list[ExampleInputs] = []
         objective.collecting = found.append

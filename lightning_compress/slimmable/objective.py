@@ -20,6 +20,7 @@ from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.answering import answering
 from lightning_compress.core.distributed import gather, rank
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples
+from lightning_compress.core.given import flag
 from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.slimmable.norms import Norms, WidthNorms, give_norms, norms_of, sliced_norms
@@ -53,6 +54,8 @@ class Widths(ReplayingObjective):
 
     def __init__(self, widths: Sequence[float] | None, *, example_inputs: Any, **settings: Any) -> None:
         self.widths = None if widths is None else checked_widths(widths)
+        for name in ("universal", "allow_inexact"):
+            flag(settings[name], name)
         universal = settings["universal"]
         distill = settings["distill"]
         known = {"distill": (1.0 if universal else 0.5) if distill is None else distill}
@@ -67,7 +70,7 @@ class Widths(ReplayingObjective):
             known["order"] = getattr(settings["order"], "__name__", "own")  # a checkpoint is recognised by it
         super().__init__(widths=None if self.widths is None else list(self.widths), **(settings | known))
         self.example_inputs: ExampleInputs | None = example_inputs
-        self.universal = bool(universal)
+        self.universal = universal
         self.norms: Norms = settings["norms"] or ("recalibrate" if universal else "private")
         self.order: Order = settings["order"]
         self.allow_inexact: bool = settings["allow_inexact"]

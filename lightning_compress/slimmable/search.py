@@ -22,6 +22,7 @@ from lightning_compress.core.distributed import all_reduce_max, all_reduce_sum, 
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, first_samples, to_device
 from lightning_compress.core.files import replacing
+from lightning_compress.core.given import real_number, whole_number
 from lightning_compress.core.outputs import select_output
 from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.measure.footprint import accelerators_of, seconds_in_turns, summarize_latency
@@ -98,16 +99,13 @@ def search_widths(
         >>> found.decisions[-1].cost <= 0.5, list(found.widths())
         (True, ['0', '2'])
     """
-    if not 0 < step <= 1 or not 0 <= least < 1 or repeats < 1:
-        raise ValueError(
-            f"step must be a share above 0, least one below 1, and repeats at least 1; got {step!r}, {least!r} and "
-            f"{repeats!r}."
-        )
+    step = real_number(step, "step must be a share above 0, at most 1", above=0, most=1)
+    least = real_number(least, "least must be a share, 0 or more and below 1", least=0, below=1)
+    whole_number(repeats, "repeats must be a whole number, at least 1", least=1)
     if unit not in get_args(Unit) or norms not in ("recalibrate", "batch"):
         raise ValueError(f"unit is share, macs or ms, and norms recalibrate or batch; got {unit!r} and {norms!r}.")
-    if not 0 < budget < math.inf or (unit == "share" and budget > 1):
-        most = "at most 1, the full network's share" if unit == "share" else "finite"
-        raise ValueError(f"budget must be above 0 and {most}, in the unit {unit!r}; got {budget!r}.")
+    most, said = (1.0, "at most 1, the full network's share") if unit == "share" else (math.inf, "finite")
+    budget = real_number(budget, f"budget must be above 0 and {said}, in the unit {unit!r}", above=0, most=most)
     path = None if record is None else Path(record)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"The record can't be written to {path}, because {path.parent} is no folder: make it first.")

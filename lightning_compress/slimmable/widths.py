@@ -17,6 +17,7 @@ from lightning_compress.channels.removal import take
 from lightning_compress.channels.slicing import Slices
 from lightning_compress.core.evaluation import evaluating
 from lightning_compress.core.example_inputs import ExampleInputs
+from lightning_compress.core.given import real_number
 from lightning_compress.measure.macs import count_macs
 
 Width = float | Mapping[str, float]  # of every free group, or by group name; a group that is not named stays whole
@@ -123,9 +124,7 @@ def masks_of(groups: ChannelGroups, counts: Mapping[str, int]) -> dict[str, Tens
 
 
 def _checked(width: float, what: str) -> float:
-    if isinstance(width, bool) or not isinstance(width, int | float) or not 0.0 < width <= 1.0:
-        raise ValueError(f"{what} must be above 0 and at most 1, which is the full network; got {width!r}.")
-    return float(width)
+    return real_number(width, f"{what} must be above 0 and at most 1, which is the full network", above=0, most=1)
 
 
 def _check_names(groups: ChannelGroups, free: list[ChannelGroup], width: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_compress.core.schedule import checked_epoch
 from lightning_compress.core.select import refuse_complex, select_parameters
 from lightning_compress.trainer.callback import CompressionCallback
 from lightning_compress.trainer.effects import Effects, Kind, Progress
@@ -41,10 +42,8 @@ class QuantizingCallback(CompressionCallback):
         exclude: str | Sequence[str],
         **settings: Any,
     ) -> None:
-        start_epoch = float(start_epoch)
+        start_epoch = checked_epoch(start_epoch)
         super().__init__(**settings, start_epoch=start_epoch, target=target, exclude=exclude)
-        if not start_epoch >= 0:
-            raise ValueError(f"start_epoch must be 0 or later; got {start_epoch!r}.")
         self.start_epoch = start_epoch
         self.target = target
         self.exclude = exclude

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_compress.core.given import real_number
 from lightning_compress.core.losses import soft_target_loss
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.loss_weights import LossWeights
@@ -46,24 +47,20 @@ class ReplayingObjective(Objective):
     runs_thinner: ClassVar[bool] = False
 
     def __init__(self, **settings: Any) -> None:
+        what = "distill is the share of the full network's outputs in the loss of a thinner or earlier one, 0 to 1"
+        settings["distill"] = real_number(settings["distill"], what, least=0, most=1)
+        settings["temperature"] = real_number(settings["temperature"], "temperature is a number above 0", above=0)
         super().__init__(**settings)
         self.network: str = settings["network"]
         self.output: str | int | None = settings["output"]
         self.weights = LossWeights(settings["weights"])
-        self.distill: float = float(settings["distill"])
-        self.temperature: float = float(settings["temperature"])
+        self.distill: float = settings["distill"]
+        self.temperature: float = settings["temperature"]
         self.serving: Callable[[], AbstractContextManager[None]] | None = None
         self.trains_full = True
         self._returned: dict[str, Any] = {}  # by replays of the last batch, with the folder in which they ran
         self._said: set[str] = set()
         self._step = 0
-        if not 0.0 <= self.distill <= 1.0:
-            raise ValueError(
-                f"distill is the share of the full network's outputs in the loss of a thinner or earlier one, 0 to 1; "
-                f"got {self.distill!r}."
-            )
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is a number above 0; got {self.temperature!r}.")
 
     def labels(self, module: LightningModule) -> Sequence[str]:
         """Return the folders of what the replays log; none where there is nothing to replay."""

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from lightning.pytorch import Trainer
 
-from lightning_compress.core.schedule import Schedule, amount_at, check_schedule
+from lightning_compress.core.given import real_number
+from lightning_compress.core.schedule import Schedule, amount_at, check_schedule, checked_epochs
 from lightning_compress.trainer.step_window import Ramp
 
 
@@ -44,7 +45,8 @@ class Scheduled:
                 after its start.
         """
         if not isinstance(value, Mapping):
-            return cls(start=float(value), end=float(value))
+            given = real_number(value, f"{argument} is a number, or a mapping with start and end")
+            return cls(start=given, end=given)
         known = ["start", "end", "schedule", "start_epoch", "end_epoch"]
         if set(value) - set(known) or not {"start", "end"} <= set(value):
             raise ValueError(
@@ -54,13 +56,11 @@ class Scheduled:
         made = cls(**value)
         check_schedule(made.schedule, 1.0)
         for name in ("start", "end"):
-            if isinstance(value[name], bool) or not isinstance(value[name], int | float):
-                raise ValueError(f"{argument} has {name}={value[name]!r}, which is no number.")
-        if made.end_epoch is not None and made.end_epoch <= made.start_epoch:
-            raise ValueError(
-                f"{argument} ends at epoch {made.end_epoch}, and begins at epoch {made.start_epoch}: give an end_epoch "
-                f"after start_epoch, or none."
-            )
+            real_number(value[name], f"The {name} of {argument} is a number")
+        try:
+            checked_epochs(made.start_epoch, made.end_epoch)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from None
         return made
 
     @property

@@ -273,7 +273,8 @@ def test_operating_points_are_controls_with_as_many_channels() -> None:
         ({"share": 0.0}, "share says how many channels each sample keeps, above 0 and at most 1; got 0.0"),
         ({"share": 1.5}, "got 1.5"),
         ({"penalty": -1.0}, "penalty is the weight of the sum of all gains, 0 or more; got -1.0"),
-        ({"start_epoch": 2.0, "end_epoch": 1.0}, "give an end_epoch after start_epoch"),
+        ({"start_epoch": 2.0, "end_epoch": 1.0}, "end_epoch=1.0 must be later than start_epoch=2.0"),
+        ({"start_epoch": -1.0}, "start_epoch must be 0 or later; got -1.0"),
         ({"layers": ["net.cnov"]}, "layers has 'net.cnov', which is no convolution or linear layer"),
         ({"network": "nte"}, "network='nte' is no submodule of SmallModule"),
     ],
@@ -281,6 +282,15 @@ def test_operating_points_are_controls_with_as_many_channels() -> None:
 def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gated(**options)
+
+
+def test_no_layers_mean_no_gates_and_a_network_with_gates_says_which_it_has() -> None:
+    module = gated(layers=[])
+    assert gates_of(module) is None
+    quiet_trainer(max_epochs=1).fit(module, plain(0))
+    assert gates_of(module) is None
+    with pytest.raises(ValueError, match=r"has gates at net\.\w+.* already, and layers= says none: pass layers=None"):
+        gated(gated(), layers=[])
 
 
 def test_a_cut_and_widths_beside_gates_are_refused() -> None:

@@ -430,7 +430,7 @@ def test_stop_names_the_metrics_there_are() -> None:
         ({"criterion": "apoz", "granularity": "neuron", "regrow": True}, "could bring none back"),
         ({"start_epoch": 3.0, "end_epoch": 2.0}, "end_epoch=2.0 must be later than start_epoch=3.0"),
         ({"start_epoch": -1.0}, "start_epoch must be 0 or later; got -1.0"),
-        ({"every_n_steps": 0}, "every_n_steps must be 1 or more; got 0"),
+        ({"every_n_steps": 0}, "every_n_steps must be a whole number, 1 or more, or None; got 0"),
         ({"stop": {"monitor": "a"}}, r"lacks \['max_drop'\]"),
         ({"stop": {"monitor": "a", "max_drop": 0.1, "patience": 3}}, r"unknown keys \['patience'\]"),
         ({"stop": {"monitor": "a", "max_drop": -0.1}}, "max_drop .*got -0.1"),

@@ -320,7 +320,7 @@ def test_channels_leave_a_network_on_grids(order: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_bits": 1}, "weight_bits must be .* 2 to 8; got 1. For one bit use BinaryWeightsCallback"),
+        ({"weight_bits": 1}, "For one bit use BinaryWeightsCallback: weight_bits must be .* 2 to 8; got 1"),
         ({"weight_bits": 9}, "weight_bits must be a whole number from 2 to 8; got 9"),
         ({"weight_bits": True}, "got True"),
         ({"weight_bits": {"*": 2.5}}, "got 2.5"),

@@ -208,9 +208,9 @@ def test_accuracies_of_modules_and_points() -> None:
     ("options", "message"),
     [
         ({"budget_ms": 0.0}, "budget_ms is the milliseconds .* got 0.0"),
-        ({"battery": {}}, "battery has the milliseconds, above 0, at levels from 0 to 1"),
-        ({"battery": {100: 20.0, 20: 5.0}}, "at levels from 0 to 1.* got {100: 20.0, 20: 5.0}"),
-        ({"patience": 0}, "patience at least 1"),
+        ({"battery": {}}, "battery={} has no level"),
+        ({"battery": {100: 20.0, 20: 5.0}}, "The level of a battery is from 0 to 1; got 100"),
+        ({"patience": 0}, "patience must be a whole number, at least 1; got 0"),
         ({"table": {"full": {8: 0.01}}}, "The table needs seconds above 0 of setting 'quarter'"),
         ({"table": {name: {8: 0.0} for name in TABLE}}, "The table needs seconds above 0 of setting 'quarter'"),
         (

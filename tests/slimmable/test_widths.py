@@ -33,7 +33,7 @@ def test_a_width_keeps_the_ceiling() -> None:
         ([1.5], "got 1.5"),
         ([float("nan")], "got nan"),
         ([-0.5], "got -0.5"),
-        (["0.5"], "got '0.5'"),
+        (["0.5"], "got the text '0.5'"),
         ([True], "got True"),
         ([0.41, 0.45], "0.41 and 0.45 keep the same channels, since the largest group has 10"),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.channels.costs import Cost
+from lightning_compress.core.given import real_number, whole_number
 from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria.activations import Apoz, MeanActivation, TaylorChannel
 from lightning_compress.pruning.criteria.samples import Ewc, Fisher, Mas
@@ -63,15 +64,17 @@ def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion,
         raise ValueError("criterion='si' looks at the whole training of a weight: use it with shrink='on_fit_end'.")
 
 
-def check_widths(cost: Cost, min_left: float, min_channels: int, round_to: int) -> None:
+def checked_min_left(min_left: Any) -> float:
+    """Return the fraction of each group that stays, or raise a ValueError."""
+    return real_number(min_left, "min_left must be a fraction, 0 or more and below 1", least=0, below=1)
+
+
+def check_widths(cost: Cost, min_channels: int, round_to: int) -> None:
     """Raise a ValueError unless the limits of widths are in range."""
-    if not 0 <= min_left < 1:
-        raise ValueError(f"min_left must be a fraction, 0 or more and below 1; got {min_left!r}.")
     if cost not in get_args(Cost):
         raise ValueError(f"cost must be one of {', '.join(get_args(Cost))}; got {cost!r}.")
     for name, value in (("min_channels", min_channels), ("round_to", round_to)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more; got {value!r}.")
+        whole_number(value, f"{name} must be a whole number, 1 or more", least=1)
 
 
 def make_statistic(
