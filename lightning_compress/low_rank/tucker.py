@@ -76,6 +76,8 @@ class TuckerSplit:
             outputs, loss = found.basis[:, :second], float(losses[second])
             if best is None or loss < best[-1]:
                 best = (inputs[:first], outputs.T @ rest, outputs, loss)
+            if second * self.taps < first:
+                break  # so few outputs have fewer directions of inputs
             if turn < rounds:
                 inputs, nested = self._begin(outputs.T @ self.patches, first)
         assert best is not None

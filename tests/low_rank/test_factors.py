@@ -163,6 +163,13 @@ def test_tucker_split_knows_its_loss_and_is_exact_at_full_ranks(samples: int | N
         torch.testing.assert_close(merged_tucker(*split.parts(3, 4)[:3]), weight, rtol=1e-10, atol=1e-10)
 
 
+def test_a_first_rank_above_what_the_second_needs_is_no_error() -> None:
+    weight = drawn(8, 12, 2, 1)
+    *parts, loss = TuckerSplit(weight, None).parts(10, 1)
+    assert parts[0].shape == (10, 12, 1, 1)
+    assert loss_of(weight - merged_tucker(*parts), None) == pytest.approx(loss, rel=1e-9)
+
+
 def test_rounds_of_hooi_end_where_a_plain_loop_of_numpy_ends() -> None:
     weight = drawn(6, 5, 3, 3)
     tensor = weight.numpy()

@@ -1,0 +1,269 @@
+"""The forms that a layer of low rank takes: two or three ordinary layers, one after the other, in the layer's place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.replacement.layer import LayerShape, linear_map
+from lightning_compress.replacement.swap import Replaced
+
+Numbers = Mapping[str, int]
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class LowRankForm(Replaced):
+    """A layer as a product of thin ones.
+
+    Attributes:
+        names: The names of its numbers.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("rank",)
+
+    @classmethod
+    def refused(cls, of: LayerShape) -> str | None:
+        """Return why a layer can't take this form, whatever the rank; None if it can."""
+        raise NotImplementedError(f"{cls.__name__} must supply refused().")
+
+    @classmethod
+    def most(cls, of: LayerShape) -> tuple[int, ...]:
+        """Return the highest of each of its numbers, with which the layer computes what it did; of each group."""
+        raise NotImplementedError(f"{cls.__name__} must supply most().")
+
+    @classmethod
+    def check(cls, of: LayerShape, numbers: Mapping[str, Any]) -> None:
+        if (reason := cls.refused(of)) is not None:
+            raise ValueError(f"the form {cls.form!r} does not fit: {reason}.")
+        if set(numbers) != set(cls.names):
+            raise ValueError(f"the form {cls.form!r} has the numbers {', '.join(cls.names)}; got {dict(numbers)!r}.")
+        for name, most in zip(cls.names, cls.most(of), strict=True):
+            if type(numbers[name]) is not int or not 1 <= numbers[name] <= most:
+                raise ValueError(f"{name} must be from 1 to {most}; got {numbers[name]!r}.")
+
+    @classmethod
+    def product(cls, *weights: Tensor) -> Tensor:
+        """Return the weight of one group, in the layout of `LinearMap`, from the weights of its parts."""
+        raise NotImplementedError(f"{cls.__name__} must supply product().")
+
+    def dense_weight(self) -> tuple[Tensor, Tensor | None]:
+        maps = [linear_map(part) for part in self.children()]
+        groups = maps[0].groups
+        weights = [one.weight.reshape(groups, -1, *one.weight.shape[1:]) for one in maps]
+        whole = torch.cat([self.product(*of_group) for of_group in zip(*weights, strict=True)])
+        return whole, maps[-1].bias
+
+
+class LowRankLinear(LowRankForm):
+    """A linear layer as two: to r features, and from them to the outputs."""
+
+    form = "linear"
+
+    @classmethod
+    def refused(cls, of: LayerShape) -> str | None:
+        return None if of.kind == "linear" else f"it is for linear layers, and this is one of kind {of.kind}"
+
+    @classmethod
+    def most(cls, of: LayerShape) -> tuple[int, ...]:
+        return (min(of.shape),)
+
+    @classmethod
+    def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
+        where: dict[str, Any] = {"dtype": of.dtype, "device": of.device}
+        return {
+            "first": nn.Linear(of.inputs, numbers["rank"], bias=False, **where),
+            "second": nn.Linear(numbers["rank"], of.outputs, bias=of.bias, **where),
+        }
+
+    @classmethod
+    def product(cls, *weights: Tensor) -> Tensor:
+        first, second = weights
+        return second @ first
+
+
+class TiedLowRankLinear(LowRankLinear):
+    """An output matrix whose weight was an embedding's: the long factor is still that of the embedding."""
+
+    form = "tied_linear"
+    shares: ClassVar[Mapping[str, str]] = {"second.weight": "entries"}
+
+
+class LowRankEmbedding(LowRankForm):
+    """An embedding as one of r features for each entry, and a linear layer from them to its width."""
+
+    form = "embedding"
+
+    @classmethod
+    def refused(cls, of: LayerShape) -> str | None:
+        return None if of.kind == "embedding" else f"it is for embeddings, and this is a layer of kind {of.kind}"
+
+    @classmethod
+    def most(cls, of: LayerShape) -> tuple[int, ...]:
+        return (min(of.shape),)
+
+    @classmethod
+    def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
+        where: dict[str, Any] = {"dtype": of.dtype, "device": of.device}
+        return {
+            "first": nn.Embedding(of.inputs, numbers["rank"], of.padding_idx, **where),
+            "second": nn.Linear(numbers["rank"], of.outputs, bias=False, **where),
+        }
+
+    @classmethod
+    def product(cls, *weights: Tensor) -> Tensor:
+        first, second = weights
+        return first @ second.T
+
+
+class TiedLowRankEmbedding(LowRankEmbedding):
+    """An embedding whose weight was an output matrix's: the long factor is still that of the output matrix."""
+
+    form = "tied_embedding"
+    shares: ClassVar[Mapping[str, str]] = {"first.weight": "entries"}
+
+
+class LowRankConv(LowRankForm):
+    """A convolution as several. One with groups becomes several with as many groups; ranks are those of each group."""
+
+    @classmethod
+    def refused(cls, of: LayerShape) -> str | None:
+        return None if of.kind == "conv" else f"it is for convolutions, and this is a layer of kind {of.kind}"
+
+
+class ChannelConv(LowRankConv):
+    """A convolution as one with the same kernel to r channels, and one of size 1 to the outputs."""
+
+    form = "channel"
+
+    @classmethod
+    def most(cls, of: LayerShape) -> tuple[int, ...]:
+        return (min(of.shape[0] // of.groups, math.prod(of.shape[1:])),)
+
+    @classmethod
+    def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
+        width = numbers["rank"] * of.groups
+        return {
+            "first": _conv(of, of.inputs, width, of.kernel, of.stride, of.padding, of.dilation),
+            "second": _conv(of, width, of.outputs, bias=of.bias),
+        }
+
+    @classmethod
+    def product(cls, *weights: Tensor) -> Tensor:
+        first, second = weights
+        return (second.flatten(1) @ first.flatten(1)).reshape(-1, *first.shape[1:])
+
+
+class SpatialConv(LowRankConv):
+    """A convolution of images as a vertical one to r channels, and a horizontal one to the outputs."""
+
+    form = "spatial"
+
+    @classmethod
+    def refused(cls, of: LayerShape) -> str | None:
+        if (reason := super().refused(of)) is not None:
+            return reason
+        if len(of.kernel) != 2 or min(of.kernel) == 1:
+            return f"it needs a kernel with two sizes above 1, and this one has {_times(of.kernel)}"
+        return None
+
+    @classmethod
+    def most(cls, of: LayerShape) -> tuple[int, ...]:
+        n_out, n_in, height, width = of.shape
+        return (min(n_out // of.groups * width, n_in * height),)
+
+    @classmethod
+    def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
+        middle = numbers["rank"] * of.groups
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = of.kernel, of.stride, of.padding, of.dilation
+        return {
+            "first": _conv(of, of.inputs, middle, (kh, 1), (sh, 1), (ph, 0), (dh, 1)),
+            "second": _conv(of, middle, of.outputs, (1, kw), (1, sw), (0, pw), (1, dw), bias=of.bias),
+        }
+
+    @classmethod
+    def product(cls, *weights: Tensor) -> Tensor:
+        first, second = weights
+        return torch.einsum("riy,orx->oiyx", first[..., 0], second[:, :, 0])
+
+
+class TuckerConv(LowRankConv):
+    """A convolution as one of size 1, one with its kernel between fewer channels, and one of size 1 (Tucker-2)."""
+
+    form = "tucker"
+    names: ClassVar[tuple[str, ...]] = ("rank_in", "rank_out")
+
+    @classmethod
+    def refused(cls, of: LayerShape) -> str | None:
+        if (reason := super().refused(of)) is not None:
+            return reason
+        return "its kernel has size 1, for which the channel split is all" if math.prod(of.kernel) == 1 else None
+
+    @classmethod
+    def most(cls, of: LayerShape) -> tuple[int, ...]:
+        return of.shape[1], of.shape[0] // of.groups
+
+    @classmethod
+    def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
+        low, high = numbers["rank_in"] * of.groups, numbers["rank_out"] * of.groups
+        return {
+            "first": _conv(of, of.inputs, low),
+            "core": _conv(of, low, high, of.kernel, of.stride, of.padding, of.dilation),
+            "last": _conv(of, high, of.outputs, bias=of.bias),
+        }
+
+    @classmethod
+    def product(cls, *weights: Tensor) -> Tensor:
+        first, core, last = (one.flatten(2) for one in weights)
+        return torch.einsum("rit,srk,ost->oik", first, core, last).reshape(len(last), -1, *weights[1].shape[2:])
+
+
+FORMS: Mapping[str, type[LowRankForm]] = {
+    one.form: one
+    for one in (
+        LowRankLinear,
+        TiedLowRankLinear,
+        LowRankEmbedding,
+        TiedLowRankEmbedding,
+        ChannelConv,
+        SpatialConv,
+        TuckerConv,
+    )
+}
+
+
+def _conv(
+    of: LayerShape,
+    n_in: int,
+    n_out: int,
+    kernel: tuple[int, ...] | None = None,
+    stride: tuple[int, ...] | None = None,
+    padding: tuple[int, ...] | None = None,
+    dilation: tuple[int, ...] | None = None,
+    *,
+    bias: bool = False,
+) -> nn.Module:
+    """Return a convolution with as many dimensions and groups as a layer; what is not given does nothing."""
+    ones = (1,) * len(of.kernel)
+    kind = cast(Any, _CONVS[len(of.kernel)])
+    made: nn.Module = kind(
+        n_in,
+        n_out,
+        ones if kernel is None else kernel,
+        ones if stride is None else stride,
+        (0,) * len(ones) if padding is None else padding,
+        ones if dilation is None else dilation,
+        of.groups,
+        bias,
+        of.padding_mode if padding is not None and any(padding) else "zeros",
+        dtype=of.dtype,
+        device=of.device,
+    )
+    return made
+
+
+def _times(sizes: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sizes))
