@@ -147,8 +147,8 @@ class ChannelConv(LowRankConv):
     def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
         width = numbers["rank"] * of.groups
         return {
-            "first": _conv(of, of.inputs, width, of.kernel, of.stride, of.padding, of.dilation),
-            "second": _conv(of, width, of.outputs, bias=of.bias),
+            "first": conv_like(of, of.inputs, width, of.kernel, of.stride, of.padding, of.dilation),
+            "second": conv_like(of, width, of.outputs, bias=of.bias),
         }
 
     @classmethod
@@ -180,8 +180,8 @@ class SpatialConv(LowRankConv):
         middle = numbers["rank"] * of.groups
         (kh, kw), (sh, sw), (ph, pw), (dh, dw) = of.kernel, of.stride, of.padding, of.dilation
         return {
-            "first": _conv(of, of.inputs, middle, (kh, 1), (sh, 1), (ph, 0), (dh, 1)),
-            "second": _conv(of, middle, of.outputs, (1, kw), (1, sw), (0, pw), (1, dw), bias=of.bias),
+            "first": conv_like(of, of.inputs, middle, (kh, 1), (sh, 1), (ph, 0), (dh, 1)),
+            "second": conv_like(of, middle, of.outputs, (1, kw), (1, sw), (0, pw), (1, dw), bias=of.bias),
         }
 
     @classmethod
@@ -210,9 +210,9 @@ class TuckerConv(LowRankConv):
     def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
         low, high = numbers["rank_in"] * of.groups, numbers["rank_out"] * of.groups
         return {
-            "first": _conv(of, of.inputs, low),
-            "core": _conv(of, low, high, of.kernel, of.stride, of.padding, of.dilation),
-            "last": _conv(of, high, of.outputs, bias=of.bias),
+            "first": conv_like(of, of.inputs, low),
+            "core": conv_like(of, low, high, of.kernel, of.stride, of.padding, of.dilation),
+            "last": conv_like(of, high, of.outputs, bias=of.bias),
         }
 
     @classmethod
@@ -235,7 +235,7 @@ FORMS: Mapping[str, type[LowRankForm]] = {
 }
 
 
-def _conv(
+def conv_like(
     of: LayerShape,
     n_in: int,
     n_out: int,

@@ -69,7 +69,7 @@ class Splits:
             float(self._unfolded(one).square().sum() if known is None else self._energy(one, known))
             for one, known in zip(self.groups, spread, strict=True)
         )
-        self._solved: dict[str, list[Any]] = {}
+        self._losses: dict[str, dict[tuple[int, ...], float]] = {}
 
     def _unfolded(self, weight: Tensor) -> Tensor:
         return torch.eye(weight.shape[1]).to(weight) if self.layer.kind == "embedding" else weight.flatten(1)
@@ -78,14 +78,12 @@ class Splits:
         return energy(self._unfolded(weight), spread)
 
     def _solve(self, form: str) -> list[Any]:
-        """Return what is known of every rank of a form, of each group."""
+        """Return what is known of every rank of a form, of each group; it is large, and made anew for each call."""
         kind = {"spatial": SpatialSplit, "tucker": TuckerSplit}.get(form)
-        if form not in self._solved:
-            self._solved[form] = [
-                principal(self._unfolded(one), known) if kind is None else kind(one, known)
-                for one, known in zip(self.groups, self.spread, strict=True)
-            ]
-        return self._solved[form]
+        return [
+            principal(self._unfolded(one), known) if kind is None else kind(one, known)
+            for one, known in zip(self.groups, self.spread, strict=True)
+        ]
 
     def numbers(self, form: str) -> list[tuple[int, ...]]:
         """Return the numbers of a form that are considered."""
@@ -99,19 +97,16 @@ class Splits:
 
     def lost(self, form: str, numbers: Sequence[tuple[int, ...]]) -> list[float]:
         """Return the share of the variance of the layer's outputs that is lost, for each of some numbers of a form."""
-        solved = self._solve(form)
-        found = []
-        curves: dict[int, list[Tensor]] = {}
-        for one in numbers:
-            if form == "tucker":
-                if one[0] not in curves:
-                    curves[one[0]] = [split.losses(one[0]) for split in solved]
-                losses = curves[one[0]]
-            else:
-                losses = [split.losses for split in solved]
-            loss = sum(float(curve[min(one[-1], len(curve) - 1)]) for curve in losses)
-            found.append(min(max(loss / self.total, 0.0), 1.0) if self.total > 0 else 0.0)
-        return found
+        known = self._losses.setdefault(form, {})
+        if todo := [one for one in numbers if one not in known]:
+            solved = self._solve(form)
+            firsts = {one[0] for one in todo} if form == "tucker" else set()
+            of_first = {first: [split.losses(first) for split in solved] for first in firsts}
+            for one in todo:
+                curves = of_first[one[0]] if form == "tucker" else [split.losses for split in solved]
+                loss = sum(float(curve[min(one[-1], len(curve) - 1)]) for curve in curves)
+                known[one] = min(max(loss / self.total, 0.0), 1.0) if self.total > 0 else 0.0
+        return [known[one] for one in numbers]
 
     @torch.no_grad()
     def values(self, form: str, numbers: tuple[int, ...]) -> dict[str, Tensor]:

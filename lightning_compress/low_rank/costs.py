@@ -1,0 +1,92 @@
+"""What a layer costs, and what the parts that would take its place cost: parameters, multiply-accumulates, seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.measure.footprint import seconds_in_turns, summarize_latency
+
+Cost = Literal["parameters", "macs", "latency"]
+Shapes = Sequence[tuple[int, ...]]
+_REPEATS = 9
+
+
+class Costs(NamedTuple):
+    """The parameters of a layer, and its multiply-accumulates for a batch."""
+
+    parameters: int
+    macs: int
+
+
+def costs_of(parts: Iterable[nn.Module], shapes: Shapes) -> Costs:
+    """Return the costs of layers that run one after the other, for each shape of the first one's input.
+
+    Example:
+        >>> costs_of([nn.Conv2d(4, 2, 3, padding=1, bias=False), nn.Conv2d(2, 8, 1)], [(1, 4, 5, 5)])
+        Costs(parameters=96, macs=2200)
+    """
+    parts = list(parts)
+    macs = 0
+    for shape in shapes:
+        for part in parts:
+            shape, some = _through(part, shape)
+            macs += some
+    return Costs(sum(parameter.numel() for part in parts for parameter in part.parameters()), macs)
+
+
+def _through(part: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Return the shape of what a layer returns, and its multiply-accumulates."""
+    if isinstance(part, nn.Embedding):
+        return (*shape, part.embedding_dim), 0
+    if isinstance(part, nn.Linear):
+        return (*shape[:-1], part.out_features), part.weight.numel() * math.prod(shape[:-1])
+    assert isinstance(part, nn.modules.conv._ConvNd)
+    assert not isinstance(part.padding, str)
+    dims = len(part.kernel_size)
+    sizes = zip(shape[-dims:], part.kernel_size, part.stride, part.padding, part.dilation, strict=True)
+    places = [(size + 2 * pad - gap * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, gap in sizes]
+    batch = shape[: -dims - 1]
+    return (*batch, part.out_channels, *places), part.weight.numel() * math.prod(batch) * math.prod(places)
+
+
+def seconds_of(
+    ways: Mapping[str, Callable[[Tensor], Tensor]], inputs: Sequence[Tensor], clock: Callable[[], float]
+) -> dict[str, float]:
+    """Return the seconds of each way to compute a layer on all of its inputs, timed in turns."""
+
+    def run(way: Callable[[Tensor], Tensor]) -> None:
+        for x in inputs:
+            way(x)
+
+    devices = {x.device for x in inputs if x.device.type != "cpu"}
+    with torch.no_grad():
+        calls = {name: (lambda way=way: run(way)) for name, way in ways.items()}
+        found = summarize_latency(seconds_in_turns(calls, devices, repeats=_REPEATS, clock=clock))
+    return {name: one.seconds for name, one in found.items()}
+
+
+def by_macs(measured: Sequence[tuple[float, float]]) -> Callable[[float], float]:
+    """Return the seconds for a number of MACs: on straight lines between measured ones, and outside in proportion.
+
+    Example:
+        >>> seconds = by_macs([(200, 3.0), (100, 2.0)])
+        >>> [seconds(macs) for macs in (50, 100, 150, 300)]
+        [1.0, 2.0, 2.5, 4.5]
+    """
+    points = sorted(measured)
+
+    def seconds(macs: float) -> float:
+        above = next((one for one in points if one[0] >= macs), None)
+        if above is None:
+            return points[-1][1] * macs / points[-1][0]
+        below = max((one for one in points if one[0] <= macs), default=(0.0, 0.0))
+        if above[0] == below[0]:
+            return above[1]
+        return below[1] + (above[1] - below[1]) * (macs - below[0]) / (above[0] - below[0])
+
+    return seconds
