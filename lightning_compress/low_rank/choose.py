@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from lightning_compress.low_rank.costs import Cost, Costs, by_macs, seconds_of
 from lightning_compress.low_rank.ranks import DENSE, BudgetError, Option, spend
 from lightning_compress.low_rank.sites import Site
@@ -68,7 +65,7 @@ class Chooser:
             elif options:
                 found[name] = self._stays(site, f"rank {ranks[name]} {self._is_dearer(options, dense)}")
             else:
-                found[name] = self._stays(site, f"it has no rank {ranks[name]}")
+                found[name] = self._stays(site, site.why_not() or f"it has no rank {ranks[name]}")
         return found
 
     def by_energy(self, energy: float) -> dict[str, Choice]:
@@ -82,9 +79,8 @@ class Chooser:
             if cheapest is not None and cheapest.cost < dense.cost:
                 found[name] = self._choice(site, cheapest)
             else:
-                found[name] = self._stays(
-                    site, f"what keeps {energy:g} of the variance {self._is_dearer(keeps or options, dense)}"
-                )
+                dearer = f"no form of it that keeps {energy:g} of the variance has fewer {_UNITS[self.cost]}"
+                found[name] = self._stays(site, site.why_not() or dearer)
         return found
 
     def by_budget(self, budget: float, total: float) -> dict[str, Choice]:
@@ -116,7 +112,7 @@ class Chooser:
                 self.sites[name],
                 "the budget is met without it"
                 if len(layers[name]) > 1
-                else f"no form of it has fewer {_UNITS[self.cost]}",
+                else self.sites[name].why_not() or f"no form of it has fewer {_UNITS[self.cost]}",
             )
             for name, option in chosen.items()
         }
@@ -159,7 +155,7 @@ class Chooser:
             ways = {DENSE: site.layers(None, ())} | {
                 label: site.layers(form, numbers) for form, some in measured.items() for label, numbers, _ in some
             }
-            seconds = seconds_of(ways, [_drawn(site, shape) for shape in site.seen.shapes], self.clock)
+            seconds = seconds_of(ways, site.inputs(), self.clock)
             self._times[site.name] = {
                 form: by_macs([(macs, seconds[label]) for label, _, macs in some])
                 for form, some in measured.items()
@@ -175,22 +171,14 @@ class Chooser:
         return Choice(dense, site.dense, site.dense, dense.cost, why)
 
     def _is_dearer(self, options: Iterable[Option], dense: Option) -> str:
-        least = min((one.cost for one in options), default=None)
-        if least is None:
-            return f"has no fewer {_UNITS[self.cost]}"
-        shown = (f"{1000 * one:.3g} ms" if self.cost == "latency" else f"{one:,.0f}" for one in (least, dense.cost))
-        return "takes {} instead of {}".format(*shown) + ("" if self.cost == "latency" else f" {_UNITS[self.cost]}")
+        least = min(one.cost for one in options)
+        if self.cost == "latency":
+            return f"takes {1000 * least:.3g} ms instead of {1000 * dense.cost:.3g} ms"
+        return f"takes {least:,.0f} instead of {dense.cost:,.0f} {_UNITS[self.cost]}"
 
 
 def _is_round(numbers: tuple[int, ...]) -> bool:
     return all(one % _STEP == 0 for one in numbers)
-
-
-def _drawn(site: Site, shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if site.sizes.kind == "embedding":
-        return torch.randint(site.sizes.inputs, shape, generator=generator).to(site.sizes.device)
-    return torch.randn(shape, generator=generator).to(site.sizes.device, site.sizes.dtype)
 
 
 def _up(share: float) -> str:

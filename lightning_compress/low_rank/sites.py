@@ -17,7 +17,7 @@ from lightning_compress.replacement.layer import LayerShape, LinearMap
 
 Method = Literal["auto", "channel", "spatial", "tucker"]
 METHODS = get_args(Method)
-_META = torch.device("meta")
+META = torch.device("meta")
 Chosen = tuple[type[LowRankForm], dict[str, int], dict[str, Tensor]]  # a form, its numbers, the values of its parts
 
 
@@ -42,7 +42,7 @@ class Site:
         self.name, self.seen, self.method = name, seen, method
         self.sizes = seen.layer.sizes
         self.splits = Splits(seen.layer, seen.moments)
-        self.dense = costs_of([dense_layer(replace(self.sizes, device=_META))], seen.shapes)
+        self.dense = costs_of([dense_layer(on_device(self.sizes, META))], seen.shapes)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -57,8 +57,8 @@ class Site:
         )
 
     def why_not(self) -> str:
-        """Return why it can take no form."""
-        return FORMS[self.method].refused(self.sizes) or "no form fits it"
+        """Return why it can take no form; "" if it can."""
+        return "" if self.forms() else FORMS[self.method].refused(self.sizes) or ""
 
     def numbers(self, form: str) -> list[tuple[int, ...]]:
         """Return the numbers of a form that are considered."""
@@ -75,7 +75,7 @@ class Site:
 
     def costs(self, form: str, numbers: tuple[int, ...]) -> Costs:
         """Return what it costs in a form."""
-        return costs_of(self._parts(form, numbers, _META).values(), self.seen.shapes)
+        return costs_of(self._parts(form, numbers, META).values(), self.seen.shapes)
 
     def values(self, form: str, numbers: tuple[int, ...]) -> dict[str, Chosen]:
         """Return what its layers become, by path."""
@@ -83,18 +83,30 @@ class Site:
 
     def layers(self, form: str | None, numbers: tuple[int, ...]) -> nn.Module:
         """Return layers that cost what it costs in a form, with any values; None: what it costs as it is."""
-        with _random_state_of(self.sizes.device):
+        with random_state_of(self.sizes.device):
             if form is None:
                 return dense_layer(self.sizes)
             return nn.Sequential(*self._parts(form, numbers, self.sizes.device).values())
 
+    def inputs(self) -> list[Tensor]:
+        """Return inputs of the shapes that it has seen, with any values."""
+        of, generator = self.sizes, torch.Generator().manual_seed(0)
+        if of.kind == "embedding":
+            return [torch.randint(of.inputs, shape, generator=generator).to(of.device) for shape in self.seen.shapes]
+        return [torch.randn(shape, generator=generator).to(of.device, of.dtype) for shape in self.seen.shapes]
+
     def _parts(self, form: str, numbers: tuple[int, ...], device: torch.device) -> dict[str, nn.Module]:
-        return FORMS[form].parts(replace(self.sizes, device=device), named(form, numbers))
+        return FORMS[form].parts(on_device(self.sizes, device), named(form, numbers))
 
 
 def named(form: str, numbers: tuple[int, ...]) -> dict[str, int]:
     """Return the numbers of a form by name."""
     return dict(zip(FORMS[form].names, numbers, strict=True))
+
+
+def on_device(of: LayerShape, device: torch.device) -> LayerShape:
+    """Return the same sizes on another device."""
+    return replace(of, device=device)
 
 
 def dense_layer(of: LayerShape) -> nn.Module:
@@ -107,5 +119,6 @@ def dense_layer(of: LayerShape) -> nn.Module:
     return conv_like(of, of.inputs, of.outputs, of.kernel, of.stride, of.padding, of.dilation, bias=of.bias)
 
 
-def _random_state_of(device: torch.device) -> AbstractContextManager[None]:
+def random_state_of(device: torch.device) -> AbstractContextManager[None]:
+    """Put torch's random state back after a block in which layers are made on a device."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -93,7 +93,7 @@ def test_energy_takes_the_cheapest_form_that_keeps_so_much(energy: float) -> Non
         assert found.option.lost <= 1 - energy
     else:
         assert found.option.form == "dense"
-        assert f"what keeps {energy:g} of the variance takes" in found.why
+        assert found.why == f"no form of it that keeps {energy:g} of the variance has fewer parameters"
 
 
 def test_a_budget_is_kept_and_no_choice_within_it_loses_less() -> None:
