@@ -16,7 +16,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def merge(network: Network) -> Network:
     """Make every layer of low rank the dense layer that computes the same, in place; its class is what it was.
 
-    The network gets as large as before, and has the weights that the factors have learned: for code, files or chips that
+    The network gets as large as before, and has the weights that the factors have learned: for code or chips that
     know only the plain layers.
 
     Raises:
@@ -24,9 +24,14 @@ def merge(network: Network) -> Network:
             weight. The network is as it was.
 
     Example:
-        >>> network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> merge(low_rank(network, torch.zeros(1, 8), rank=2))[0].weight.shape
-        torch.Size([8, 8])
+        >>> from lightning_compress.low_rank.forms import LowRankLinear
+        >>> from lightning_compress.replacement.swap import swap
+        >>> network = nn.Sequential(nn.Linear(8, 6))
+        >>> _ = swap(network[0], LowRankLinear, {"rank": 2})
+        >>> merge(network)
+        Sequential(
+          (0): Linear(in_features=8, out_features=6, bias=True)
+        )
     """
     found = {path: one for path, one in replaced(network).items() if isinstance(one, LowRankForm)}
     if not found:
@@ -38,7 +43,12 @@ def merge(network: Network) -> Network:
                 f"{path or 'the network'} shares its long factor with another layer, and each has a short one of its "
                 f"own: no single weight computes both. Leave them as they are, or exclude them from low rank."
             )
-        values[path] = one.dense_weight()
+        values[path] = weight, _ = one.dense_weight()
+        if tuple(weight.shape) != one.was.shape:
+            raise ValueError(
+                f"{path or 'the network'} had a weight of shape {one.was.shape}, and has the channels of one of shape "
+                f"{tuple(weight.shape)} left: merge before channels are cut."
+            )
     with as_before_on_error(network):
         for path, one in found.items():
             restore(one, *values[path])
