@@ -21,9 +21,11 @@ class LowRankForm(Replaced):
 
     Attributes:
         names: The names of its numbers.
+        part_names: The names of its parts.
     """
 
     names: ClassVar[tuple[str, ...]] = ("rank",)
+    part_names: ClassVar[tuple[str, ...]] = ("first", "second")
 
     @classmethod
     def refused(cls, of: LayerShape) -> str | None:
@@ -195,6 +197,7 @@ class TuckerConv(LowRankConv):
 
     form = "tucker"
     names: ClassVar[tuple[str, ...]] = ("rank_in", "rank_out")
+    part_names: ClassVar[tuple[str, ...]] = ("first", "core", "last")
 
     @classmethod
     def refused(cls, of: LayerShape) -> str | None:

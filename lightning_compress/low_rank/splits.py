@@ -113,7 +113,7 @@ class Splits:
         """Return the parameters of the parts, by name, in the type of the layer."""
         parts = [self._parts(form, numbers, *one) for one in zip(self.groups, self._solve(form), strict=True)]
         layer = self.layer
-        names = list(FORMS[form].parts(layer.sizes, dict(zip(FORMS[form].names, numbers, strict=True))))
+        names = FORMS[form].part_names
         found = {
             f"{name}.weight": torch.cat(of_groups)
             for name, of_groups in zip(names, zip(*parts, strict=True), strict=True)
