@@ -78,7 +78,7 @@ class Plan:
     chosen: Mapping[str, Chosen]
 
 
-def low_rank(
+def lower_rank(
     network: nn.Module,
     example_inputs: ExampleInputs,
     *,
@@ -123,7 +123,7 @@ def low_rank(
 
     Example:
         >>> network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> report = low_rank(network, torch.zeros(2, 64), rank=8)
+        >>> report = lower_rank(network, torch.zeros(2, 64), rank=8)
         >>> report.rows()[0]
         ('0', 'linear, rank 8', '4,160 -> 1,088', '')
         >>> network[0].second
@@ -145,7 +145,7 @@ def plan_low_rank(
     exclude: Patterns = (),
     clock: Clock = time.perf_counter,
 ) -> Plan:
-    """Return what `low_rank` would do, without doing it."""
+    """Return what `lower_rank` would do, without doing it."""
     found = find_layers(network, example_inputs, tied=True)
     groups, refused = _groups(found)
     ranks = _wanted_by(network, wanted, groups, target, exclude, refused)

@@ -108,7 +108,7 @@ def test_the_highest_rank_computes_what_the_layer_did(
 
 
 @pytest.mark.parametrize(("layer", "shape", "form"), CASES)
-def test_what_is_lost_at_a_lower_rank_is_what_the_outputs_lose(
+def test_what_is_lost_at_a_low_rank_is_what_the_outputs_lose(
     layer: nn.Module, shape: tuple[int, ...], form: str
 ) -> None:
     dense, x = double(layer), inputs_of(shape)
