@@ -215,6 +215,24 @@ def linear_map(layer: nn.Module) -> LinearMap:
     return LinearMap(kind=kind, weight=weight, bias=None if bias is None else bias.detach(), **more)
 
 
+def dense_layer(of: LayerShape) -> nn.Module:
+    """Return a new layer of torch's with given sizes, initialised as torch does it.
+
+    Example:
+        >>> dense_layer(linear_map(nn.Conv2d(4, 8, (3, 1), padding="valid")).sizes)
+        Conv2d(4, 8, kernel_size=(3, 1), stride=(1, 1))
+    """
+    where: dict[str, Any] = {"dtype": of.dtype, "device": of.device}
+    if of.kind == "linear":
+        return nn.Linear(of.inputs, of.outputs, of.bias, **where)
+    if of.kind == "embedding":
+        return nn.Embedding(of.inputs, of.outputs, of.padding_idx, **where)
+    conv: Any = _CONVS[len(of.kernel)]
+    sizes = (of.kernel, of.stride, of.padding, of.dilation, of.groups, of.bias, of.padding_mode)
+    built: nn.Module = conv(of.inputs, of.outputs, *sizes, **where)
+    return built
+
+
 def write_values(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer other values, in the layout of `LinearMap`, in place; a bias is added where it had none."""
     base, _ = _class_of(layer)
