@@ -58,6 +58,15 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def from_first(value: T) -> T:
+    """Return rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    values: list[T] = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def on_all_ranks(action: Callable[[], T]) -> T:
     """Run an action on every rank, and return its result; if it raises on one rank, raise on all, so that none waits.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from lightning_compress.core.hooks import Removable
 from lightning_compress.core.records import RecordError, kind_class, records, shown
 from lightning_compress.core.structure import Arriving, Structure, structures
 from lightning_compress.core.tensors import saved_tensors
@@ -114,23 +115,31 @@ class ReplacedCopy(Structure):
         return ReplacedCopy(self.leader)
 
 
-def note_replaced(layer: nn.Module, kind: str) -> None:
-    """Have the state dicts of a replaced layer say what it is, with a record of a kind."""
+def note_replaced(layer: nn.Module, kind: str) -> list[Removable]:
+    """Have the state dicts of a replaced layer say what it is, with a record of a kind; return handles to undo it."""
     found = kind_class(kind)
     assert issubclass(found, ReplacedStructure)
-    found().attach_once(layer)
+    return [] if any(type(one) is found for one in structures(layer)) else found().attach(layer)
 
 
-def follow_layers(copy: nn.Module, leader: nn.Module, *, values: bool = False) -> None:
+def kind_of(layer: Replaced) -> str | None:
+    """Return the kind of the record that a replaced layer writes; None before `note_replaced`."""
+    return next((one.kind for one in structures(layer) if isinstance(one, ReplacedStructure)), None)
+
+
+def follow_layers(copy: nn.Module, leader: nn.Module, *, values: bool = False) -> Callable[[], None]:
     """Replace the layers of a copy as those of its leader are replaced.
 
     Args:
         copy: The copy, changed in place.
         leader: A network with the same modules.
         values: Whether the new parts get the leader's values, or else undefined ones.
+
+    Returns:
+        A function that undoes what was replaced.
     """
-    mine, theirs = replaced(copy), replaced(leader)
-    for path, own in mine.items():
+    theirs, undo = replaced(leader), ExitStack()
+    for path, own in replaced(copy).items():
         other = theirs.get(path)
         if other is None or type(other) is not type(own) or other.numbers != own.numbers or not other.of.same(own.of):
             restore(own)
@@ -140,10 +149,10 @@ def follow_layers(copy: nn.Module, leader: nn.Module, *, values: bool = False) -
         if one is not None and not isinstance(one, Replaced):
             of = _typed(other.of, linear_map(one).sizes)
             with _keeping_random_state(of):
-                swap(one, type(other), other.numbers, saved_tensors(other) if values else None, of=of)
-            for structure in structures(other):
-                if isinstance(structure, ReplacedStructure):
-                    type(structure)().attach_once(one)
+                undo.callback(swap(one, type(other), other.numbers, saved_tensors(other) if values else None, of=of))
+            for handle in note_replaced(one, kind) if (kind := kind_of(other)) is not None else ():
+                undo.callback(handle.remove)
+    return undo.close
 
 
 def follow_replaced(copy: nn.Module, leader: nn.Module) -> None:

@@ -33,6 +33,7 @@ class Effects:
         revives: Whether zeros may become other values again, because masked entries keep training latent values.
         rewinds: Whether it may restore the network of an earlier step.
         takes_blocks: Whether it takes whole blocks out of the network during the fit, with their parameters.
+        replaces_layers: Whether it has replaced layers by other modules before the optimizers were made.
         shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
         looks_at: The basis of its decisions: the "magnitudes" of weights, their "gradients", the inputs or outputs of
             "layers" inside the forward pass, the "output" of the network in the user's step, or a "second_backward"
@@ -57,6 +58,7 @@ class Effects:
     revives: bool = False
     rewinds: bool = False
     takes_blocks: bool = False
+    replaces_layers: bool = False
     shapes: Literal["never", "on_fit_end", "during_fit"] = "never"
     looks_at: frozenset[Sight] = frozenset()
     replays: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.evaluation import entries_restored, evaluating
 from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
@@ -152,6 +153,24 @@ def inputs_of(batch: Any, network: nn.Module, move: Callable[[Any], Any] = lambd
         f"found{reasons}: pass example_inputs= (a tensor, a tuple of positional "
         f"arguments or a dict of keyword arguments), or set example_input_array on the LightningModule."
     )
+
+
+def inputs_of_batches(batches: Sequence[Any], network: nn.Module, move: Callable[[Any], Any]) -> list[Any]:
+    """Return the part of each batch with which the network's forward runs, on its device: the same of all of them.
+
+    Raises:
+        ValueError: The forward runs with no part of the first batch.
+    """
+    if not batches:
+        return []
+    first, names = inputs_of(batches[0], network, move), inspect.signature(network.forward).parameters
+    place = next((n for n, one in enumerate(_guesses(batches[0], names)) if _same(one, first)), 0)
+    return [move(_guesses(batch, names)[place]) for batch in batches]
+
+
+def _same(one: Any, other: Any) -> bool:
+    leaves, others = tree_leaves(one), tree_leaves(other)
+    return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
 
 
 _LABELS = ("labels", "label", "label_ids", "targets", "target", "y")

@@ -239,6 +239,12 @@ PAIR_RULES = (
         remedy="use one of them",
     ),
     PairRule(
+        name="layers replaced under widths or gates",
+        meets=lambda one, other, first: one.replaces_layers and (other.runs_thinner or other.chooses_by_sample),
+        reason="{one} replaces layers of the network in which {other} has chosen layers and channels before",
+        remedy="use {one} in an earlier fit, and wrap the module afterwards",
+    ),
+    PairRule(
         name="exits of a network with gates before blocks",
         meets=lambda one, other, first: one.skips and other.replays > 1 and not other.runs_thinner,
         shows=("", "replays"),
@@ -256,6 +262,10 @@ PAIR_RULES = (
 )
 
 
+def _changes_network(one: Technique) -> bool:
+    return one.effects.changes_weights or one.effects.takes_blocks or one.effects.replaces_layers
+
+
 def _looks_at(one: Technique, sight: Sight) -> bool:
     return sight in one.effects.looks_at
 
@@ -270,7 +280,7 @@ TRAINER_RULES = (
     ),
     TrainerRule(
         name="stochastic weight averaging",
-        meets=lambda one, fit: fit.swaps_averages and (one.effects.changes_weights or one.effects.takes_blocks),
+        meets=lambda one, fit: fit.swaps_averages and _changes_network(one),
         reason="StochasticWeightAveraging replaces the weights by an average, which {one} can't change with them",
         remedy="use Lightning's WeightAveraging or EMAWeightAveraging",
     ),
@@ -283,9 +293,7 @@ TRAINER_RULES = (
     ),
     TrainerRule(
         name="averages stand first",
-        meets=lambda one, fit: (
-            (one.effects.changes_weights or one.effects.takes_blocks) and fit.average_after(one.place)
-        ),
+        meets=lambda one, fit: _changes_network(one) and fit.average_after(one.place),
         reason="{what} makes and updates its average after {one} has changed it",
         remedy="put {what} before {one} in Trainer(callbacks=[...])",
     ),
@@ -355,7 +363,9 @@ TRAINER_RULES = (
     ),
     TrainerRule(
         name="shapes under spawn and fork",
-        meets=lambda one, fit: fit.forks and one.effects.shapes != "never" and f"ddp_{fit.start_method}",
+        meets=lambda one, fit: (
+            fit.forks and (one.effects.shapes != "never" or one.effects.replaces_layers) and f"ddp_{fit.start_method}"
+        ),
         shows=("shapes",),
         reason="{one} changes the network's shapes, which strategy='{what}' can't bring back to the main process",
         remedy="use strategy='ddp', or shrink='never'",

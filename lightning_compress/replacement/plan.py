@@ -1,0 +1,101 @@
+"""A plan of what replaces which layers of a network, and its execution: all of it, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.core.evaluation import renew_caches
+from lightning_compress.replacement.layer import LayerShape, linear_map
+from lightning_compress.replacement.record import note_replaced
+from lightning_compress.replacement.swap import Replaced, replaced, swap
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What takes the place of a layer: see `swap`.
+
+    Attributes:
+        form: The class that the layer takes.
+        numbers: The form's numbers.
+        values: The tensors of its parts by name; None: torch's initialisation.
+    """
+
+    form: type[Replaced]
+    numbers: Mapping[str, Any]
+    values: Mapping[str, Tensor] | None = None
+
+    def parameters(self, of: LayerShape) -> int:
+        """Return the number of parameters that the parts have for a layer of some sizes."""
+        with torch.random.fork_rng(), torch.device("meta"):
+            parts = self.form.parts(_on_meta(of), self.numbers)
+        return sum(one.numel() for part in parts.values() for one in part.parameters())
+
+
+def _on_meta(of: LayerShape) -> LayerShape:
+    return LayerShape.of_record(of.record(), dtype=of.dtype, device=torch.device("meta"))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What replaces layers of a network.
+
+    Attributes:
+        replacements: By path of the layer.
+        kept: By path of another layer, the reason why it stays.
+    """
+
+    replacements: Mapping[str, Replacement]
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(self, network: nn.Module) -> list[list[str]]:
+        """Return for each layer of a network its name, form, numbers, and parameters before and after, as words."""
+        rows = []
+        for path, one in self.replacements.items():
+            of = linear_map(network.get_submodule(path)).sizes
+            numbers = ", ".join(f"{name} {value}" for name, value in one.numbers.items())
+            rows.append([path, one.form.form, numbers, f"{of.parameters:,}", f"{one.parameters(of):,}"])
+        return rows + [[path, f"stays: {reason}", "", "", ""] for path, reason in self.kept.items()]
+
+
+def carry_out(network: nn.Module, plan: Plan, kind: str) -> Callable[[], None]:
+    """Replace layers of a network as a plan says, in place, and return a function that undoes it.
+
+    Args:
+        network: The network.
+        plan: The plan.
+        kind: Of the records in its state dicts: "low_rank" or "conv_block".
+
+    Raises:
+        ValueError: The plan does not fit the network, which is then as it was.
+    """
+    undo = ExitStack()
+    with undo:
+        for path, one in plan.replacements.items():
+            layer = network.get_submodule(path)
+            undo.callback(swap(layer, one.form, one.numbers, one.values))
+            for handle in note_replaced(layer, kind):
+                undo.callback(handle.remove)
+        renew_caches(network)
+        undo = undo.pop_all()
+    torch.clear_autocast_cache()  # it holds weights that have left
+    return undo.close
+
+
+def parameters_left(network: nn.Module) -> float:
+    """Return the share of a network's parameters that is left after layers of it were replaced.
+
+    Example:
+        >>> parameters_left(nn.Linear(2, 2))
+        1.0
+    """
+    now = sum(one.numel() for one in network.parameters())
+    layers = replaced(network).values()
+    inside = {id(one): one.numel() for layer in layers for one in layer.parameters()}
+    before = now - sum(inside.values()) + sum(layer.was.parameters for layer in layers)
+    return now / before if before else 1.0

@@ -1,0 +1,50 @@
+"""A moment of a fit for which Lightning has no hook: after a checkpoint was loaded, and before the optimizers are made.
+
+    setup -> configure_model -> load of the module -> HERE -> DistributedDataParallel, optimizers -> on_fit_start
+
+Layers that `configure_model` or the module's own `setup` makes exist by then, and it is known whether the fit resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.pytorch import Trainer
+
+_RESTORE = "_restore_modules_and_callbacks"  # Lightning's method, which runs at this moment, also with nothing to load
+Action = Callable[[], None]
+_waiting: WeakKeyDictionary[Trainer, dict[Hashable, tuple[Action, Action]]] = WeakKeyDictionary()
+
+
+def before_optimizers(trainer: Trainer, key: Hashable, *, before: Action, after: Action) -> None:
+    """Call functions right before and right after the load of a fit's checkpoint; call this in `setup`.
+
+    Args:
+        trainer: The Trainer, whose fit begins.
+        key: Of the caller, whose later call replaces an earlier one.
+        before: Called when all layers exist.
+        after: Called when the module is loaded; without a checkpoint at the same moment.
+    """
+    waiting = _waiting.setdefault(trainer, {})
+    waiting[key] = (before, after)
+    connector: Any = trainer._checkpoint_connector
+    if _RESTORE not in vars(connector):
+        vars(connector)[_RESTORE] = partial(_restore, trainer, connector)
+
+
+def is_resumed(trainer: Trainer) -> bool:
+    """Return whether a checkpoint was loaded for the fit that begins."""
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
+
+
+def _restore(trainer: Trainer, connector: Any, *args: Any, **kwargs: Any) -> None:
+    del vars(connector)[_RESTORE]
+    actions = list(_waiting.pop(trainer, {}).values())
+    for before, _ in actions:
+        before()
+    getattr(connector, _RESTORE)(*args, **kwargs)
+    for _, after in actions:
+        after()
