@@ -117,10 +117,11 @@ class ReplacingCallback(CompressionCallback):
         layers = {path: network.get_submodule(path) for path in plan.replacements}
         weights = {path: layer._parameters["weight"] for path, layer in layers.items()}
         self._plan, self._gone = plan, {path: one for path, one in weights.items() if one is not None}
+        own = innermost(pl_module)
+        copies = [*averaged_modules(trainer), *copies_inside(own)]  # found by their shapes
         self._undo.append(carry_out(network, plan, self.kind))
         self.finish(network, batches)
-        own = innermost(pl_module)
-        for copy in (*averaged_modules(trainer), *copies_inside(own)):
+        for copy in copies:
             self._undo.append(follow_layers(copy, own, values=True))
         self._left = parameters_left(network)
         kept = "; ".join(f"{path} stays, because {reason}" for path, reason in plan.kept.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -11,10 +11,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.low_rank.record import LowRankStructure
+from lightning_compress.replacement.find import find_layers
 from lightning_compress.replacement.layer import LayerShape, linear_map
+from lightning_compress.replacement.plan import Plan, Replacement
 from lightning_compress.replacement.record import note_replaced
+from lightning_compress.replacement.statistics import gather_statistics
 from lightning_compress.replacement.swap import Replaced, swap
+from lightning_compress.trainer.replacing import ReplacingCallback
 
 
 class TwoParts(Replaced):
@@ -77,9 +82,35 @@ def factored(layer: nn.Module, rank: int) -> dict[str, Tensor]:
 
 @contextmanager
 def recorded_forms() -> Iterator[None]:
-    """Let records of low rank have these forms."""
+    """Let records of low rank have these forms, and only these."""
     with patch.object(LowRankStructure, "forms", {one.form: one for one in (TwoParts, Mirrored)}):
         yield
+
+
+class Replacing(ReplacingCallback):
+    """Replaces layers at given ranks, whose values are weighted by what the layers see."""
+
+    kind = "low_rank"
+
+    def __init__(self, ranks: Mapping[str, int], *, n_batches: int = 2, network: str = "") -> None:
+        super().__init__(ranks=dict(ranks), n_batches=n_batches, network=network)
+        self.ranks, self.n_batches, self.network, self.example_inputs = dict(ranks), n_batches, network, None
+        self.planned = 0
+
+    def plan(self, network: nn.Module, example_inputs: ExampleInputs, batches: Sequence[ExampleInputs]) -> Plan:
+        self.planned += 1
+        torch.rand(1)  # moves no generator of the fit
+        found = find_layers(network, example_inputs)
+        if missing := self.ranks.keys() - found.layers.keys():
+            raise ValueError(f"{min(missing)} can't be replaced: {found.refused[min(missing)]}.")
+        seen = gather_statistics(network, self.ranks, batches) if batches else {}
+        made = {}
+        for path, rank in self.ranks.items():
+            values = factored(network.get_submodule(path), rank)
+            if "second.bias" in values and path in seen:
+                values["second.bias"] = values["second.bias"] + seen[path].mean.sum().float()
+            made[path] = Replacement(TwoParts, {"rank": rank}, values)
+        return Plan(made)
 
 
 def replace(network: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
