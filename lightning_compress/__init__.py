@@ -11,6 +11,7 @@ from lightning_compress.channels.find import ChannelGroup, ChannelGroups, channe
 from lightning_compress.clustering.callback import WeightClusteringCallback
 from lightning_compress.coding import CompressedSize, CorruptFileError, load_compressed, save_compressed
 from lightning_compress.coding.footprint import footprint
+from lightning_compress.conv_substitution.substitute import substitute_convs
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.early_exit.module import EarlyExitHeads
 from lightning_compress.group_lasso.callback import GroupLassoCallback
@@ -46,6 +47,7 @@ __all__ = [
     "prune_blocks",
     "save_compressed",
     "shrink",
+    "substitute_convs",
 ]
 __version__ = "0.1.0"
 
