@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all check bench bench-families clean
 help:
 	@echo "make demo      train, prune and measure a small network (two minutes on two cores)"
 	@echo "make test      the test suite          make test-all  with the slow tests"
 	@echo "make check     ruff, mypy, doctests, import directions"
 	@echo "make bench     every benchmark; BENCH=name runs benchmarks/name.py"
+	@echo "make bench-families  all techniques on one network at equal bytes, with a figure; MNIST=folder of its files"
 
 .venv/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,6 +39,10 @@ check: .venv/.test
 BENCH ?= $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 bench: .venv/.test
 	set -e; for name in $(BENCH); do $(BIN)/python benchmarks/$$name.py; done
+
+MNIST ?= data/mnist
+bench-families: .venv/.test
+	$(BIN)/python benchmarks/families.py --data $(MNIST) --figure families.png
 
 clean:
 	rm -rf .venv dist build outputs multirun .pytest_cache .mypy_cache .ruff_cache

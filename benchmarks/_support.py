@@ -280,8 +280,12 @@ class Found:
             rows = self.tables.setdefault(table, {})
             rows.setdefault(row, {}).setdefault(column.replace("_", " "), []).append(value)
 
-    def show(self, console: Console, json_file: Path | None = None) -> None:
-        """Print the medians over the seeds, and write all numbers into a file."""
+    def show(self, console: Console, json_file: Path | None = None, *, digits: int = 2) -> None:
+        """Print the medians over the seeds, whole from 1,000 on, and write all numbers into a file."""
+
+        def said(value: float) -> str:
+            return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}f}"
+
         for title, rows in self.tables.items():
             columns = list(dict.fromkeys(column for row in rows.values() for column in row))
             table = Printed("", box=box.MARKDOWN, title=title, title_justify="left")
@@ -289,7 +293,7 @@ class Found:
                 table.add_column(column, justify="right")
             for name, row in rows.items():
                 medians = {column: statistics.median(values) for column, values in row.items()}
-                table.add_row(name, *(f"{medians[column]:.2f}" if column in medians else "" for column in columns))
+                table.add_row(name, *(said(medians[column]) if column in medians else "" for column in columns))
             console.print(table)
         if json_file is not None:
             json_file.write_text(json.dumps(self.tables, indent=1))
