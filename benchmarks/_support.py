@@ -281,10 +281,11 @@ class Found:
             rows.setdefault(row, {}).setdefault(column.replace("_", " "), []).append(value)
 
     def show(self, console: Console, json_file: Path | None = None, *, digits: int = 2) -> None:
-        """Print the medians over the seeds, whole from 1,000 on, and write all numbers into a file."""
+        """Print the medians over the seeds, counts and large ones whole, and write all numbers into a file."""
 
         def said(value: float) -> str:
-            return f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}f}"
+            whole = value >= 1000 or (value > 100 and value == int(value))
+            return f"{value:,.0f}" if whole else f"{value:.{digits}f}"
 
         for title, rows in self.tables.items():
             columns = list(dict.fromkeys(column for row in rows.values() for column in row))

@@ -4,7 +4,8 @@ The perceptron is NNMF (1511.06443) with the paper's sizes, whose weights and la
 with RMSProp. Everything is tuned alike: the regularization is the one of a list that does best on the validation part
 (5 % of the training ratings), and every fit keeps the weights of its best epoch there, as the paper's early stopping
 does. 10 % of the ratings, drawn at random by the seed, are for the test. Then the tables of latent vectors, and the
-perceptron, are clustered to fewer and fewer values, trained on, and written to files: error against bytes.
+perceptron, are clustered to fewer and fewer values, or the tables become products of low rank, or both; they train on,
+and are written to files: error against bytes.
 
 The ratings are those of the default matrix of `Ratings`, a low-rank one plus thresholds, or of a file in a format of
 MovieLens, which must come from you.
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from lightning_compress import WeightClusteringCallback, save_compressed
 from lightning_compress.baselines import NNMF, DotProduct, MatrixFactorization, Ratings, RidgeBiases
+from lightning_compress.low_rank import lower_rank
 from lightning_compress.report.figure import new_figure, tidy
 
 TARGET = ["network.user*", "network.item*", "network.mlp.*"]
@@ -126,7 +128,31 @@ def clustered(module: LightningModule, k: int, data: Ratings, epochs: int, seed:
     return again
 
 
-WAYS: dict[str, tuple[Callable[..., LightningModule], Sequence[int]]] = {"clusters": (clustered, (64, 16, 8, 4, 2))}
+def thinner(module: LightningModule, rank: int, data: Ratings, epochs: int, seed: int) -> LightningModule | None:
+    """Tables of more columns become products of rank r, which train on; None: there are none."""
+    again: Any = copy.deepcopy(module)
+    pairs, _ = next(iter(data.train_dataloader()))
+    tables = {**again.network.tables("user"), **again.network.tables("item")}
+    wide = [name for name, table in tables.items() if table.embedding_dim > rank]
+    if not wide:
+        return None
+    lower_rank(again.network, pairs[:2], rank=rank, target=wide)
+    fit(again, data, epochs, seed)
+    return again  # type: ignore[no-any-return]  # a copy of the module
+
+
+def thinner_clustered(
+    module: LightningModule, rank: int, data: Ratings, epochs: int, seed: int
+) -> LightningModule | None:
+    thin = thinner(module, rank, data, epochs, seed)
+    return None if thin is None else clustered(thin, 16, data, epochs, seed)
+
+
+WAYS: dict[str, tuple[Callable[..., LightningModule | None], Sequence[int]]] = {
+    "{} clusters": (clustered, (64, 16, 8, 4, 2)),
+    "rank {}": (thinner, (8, 4, 2)),
+    "rank {}, 16 clusters": (both, (8, 4, 2)),
+}
 
 
 def draw(curves: Curves, path: Path, title: str) -> None:
@@ -137,7 +163,8 @@ def draw(curves: Curves, path: Path, title: str) -> None:
         if len(points) == 1:
             axes.plot(*zip(*points, strict=True), marker="s", linestyle="", label=name)
         else:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
+            style = ":" if name.endswith("low rank") else "-"
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linestyle=style, label=name)
     axes.set(xscale="log", xlabel="bytes of the file", ylabel="RMSE of the test ratings")
     axes.set_title(title, loc="left")
     axes.legend(frameon=False)
@@ -190,9 +217,11 @@ def main() -> None:
             for way, (change, amounts) in WAYS.items():
                 for amount in amounts:
                     small = change(module, amount, data, arguments.tuning, seed)
+                    if small is None:
+                        continue
                     point = bytes_of(small), error(small, data)
-                    found.add("files", f"{name}, {amount} {way}", RMSE=point[1], bytes=point[0])
-                    curves[name].append(point)
+                    found.add("files", f"{name}, {way.format(amount)}", RMSE=point[1], bytes=point[0])
+                    curves.setdefault(name if way == "{} clusters" else f"{name}, low rank", []).append(point)
     found.show(console, arguments.json, digits=4)
     if arguments.figure is not None:
         draw(curves, arguments.figure, "MovieLens" if arguments.path else "generated matrix")
