@@ -24,6 +24,7 @@ from lightning_compress import (
 )
 from lightning_compress.baselines import Classifier, ResNet20
 from lightning_compress.baselines.datamodule import ImageData
+from lightning_compress.conv_substitution import substitute_convs
 from lightning_compress.low_rank import lower_rank
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -151,8 +152,23 @@ def thinner(bench: Bench, budget: int) -> Classifier | None:
         return module
 
     share = fitting(budget, make, SHARES)
-    images = [batch for batch, _ in islice(bench.data.train_dataloader(), 20)]
-    return None if share is None else make(share, batches=images)
+    return None if share is None else make(share, batches=images_of(bench))
+
+
+def images_of(bench: Bench) -> list[torch.Tensor]:
+    return [batch for batch, _ in islice(bench.data.train_dataloader(), 20)]
+
+
+def separable(bench: Bench, multiplier: int, **options: Any) -> Classifier:
+    """Return the dense network with depthwise separable convolutions, as near to its own as their terms allow."""
+    module = bench.copy()
+    substitute_convs(module.network, torch.zeros(2, *bench.shape), multiplier=multiplier, **options)
+    return module
+
+
+def substituted(bench: Bench) -> LightningModule | None:
+    multiplier = fitting(bench.bytes, lambda terms: separable(bench, terms, init="svd"), [1, 2, 3, 4, 5, 6])
+    return None if multiplier is None else bench.tuned(separable(bench, multiplier, batches=images_of(bench)))
 
 
 # ------------------------------------------------------------------ combinations
@@ -223,6 +239,17 @@ def low_rank_clustered(bench: Bench) -> LightningModule | None:
     return module
 
 
+def separable_clustered(bench: Bench) -> LightningModule | None:
+    """Separable convolutions of one term, pruned and clustered, with the dense network as the teacher."""
+    module = separable(bench, 1, batches=images_of(bench))
+    bench.tuned(taught(module, bench))
+    chosen = few_values(replace(bench, dense=module))
+    if chosen is None:
+        return None
+    in_two_parts(bench, taught(module, bench), *chosen)
+    return module
+
+
 Family = Callable[[Bench], LightningModule | None]
 FAMILIES: dict[str, Family] = {
     "pruned": pruned,
@@ -231,11 +258,13 @@ FAMILIES: dict[str, Family] = {
     "distilled": distilled,
     "slimmed": slimmed,
     "low rank": low_rank,
+    "substituted": substituted,
 }
 COMBINATIONS: dict[str, Family] = {
     "pruned + clustered": pruned_clustered,
     "pruned + clustered, taught": pruned_clustered_distilled,
     "half as wide + pruned + clustered, taught": slimmed_clustered,
     "low rank + pruned + clustered, taught": low_rank_clustered,
+    "separable + pruned + clustered, taught": separable_clustered,
 }
 CONTROLS: dict[str, Family] = {"narrow, alone": narrow}

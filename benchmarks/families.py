@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--dataset", choices=list(SHAPES), default="mnist")
     parser.add_argument("--data", help="the folder of its files; by default data/mnist or data/cifar10")
     parser.add_argument("--images", type=int, default=10_000, help="training images")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 8, 1 / 16, 1 / 32], help="of the dense bytes")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 8, 1 / 13, 1 / 32], help="of the dense bytes")
     parser.add_argument("--epochs", type=int, default=8, help="of the dense network, and of every family after it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch", type=int, default=64)

@@ -141,9 +141,7 @@ def thinner(module: LightningModule, rank: int, data: Ratings, epochs: int, seed
     return again  # type: ignore[no-any-return]  # a copy of the module
 
 
-def thinner_clustered(
-    module: LightningModule, rank: int, data: Ratings, epochs: int, seed: int
-) -> LightningModule | None:
+def both(module: LightningModule, rank: int, data: Ratings, epochs: int, seed: int) -> LightningModule | None:
     thin = thinner(module, rank, data, epochs, seed)
     return None if thin is None else clustered(thin, 16, data, epochs, seed)
 
