@@ -15,6 +15,8 @@ from lightning_compress.conv_substitution.substitute import substitute_convs
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.early_exit.module import EarlyExitHeads
 from lightning_compress.group_lasso.callback import GroupLassoCallback
+from lightning_compress.low_rank.callback import LowRankCallback
+from lightning_compress.low_rank.replace import lower_rank
 from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.quantization.callback import QuantizationAwareTrainingCallback
@@ -36,6 +38,7 @@ __all__ = [
     "Footprint",
     "GroupLassoCallback",
     "IterativePruningCallback",
+    "LowRankCallback",
     "QuantizationAwareTrainingCallback",
     "SkippableBlocks",
     "SlimmableWidth",
@@ -44,6 +47,7 @@ __all__ = [
     "cut",
     "footprint",
     "load_compressed",
+    "lower_rank",
     "prune_blocks",
     "save_compressed",
     "shrink",

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_compress.block_pruning.stand_in import stand_ins
 from lightning_compress.channels.load import adopt_state
+from lightning_compress.replacement.swap import replaced
 
 ENTRIES = list(REGISTRY)
 MASKING = [entry for entry in ENTRIES if entry.startswith("pruning")]  # the others promise no masks
@@ -50,7 +51,15 @@ def bare(like: str) -> dict[str, Any]:
 
 def assert_compressed(entry: str, state: dict[str, Tensor]) -> None:
     """The state dict of a fit's end is that of a technique that has reached its end."""
-    hidden, weights = state["net.hidden.weight"], [one for name, one in state.items() if name.endswith("weight")]
+    weights = [one for name, one in state.items() if name.endswith("weight")]
+    if "low-rank" in entry:
+        assert state["net.hidden.first.weight"].shape[0] == state["net.hidden.second.weight"].shape[1] < 12
+        if "pruning" in entry:
+            assert (torch.cat([weight.flatten() for weight in weights]) == 0).float().mean() > 0.3
+        if "clustering" in entry:
+            assert max(len(one.unique()) for name, one in state.items() if "hidden" in name and one.dim() > 1) <= 6
+        return
+    hidden = state["net.hidden.weight"]
     if "neurons" in entry and hidden.shape != SmallModule().net.hidden.weight.shape:
         assert hidden.shape[0] == state["net.head.weight"].shape[1]
     elif entry in MASKING:
@@ -133,11 +142,13 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
     assert_compressed(entry, checkpoint["state_dict"])
     module = SmallModule(**REGISTRY[entry].module)
     own = [name for name in checkpoint["state_dict"] if not name.startswith(ADDED)]
-    if entry.startswith("depth"):  # names are missing
+    if entry.startswith(("depth", "low-rank")):  # names are missing, or others
         adopt_state(module, checkpoint["state_dict"])
     assert own == list(module.state_dict())
     if entry.startswith("depth"):
         assert stand_ins(module)
+    elif entry.startswith("low-rank"):
+        assert replaced(module)
     elif "during-fit" in entry:  # thinner than the plain class
         adopt_state(module, checkpoint["state_dict"])
         assert module.net.hidden.out_features == module.net.head.in_features < 16

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lightning_compress.low_rank.costs import Cost, Costs, by_macs, seconds_of
+from lightning_compress.low_rank.costs import Cost, Costs, by_macs
 from lightning_compress.low_rank.ranks import DENSE, BudgetError, Option, spend
 from lightning_compress.low_rank.sites import Site
+from lightning_compress.replacement.times import time_forms
 
 _MEASURED = 4  # ranks of each form that are timed; others lie on lines between them
 _STEP = 8  # ranks that are timed, and chosen by time, are multiples of it: kernels work on blocks of channels
@@ -152,15 +153,15 @@ class Chooser:
                 costs = sorted([one for one in costs if _is_round(one[0])] or costs, key=lambda one: one[1])
                 places = {round(k * (len(costs) - 1) / (_MEASURED - 1)) for k in range(_MEASURED)} if costs else set()
                 measured[form] = [(f"{form} {costs[k][0]}", *costs[k]) for k in sorted(places)]
-            ways = {DENSE: site.layers(None, ())} | {
-                label: site.layers(form, numbers) for form, some in measured.items() for label, numbers, _ in some
+            forms = {
+                label: site.timed_as(form, numbers) for form, some in measured.items() for label, numbers, _ in some
             }
-            seconds = seconds_of(ways, site.inputs(), self.clock)
+            dense, seconds = time_forms(site.timed(), forms, clock=self.clock)
             self._times[site.name] = {
                 form: by_macs([(macs, seconds[label]) for label, _, macs in some])
                 for form, some in measured.items()
                 if some
-            } | {DENSE: lambda _: seconds[DENSE]}
+            } | {DENSE: lambda _: dense}
         return self._times[site.name]
 
     def _choice(self, site: Site, option: Option) -> Choice:

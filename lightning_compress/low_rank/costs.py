@@ -1,19 +1,15 @@
-"""What a layer costs, and what the parts that would take its place cost: parameters, multiply-accumulates, seconds."""
+"""What layers cost, and what the parts that would take their place cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from lightning_compress.measure.footprint import seconds_in_turns, summarize_latency
+from torch import nn
 
 Cost = Literal["parameters", "macs", "latency"]
 Shapes = Sequence[tuple[int, ...]]
-_REPEATS = 9
 
 
 class Costs(NamedTuple):
@@ -52,22 +48,6 @@ def _through(part: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
     places = [(size + 2 * pad - gap * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, pad, gap in sizes]
     batch = shape[: -dims - 1]
     return (*batch, part.out_channels, *places), part.weight.numel() * math.prod(batch) * math.prod(places)
-
-
-def seconds_of(
-    ways: Mapping[str, Callable[[Tensor], Tensor]], inputs: Sequence[Tensor], clock: Callable[[], float]
-) -> dict[str, float]:
-    """Return the seconds of each way to compute a layer on all of its inputs, timed in turns."""
-
-    def run(way: Callable[[Tensor], Tensor]) -> None:
-        for x in inputs:
-            way(x)
-
-    devices = {x.device for x in inputs if x.device.type != "cpu"}
-    with torch.no_grad():
-        calls = {name: (lambda way=way: run(way)) for name, way in ways.items()}
-        found = summarize_latency(seconds_in_turns(calls, devices, repeats=_REPEATS, clock=clock))
-    return {name: one.seconds for name, one in found.items()}
 
 
 def by_macs(measured: Sequence[tuple[float, float]]) -> Callable[[float], float]:

@@ -9,25 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.core.evaluation import renew_caches
 from lightning_compress.core.example_inputs import ExampleInputs, batch_size, call
 from lightning_compress.core.numbers_by_pattern import numbers_by_name
 from lightning_compress.core.select import exact_patterns, select_parameters
-from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.low_rank.choose import Choice, Chooser
 from lightning_compress.low_rank.costs import Cost
 from lightning_compress.low_rank.forms import FORMS
 from lightning_compress.low_rank.ranks import DENSE
-from lightning_compress.low_rank.sites import Chosen, Method, Seen, Site
+from lightning_compress.low_rank.sites import Method, Seen, Site
 from lightning_compress.low_rank.splits import Moments
 from lightning_compress.low_rank.tied import TiedSite
 from lightning_compress.low_rank.wanted import Wanted
 from lightning_compress.measure.footprint import accelerators_of, seconds_in_turns, summarize_latency
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.replacement.find import FoundLayers, Layer, find_layers, plainly
-from lightning_compress.replacement.record import note_replaced
+from lightning_compress.replacement.plan import Plan, Replacement, carry_out
 from lightning_compress.replacement.statistics import InputStatistics, gather_statistics
-from lightning_compress.replacement.swap import swap
 
 KIND = "low_rank"
 Patterns = str | Sequence[str]
@@ -68,14 +65,6 @@ class LowRankReport:
             size = f"{one.before.parameters:,} -> {one.after.parameters:,}" if ranks else f"{one.before.parameters:,}"
             found.append((path, f"{one.option.form}, {ranks}" if ranks else "as it is", size, one.why))
         return [*found, *((path, "as it is", "", why) for path, why in self.refused.items())]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be replaced: a report, and the form, numbers and values of each layer, by path."""
-
-    report: LowRankReport
-    chosen: Mapping[str, Chosen]
 
 
 def lower_rank(
@@ -130,9 +119,17 @@ def lower_rank(
         Linear(in_features=8, out_features=64, bias=True)
     """
     wanted = Wanted(rank, energy, budget, cost, method)
-    plan = plan_low_rank(network, example_inputs, wanted, batches=batches, target=target, exclude=exclude, clock=clock)
-    apply(network, example_inputs, plan.chosen)
-    return plan.report
+    report, plan = plan_low_rank(
+        network, example_inputs, wanted, batches=batches, target=target, exclude=exclude, clock=clock
+    )
+    undo = carry_out(network, plan, KIND)
+    try:
+        with plainly(network):
+            call(network, example_inputs)
+    except BaseException:
+        undo()
+        raise
+    return report
 
 
 def plan_low_rank(
@@ -144,13 +141,14 @@ def plan_low_rank(
     target: Patterns | None = None,
     exclude: Patterns = (),
     clock: Clock = time.perf_counter,
-) -> Plan:
-    """Return what `lower_rank` would do, without doing it."""
+) -> tuple[LowRankReport, Plan]:
+    """Return what `lower_rank` would do, as a report and as a plan, without doing it."""
     found = find_layers(network, example_inputs, tied=True)
     groups, refused = _groups(found)
     ranks = _wanted_by(network, wanted, groups, target, exclude, refused)
     paths = [path for name in ranks for path in groups[name]]
-    statistics = {} if batches is None else gather_statistics(network, paths, batches)
+    reads = batches is not None and wanted.budget != 1
+    statistics = gather_statistics(network, paths, batches) if reads and batches is not None else {}
     sites = {name: _site(name, groups[name], found, statistics, wanted.method) for name in ranks}
     chooser = Chooser(sites, wanted.cost, clock)
     if wanted.rank is not None:
@@ -161,27 +159,14 @@ def plan_low_rank(
     else:
         assert wanted.budget is not None
         choices = chooser.by_budget(wanted.budget, _total(network, example_inputs, wanted.cost, clock))
-    chosen = {
-        path: one
+    replacements = {
+        path: Replacement(*one)
         for name, choice in choices.items()
         if choice.option.form != DENSE
         for path, one in sites[name].values(choice.option.form, choice.option.numbers).items()
     }
-    return Plan(LowRankReport(choices, refused), chosen)
-
-
-def apply(network: nn.Module, example_inputs: ExampleInputs, chosen: Mapping[str, Chosen]) -> None:
-    """Replace layers, and run the network once; if that fails, the network is as it was."""
-    if not chosen:
-        return
-    with as_before_on_error(network):
-        for path, (form, numbers, values) in chosen.items():
-            layer = network.get_submodule(path)
-            swap(layer, form, numbers, values)
-            note_replaced(layer, KIND)
-        renew_caches(network)
-        with plainly(network):
-            call(network, example_inputs)
+    report = LowRankReport(choices, refused)
+    return report, Plan(replacements, report.left)
 
 
 def _groups(found: FoundLayers) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
@@ -275,7 +260,7 @@ def _seen(layer: Layer, statistics: InputStatistics | None) -> Seen:
         if mean.dim() == 1:
             mean, covariance = mean[None], covariance[None]
         moments = [Moments(*one) for one in zip(mean, covariance, strict=True)]
-    return Seen(layer.map, layer.inputs, moments)
+    return Seen(layer, moments)
 
 
 def _total(network: nn.Module, example_inputs: ExampleInputs, cost: Cost, clock: Clock) -> float:

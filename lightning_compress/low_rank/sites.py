@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.low_rank.costs import Costs, Shapes, costs_of
-from lightning_compress.low_rank.forms import FORMS, LowRankForm, conv_like
+from lightning_compress.low_rank.costs import Costs, costs_of
+from lightning_compress.low_rank.forms import FORMS, LowRankForm
 from lightning_compress.low_rank.splits import Moments, Splits
-from lightning_compress.replacement.layer import LayerShape, LinearMap
+from lightning_compress.replacement.find import Layer
+from lightning_compress.replacement.layer import LayerShape, dense_layer
 
 Method = Literal["auto", "channel", "spatial", "tucker"]
 METHODS = get_args(Method)
@@ -23,10 +23,9 @@ Chosen = tuple[type[LowRankForm], dict[str, int], dict[str, Tensor]]  # a form, 
 
 @dataclass(frozen=True)
 class Seen:
-    """A layer, the shapes of its inputs in a pass, and the moments of what it read."""
+    """A layer, and the moments of what it read."""
 
-    layer: LinearMap
-    shapes: Shapes
+    layer: Layer
     moments: Sequence[Moments] | Tensor | None
 
 
@@ -40,9 +39,9 @@ class Site:
 
     def __init__(self, name: str, seen: Seen, method: Method = "auto") -> None:
         self.name, self.seen, self.method = name, seen, method
-        self.sizes = seen.layer.sizes
-        self.splits = Splits(seen.layer, seen.moments)
-        self.dense = costs_of([dense_layer(on_device(self.sizes, META))], seen.shapes)
+        self.sizes = seen.layer.map.sizes
+        self.splits = Splits(seen.layer.map, seen.moments)
+        self.dense = costs_of([dense_layer(on_device(self.sizes, META))], seen.layer.inputs)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -75,25 +74,19 @@ class Site:
 
     def costs(self, form: str, numbers: tuple[int, ...]) -> Costs:
         """Return what it costs in a form."""
-        return costs_of(self._parts(form, numbers, META).values(), self.seen.shapes)
+        return costs_of(self._parts(form, numbers, META).values(), self.seen.layer.inputs)
 
     def values(self, form: str, numbers: tuple[int, ...]) -> dict[str, Chosen]:
         """Return what its layers become, by path."""
         return {self.name: (FORMS[form], named(form, numbers), self.splits.values(form, numbers))}
 
-    def layers(self, form: str | None, numbers: tuple[int, ...]) -> nn.Module:
-        """Return layers that cost what it costs in a form, with any values; None: what it costs as it is."""
-        with random_state_of(self.sizes.device):
-            if form is None:
-                return dense_layer(self.sizes)
-            return nn.Sequential(*self._parts(form, numbers, self.sizes.device).values())
+    def timed(self) -> Layer:
+        """Return the layer whose seconds are those of the site."""
+        return self.seen.layer
 
-    def inputs(self) -> list[Tensor]:
-        """Return inputs of the shapes that it has seen, with any values."""
-        of, generator = self.sizes, torch.Generator().manual_seed(0)
-        if of.kind == "embedding":
-            return [torch.randint(of.inputs, shape, generator=generator).to(of.device) for shape in self.seen.shapes]
-        return [torch.randn(shape, generator=generator).to(of.device, of.dtype) for shape in self.seen.shapes]
+    def timed_as(self, form: str, numbers: tuple[int, ...]) -> tuple[type[LowRankForm], dict[str, int]]:
+        """Return the form of that layer."""
+        return FORMS[form], named(form, numbers)
 
     def _parts(self, form: str, numbers: tuple[int, ...], device: torch.device) -> dict[str, nn.Module]:
         return FORMS[form].parts(on_device(self.sizes, device), named(form, numbers))
@@ -107,18 +100,3 @@ def named(form: str, numbers: tuple[int, ...]) -> dict[str, int]:
 def on_device(of: LayerShape, device: torch.device) -> LayerShape:
     """Return the same sizes on another device."""
     return replace(of, device=device)
-
-
-def dense_layer(of: LayerShape) -> nn.Module:
-    """Return a plain layer of some sizes, with any values."""
-    where: dict[str, Any] = {"dtype": of.dtype, "device": of.device}
-    if of.kind == "embedding":
-        return nn.Embedding(of.inputs, of.outputs, of.padding_idx, **where)
-    if of.kind == "linear":
-        return nn.Linear(of.inputs, of.outputs, of.bias, **where)
-    return conv_like(of, of.inputs, of.outputs, of.kernel, of.stride, of.padding, of.dilation, bias=of.bias)
-
-
-def random_state_of(device: torch.device) -> AbstractContextManager[None]:
-    """Put torch's random state back after a block in which layers are made on a device."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from lightning_compress.low_rank.costs import Costs, costs_of
 from lightning_compress.low_rank.factors import even, exact, principal
-from lightning_compress.low_rank.forms import FORMS
+from lightning_compress.low_rank.forms import FORMS, LowRankForm
 from lightning_compress.low_rank.nested import energy
 from lightning_compress.low_rank.ranks import rank_grid
-from lightning_compress.low_rank.sites import META, Chosen, Seen, Site, dense_layer, on_device, random_state_of
+from lightning_compress.low_rank.sites import META, Chosen, Seen, Site, on_device
+from lightning_compress.replacement.find import Layer
+from lightning_compress.replacement.layer import dense_layer
 
 _FORM, _OUTPUT = "tied_embedding", "tied_linear"
 _TINY, _RIDGE = 1e-300, 1e-12
@@ -36,8 +38,8 @@ class TiedSite(Site):
     def __init__(self, embedding: tuple[str, Seen], output: tuple[str, Seen]) -> None:
         super().__init__(*embedding)
         self.output, self.seen_by_output = output
-        layer, moments = self.seen_by_output.layer, self.seen_by_output.moments
-        self.weight = weight = exact(self.seen.layer.weight)
+        layer, moments = self.seen_by_output.layer.map, self.seen_by_output.moments
+        self.weight = weight = exact(self.seen.layer.map.weight)
         self.mean: Tensor | None = None
         spread = torch.eye(weight.shape[1]).to(weight)
         if moments is not None:
@@ -51,7 +53,7 @@ class TiedSite(Site):
         assert shares is None or isinstance(shares, Tensor)
         self.shares = torch.ones(len(weight)).to(weight) if shares is None else exact(shares).to(weight)
         self.spread, self.energy = spread, energy(weight, spread).clamp_(min=_TINY)
-        self.dense = costs_of(self._of_output(None, META), self.seen_by_output.shapes)  # which has all parameters
+        self.dense = costs_of(self._of_output(None, META), self.seen_by_output.layer.inputs)  # which has all parameters
         self._lost: dict[tuple[int, ...], float] = {}
 
     @property
@@ -83,7 +85,7 @@ class TiedSite(Site):
         basis = self._basis()[:, :rank]
         narrow, tall = even(basis.T @ weight, basis)
         root, common = self._least_squares(tall)
-        layer = self.seen_by_output.layer
+        layer = self.seen_by_output.layer.map
         of_embedding = torch.cholesky_solve(common - root @ root.T @ narrow, root) + narrow
         output = {"first.weight": narrow, "second.weight": tall}
         if layer.bias is not None:
@@ -99,20 +101,17 @@ class TiedSite(Site):
         }
 
     def costs(self, form: str, numbers: tuple[int, ...]) -> Costs:
-        embedding = costs_of(self._parts(form, numbers, META).values(), self.seen.shapes)
-        output = costs_of(self._of_output(numbers, META), self.seen_by_output.shapes)
+        embedding = costs_of(self._parts(form, numbers, META).values(), self.seen.layer.inputs)
+        output = costs_of(self._of_output(numbers, META), self.seen_by_output.layer.inputs)
         together = embedding.parameters + output.parameters - len(self.weight) * numbers[0]
         return Costs(together, embedding.macs + output.macs)
 
-    def layers(self, form: str | None, numbers: tuple[int, ...]) -> nn.Module:
+    def timed(self) -> Layer:
         """Return the output matrix, beside which looking up entries takes no time."""
-        with random_state_of(self.sizes.device):
-            return nn.Sequential(*self._of_output(None if form is None else numbers, self.sizes.device))
+        return self.seen_by_output.layer
 
-    def inputs(self) -> list[Tensor]:
-        of, generator = self.seen_by_output.layer.sizes, torch.Generator().manual_seed(0)
-        shapes = self.seen_by_output.shapes
-        return [torch.randn(shape, generator=generator).to(of.device, of.dtype) for shape in shapes]
+    def timed_as(self, form: str, numbers: tuple[int, ...]) -> tuple[type[LowRankForm], dict[str, int]]:
+        return FORMS[_OUTPUT], {"rank": numbers[0]}
 
     def _basis(self) -> Tensor:
         together = self.spread / self.energy
@@ -127,7 +126,7 @@ class TiedSite(Site):
         return torch.linalg.cholesky(gram + ridge), weighted.T @ self.weight
 
     def _of_output(self, numbers: tuple[int, ...] | None, device: torch.device) -> list[nn.Module]:
-        of = on_device(self.seen_by_output.layer.sizes, device)
+        of = on_device(self.seen_by_output.layer.map.sizes, device)
         if numbers is None:
             return [dense_layer(of)]
         return list(FORMS[_OUTPUT].parts(of, {"rank": numbers[0]}).values())

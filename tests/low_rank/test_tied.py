@@ -14,6 +14,7 @@ from lightning_compress.low_rank.choose import Chooser
 from lightning_compress.low_rank.sites import Seen
 from lightning_compress.low_rank.splits import Moments
 from lightning_compress.low_rank.tied import TiedSite
+from lightning_compress.replacement.find import Layer
 from lightning_compress.replacement.layer import linear_map
 from lightning_compress.replacement.swap import swap
 
@@ -43,13 +44,17 @@ def shares() -> Tensor:
     return counts / counts.sum()
 
 
+def seen(layer: nn.Module, *shape: int) -> Layer:
+    return Layer(map=linear_map(layer), calls=1, inputs=(shape,), macs=0)
+
+
 def site(network: Tied, *, data: bool = True) -> TiedSite:
     x = hidden()
     centred = x - x.mean(0)
     moments = [Moments(x.mean(0), centred.T @ centred / len(x))]
     return TiedSite(
-        ("embedding", Seen(linear_map(network.embedding), [(2, 3)], shares() if data else None)),
-        ("output", Seen(linear_map(network.output), [(2, 3, WIDTH)], moments if data else None)),
+        ("embedding", Seen(seen(network.embedding, 2, 3), shares() if data else None)),
+        ("output", Seen(seen(network.output, 2, 3, WIDTH), moments if data else None)),
     )
 
 

@@ -20,6 +20,7 @@ from lightning_compress import (
     EarlyExitHeads,
     GroupLassoCallback,
     IterativePruningCallback,
+    LowRankCallback,
     QuantizationAwareTrainingCallback,
     SkippableBlocks,
     SlimmableWidth,
@@ -157,6 +158,11 @@ def depth(**options: Any) -> Entry:
     return replace(entry, module={"residual": True})
 
 
+def low_rank(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"n_batches": 4, "rank": None} | options
+    return technique(LowRankCallback, idle={"budget": 1.0, "rank": None, "energy": None}, **settings)
+
+
 def clipped(**options: Any) -> Entry:
     return technique(ClippedWeightsCallback, idle={"limit": 1e9}, **({"limit": 0.1} | options))
 
@@ -249,5 +255,12 @@ REGISTRY: dict[str, Entry] = {
         criterion="influence", schedule="one_shot", start_epoch=1.5, end_epoch=None, stochastic_depth=0.4
     ),
     "depth-distillation": depth().with_(distillation()),
+    "low-rank": low_rank(budget=0.45, cost="macs"),
+    "low-rank-plain": low_rank(rank={"net.conv": 1, "net.hidden": 4}, data="none"),
+    "low-rank-distillation": low_rank().with_(distillation()),
+    "low-rank-then-pruning": low_rank().with_(pruning(amount=0.6)),
+    "low-rank-then-clustering-qat": low_rank().with_(
+        clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
+    ),
     "own-technique": clipped(),
 }
