@@ -94,10 +94,13 @@ def change_class(
     module.__class__ = kind
 
     def undo() -> None:
+        now = own["_like"]
         for name in names:
             own.pop(name, None)
         own.update(held | shadowed)
         module.__class__ = before
+        if (now.dtype, now.device) != (like.dtype, like.device):  # the network was converted or moved meanwhile
+            module.to(now.device, now.dtype)
 
     return undo
 

@@ -115,6 +115,16 @@ def test_undo_puts_the_very_same_tensors_back() -> None:
     assert vars(layer) == state
 
 
+def test_undo_follows_a_change_of_the_type_meanwhile() -> None:
+    network = nn.Sequential(nn.Linear(6, 4))
+    weight, expected = network[0].weight, network[0].weight.detach().double()
+    undo = swap(network[0], TwoParts, {"rank": 2}, factored(network[0], 2))
+    network.double()
+    undo()
+    assert network[0].weight is weight
+    torch.testing.assert_close(weight.data, expected, rtol=0, atol=0)
+
+
 def test_values_draw_nothing_and_no_values_draw_from_the_callers_generator() -> None:
     layer, values = nn.Linear(6, 4), factored(nn.Linear(6, 4), 2)
     torch.manual_seed(1)

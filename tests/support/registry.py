@@ -256,7 +256,7 @@ REGISTRY: dict[str, Entry] = {
     ),
     "depth-distillation": depth().with_(distillation()),
     "low-rank": low_rank(budget=0.45, cost="macs"),
-    "low-rank-plain": low_rank(rank={"net.conv": 1, "net.hidden": 4}, data="none"),
+    "low-rank-plain": low_rank(rank={"net.hidden": 4}, data="none"),
     "low-rank-distillation": low_rank().with_(distillation()),
     "low-rank-then-pruning": low_rank().with_(pruning(amount=0.6)),
     "low-rank-then-clustering-qat": low_rank().with_(
