@@ -11,6 +11,7 @@ from lightning_compress.channels.find import ChannelGroup, ChannelGroups, channe
 from lightning_compress.clustering.callback import WeightClusteringCallback
 from lightning_compress.coding import CompressedSize, CorruptFileError, load_compressed, save_compressed
 from lightning_compress.coding.footprint import footprint
+from lightning_compress.conv_substitution.callback import ConvSubstitutionCallback
 from lightning_compress.conv_substitution.substitute import substitute_convs
 from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.early_exit.module import EarlyExitHeads
@@ -32,6 +33,7 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "CompressedSize",
+    "ConvSubstitutionCallback",
     "CorruptFileError",
     "DistillationModule",
     "EarlyExitHeads",

@@ -59,6 +59,9 @@ def assert_compressed(entry: str, state: dict[str, Tensor]) -> None:
         if "clustering" in entry:
             assert max(len(one.unique()) for name, one in state.items() if "hidden" in name and one.dim() > 1) <= 6
         return
+    if "conv-blocks" in entry:
+        assert "net.block1.conv2.weight" not in state
+        assert sum(name.startswith("net.block1.conv2.") for name in state) >= 3
     hidden = state["net.hidden.weight"]
     if "neurons" in entry and hidden.shape != SmallModule().net.hidden.weight.shape:
         assert hidden.shape[0] == state["net.head.weight"].shape[1]
@@ -142,12 +145,12 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
     assert_compressed(entry, checkpoint["state_dict"])
     module = SmallModule(**REGISTRY[entry].module)
     own = [name for name in checkpoint["state_dict"] if not name.startswith(ADDED)]
-    if entry.startswith(("depth", "low-rank")):  # names are missing, or others
+    if entry.startswith(("depth", "low-rank", "conv-blocks")):  # names are missing, or others
         adopt_state(module, checkpoint["state_dict"])
     assert own == list(module.state_dict())
     if entry.startswith("depth"):
         assert stand_ins(module)
-    elif entry.startswith("low-rank"):
+    elif entry.startswith(("low-rank", "conv-blocks")):
         assert replaced(module)
     elif "during-fit" in entry:  # thinner than the plain class
         adopt_state(module, checkpoint["state_dict"])

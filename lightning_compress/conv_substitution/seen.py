@@ -20,19 +20,25 @@ from lightning_compress.replacement.statistics import POSITIONS, InputStatistics
 
 
 def look(
-    network: nn.Module, layers: Mapping[str, Layer], batches: Sequence[ExampleInputs], *, outputs: bool
+    network: nn.Module,
+    layers: Mapping[str, Layer],
+    example_inputs: ExampleInputs,
+    batches: Sequence[ExampleInputs],
+    *,
+    outputs: bool,
 ) -> dict[str, Seen]:
     """Return what each of some convolutions sees, over some batches and over all ranks; every rank must call this.
 
     Args:
         network: The network.
         layers: The convolutions, by path.
-        batches: What the network is called with.
+        example_inputs: What the network is called with, to see which norms read the layers.
+        batches: Likewise, for the statistics; a rank may have none.
         outputs: Whether the neighbourhoods of outputs are looked at, as ghosts need them.
     """
     before = gather_statistics(network, layers, batches)
     after = _outputs(network, layers, batches) if outputs else {}
-    normed = norms_behind(network, layers, batches[0])
+    normed = norms_behind(network, layers, example_inputs)
     found = {}
     for path, layer in layers.items():
         centred = layer.map.bias is not None or path in normed

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from lightning_compress.conv_substitution.blocks import FORMS, numbers_for
 from lightning_compress.conv_substitution.seen import look
 from lightning_compress.conv_substitution.values import values, white_noise
-from lightning_compress.core.evaluation import renew_caches
 from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.core.select import exact_patterns, select_parameters
 from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.replacement.find import Layer, find_layers, plainly
-from lightning_compress.replacement.record import note_replaced
-from lightning_compress.replacement.swap import swap
+from lightning_compress.replacement.plan import Plan, Replacement, carry_out
 
 KIND = "conv_block"
 Block = Literal["separable", "xception", "fire", "ghost", "shuffle"]
@@ -90,6 +88,12 @@ class SubstitutionReport:
     replaced: Mapping[str, Change]
     left: Mapping[str, str]
 
+    @property
+    def plan(self) -> Plan:
+        """It as a plan of what replaces which layers."""
+        made = {path: Replacement(FORMS[self.block], one.numbers, one.values) for path, one in self.replaced.items()}
+        return Plan(made, self.left)
+
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return a row of words for each layer: its path, block, parameters before and after, and why not."""
         found = []
@@ -129,8 +133,8 @@ def substitute_convs(
         squeeze: Of fire: the squeezed channels, as a share of the outputs.
         ratio: Of ghost: 1 / ratio of the outputs are computed, and the others made of these.
         groups: Of shuffle: of its 1x1 convolutions.
-        target: Names of layers, or glob patterns. By default all convolutions but those with up to four input
-            channels. Those that a block can't stand in for, or that it would not make smaller, stay.
+        target: Names of layers, or glob patterns; () names none. By default all convolutions but those with up to
+            four input channels. Those that a block can't stand in for, or that it would not make smaller, stay.
         exclude: Names of layers that stay, or glob patterns.
 
     Returns:
@@ -154,7 +158,9 @@ def substitute_convs(
     known = [example_inputs] if batches is None else list(batches)
     report = plan_substitution(network, example_inputs, wanted, batches=known, target=target, exclude=exclude)
     with as_before_on_error(network):
-        apply(network, example_inputs, report)
+        carry_out(network, report.plan, KIND)
+        with plainly(network):
+            call(network, example_inputs)
         recalibrate(network, known, batches=len(known))
     return report
 
@@ -170,7 +176,9 @@ def plan_substitution(
 ) -> SubstitutionReport:
     """Return what `substitute_convs` would do, without doing it; on several ranks every one must call this."""
     layers, left = choose_convs(network, example_inputs, wanted, target=target, exclude=exclude)
-    seen = look(network, layers, batches, outputs=wanted.block == "ghost") if wanted.init == "data" else {}
+    seen = {}
+    if wanted.init == "data":
+        seen = look(network, layers, example_inputs, batches, outputs=wanted.block == "ghost")
     changes = {}
     for path, layer in layers.items():
         sizes = layer.map.sizes
@@ -197,6 +205,8 @@ def choose_convs(
     Raises:
         ValueError: There is none.
     """
+    if target is not None and not list(target):
+        return {}, {}  # none is wanted
     found = find_layers(network, example_inputs)
     possible = {path: one for path, one in found.layers.items() if one.map.kind == "conv"}
     names = exact_patterns(f"{path}.weight".lstrip(".") for path in possible)
@@ -232,15 +242,3 @@ def _why_not(layer: Layer, wanted: Wanted, *, given: bool) -> str | None:
     if after >= sizes.parameters:
         return f"the block would have {after:,} parameters, and it has {sizes.parameters:,}"
     return None
-
-
-def apply(network: nn.Module, example_inputs: ExampleInputs, report: SubstitutionReport) -> None:
-    """Make the convolutions of a plan blocks, and run the network once; if that fails, the network is as it was."""
-    with as_before_on_error(network):
-        for path, one in report.replaced.items():
-            layer = network.get_submodule(path)
-            swap(layer, FORMS[report.block], one.numbers, one.values)
-            note_replaced(layer, KIND)
-        renew_caches(network)
-        with plainly(network):
-            call(network, example_inputs)

@@ -16,6 +16,7 @@ from lightning_compress import (
     BinaryWeightsCallback,
     BlockPruningCallback,
     ChannelGates,
+    ConvSubstitutionCallback,
     DistillationModule,
     EarlyExitHeads,
     GroupLassoCallback,
@@ -163,6 +164,11 @@ def low_rank(**options: Any) -> Entry:
     return technique(LowRankCallback, idle={"budget": 1.0, "rank": None, "energy": None}, **settings)
 
 
+def conv_blocks(block: str = "separable", **options: Any) -> Entry:
+    entry = technique(ConvSubstitutionCallback, block, idle={"target": ()}, **({"n_batches": 2} | options))
+    return replace(entry, module={"residual": True})
+
+
 def clipped(**options: Any) -> Entry:
     return technique(ClippedWeightsCallback, idle={"limit": 1e9}, **({"limit": 0.1} | options))
 
@@ -262,5 +268,8 @@ REGISTRY: dict[str, Entry] = {
     "low-rank-then-clustering-qat": low_rank().with_(
         clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
     ),
+    "conv-blocks": conv_blocks(),
+    "conv-blocks-ghost-svd": conv_blocks("ghost", init="svd"),
+    "conv-blocks-fire-distillation": conv_blocks("fire", init="random").with_(distillation()),
     "own-technique": clipped(),
 }
