@@ -143,13 +143,7 @@ def plan_low_rank(
     clock: Clock = time.perf_counter,
 ) -> tuple[LowRankReport, Plan]:
     """Return what `lower_rank` would do, as a report and as a plan, without doing it."""
-    found = find_layers(network, example_inputs, tied=True)
-    groups, refused = _groups(found)
-    ranks = _wanted_by(network, wanted, groups, target, exclude, refused)
-    paths = [path for name in ranks for path in groups[name]]
-    reads = batches is not None and wanted.budget != 1
-    statistics = gather_statistics(network, paths, batches) if reads and batches is not None else {}
-    sites = {name: _site(name, groups[name], found, statistics, wanted.method) for name in ranks}
+    sites, ranks, refused = find_sites(network, example_inputs, wanted, batches=batches, target=target, exclude=exclude)
     chooser = Chooser(sites, wanted.cost, clock)
     if wanted.rank is not None:
         _check_ranks(sites, ranks)
@@ -158,15 +152,39 @@ def plan_low_rank(
         choices = chooser.by_energy(wanted.energy)
     else:
         assert wanted.budget is not None
-        choices = chooser.by_budget(wanted.budget, _total(network, example_inputs, wanted.cost, clock))
-    replacements = {
+        choices = chooser.by_budget(wanted.budget, total_cost(network, example_inputs, wanted.cost, clock))
+    report = LowRankReport(choices, refused)
+    return report, Plan(replacements_of(sites, choices), report.left)
+
+
+def find_sites(
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    wanted: Wanted,
+    *,
+    batches: Iterable[ExampleInputs] | None = None,
+    target: Patterns | None = None,
+    exclude: Patterns = (),
+) -> tuple[dict[str, Site], dict[str, int], dict[str, str]]:
+    """Return what may be replaced, by name, the rank that was given for each or 0, and why other layers may not be."""
+    found = find_layers(network, example_inputs, tied=True)
+    groups, refused = _groups(found)
+    ranks = _wanted_by(network, wanted, groups, target, exclude, refused)
+    paths = [path for name in ranks for path in groups[name]]
+    reads = batches is not None and wanted.budget != 1
+    statistics = gather_statistics(network, paths, batches) if reads and batches is not None else {}
+    sites = {name: _site(name, groups[name], found, statistics, wanted.method) for name in ranks}
+    return sites, ranks, refused
+
+
+def replacements_of(sites: Mapping[str, Site], choices: Mapping[str, Choice]) -> dict[str, Replacement]:
+    """Return what takes the place of every layer that a choice replaces, by its path."""
+    return {
         path: Replacement(*one)
         for name, choice in choices.items()
         if choice.option.form != DENSE
         for path, one in sites[name].values(choice.option.form, choice.option.numbers).items()
     }
-    report = LowRankReport(choices, refused)
-    return report, Plan(replacements, report.left)
 
 
 def _groups(found: FoundLayers) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
@@ -263,7 +281,7 @@ def _seen(layer: Layer, statistics: InputStatistics | None) -> Seen:
     return Seen(layer, moments)
 
 
-def _total(network: nn.Module, example_inputs: ExampleInputs, cost: Cost, clock: Clock) -> float:
+def total_cost(network: nn.Module, example_inputs: ExampleInputs, cost: Cost, clock: Clock) -> float:
     """Return what the whole network costs, for the batch of example inputs."""
     if cost == "parameters":
         return sum(parameter.numel() for parameter in network.parameters())
