@@ -191,7 +191,7 @@ def accuracy(found: Found, arguments: argparse.Namespace, seed: int) -> None:
     lenet, images = setting_of(arguments, "mnist", seed)
     module = trained("lenet300", lambda: dense_lenet(lenet), images, lenet)
     assert isinstance(module, Classifier)
-    accuracy_by_rank(found, "LeNet-300-100, MNIST", module, images, test_of(images, lenet), "auto", ["fc3"])
+    accuracy_by_rank(found, "LeNet-300-100, MNIST", module, images, test_of(images, lenet, None), "auto", ["fc3"])
     small, digits = digits_setting(arguments, seed)
     shape = (1, 8, 8)
     make = partial(classifier, optimizer="adamw", weight_decay=0.01)
@@ -199,7 +199,7 @@ def accuracy(found: Found, arguments: argparse.Namespace, seed: int) -> None:
     assert isinstance(transformer, Classifier)
     others = ["patches", "head"]
     accuracy_by_rank(
-        found, "MLPs of a transformer, digits", transformer, digits, test_of(digits, small), "auto", others
+        found, "MLPs of a transformer, digits", transformer, digits, test_of(digits, small, None), "auto", others
     )
     resnet, pictures = setting_of(arguments, "cifar10", seed)
     network = trained("plain", lambda: dense_resnet(resnet), pictures, resnet)
@@ -216,7 +216,7 @@ def setting_of(arguments: argparse.Namespace, dataset: str, seed: int) -> tuple[
     return setting, data_of(setting)
 
 
-def test_of(data: ImageData, setting: Setting, most: int | None = None) -> Any:
+def test_of(data: ImageData, setting: Setting, most: int | None) -> Any:
     data.prepare_data()
     data.setup("fit")
     data.setup("test")

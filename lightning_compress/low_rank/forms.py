@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,6 +14,7 @@ from lightning_compress.replacement.layer import LayerShape, linear_map
 from lightning_compress.replacement.swap import Replaced
 
 Numbers = Mapping[str, int]
+PACKED = 3  # queries, keys and values
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -46,6 +48,11 @@ class LowRankForm(Replaced):
         for name, most in zip(cls.names, cls.most(of), strict=True):
             if type(numbers[name]) is not int or not 1 <= numbers[name] <= most:
                 raise ValueError(f"{name} must be from 1 to {most}; got {numbers[name]!r}.")
+
+    @classmethod
+    def chains(cls, parts: Mapping[str, nn.Module]) -> list[list[nn.Module]]:
+        """Return the parts that run one after the other from the layer's input, in lists."""
+        return [list(parts.values())]
 
     @classmethod
     def product(cls, *weights: Tensor) -> Tensor:
@@ -85,6 +92,50 @@ class LowRankLinear(LowRankForm):
     def product(cls, *weights: Tensor) -> Tensor:
         first, second = weights
         return second @ first
+
+
+class PackedLowRankLinear(LowRankLinear):
+    """A linear layer that returns queries, keys and values, each of which gets a rank of its own."""
+
+    form = "packed"
+    names: ClassVar[tuple[str, ...]] = ("rank_0", "rank_1", "rank_2")
+
+    @classmethod
+    def refused(cls, of: LayerShape) -> str | None:
+        if (reason := super().refused(of)) is not None:
+            return reason
+        return None if of.outputs == PACKED * of.inputs else f"it has not {PACKED} times as many outputs as inputs"
+
+    @classmethod
+    def most(cls, of: LayerShape) -> tuple[int, ...]:
+        return (of.inputs,) * PACKED
+
+    @classmethod
+    def parts(cls, of: LayerShape, numbers: Mapping[str, Any]) -> dict[str, nn.Module]:
+        third = replace(of, shape=(of.outputs // PACKED, of.inputs))
+        found = [super(PackedLowRankLinear, cls).parts(third, {"rank": numbers[name]}) for name in cls.names]
+        return {f"{name}_{k}": part for k, parts in enumerate(found) for name, part in parts.items()}
+
+    @classmethod
+    def chains(cls, parts: Mapping[str, nn.Module]) -> list[list[nn.Module]]:
+        layers = list(parts.values())
+        return [layers[2 * k : 2 * k + 2] for k in range(PACKED)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([second(first(x)) for first, second in self.chains(self._parts())], -1)
+
+    def dense_weight(self) -> tuple[Tensor, Tensor | None]:
+        maps = [[linear_map(one) for one in chain] for chain in self.chains(self._parts())]
+        biases = [second.bias for _, second in maps if second.bias is not None]
+        whole = torch.cat([self.product(first.weight, second.weight) for first, second in maps])
+        return whole, torch.cat(biases) if biases else None
+
+    def widths(self) -> tuple[int, int]:
+        maps = [linear_map(one).sizes for one in self.children()]
+        return maps[0].inputs, sum(one.outputs for one in maps[1::2])
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return dict(self.named_children())
 
 
 class TiedLowRankLinear(LowRankLinear):
@@ -228,6 +279,7 @@ FORMS: Mapping[str, type[LowRankForm]] = {
     one.form: one
     for one in (
         LowRankLinear,
+        PackedLowRankLinear,
         TiedLowRankLinear,
         LowRankEmbedding,
         TiedLowRankEmbedding,

@@ -15,6 +15,7 @@ from lightning_compress.core.select import exact_patterns, select_parameters
 from lightning_compress.low_rank.choose import Choice, Chooser
 from lightning_compress.low_rank.costs import Cost
 from lightning_compress.low_rank.forms import FORMS
+from lightning_compress.low_rank.packed import PackedSite
 from lightning_compress.low_rank.ranks import DENSE
 from lightning_compress.low_rank.sites import Method, Seen, Site
 from lightning_compress.low_rank.splits import Moments
@@ -265,7 +266,10 @@ def _site(
     method: Method,
 ) -> Site:
     seen = [(path, _seen(found.layers[path], statistics.get(path))) for path in group]
-    return TiedSite(seen[0], seen[1]) if len(seen) == 2 else Site(name, seen[0][1], method)
+    if len(seen) == 2:
+        return TiedSite(seen[0], seen[1])
+    is_packed = FORMS["packed"].refused(found.layers[name].map.sizes) is None
+    return (PackedSite if is_packed else Site)(name, seen[0][1], method)
 
 
 def _seen(layer: Layer, statistics: InputStatistics | None) -> Seen:

@@ -74,7 +74,9 @@ class Site:
 
     def costs(self, form: str, numbers: tuple[int, ...]) -> Costs:
         """Return what it costs in a form."""
-        return costs_of(self._parts(form, numbers, META).values(), self.seen.layer.inputs)
+        chains = FORMS[form].chains(self._parts(form, numbers, META))
+        found = [costs_of(chain, self.seen.layer.inputs) for chain in chains]
+        return Costs(sum(one.parameters for one in found), sum(one.macs for one in found))
 
     def values(self, form: str, numbers: tuple[int, ...]) -> dict[str, Chosen]:
         """Return what its layers become, by path."""
