@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _WrappedHook
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -45,7 +46,7 @@ class Changed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._like = fn(self._like)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
@@ -141,6 +142,9 @@ def _without_values(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         return made[id(module)]
     copied = made[id(module)] = object.__new__(type(module))
     vars(copied).update(vars(module))
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            vars(copied)[name] = type(value)((key, _rebound(hook, copied)) for key, hook in value.items())
     hidden = module._non_persistent_buffers_set
     tables: dict[str, Any] = {
         "_parameters": {name: _shape_of(one) for name, one in module._parameters.items()},
@@ -151,6 +155,13 @@ def _without_values(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     }
     vars(copied).update(tables)
     return copied
+
+
+def _rebound(hook: Any, module: nn.Module) -> Any:
+    """Return a hook that torch calls with its module, for another one: it would keep no module alive, nor be copied."""
+    if isinstance(hook, _WrappedHook) and hook.with_module:
+        return _WrappedHook(hook.hook, module)
+    return hook
 
 
 def _shape_of(tensor: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_compress.trainer.effects import DeclaresEffects, Technique
 from lightning_compress.trainer.rules import PAIR_RULES, TRAINER_RULES, PairRule, TrainerRule
 from lightning_compress.trainer.surroundings import Surroundings
+from lightning_compress.trainer.unwrap import SLOT
 
 _SHOWN = 3  # names in a message
 
@@ -63,6 +64,18 @@ def check_together(pl_module: LightningModule, callbacks: Sequence[Any]) -> None
         raise error
 
 
+def check_early(pl_module: LightningModule, callback: Any) -> None:
+    """Refuse a callback that replaces layers, before it does, if a wrapper has chosen layers before.
+
+    Raises:
+        IncompatibleError: As `check`.
+    """
+    levels = [level.callback for level in getattr(getattr(pl_module, SLOT, None), "levels", ())]
+    found = declared_techniques(None, pl_module, [*levels, callback])
+    for error in _refused_pairs(found, [rule for rule in PAIR_RULES if rule.early]):
+        raise error
+
+
 def _refused_by_the_trainer(found: Sequence[Technique], surroundings: Surroundings) -> Iterator[IncompatibleError]:
     for one in found:
         for rule in TRAINER_RULES:
@@ -71,9 +84,9 @@ def _refused_by_the_trainer(found: Sequence[Technique], surroundings: Surroundin
                 yield IncompatibleError(rule, words)
 
 
-def _refused_pairs(found: Sequence[Technique]) -> Iterator[IncompatibleError]:
+def _refused_pairs(found: Sequence[Technique], rules: Sequence[PairRule] = PAIR_RULES) -> Iterator[IncompatibleError]:
     for one, other in permutations(found, 2):
-        for rule in PAIR_RULES:
+        for rule in rules:
             if names := rule.meets(one.effects, other.effects, one.place < other.place):
                 words = {
                     "one": one.label_next_to(other, rule.shows[0]),

@@ -19,6 +19,7 @@ from lightning_compress.trainer import rng
 from lightning_compress.trainer.averages import averaged_modules, copies_inside
 from lightning_compress.trainer.before_optimizers import before_optimizers, is_resumed
 from lightning_compress.trainer.callback import CompressionCallback
+from lightning_compress.trainer.compatibility import check_early
 from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import inputs_of_batches, inputs_on_device, resolve_network
 from lightning_compress.trainer.outline import Outline
@@ -102,6 +103,7 @@ class ReplacingCallback(CompressionCallback):
                 f"the fit goes on with them."
             )
             return
+        check_early(pl_module, self)
         states = rng.capture()
         try:
             self._replace_now(trainer, pl_module)

@@ -41,10 +41,12 @@ class PairRule(Rule):
         meets: Called with the effects of both, and whether the first comes before the second in
             Trainer(callbacks=[...]). Returns the parameters or layers on which they conflict, or whether they conflict.
         shows: One effect of the first technique and one of the second.
+        early: Whether it is applied before layers are replaced, too, when nothing is known of steps.
     """
 
     meets: Callable[[Effects, Effects, bool], Collection[str] | bool]
     shows: tuple[str, str] = ("", "")
+    early: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +243,7 @@ PAIR_RULES = (
     PairRule(
         name="layers replaced under widths or gates",
         meets=lambda one, other, first: one.replaces_layers and (other.runs_thinner or other.chooses_by_sample),
+        early=True,
         reason="{one} replaces layers of the network in which {other} has chosen layers and channels before",
         remedy="use {one} in an earlier fit, and wrap the module afterwards",
     ),

@@ -16,6 +16,7 @@ from lightning_compress.block_pruning.stand_in import stand_ins
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.records import KEY, RecordError
 from lightning_compress.core.structure import following
+from lightning_compress.quantization.input_grids import InputGrid, quantize_inputs
 
 GONE = [resnet_block(0, 1), resnet_block(1, 0), resnet_block(2, 2)]
 
@@ -130,3 +131,15 @@ def test_a_record_of_a_block_whose_tensors_come_is_refused() -> None:
         following(net),
     ):
         net.load_state_dict(state)
+
+
+def test_blocks_with_hooks_leave_a_network_that_can_still_be_copied() -> None:
+    """The hooks of a block's layers, as for quantized inputs, belong to layers that are no longer alive."""
+    net = resnet()
+    grids = {name: InputGrid(0.1, 0, 8) for name, one in net.named_modules() if isinstance(one, nn.Conv2d)}
+    quantize_inputs(net, grids)
+    take_out(net, images(), GONE)
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(images()), net(images()))
+    twin.load_state_dict(resnet(seed=5).state_dict())
+    assert not stand_ins(twin)
