@@ -46,7 +46,7 @@ class Changed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._like = fn(self._like)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
