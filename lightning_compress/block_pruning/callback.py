@@ -140,7 +140,7 @@ class BlockPruningCallback(CompressionCallback):
         self._inputs: ExampleInputs | None = None
         self._influence: Influence | None = None
         self._hooks: list[Removable] = []  # of stochastic depth, within a training step
-        self._drawn: dict[int, Tensor] = {}  # by block: what this step's samples have drawn
+        self._drawn: dict[tuple[int, int], Tensor] = {}  # by block and samples: what they have drawn in this step
 
     # ------------------------------------------------------------------ what has been reached
 
@@ -366,11 +366,10 @@ class BlockPruningCallback(CompressionCallback):
     def _draw(self, block: Block, x: Tensor) -> Tensor:
         """Return 0 for the samples that leave a block out in this step; the branch of others is scaled up."""
         place = self._all.index(block)
-        drawn = self._drawn.get(place)
-        if drawn is None or len(drawn) != len(x):  # else the step runs the network again
+        if (place, len(x)) not in self._drawn:  # else the step, or its gradients, run the network again
             keep = 1 - self.stochastic_depth * (place + 1) / len(self._all)
-            drawn = self._drawn[place] = (torch.rand(len(x), generator=self.generator) < keep) / keep
-        return drawn.to(x.device)
+            self._drawn[place, len(x)] = (torch.rand(len(x), generator=self.generator) < keep) / keep
+        return self._drawn[place, len(x)].to(x.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -61,6 +61,8 @@ class Influence:
     def watch(self) -> None:
         """Measure what the network does from now on."""
         self.stop()
+        # A network that drops blocks in training may see a sum in one pass, and what was read for it in another.
+        self._handles.append(self._network.register_forward_pre_hook(lambda *_: self._read.clear()))
         for k, block in enumerate(self._blocks):
             self._handles.append(
                 self._network.get_submodule(block.reads).register_forward_pre_hook(self._reads(block), with_kwargs=True)

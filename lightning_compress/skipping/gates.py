@@ -20,7 +20,7 @@ from lightning_compress.core.example_inputs import ExampleInputs, call
 from lightning_compress.core.hooks import hooked
 from lightning_compress.skipping.gate_modules import BlockGate, Features, PolicyGate, RecurrentGate
 from lightning_compress.stages.block import Block
-from lightning_compress.stages.branch_hooks import gated
+from lightning_compress.stages.branch_hooks import gated, in_backward
 from lightning_compress.stages.split import running
 
 GATES = "skip_gates"  # the name of a network's child that holds its gates
@@ -119,6 +119,10 @@ class SkipGates(nn.Module):
             return logit, state
         logits = self.policy(x) if state is None else state
         return logits[:, k], logits
+
+    def begin_pass(self) -> None:
+        """Forget what the network has read, because it is called again."""
+        self._pass.begin()
 
     def decide(self, k: int, x: Tensor) -> Tensor | None:
         """Return the factors (N,) of block k, given what it reads; None: it runs for all samples."""
@@ -228,6 +232,7 @@ class _Pass:
         self._states: dict[int, Any] = {}  # before each block
         self._state: Any = None  # after the last
         self._last = 0  # the block that was read last
+        self._fresh = False  # whether the network was called since
         self._passes = 0  # since the block of `collecting` began
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -241,9 +246,14 @@ class _Pass:
         self._passes = 0
         return was
 
+    def begin(self) -> None:
+        self._fresh = True
+
     def state_before(self, k: int) -> Any:
-        if not _in_backward():
-            if k <= self._last or self._passes == 0:  # a network may drop blocks in training, also the first one
+        if not in_backward():
+            # Code may drop any blocks in training, and call modules inside the network without calling it.
+            if self._fresh or k <= self._last or self._passes == 0:
+                self._fresh = False
                 self._states.clear()
                 self._state = None
                 self._passes = 1 if self.found is None else self._passes + 1
@@ -254,7 +264,7 @@ class _Pass:
         return self._states.get(k)
 
     def after(self, k: int, state: Any) -> None:
-        if not _in_backward():
+        if not in_backward():
             self._state = state
         elif state is not None and self._passes > 1:
             raise ValueError(
@@ -263,12 +273,8 @@ class _Pass:
             )
 
     def decided(self, k: int, decision: Decision) -> None:
-        if self.found is not None and not _in_backward():
+        if self.found is not None and not in_backward():
             self.found.passes[-1][k] = decision
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _hard(probability: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def put_gates(network: nn.Module, gates: SkipGates) -> None:
     """Add gates to a network, with the hooks that call them."""
     network.add_module(GATES, gates)
     gates.train(network.training)
-    gated(network, gates.blocks, gates.decide)
+    gated(network, gates.blocks, gates.decide, gates.begin_pass)
 
 
 def note_gates(network: nn.Module) -> None:

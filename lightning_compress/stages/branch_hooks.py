@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
@@ -16,7 +17,9 @@ from lightning_compress.stages.trace import first_tensor
 Decide = Callable[[int, Tensor], Tensor | None]
 
 
-def gated(network: nn.Module, blocks: Sequence[Block], decide: Decide) -> tuple[RemovableHandle, ...]:
+def gated(
+    network: nn.Module, blocks: Sequence[Block], decide: Decide, begin: Callable[[], None] | None = None
+) -> tuple[RemovableHandle, ...]:
     """Have factors multiply the branches of blocks in every forward pass, until the handles are removed.
 
     Args:
@@ -25,6 +28,8 @@ def gated(network: nn.Module, blocks: Sequence[Block], decide: Decide) -> tuple[
         blocks: What `find_blocks` found.
         decide: Called with the number of a block and what it reads, when it reads it. Returns one factor for each
             sample, by which the end of the branch is multiplied in the same pass; None: the branch stays as it is.
+        begin: Called whenever the network is called: a network that drops blocks in training, and runs twice in a step,
+            reads blocks of another pass in an order that says nothing of it.
 
     Example:
         >>> import torch
@@ -47,12 +52,25 @@ def gated(network: nn.Module, blocks: Sequence[Block], decide: Decide) -> tuple[
         reads, ends = network.get_submodule(block.reads), network.get_submodule(block.ends)
         handles.append(reads.register_forward_pre_hook(gate.read, with_kwargs=True, prepend=True))
         handles.append(ends.register_forward_hook(gate.multiply))
+    if begin is not None:
+        handles.append(network.register_forward_pre_hook(_Begin(begin), prepend=True))
     return tuple(handles)
 
 
 def ungate(network: nn.Module) -> None:
     """Take all hooks of `gated` away from a network, which may be a copy."""
-    unhook(network, lambda hook: isinstance(getattr(hook, "__self__", None), _Gate))
+    unhook(network, lambda hook: isinstance(hook, _Begin) or isinstance(getattr(hook, "__self__", None), _Gate))
+
+
+class _Begin:
+    """The hook of a network that says that a pass begins, unless gradients compute one again."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        if not in_backward():
+            self.begin()
 
 
 class _Gate:
@@ -86,6 +104,11 @@ class _Gate:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"factors": None}
+
+
+def in_backward() -> bool:
+    """Return whether gradients are being computed, as where a checkpoint of activations runs layers again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _times(output: Tensor, factors: Tensor) -> Tensor:

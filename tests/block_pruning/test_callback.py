@@ -17,7 +17,9 @@ from support.small import BATCH, FEATURES, SAMPLES, ManualModule, SmallModule, p
 from torch import Tensor, nn
 
 from lightning_compress import BlockPruningCallback, load_compressed, save_compressed
+from lightning_compress.block_pruning.influence import Influence
 from lightning_compress.block_pruning.stand_in import stand_ins
+from lightning_compress.stages.blocks import find_blocks
 from lightning_compress.trainer.compatibility import IncompatibleError
 
 EPOCH = SAMPLES // BATCH
@@ -104,6 +106,37 @@ def test_the_blocks_that_change_least_in_training_leave() -> None:
     fitted(callback, module, max_epochs=2)
     assert list(callback.removed) == ["layers.1.0", "layers.3.0"]
     assert sorted(stand_ins(module)) == ["layers.1", "layers.3"]
+
+
+class LayerDrop(nn.Module):
+    """Leaves out other layers in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2)
+        self.dropped: list[set[int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.dropped.pop(0) if self.dropped else set()
+        for i, layer in enumerate(self.layers):
+            x = x if i in dropped else x + layer(x)
+        return self.head(x)
+
+
+def test_the_influence_of_blocks_is_of_one_pass_where_others_drop_them() -> None:
+    torch.manual_seed(0)
+    net, first, second = LayerDrop(), torch.randn(5, 4), torch.randn(5, 4)
+    measured = Influence(net, first, find_blocks(net, first).blocks)
+    measured.watch()
+    net.dropped = [{1, 2}, {0}]
+    net(first)  # reads for the first block, whose sum the second layer would get
+    net(second)  # the second layer gets what no block has made
+    found = list(measured.scores().values())
+    measured.stop()
+    after = second + net.layers[1](second)
+    cosine = F.cosine_similarity(second, after, dim=1).mean()
+    assert found[0] != found[0]  # nobody saw the first block's sum
+    assert found[1] == pytest.approx(1.0 - float(cosine.detach()), rel=1e-5)
 
 
 def test_blocks_leave_a_few_at_a_time_and_monitors_count_anew(tmp_path: Path) -> None:
@@ -203,6 +236,8 @@ def test_the_mean_of_a_branch_stays_under_stochastic_depth() -> None:
         drawn = callback._draw(callback._all[i], torch.zeros(20_000, 1))
         assert sorted(drawn.unique().tolist()) == pytest.approx([0.0, 1 / keep])
         assert float(drawn.mean()) == pytest.approx(1.0, abs=0.03)
+        callback._draw(callback._all[i], torch.zeros(7, 1))  # another pass in this step
+        assert torch.equal(callback._draw(callback._all[i], torch.zeros(20_000, 1)), drawn)  # as gradients run it again
 
 
 def test_a_second_fit_goes_on_without_the_blocks() -> None:

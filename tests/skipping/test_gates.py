@@ -172,6 +172,41 @@ def test_a_network_may_drop_blocks_in_training(kind: Any) -> None:
     torch.testing.assert_close(runs[2 * n :], whole.runs())
 
 
+class Dropping(SmallNet):
+    """Leaves out other blocks in each pass."""
+
+    dropped: list[set[int]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, dropped = self.norm(self.conv(x.unsqueeze(1))).relu(), self.dropped.pop(0)
+        for number, block in enumerate((self.block1, self.block2)):
+            hidden = hidden if number in dropped else block(hidden)
+        return self.head(self.hidden(hidden.flatten(1)).relu())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: one])
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_that_drop_other_blocks_are_told_apart(kind: Any, copied: Any) -> None:
+    passes = [(X, {1}), (-X[:3], {0}), (X[:2], set())]
+    net, _ = gated_net(kind)
+    net.__class__ = Dropping
+    net = copied(net)
+    gates = gates_of(net)
+    assert gates is not None
+    expected = []
+    for x, dropped in passes:
+        net.dropped = [dropped]
+        expected.append(decisions(net, gates, x))
+    net.dropped = [dropped for _, dropped in passes]
+    with gates.collecting() as found:
+        for x, _ in passes:
+            net(x)
+    runs = found.runs()
+    assert runs is not None
+    assert torch.equal(runs, torch.cat(expected))
+    assert len(runs) == len(X) + 5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 def test_a_copy_has_gates_of_its_own(kind: Any, copied: Any) -> None:
