@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import jobs
 from support.compare import differences
-from support.jobs import fit
 from support.ranks import TESTS
 from support.registry import REGISTRY
-from support.small import BATCH, SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
+from support.small import SAMPLES, ManualModule, SmallModule, plain, quiet_trainer, shuffled
 from torch import Tensor
 
 from lightning_compress.block_pruning.stand_in import stand_ins
@@ -28,7 +28,9 @@ from lightning_compress.replacement.swap import replaced
 ENTRIES = list(REGISTRY)
 MASKING = [entry for entry in ENTRIES if entry.startswith("pruning")]  # the others promise no masks
 ADDED = ("exit_heads.", "width_norms.", "channel_gates.", "skip_gates.")  # children that a plain class lacks
+BATCH = 16  # samples
 EPOCH = SAMPLES // BATCH  # optimizer steps
+fit = partial(jobs.fit, batch=BATCH)
 Whole = Callable[[str], tuple[dict[str, Any], Path]]
 
 
@@ -84,8 +86,8 @@ def test_resume_at_an_epochs_end_is_exact(entry: str, whole: Whole) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_resume_inside_an_epoch_is_exact(entry: str, tmp_path: Path) -> None:
-    whole = fit(entry, folder=tmp_path, stateful=True, every_n_train_steps=7)
-    resumed = fit(entry, stateful=True, resume=tmp_path / "step=21.ckpt")
+    whole = fit(entry, folder=tmp_path, stateful=True, every_n_train_steps=5)
+    resumed = fit(entry, stateful=True, resume=tmp_path / "step=10.ckpt")
     assert differences(whole, resumed) == []
 
 
@@ -97,7 +99,7 @@ def test_resume_from_the_last_batch_of_an_epoch_is_exact(step: int, tmp_path: Pa
 
 
 def test_resume_after_sigkill_is_exact(tmp_path: Path) -> None:
-    whole = fit("pruning-regrow", folder=tmp_path / "whole", stateful=True, every_n_train_steps=7)
+    whole = fit("pruning-regrow", folder=tmp_path / "whole", stateful=True, every_n_train_steps=5)
     script = (
         "import os, signal\n"
         "from pathlib import Path\n"
@@ -105,23 +107,23 @@ def test_resume_after_sigkill_is_exact(tmp_path: Path) -> None:
         "from support.jobs import fit\n"
         "class Kill(Callback):\n"
         "    def on_train_batch_start(self, trainer, module, batch, index):\n"
-        "        if trainer.global_step == 31: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"fit('pruning-regrow', folder=Path({str(tmp_path / 'killed')!r}), stateful=True, every_n_train_steps=7,"
-        " callbacks=(Kill(),))\n"
+        "        if trainer.global_step == 17: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"fit('pruning-regrow', folder=Path({str(tmp_path / 'killed')!r}), stateful=True, every_n_train_steps=5,"
+        f" batch={BATCH}, callbacks=(Kill(),))\n"
     )
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     killed = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, check=False
     )
     assert killed.returncode == -signal.SIGKILL
-    resumed = fit("pruning-regrow", stateful=True, resume=tmp_path / "killed" / "step=28.ckpt")
+    resumed = fit("pruning-regrow", stateful=True, resume=tmp_path / "killed" / "step=15.ckpt")
     assert differences(whole, resumed) == []
 
 
 def test_resume_inside_an_epoch_of_a_plain_loader_says_what_is_not_exact(tmp_path: Path) -> None:
-    fit("pruning", folder=tmp_path, every_n_train_steps=7)
+    fit("pruning", folder=tmp_path, every_n_train_steps=5)
     with pytest.warns(UserWarning, match="the rest of this epoch has other batches"):
-        fit("pruning", resume=tmp_path / "step=21.ckpt")
+        fit("pruning", resume=tmp_path / "step=10.ckpt")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -175,7 +177,7 @@ def test_fast_dev_run(entry: str) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_accumulation_validation_inside_epochs_clipping_and_bf16_together(entry: str) -> None:
-    options = {"accumulate_grad_batches": 3, "val_check_interval": 4, "gradient_clip_val": 0.1}
+    options = {"accumulate_grad_batches": 3, "val_check_interval": 4, "gradient_clip_val": 0.1, "batch": 8}
     assert_compressed(entry, fit(entry, **options, precision="bf16-mixed")["weights"])
 
 
@@ -217,18 +219,18 @@ def test_every_verb_after_a_fit_and_a_second_fit(entry: str, tmp_path: Path) -> 
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
     trainer = quiet_trainer(callbacks=[*callbacks, checkpoint], enable_checkpointing=True)
     module = REGISTRY[entry].wrap(SmallModule(**REGISTRY[entry].module))
-    trainer.fit(module, shuffled(), plain())
+    trainer.fit(module, shuffled(batch=BATCH), plain(batch=32))
     before = copy.deepcopy(module.state_dict())  # with its metadata, which alone explain the shapes of a cut network
-    trainer.validate(module, plain(), verbose=False)
-    trainer.predict(module, plain())
+    trainer.validate(module, plain(batch=32), verbose=False)
+    trainer.predict(module, plain(batch=32))
     assert differences(before, dict(module.state_dict())) == []
-    trainer.test(module, plain(), ckpt_path="best", verbose=False, weights_only=True)
+    trainer.test(module, plain(batch=32), ckpt_path="best", verbose=False, weights_only=True)
     best = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
     assert differences(dict(module.state_dict()), dict(best)) == []
     masks = {name: mask.clone() for name, mask in callbacks[0].masks.items()} if entry in MASKING else {}
 
     module.load_state_dict(before)
-    quiet_trainer(callbacks=callbacks, max_epochs=1).fit(module, shuffled(), plain())
+    quiet_trainer(callbacks=callbacks, max_epochs=1).fit(module, shuffled(batch=BATCH), plain(batch=32))
     if entry not in MASKING:
         return
     assert callbacks[0].finished

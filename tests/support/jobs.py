@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_compress.trainer.resume import ResumableCallback
 from support.registry import REGISTRY
-from support.small import SmallModule, StatefulLoader, plain, quiet_trainer, shuffled
+from support.small import BATCH, SmallModule, StatefulLoader, plain, quiet_trainer, shuffled
 
 
 def fit(
@@ -25,6 +25,7 @@ def fit(
     callbacks: tuple[Callback, ...] = (),
     nothing: bool = False,
     bare: bool = False,
+    batch: int = BATCH,
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """Fit a small network with a registry entry; return everything that a resume must reproduce.
@@ -51,7 +52,8 @@ def fit(
         trainer_options["enable_checkpointing"] = True
         callbacks = (*callbacks, checkpoint)
     trainer = quiet_trainer(callbacks=[*mine, *callbacks], **trainer_options)
-    trainer.fit(module, StatefulLoader() if stateful else shuffled(), plain(), ckpt_path=resume, weights_only=True)
+    loader = StatefulLoader(batch) if stateful else shuffled(batch=batch)
+    trainer.fit(module, loader, plain(batch=32), ckpt_path=resume, weights_only=True)
     return {
         "weights": {name: value.clone() for name, value in module.state_dict().items()},
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],

@@ -81,7 +81,7 @@ def technique(kind: Callable[..., Callback], *args: Any, idle: dict[str, Any], *
 
 
 def pruning(**options: Any) -> Entry:
-    settings: dict[str, Any] = {"amount": 0.7, "end_epoch": 2.5, "every_n_steps": 5} | options
+    settings: dict[str, Any] = {"amount": 0.7, "end_epoch": 2.5, "every_n_steps": 3} | options
     return technique(IterativePruningCallback, idle={"amount": 0.0, "stop": None}, **settings)
 
 
@@ -154,7 +154,7 @@ def block_gates(**options: Any) -> Entry:
 
 
 def depth(**options: Any) -> Entry:
-    settings: dict[str, Any] = {"amount": 0.5, "end_epoch": 2.5, "every_n_steps": 5, "n_batches": 2} | options
+    settings: dict[str, Any] = {"amount": 0.5, "end_epoch": 2.5, "every_n_steps": 3, "n_batches": 2} | options
     entry = technique(BlockPruningCallback, idle={"amount": 0.0, "stochastic_depth": 0.0}, **settings)
     return replace(entry, module={"residual": True})
 

@@ -109,20 +109,21 @@ def dataset(seed: int = 0, samples: int = SAMPLES) -> TensorDataset:
     return TensorDataset(x, (x @ teacher).argmax(1))
 
 
-def shuffled(seed: int = 0) -> DataLoader:
+def shuffled(seed: int = 0, batch: int = BATCH) -> DataLoader:
     """A plain shuffled loader: it draws its order from torch's global generator."""
-    return DataLoader(dataset(seed), batch_size=BATCH, shuffle=True)
+    return DataLoader(dataset(seed), batch_size=batch, shuffle=True)
 
 
-def plain(seed: int = 1) -> DataLoader:
-    return DataLoader(dataset(seed), batch_size=BATCH)
+def plain(seed: int = 1, batch: int = BATCH) -> DataLoader:
+    return DataLoader(dataset(seed), batch_size=batch)
 
 
 class StatefulLoader:
     """Shuffles from (seed, epoch) and can be resumed in the middle of an epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int = BATCH) -> None:
         self.dataset = dataset()
+        self.batch = batch
         self.sampler = self
         self.epoch = self.position = 0
 
@@ -130,14 +131,14 @@ class StatefulLoader:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return SAMPLES // BATCH
+        return SAMPLES // self.batch
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         start = self.position % len(self)  # the Trainer stops after the last batch, without exhausting the iterator
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(self.epoch))
         for index in range(start, len(self)):
             self.position = index + 1
-            chosen = order[index * BATCH : (index + 1) * BATCH]
+            chosen = order[index * self.batch : (index + 1) * self.batch]
             yield [tensor[chosen] for tensor in self.dataset.tensors]
 
     def state_dict(self) -> dict[str, int]:
