@@ -14,18 +14,21 @@ Times: of the deployed network, in turns with the plain one on one thread, the m
 by the share of MACs, so that 1.0 would be time in proportion.
 
     python benchmarks/skipping.py --dataset mnist --data data/mnist --weights weights
-    python benchmarks/skipping.py --dataset cifar10 --data data/cifar10 --weights weights --seeds 0 1 2
+    python benchmarks/skipping.py --dataset cifar10 --data data/cifar10 --weights weights --seeds 0 1 2 --json s.json
+    python benchmarks/skipping.py --drawn-from s.json --figure skipping.png
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +56,7 @@ from lightning_compress import BlockPruningCallback, SkippableBlocks
 from lightning_compress.baselines import Classifier, ResNet20, TensorLoader
 from lightning_compress.baselines.datamodule import ImageData
 from lightning_compress.measure.macs import count_macs
+from lightning_compress.report.figure import BLUE, GREY, ORANGE, new_figure, tidy
 from lightning_compress.skipping.budget import most_used
 from lightning_compress.skipping.controls import Drawn, Fixed
 from lightning_compress.skipping.gates import gates_of
@@ -72,16 +76,21 @@ def gated(plain: nn.Module, setting: Setting, shape: Sequence[int], **options: A
     return SkippableBlocks(module, network="network", example_inputs=torch.zeros(2, *shape), **options)
 
 
-def ways(module: SkippableBlocks, test: TensorLoader) -> dict[str, float]:
-    """The accuracy of the gated network, and of its controls without training."""
+def ways(module: SkippableBlocks, test: TensorLoader) -> dict[str, tuple[float, float]]:
+    """The accuracy and the share of the MACs of the gated network, and of its controls without training."""
     network: Any = module.network
     gates = gates_of(network)
     assert gates is not None
-    decide = {"gates": None, "random gates": Drawn(gates), "always the same": Fixed(most_used(gates))}
+    used, most = float(gates.used(gates.rates)), most_used(gates)
+    decide = {
+        "gates": (None, used),
+        "random gates": (Drawn(gates), used),
+        "always the same": (Fixed(most), float(gates.used(torch.tensor(most, dtype=torch.float64)))),
+    }
     found = {}
-    for name, instead in decide.items():
+    for name, (instead, share) in decide.items():
         gates.instead = instead
-        found[name] = right(answers(network, test.inputs), test.targets)
+        found[name] = right(answers(network, test.inputs), test.targets), share
     gates.instead = None
     return found
 
@@ -156,8 +165,8 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, clock: Callable[[]
         if arguments.only == "train":
             continue
         measured = module.measure(TensorLoader(test.inputs, test.targets, batch_size=500))
-        for way, accuracy in ways(module, test).items():
-            found.add(ACCURACY, f"{name}: {way}", accuracy=accuracy, MACs=measured.used)
+        for way, (accuracy, share) in ways(module, test).items():
+            found.add(ACCURACY, f"{name}: {way}", accuracy=accuracy, MACs=share)
             print(f"{setting.dataset}, seed {setting.seed}, {name}, {way}: {accuracy:.2f} %", flush=True)
         found.add(
             CHOICES,
@@ -191,6 +200,50 @@ def one_seed(setting: Setting, arguments: argparse.Namespace, clock: Callable[[]
         timing(plain, deployed, shares, test, setting, clock, found)
 
 
+def draw(rows: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draw accuracy against the share of the MACs: medians over seeds, with bars from the lowest to the highest."""
+    kinds: dict[str, list[Mapping[str, Sequence[float]]]] = {}
+    for name, row in rows.items():
+        gate, _, way = name.partition(": ")
+        kind = f"{gate.split(',')[0]}, {way}" if way else name.split(",")[0].split(" 1")[0]
+        kinds.setdefault("width, alone" if name.startswith("width") else kind, []).append(row)
+    gated_kinds = list(dict.fromkeys(kind.split(",")[0] for kind in kinds if kind.endswith(", gates")))
+    colors = dict(zip(gated_kinds, (BLUE, ORANGE), strict=False))
+    lines = {
+        "trained": ("", "D"),
+        "trained on": ("", "^"),
+        "gates": ("-", "o"),
+        "random gates": (":", "."),
+        "always the same": ("--", "x"),
+    }
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    for kind, points in kinds.items():
+        gate, _, way = kind.partition(", ")
+        line, marker = lines.get(way or gate, ("-", "s"))
+        points = sorted(points, key=lambda one: statistics.median(one["MACs"]))
+        accuracies = [one["accuracy"] for one in points]
+        middle = [statistics.median(one) for one in accuracies]
+        bars = [[m - min(a) for m, a in zip(middle, accuracies, strict=True)]]
+        bars.append([max(a) - m for m, a in zip(middle, accuracies, strict=True)])
+        axes.errorbar(
+            [statistics.median(one["MACs"]) for one in points],
+            middle,
+            yerr=bars,
+            color=colors.get(gate, GREY if kind != "width, alone" else "black"),
+            linestyle=line,
+            marker=marker,
+            linewidth=1.2,
+            elinewidth=0.6,
+            label="a narrower network, alone" if kind == "width, alone" else kind,
+        )
+    tidy(axes)
+    axes.set_xlabel("share of the network's MACs")
+    axes.set_ylabel("test accuracy (%)")
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_settings(parser)
@@ -204,7 +257,12 @@ def main() -> None:
     parser.add_argument("--tune-lr", type=float, default=0.05)
     parser.add_argument("--narrow", type=int, nargs="*", default=[11, 13], help="widths of networks trained alone")
     parser.add_argument("--no-controls", dest="controls", action="store_false")
+    parser.add_argument("--figure", type=Path, help="write a PNG of accuracy against MACs")
+    parser.add_argument("--drawn-from", type=Path, help="only draw the --json of an earlier run")
     arguments = parser.parse_args()
+    if arguments.drawn_from is not None:
+        draw(json.loads(arguments.drawn_from.read_text())[ACCURACY], arguments.figure)
+        return
     arguments.tune = 1 if arguments.quick else arguments.tune or TUNE[arguments.dataset]
     silence()
     torch.set_num_threads(1)
@@ -212,6 +270,8 @@ def main() -> None:
     for setting in settings(arguments):
         one_seed(setting, arguments, clock_of(arguments), found)
     found.show(console, arguments.json)
+    if arguments.figure is not None:
+        draw(found.tables[ACCURACY], arguments.figure)
 
 
 if __name__ == "__main__":
