@@ -124,6 +124,8 @@ class SkippableBlocks(CompressionModule):
                 objective.build(found, given)
             elif objective.blocks != []:
                 note_gates(backbone(found))
+        elif given is not None:
+            objective.recount(found, given)
 
     def measure(self, loader: Any, *, trainer: Trainer | None = None) -> Measured:
         """Return what the gates do to the samples of a loader, and keep their rates for `deploy`.
@@ -137,7 +139,7 @@ class SkippableBlocks(CompressionModule):
         Raises:
             ValueError: There are no gates yet; the validation step did not run the network.
         """
-        self._gates()
+        self._recount()
         objective = self._objective()
         found: list[Measured] = []
         objective.measuring = found
@@ -172,6 +174,7 @@ class SkippableBlocks(CompressionModule):
         gates = gates_of(backbone(resolve_network(self, self._objective().network)))
         if gates is None or self._example_inputs() is None or bool(gates.rates.isnan().any()):
             return []
+        self._recount()
         chosen = most_used(gates)
         always = [block.name for block, runs in zip(gates.blocks, chosen, strict=True) if runs]
         never = [block.name for block, runs in zip(gates.blocks, chosen, strict=True) if not runs]
@@ -193,6 +196,8 @@ class SkippableBlocks(CompressionModule):
         network = backbone(resolve_network(self, objective.network))
         if gates_of(network) is None:
             objective.build(network, inputs)
+        with without_trainer(self):
+            objective.recount(network, inputs)
         gates = gates_of(network)
         if gates is None:
             return None
@@ -233,6 +238,16 @@ class SkippableBlocks(CompressionModule):
                 "The network has no gates yet, as no fit has begun: pass example_inputs=, or fit or load the module."
             )
         return gates
+
+    def _recount(self) -> None:
+        """Have the gates know the MACs of the network as it is now, if there is something to call it with."""
+        self._gates()
+        inputs, objective = self._example_inputs(), self._objective()
+        if inputs is not None:
+            network = resolve_network(self, objective.network)
+            device = next((one.device for one in network.parameters()), torch.device("cpu"))
+            with without_trainer(self):
+                objective.recount(network, to_device(inputs, device))
 
     def _example_inputs(self) -> ExampleInputs | None:
         given = self._objective().example_inputs

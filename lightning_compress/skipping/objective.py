@@ -16,13 +16,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_compress.core.answering import copied_alone
 from lightning_compress.core.distributed import gather
 from lightning_compress.core.example_inputs import ExampleInputs, first_samples
 from lightning_compress.core.given import flag, real_number
 from lightning_compress.core.schedule import checked_epochs
 from lightning_compress.skipping.budget import Budget, Measured, budget_loss, measured
 from lightning_compress.skipping.gates import Decisions, GateKind, SkipGates, gates_of, new_gates
-from lightning_compress.skipping.record import give_gates, note_gates
+from lightning_compress.skipping.record import give_gates, note_gates, take_gates
 from lightning_compress.skipping.rewards import Rewards, set_drawing
 from lightning_compress.stages.block import chosen_blocks
 from lightning_compress.stages.blocks import find_blocks
@@ -36,6 +37,7 @@ from lightning_compress.trainer.unwrap import innermost, parameters_of
 from lightning_compress.trainer.wrapper import Objective
 
 Training = Literal["straight_through", "hybrid", "reinforce"]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _FALLS = 0.5  # share of the time until end_epoch in which the target falls
 
 
@@ -75,6 +77,7 @@ class Skipping(Objective):
         self._said = False
         self._ran = False  # in a step of this fit
         self._step = 0
+        self._counted: Shapes | None = None  # of the network whose MACs the gates know
         self._check()
 
     def _check(self) -> None:
@@ -109,7 +112,7 @@ class Skipping(Objective):
         gates = new_gates(bare, inputs, blocks, macs=found.macs, kind=self.gate or "per_block")
         self._check_target(gates)
         give_gates(bare, gates)
-        self.example_inputs = first_samples(inputs)
+        self.example_inputs, self._counted = first_samples(inputs), _shapes(bare)
         rank_zero_info(
             f"Samples may skip {', '.join(one.name for one in blocks)}: at most {1 - gates.least:.0%} of the MACs."
         )
@@ -135,6 +138,32 @@ class Skipping(Objective):
         note_gates(backbone(network))
         return True
 
+    def recount(self, network: nn.Module, inputs: ExampleInputs) -> None:
+        """Count the MACs of the blocks anew where the network is another than that in which they were counted.
+
+        A cut leaves gates where they are, and the shares of its blocks are others then.
+
+        Raises:
+            ValueError: A block with a gate is not there any more; the target is below what is left without the blocks.
+        """
+        bare = backbone(network)
+        gates = gates_of(bare)
+        if gates is None or self._counted == _shapes(bare):
+            return
+        alone = copied_alone(bare)
+        take_gates(alone)
+        found = find_blocks(alone, inputs, output=self.output)
+        known = {one.name: one for one in found.candidates}
+        for one in gates.blocks:
+            if one.name not in known:
+                raise ValueError(
+                    f"The network has a gate before {one.name!r}, which is no residual block of it any more: let "
+                    f"blocks leave before the network gets gates."
+                )
+        gates.blocks = tuple(replace(one, macs=known[one.name].macs) for one in gates.blocks)
+        gates.macs, self._counted = found.macs, _shapes(bare)
+        self._check_target(gates)
+
     def _check_target(self, gates: SkipGates) -> None:
         if self.target <= gates.least:
             names = ", ".join(one.name for one in gates.blocks)
@@ -145,7 +174,10 @@ class Skipping(Objective):
 
     def configure(self, module: LightningModule) -> None:
         network = resolve_network(module, self.network)
-        if not self.adopt(network) and self.blocks != []:
+        if self.adopt(network):
+            if self._counted != _shapes(backbone(network)):
+                self.recount(network, inputs_on_device(module, network, self.example_inputs))
+        elif self.blocks != []:
             self.build(network, inputs_on_device(module, network, self.example_inputs))
 
     def own_parameters(self, module: LightningModule) -> Mapping[str, nn.Parameter]:
@@ -299,3 +331,7 @@ class Skipping(Objective):
             f"The gates are {what} for all samples at step {self._step}, with {found.used:.1%} of the MACs, which is a "
             f"static choice of blocks. {remedy}."
         )
+
+
+def _shapes(network: nn.Module) -> Shapes:
+    return tuple((name, tuple(one.shape)) for name, one in network.named_parameters())

@@ -58,6 +58,23 @@ def test_gates_are_cut_with_the_channels_that_they_read_and_come_back_from_a_fil
     assert_same(model, net)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_shares_are_of_the_network_after_a_cut(loaded: bool, tmp_path: Path) -> None:
+    wrapped = SkippableBlocks(SmallModule(residual=True), target=0.6, network="net", example_inputs=X[:3])
+    cut(wrapped.net, X, remove={"conv": [1, 4], "block1.conv1": [0, 2]})
+    if loaded:
+        save_compressed(wrapped.net, tmp_path / "small.lcz")
+        other = SmallModule(residual=True)
+        load_compressed(tmp_path / "small.lcz", other.net)
+        wrapped = SkippableBlocks(other, target=0.6, network="net", example_inputs=X[:3])
+    found, gates = wrapped.measure(plain()), gates_of(wrapped.net)
+    assert gates is not None
+    first, second = 2 * 4 * 4 * 3 * FEATURES, 2 * 4 * 6 * 3 * FEATURES  # by hand: each has two convolutions
+    assert [one.macs for one in gates.blocks] == [first, second]
+    assert gates.macs == 4 * 3 * FEATURES + first + second + 4 * FEATURES * 16 + 16 * 3
+    assert found.used == pytest.approx(1.0)  # all gates are open
+
+
 def test_a_plain_class_loads_the_network_strictly_and_is_told_what_it_leaves() -> None:
     net, other = with_rates(), SmallNet(residual=True)
     with pytest.warns(UserWarning, match="everything but the gates at 'skip_gates'.*runs all blocks for every sample"):
