@@ -239,14 +239,14 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def fixed_share(network: nn.Module, example: Tensor, wanted: int, method: Any) -> nn.Module:
+def fixed_share(network: nn.Module, example: Tensor, wanted: int) -> nn.Module:
     """Plain SVD and, of 3 x 3 convolutions, plain Tucker, with one share of the ranks that gives so many parameters."""
-    sites, _, _ = find_sites(network, example, Wanted(rank=1, method=method))
+    sites, _, _ = find_sites(network, example, Wanted(rank=1))
 
     def numbers_at(share: float) -> dict[str, tuple[str, tuple[int, ...]]]:
         chosen = {}
         for name, site in sites.items():
-            form = site.forms()[0]
+            form = "tucker" if "tucker" in site.forms() else site.forms()[0]
             numbers = tuple(max(1, round(share * one)) for one in FORMS[form].most(site.sizes))
             if site.costs(form, numbers).parameters < site.dense.parameters:
                 chosen[name] = (form, numbers)
@@ -273,20 +273,22 @@ def budget(found: Found, arguments: argparse.Namespace, seed: int) -> None:
     test = test_of(data, setting, arguments.tested)
     batches, example = first_batches(data), test.inputs[:1]
     network = module.network.eval()
-    for share in (0.6, 0.4, 0.25):
+    trained_on = data if arguments.images is None else data_of(replace(setting, images=arguments.images))
+    for share in arguments.shares:
         ways: dict[str, Callable[[], nn.Module]] = {
             "ours": lambda share=share: lowered(network, example, share, batches),
             "ours, plain SVD": lambda share=share: lowered(network, example, share, None),
             "fixed share, Tucker": lambda share=share: fixed_share(
-                network, example, round(share * parameters(network)), "tucker"
+                network, example, round(share * parameters(network))
             ),
         }
         for name, make in ways.items():
             thin = make()
             before = right(answers(thin.eval(), test.inputs), test.targets)
             again = classifier(thin, replace(setting, lr=0.02), (3, 32, 32))
-            fit(again, data, setting, epochs=1)
+            fit(again, trained_on, replace(setting, images=arguments.images), epochs=1)
             after = right(answers(thin.eval(), test.inputs), test.targets)
+            print(f"{share:.2f}: {name}: {before:.2f}, then {after:.2f} %", flush=True)
             share_left = 100 * parameters(thin) / parameters(network)
             found.add(BUDGET, f"{share:.2f}: {name}", parameters_left=share_left, before=before, after_one_epoch=after)
 
@@ -381,6 +383,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a folder to which weights are written, or from which they come")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tested", type=int, help="test images of CIFAR-10; by default all")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 0.4, 0.25], help="budgets of parameters")
+    parser.add_argument("--images", type=int, help="training images of the one epoch; by default all")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--least", type=float, default=0.3, help="of time: the search for half of the MACs begins here")
     parser.add_argument("--rounds", type=int, default=15, help="timed passes of each network")

@@ -51,12 +51,14 @@ def _through(part: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 
 def by_macs(measured: Sequence[tuple[float, float]]) -> Callable[[float], float]:
-    """Return the seconds for a number of MACs: on straight lines between measured ones, and outside in proportion.
+    """Return the seconds for a number of MACs, on straight lines between measured ones.
+
+    Fewer than were measured take no less time, and more take longer in proportion.
 
     Example:
         >>> seconds = by_macs([(200, 3.0), (100, 2.0)])
         >>> [seconds(macs) for macs in (50, 100, 150, 300)]
-        [1.0, 2.0, 2.5, 4.5]
+        [2.0, 2.0, 2.5, 4.5]
     """
     points = sorted(measured)
 
@@ -64,7 +66,7 @@ def by_macs(measured: Sequence[tuple[float, float]]) -> Callable[[float], float]
         above = next((one for one in points if one[0] >= macs), None)
         if above is None:
             return points[-1][1] * macs / points[-1][0]
-        below = max((one for one in points if one[0] <= macs), default=(0.0, 0.0))
+        below = max((one for one in points if one[0] <= macs), default=above)
         if above[0] == below[0]:
             return above[1]
         return below[1] + (above[1] - below[1]) * (macs - below[0]) / (above[0] - below[0])

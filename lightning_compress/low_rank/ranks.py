@@ -134,19 +134,3 @@ def rank_grid(most: int) -> list[int]:
     """
     ranks = [r for r in range(1, most + 1) if r <= 64 or (r <= 512 and r % 8 == 0) or r % 64 == 0]
     return ranks if not ranks or ranks[-1] == most else [*ranks, most]
-
-
-def interpolated(measured: Mapping[int, float], rank: int) -> float:
-    """Return the seconds at a rank, on straight lines between measured ranks; outside of them the nearest one's.
-
-    Example:
-        >>> [interpolated({8: 1.0, 16: 2.0}, rank) for rank in (4, 8, 12, 20)]
-        [1.0, 1.0, 1.5, 2.0]
-    """
-    ranks = sorted(measured)
-    above = next((one for one in ranks if one >= rank), ranks[-1])
-    below = next((one for one in reversed(ranks) if one <= rank), ranks[0])
-    if above <= below:
-        return measured[above if rank <= above else below]
-    share = (rank - below) / (above - below)
-    return measured[below] + share * (measured[above] - measured[below])

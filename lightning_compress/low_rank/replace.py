@@ -170,6 +170,11 @@ def find_sites(
     """Return what may be replaced, by name, the rank that was given for each or 0, and why other layers may not be."""
     found = find_layers(network, example_inputs, tied=True)
     groups, refused = _groups(found)
+    refused |= {
+        f"{path}.in_proj_weight": "torch's MultiheadAttention reads it itself, without a layer that could be replaced"
+        for path, module in network.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+    }
     ranks = _wanted_by(network, wanted, groups, target, exclude, refused)
     paths = [path for name in ranks for path in groups[name]]
     reads = batches is not None and wanted.budget != 1

@@ -43,11 +43,6 @@ class Site:
         self.splits = Splits(seen.layer.map, seen.moments)
         self.dense = costs_of([dense_layer(on_device(self.sizes, META))], seen.layer.inputs)
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The paths of its layers."""
-        return (self.name,)
-
     def forms(self) -> list[str]:
         """Return the forms that it may take; of convolutions with a kernel those of the method."""
         fits = [form for form in ("linear", "embedding", *METHODS[1:]) if FORMS[form].refused(self.sizes) is None]

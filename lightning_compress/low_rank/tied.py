@@ -56,10 +56,6 @@ class TiedSite(Site):
         self.dense = costs_of(self._of_output(None, META), self.seen_by_output.layer.inputs)  # which has all parameters
         self._lost: dict[tuple[int, ...], float] = {}
 
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return self.name, self.output
-
     def forms(self) -> list[str]:
         return [_FORM]
 

@@ -136,6 +136,7 @@ def test_what_a_parent_reads_itself_stays_and_the_reason_is_told() -> None:
     expected = network(words())
     report = lower_rank(network, words(), rank=3)
     assert "reads its weight" in report.left["layer.self_attn.out_proj"]
+    assert "MultiheadAttention reads it itself" in report.left["layer.self_attn.in_proj_weight"]
     assert set(report.replaced) == {"embedding", "layer.linear1", "layer.linear2", "output"}
     assert network(words()).shape == expected.shape
 
