@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.core.evaluation import renew_caches
-from lightning_compress.replacement.layer import LayerShape, linear_map
+from lightning_compress.replacement.layer import linear_map
 from lightning_compress.replacement.record import note_replaced
-from lightning_compress.replacement.swap import Replaced, replaced, swap
+from lightning_compress.replacement.swap import Replaced, replaced, size_of, swap
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,6 @@ class Replacement:
     form: type[Replaced]
     numbers: Mapping[str, Any]
     values: Mapping[str, Tensor] | None = None
-
-    def parameters(self, of: LayerShape) -> int:
-        """Return the number of parameters that the parts have for a layer of some sizes."""
-        with torch.random.fork_rng(), torch.device("meta"):
-            parts = self.form.parts(_on_meta(of), self.numbers)
-        return sum(one.numel() for part in parts.values() for one in part.parameters())
-
-
-def _on_meta(of: LayerShape) -> LayerShape:
-    return LayerShape.of_record(of.record(), dtype=of.dtype, device=torch.device("meta"))
 
 
 @dataclass(frozen=True)
@@ -59,7 +49,7 @@ class Plan:
         for path, one in self.replacements.items():
             of = linear_map(network.get_submodule(path)).sizes
             numbers = ", ".join(f"{name} {value}" for name, value in one.numbers.items())
-            rows.append([path, one.form.form, numbers, f"{of.parameters:,}", f"{one.parameters(of):,}"])
+            rows.append([path, one.form.form, numbers, f"{of.parameters:,}", f"{size_of(one.form, of, one.numbers):,}"])
         return rows + [[path, f"stays: {reason}", "", "", ""] for path, reason in self.kept.items()]
 
 
@@ -97,5 +87,11 @@ def parameters_left(network: nn.Module) -> float:
     now = sum(one.numel() for one in network.parameters())
     layers = replaced(network).values()
     inside = {id(one): one.numel() for layer in layers for one in layer.parameters()}
-    before = now - sum(inside.values()) + sum(layer.was.parameters for layer in layers)
+    were = {  # layers that had one weight together had it once
+        id(one): one.numel()
+        for layer in layers
+        for one in layer._dense.entries["_parameters"].values()
+        if one is not None
+    }
+    before = now - sum(inside.values()) + sum(were.values())
     return now / before if before else 1.0

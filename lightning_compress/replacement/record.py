@@ -14,8 +14,9 @@ from lightning_compress.core.records import RecordError, kind_class, records, sh
 from lightning_compress.core.structure import Arriving, Structure, structures
 from lightning_compress.core.tensors import saved_tensors
 from lightning_compress.replacement.layer import LayerShape, UnreplaceableError, linear_map
-from lightning_compress.replacement.swap import Replaced, replaced, restore, swap
+from lightning_compress.replacement.swap import Replaced, replaced, restore, size_of, swap
 
+_MOST, _LEAST = 256, 2**20  # a record asks for no memory beyond so many times the layer's, and so many numbers
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -72,7 +73,9 @@ class ReplacedStructure(Structure):
             _check_fit(of, own, path, arriving)
         try:
             self.forms[form].check(of, numbers)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            if (size := size_of(self.forms[form], of, numbers)) > (most := _MOST * own.parameters + _LEAST):
+                raise ValueError(f"its parts would have {size:,} parameters; expected {most:,} at most")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
             raise RecordError(
                 f"The record of the layer {path!r} that was replaced has the numbers {shown(dict(numbers))}, with "
                 f"which no {own.kind} layer of shape {of.shape} takes the form {form!r}: {error}"

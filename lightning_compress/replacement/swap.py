@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_compress.core.change_class import Changed, become_dense, change_class
+from lightning_compress.core.tensors import memory_format
 from lightning_compress.replacement.layer import LayerShape, linear_map, write_values
 
 _READS = ("in_features", "in_channels", "num_embeddings", "nx")  # attributes of torch's and transformers' layers
@@ -134,16 +135,28 @@ def swap(
     parts = _made(form, of, numbers, values)
     weight = layer._parameters["weight"]
     assert weight is not None
+    bias = layer._parameters.get("bias")
     for part in parts.values():
         part.train(layer.training)
-        for parameter in part.parameters():
-            parameter.requires_grad_(weight.requires_grad)
+        if memory_format(weight) is torch.channels_last:
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for name, parameter in part.named_parameters():
+            is_bias = bias is not None and name.rpartition(".")[2] == "bias"
+            parameter.requires_grad_(bias.requires_grad if is_bias else weight.requires_grad)  # type: ignore[union-attr]
     added = {"numbers": dict(numbers), "of": of, "was": own}
     undo = change_class(layer, form, added, without=(*_READS, *_RETURNS))
     for name, part in parts.items():
         layer.add_module(name, part)
     _share(layer, form, weight)
     return undo
+
+
+def size_of(form: type[Replaced], of: LayerShape, numbers: Mapping[str, Any]) -> int:
+    """Return the number of parameters that the parts of a form have, without the memory for them."""
+    where = LayerShape.of_record(of.record(), dtype=of.dtype, device=torch.device("meta"))
+    with torch.random.fork_rng([]):
+        parts = form.parts(where, numbers)
+    return sum(one.numel() for part in parts.values() for one in part.parameters())
 
 
 def _made(

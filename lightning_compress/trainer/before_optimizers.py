@@ -42,7 +42,10 @@ def is_resumed(trainer: Trainer) -> bool:
 
 def _restore(trainer: Trainer, connector: Any, *args: Any, **kwargs: Any) -> None:
     del vars(connector)[_RESTORE]
-    actions = list(_waiting.pop(trainer, {}).values())
+    waiting = _waiting.pop(trainer, {})
+    actions = (
+        list(waiting.values()) if trainer.state.fn == "fit" else []
+    )  # else they are left by a fit that was refused
     for before, _ in actions:
         before()
     getattr(connector, _RESTORE)(*args, **kwargs)

@@ -139,7 +139,12 @@ class ReplacingCallback(CompressionCallback):
         def move(inputs: Any) -> Any:
             return to_type(trainer.strategy.batch_to_device(inputs), like.dtype)
 
-        batches = first_batches(trainer, self.n_batches)
+        try:
+            batches = first_batches(trainer, self.n_batches)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} {self.name} reads {self.n_batches} batches: let it read none instead."
+            ) from error
         if not batches:
             raise ValueError(f"{self.name}: the training loader yields no batch.")
         return inputs_of_batches(batches, network, move)[rank() :: world_size()]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from lightning_compress import cut, load_compressed, save_compressed
 from lightning_compress.channels.find import channel_groups
 from lightning_compress.core.records import KEY, RecordError
 from lightning_compress.core.structure import follow, following
+from lightning_compress.low_rank.record import LowRankStructure
+from lightning_compress.replacement.plan import parameters_left
 from lightning_compress.replacement.record import follow_layers, follow_replaced, note_replaced
 from lightning_compress.replacement.swap import replaced, swap
 
@@ -228,6 +231,37 @@ def test_hostile_records_are_refused_and_change_nothing(change: dict[str, Any], 
         net.load_state_dict(state)
     assert list(net.state_dict()) == keys
     assert torch.equal(net(images()), before)
+
+
+def test_a_record_can_not_ask_for_much_memory() -> None:
+    """A form may have numbers whose size its own check leaves open."""
+
+    class Open(TwoParts):
+        form = "open"
+
+        @classmethod
+        def check(cls, of: Any, numbers: Any) -> None:
+            pass
+
+    net = thin()
+    state = net.state_dict()
+    record = state._metadata["6"][KEY]["low_rank"]
+    fresh = dense(2)
+    with patch.object(LowRankStructure, "forms", {"open": Open}), following(fresh):
+        for rank in (10**9, 10**30):
+            state._metadata["6"][KEY]["low_rank"] = dict(record) | {"form": "open", "numbers": {"rank": rank}}
+            state._metadata["3"].pop(KEY, None)
+            with pytest.raises(RecordError, match="takes the form 'open'"):
+                fresh.load_state_dict(state)
+
+
+def test_the_share_of_the_parameters_counts_what_was_tied_once() -> None:
+    net = Tied()
+    dense_size = sum(one.numel() for one in net.parameters())
+    tall, wide = factored(net.embed, 1).values()
+    swap(net.embed, TwoParts, {"rank": 1}, {"first.weight": tall, "second.weight": wide})
+    swap(net.out, Mirrored, {"rank": 1}, {"first.weight": wide.t(), "second.weight": tall})
+    assert parameters_left(net) == sum(one.numel() for one in net.parameters()) / dense_size
 
 
 def test_a_record_for_what_is_no_layer_is_refused() -> None:

@@ -56,7 +56,7 @@ def test_the_layer_keeps_its_place_hooks_mode_type_and_attributes() -> None:
     layer, seen = net[0], list[str]()
     layer.note = "mine"
     layer.register_forward_hook(lambda *_: seen.append("called"))
-    layer.weight.requires_grad_(False)
+    layer.requires_grad_(False)
     swap(layer, TwoParts, {"rank": 2}, factored(layer, 2))
     assert net[0] is layer
     assert replaced(net) == {"0": layer}
@@ -71,6 +71,14 @@ def test_the_layer_keeps_its_place_hooks_mode_type_and_attributes() -> None:
     assert layer.weight.is_meta
     assert layer.bias.dtype == torch.bfloat16
     assert not hasattr(layer, "kernel_size")
+
+
+def test_a_frozen_bias_stays_frozen_and_the_order_in_memory_stays() -> None:
+    layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    layer.bias.requires_grad_(False)
+    swap(layer, TwoParts, {"rank": 2}, factored(layer, 2))
+    assert [name for name, one in layer.named_parameters() if not one.requires_grad] == ["second.bias"]
+    assert layer.first.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_change_of_the_type_reaches_what_comes_back() -> None:

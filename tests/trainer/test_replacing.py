@@ -263,3 +263,46 @@ def test_the_loss_is_that_of_the_replaced_network() -> None:
 
     fit(None, module=SmallModule(), callbacks=(replacing(), Watch()), max_epochs=1)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_precisions(precision: Any) -> None:
+    module = small()
+    found = fit(None, module=module, callbacks=(replacing(),), max_epochs=1, precision=precision)
+    dtype = {"bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "64-true": torch.float64}[precision]
+    assert found["weights"]["net.hidden.first.weight"].dtype == dtype
+
+
+class Silent(SmallModule):
+    """Logs nothing: torch.compile can't trace all of Lightning's `log`."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_a_module_that_is_compiled_as_a_whole_is_replaced_before_it_is_traced() -> None:
+    module = Silent()
+    trainer = quiet_trainer(callbacks=[replacing()], max_steps=2)
+    trainer.fit(torch.compile(module, backend="eager"), shuffled())
+    assert sorted(replaced(module)) == sorted(RANKS)
+
+
+def test_a_fit_that_another_callback_refused_leaves_nothing_for_a_test() -> None:
+    class Refuses(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if stage == "fit":
+                raise ValueError("refused")
+
+    module = small()
+    trainer = quiet_trainer(callbacks=[replacing(), Refuses()])
+    with pytest.raises(ValueError, match="refused"):
+        trainer.fit(module, shuffled())
+    trainer.test(module, plain(), verbose=False)
+    assert not replaced(module)
+
+
+def test_data_that_would_be_lost_are_refused_by_name() -> None:
+    module = small()
+    module.example_input_array = torch.zeros(2, 12)
+    with pytest.raises(ValueError, match=r"running generator.* Replacing reads 2 batches: let it read none"):
+        quiet_trainer(callbacks=[replacing()]).fit(module, (batch for batch in shuffled()))
