@@ -106,6 +106,18 @@ def change_class(
     return undo
 
 
+def absent_parameters(module: Changed) -> dict[str, nn.Parameter]:
+    """Return the parameters, without values, that a module shows by the names that they had before its class changed.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = change_class(layer, Changed, {})
+        >>> list(absent_parameters(layer)), layer.weight.is_meta
+        (['weight', 'bias'], True)
+    """
+    return {name: one for name, one in module._dense.entries["_parameters"].items() if one is not None}
+
+
 def become_dense(module: Changed) -> None:
     """Make a module what it was before its class changed, with undefined values of parameters and saved buffers."""
     dense, like, own = module._dense, module._like, vars(module)

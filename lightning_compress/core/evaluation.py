@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -116,7 +117,12 @@ def entries_restored(model: nn.Module) -> Iterator[None]:
 
     The containers are dicts, lists, sets, tensors, random generators and objects of the network's own classes. A
     forward pass may store masks, tables, counters or hooks in them.
+
+    Raises:
+        ValueError: A layer is lazy: the first pass gives it shapes and another class, which nothing can take back.
     """
+    if lazy := next((name for name, one in model.named_parameters() if is_lazy(one)), None):
+        raise ValueError(f"{lazy} is a lazy parameter without a shape: run one batch through the model first.")
     modules = list(model.modules())
     containers, tensors, generators = _held_state(modules)
     with ExitStack() as back:

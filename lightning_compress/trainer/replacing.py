@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_compress.core.change_class import absent_parameters
 from lightning_compress.core.distributed import from_first, on_all_ranks, rank, world_size
 from lightning_compress.core.example_inputs import ExampleInputs, to_type
 from lightning_compress.core.structure import follow
@@ -51,6 +52,9 @@ class ReplacingCallback(CompressionCallback):
         self._plan: Plan | None = None  # of this fit, until it begins to train
         self._undo: list[Callable[[], None]] = []  # likewise
         self._gone: dict[str, nn.Parameter] = {}  # likewise: weights that have left, by the layer's path
+        self._earlier: list[
+            str
+        ] = []  # layers that were replaced before this fit, also by another callback of this kind
         self._left = 1.0  # the share of the parameters
 
     # ------------------------------------------------------------------ what a technique supplies
@@ -83,13 +87,13 @@ class ReplacingCallback(CompressionCallback):
             )
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._earlier = self._mine(pl_module)
         for average in averaged_modules(trainer):
             follow_replaced(average, pl_module)
 
     def _replace(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        own, there = innermost(pl_module), self._mine(pl_module)
         if is_resumed(trainer):
-            if self.loaded_state is None or sorted(self.loaded_state["layers"]) != sorted(there):
+            if self.loaded_state is None or sorted(self.loaded_state["layers"]) != sorted(self._mine(pl_module)):
                 raise ValueError(
                     f"The checkpoint {trainer.ckpt_path} is of a fit without {self.name}, or has lost the records of "
                     f"its layers: nothing is replaced in a resumed fit. Load its weights into the module, and start a "
@@ -97,10 +101,10 @@ class ReplacingCallback(CompressionCallback):
                 )
             self._left = float(self.loaded_state["left"])
             return
-        if there:
+        if self._earlier:
             rank_zero_info(
-                f"{self.name}: {len(there)} layers of {type(own).__name__} are replaced already, such as {there[0]}; "
-                f"the fit goes on with them."
+                f"{self.name}: {len(self._earlier)} layers of {type(innermost(pl_module)).__name__} are replaced "
+                f"already, such as {self._earlier[0]}; the fit goes on with them, and replaces no others."
             )
             return
         check_early(pl_module, self)
@@ -158,6 +162,11 @@ class ReplacingCallback(CompressionCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        absent = {
+            id(one): f"{path}.{name}"
+            for path, layer in replaced(pl_module).items()
+            for name, one in absent_parameters(layer).items()
+        }
         for optimizer in map(raw_optimizer, trainer.optimizers):
             trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
             for path, weight in self._gone.items():
@@ -166,6 +175,12 @@ class ReplacingCallback(CompressionCallback):
                         f"{type(optimizer).__name__} was made before {self.name} replaced {path!r}, and would train a "
                         f"weight that has left the network: make it in configure_optimizers."
                     )
+            if names := [name for one, name in absent.items() if one in trained]:
+                raise ValueError(
+                    f"{type(optimizer).__name__} was made for {names[0]}, which has left the network: "
+                    f"{names[0].rpartition('.')[0]} is replaced and has other parameters. Let configure_optimizers "
+                    f"take the parameters() of layers, or exclude this one."
+                )
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         pass

@@ -152,6 +152,42 @@ def test_an_optimizer_that_exists_is_refused_and_the_module_is_as_it_was() -> No
     fit(None, module=module, max_epochs=1)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_optimizer_of_a_weight_that_a_replaced_layer_has_no_more_is_refused(shared: bool) -> None:
+    class ByName(SmallModule):
+        def configure_optimizers(self) -> Any:
+            rest = [one for one in self.parameters() if one.requires_grad] if shared else []
+            return torch.optim.SGD([self.net.conv.weight, *rest], lr=0.1)
+
+    module = ByName()
+    weight = module.net.conv.weight
+    with pytest.raises(
+        ValueError, match=r"SGD was made for net\.conv\.weight, .* Let configure_optimizers take the pa"
+    ):
+        fit(None, module=module, callbacks=(replacing(),), max_epochs=1)
+    assert module.net.conv.weight is weight
+
+
+def test_two_callbacks_replace_their_own_layers_and_resume(tmp_path: Path) -> None:
+    def run(**options: Any) -> dict[str, Any]:
+        callbacks = (Replacing({"net.conv": 2}), Replacing({"net.hidden": 3}))
+        found = fit(None, module=small(), callbacks=callbacks, stateful=True, max_epochs=2, **options)
+        assert [one.planned for one in callbacks] == [0 if "resume" in options else 1] * 2
+        return found
+
+    whole = run(folder=tmp_path)
+    assert {"net.conv.first.weight", "net.hidden.first.weight"} <= set(whole["weights"])
+    assert not differences(whole, run(resume=tmp_path / f"step={EPOCH}.ckpt"))
+
+
+def test_a_lazy_network_is_refused_before_it_runs() -> None:
+    module = SmallModule()
+    module.net.hidden = nn.LazyLinear(8)
+    with pytest.raises(ValueError, match=r"hidden\.weight is a lazy parameter without a shape: run one batch through"):
+        fit(None, module=module, callbacks=(replacing(),), max_epochs=1)
+    assert isinstance(module.net.hidden, nn.LazyLinear)
+
+
 def test_what_can_not_be_replaced_is_refused_by_its_reason() -> None:
     module = SmallModule()
     module.net.hidden.weight.requires_grad_(False)
