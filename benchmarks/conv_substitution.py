@@ -47,6 +47,7 @@ from lightning_compress.baselines import Classifier, ResNet20
 from lightning_compress.measure.macs import count_macs
 
 ACCURACY, SIZES = "Test accuracy after some epochs", "Sizes and times"
+LAYERS = "One 3x3 convolution: how many times faster each block is"
 BLOCKS: dict[str, dict[str, Any]] = {
     "separable": {"block": "separable"},
     "separable, 2 terms": {"block": "separable", "multiplier": 2},
@@ -137,6 +138,7 @@ def sizes(
         found.add(SIZES, name, parameters=counted / parameters(plain), by_formula=formula, MACs=shares[name])
     if arguments.only == "accuracy":
         return
+    layers(setting, arguments, found)
     for size, count, rounds in ((64, 2, 1), (1, 10, 1)) if setting.quick else ((64, 15, 3), (1, 100, 3)):
         seconds = {
             name: statistics.median(of_batches)
@@ -147,6 +149,18 @@ def sizes(
         for name in deployed:
             share = seconds[name] / seconds["plain"]
             found.add(SIZES, name, **{f"time at {size}": share, f"by share at {size}": share / shares[name]})
+
+
+def layers(setting: Setting, arguments: argparse.Namespace, found: Found) -> None:
+    """Times of single convolutions of the sizes of a ResNet-18, as blocks."""
+    for channels, size in ((64, 56), (128, 28), (256, 14)):
+        images = torch.randn(16 if setting.quick else 40, channels, size, size)
+        plain = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False)).eval()
+        ways = {name: begun(plain, [images[:1]], "random", BLOCKS[name], 0) for name in arguments.blocks}
+        seconds = times({"plain": plain, **ways}, images.split(4), 3, clock_of(arguments))
+        for name in ways:
+            faster = statistics.median(seconds["plain"]) / statistics.median(seconds[name])
+            found.add(LAYERS, name, **{f"{channels} at {size}": faster})
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ CARDS = [
     "pruning",
     "group_lasso",
     "clustering",
+    "conv_substitution",
     "binary",
     "quantization",
     "distillation",
