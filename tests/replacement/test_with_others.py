@@ -207,3 +207,15 @@ def test_two_ranks_agree(name: str, rank_pair: RankPair, tmp_path: Path) -> None
     first, second = rank_pair.run("replacement.test_with_others:fit_on_rank", tmp_path, name=name)
     assert not differences(first["weights"], second["weights"])
     assert any(".second." in one for one in first["weights"])
+
+
+@pytest.mark.parametrize("entry", [widths, channel_gates, block_gates], ids=["widths", "channel gates", "block gates"])
+def test_what_chooses_layers_wraps_a_network_with_replaced_layers(entry: Any, tmp_path: Path) -> None:
+    one = module()
+    fit(None, module=one, callbacks=tuple(both()), max_epochs=1)
+    fit(None, module=entry().wrap(one), max_epochs=1, gradient_clip_val=1.0)
+    assert set(replaced(one)) == {*RANKS, *BLOCKS}
+    save_compressed(one, tmp_path / "module.lcz")
+    loaded = load_compressed(tmp_path / "module.lcz", module(4))
+    assert torch.equal(answers(loaded), answers(one))
+    assert set(replaced(loaded)) == {*RANKS, *BLOCKS}
