@@ -103,8 +103,8 @@ class Chooser:
         except BudgetError as error:
             raise ValueError(
                 f"budget={budget:g} of the {_UNITS[self.cost]} can't be met: the least possible is "
-                f"{_up((error.least + fixed) / total)}, with the cheapest form of each of the {len(layers)} layers "
-                f"that may be replaced."
+                f"{_up((error.least + fixed) / total)}, with the cheapest form of every layer that may be replaced: "
+                f"{', '.join([*layers][:3])}{f' and {len(layers) - 3} more' if len(layers) > 3 else ''}."
             ) from error
         return {
             name: self._choice(self.sites[name], option)

@@ -153,7 +153,12 @@ def plan_low_rank(
         choices = chooser.by_energy(wanted.energy)
     else:
         assert wanted.budget is not None
-        choices = chooser.by_budget(wanted.budget, total_cost(network, example_inputs, wanted.cost, clock))
+        try:
+            choices = chooser.by_budget(wanted.budget, total_cost(network, example_inputs, wanted.cost, clock))
+        except ValueError as error:
+            if not refused:
+                raise
+            raise ValueError(f"{error} Others may not: {_reasons(refused)}.") from error
     report = LowRankReport(choices, refused)
     return report, Plan(replacements_of(sites, choices), report.left)
 
@@ -203,7 +208,7 @@ def _groups(found: FoundLayers) -> tuple[dict[str, tuple[str, ...]], dict[str, s
             groups[path] = (path,)
         elif sorted(kinds.values()) != ["embedding", "linear"]:
             refused[path] = (
-                f"{', '.join(layer.tied)} have its weight as well, and are no embedding with one output matrix"
+                f"it shares its weight with {', '.join(layer.tied)}, which only an embedding and one output matrix may"
             )
         elif layer.map.kind == "embedding":
             groups[path] = (path, *layer.tied)
@@ -220,10 +225,8 @@ def _wanted_by(
 ) -> dict[str, int]:
     """Return the rank of every group of layers that is wanted, 0 where no rank was given."""
     if not groups:
-        reasons = "; ".join(f"{path}: {why}" for path, why in list(refused.items())[:3])
-        raise ValueError(
-            f"{type(network).__name__} has no layer that low rank could replace{f': {reasons}' if reasons else ''}."
-        )
+        reasons = f": {_reasons(refused)}" if refused else ""
+        raise ValueError(f"{type(network).__name__} has no layer that low rank could replace{reasons}.")
     first_name = {id(parameter): name for name, parameter in network.named_parameters()}
     names = {path: first_name[id(network.get_submodule(path)._parameters["weight"])] for path in groups}
     default = exact_patterns(names.values())
@@ -248,6 +251,11 @@ def _wanted_by(
             f"target={target!r} with exclude={exclude!r} names no layer that low rank could replace{''.join(why[:3])}."
         )
     return found
+
+
+def _reasons(refused: Mapping[str, str]) -> str:
+    more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+    return "; ".join(f"{path}: {why}" for path, why in list(refused.items())[:3]) + more
 
 
 def _check_ranks(sites: Mapping[str, Site], ranks: Mapping[str, int]) -> None:
@@ -286,8 +294,17 @@ def _seen(layer: Layer, statistics: InputStatistics | None) -> Seen:
         mean, covariance = statistics.mean, statistics.covariance
         if mean.dim() == 1:
             mean, covariance = mean[None], covariance[None]
-        moments = [Moments(*one) for one in zip(mean, covariance, strict=True)]
+        moments = [_with_one_more(statistics.count, *one) for one in zip(mean, covariance, strict=True)]
     return Seen(layer, moments)
+
+
+def _with_one_more(count: int, mean: Tensor, covariance: Tensor) -> Moments:
+    """Return the moments with one row more, as large as the others and of any direction.
+
+    So no direction is worth nothing because too few rows were seen, and a budget is spent on the others.
+    """
+    energy = (covariance.trace() + mean.square().sum()) / len(mean)
+    return Moments(mean, (count * covariance + energy * torch.eye(len(mean)).to(covariance)) / (count + 1))
 
 
 def total_cost(network: nn.Module, example_inputs: ExampleInputs, cost: Cost, clock: Clock) -> float:

@@ -151,7 +151,15 @@ class ReplacingCallback(CompressionCallback):
             ) from error
         if not batches:
             raise ValueError(f"{self.name}: the training loader yields no batch.")
-        return inputs_of_batches(batches, network, move)[rank() :: world_size()]
+        try:
+            return inputs_of_batches(batches, network, move)[rank() :: world_size()]
+        except ValueError as error:
+            if not self.network:
+                raise
+            raise ValueError(
+                f"{self.name} calls network={self.network!r} with training batches, also where example_inputs= are "
+                f"given: choose layers by target= instead of network=. {error}"
+            ) from error
 
     def _mine(self, pl_module: LightningModule) -> list[str]:
         """Return the paths of the layers that are replaced by this kind of technique."""

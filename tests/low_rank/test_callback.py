@@ -131,6 +131,13 @@ def test_a_resume_without_records_is_refused(tmp_path: Path) -> None:
         trainer.fit(small(), shuffled(), plain(), ckpt_path=next(tmp_path.glob("*.ckpt")), weights_only=True)
 
 
+def test_a_submodule_that_does_not_run_with_batches_is_refused_with_what_to_do() -> None:
+    inputs = torch.zeros(2, 3, 3)
+    callback = LowRankCallback(rank=2, network="net.head", example_inputs=inputs)
+    with pytest.raises(ValueError, match=r"calls network='net.head' with training batches.* choose layers by target="):
+        fit(None, module=small(), callbacks=(callback,), max_epochs=1)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rank": 0}, "rank is a whole number, 1 or more"),
     ({"rank": 2, "budget": 0.5}, "Pass one of rank, energy and budget"),

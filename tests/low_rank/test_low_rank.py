@@ -223,3 +223,28 @@ def test_a_network_keeps_its_mode_and_draws_nothing() -> None:
     assert network.training
     assert not any(one.training for one in network[5].modules())
     assert all(one.training for one in network[3].modules())
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_budget_is_spent_although_few_rows_were_seen(rows: int) -> None:
+    """With so few rows the covariance has few directions, and all others look as if they could be dropped for free."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    by_data, by_svd, dense = (copy.deepcopy(network) for _ in range(3))
+    mix = torch.randn(64, 64) * torch.linspace(2, 0.05, 64)
+    seen, x = torch.randn(rows, 64) @ mix, torch.randn(500, 64) @ mix
+    lower_rank(by_data, seen, budget=0.5, batches=[seen])
+    lower_rank(by_svd, seen, budget=0.5)
+    parameters = [sum(one.numel() for one in net.parameters()) for net in (by_data, dense)]
+    assert 0.47 < parameters[0] / parameters[1] <= 0.5
+    assert (by_data(x) - dense(x)).norm() < 1.1 * (by_svd(x) - dense(x)).norm()
+
+
+def test_a_budget_that_cannot_be_met_says_which_layers_stand_in_its_way() -> None:
+    network = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    network[1].requires_grad_(False)
+    with pytest.raises(
+        ValueError,
+        match=r"may be replaced: 0, 2\. Others may not: 1: it is frozen: its weight has requires_grad=False\.$",
+    ):
+        lower_rank(network, torch.zeros(1, 16), budget=0.3)
