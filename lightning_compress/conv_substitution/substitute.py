@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.conv_substitution.blocks import FORMS, numbers_for
 from lightning_compress.conv_substitution.seen import look
 from lightning_compress.conv_substitution.values import values, white_noise
 from lightning_compress.core.example_inputs import ExampleInputs, call
+from lightning_compress.core.given import real_number, whole_number
 from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.core.select import exact_patterns, select_parameters
 from lightning_compress.core.undo import as_before_on_error
@@ -45,11 +47,8 @@ class Wanted:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
         for name, least in (("multiplier", 1), ("ratio", 2), ("groups", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an integer from {least} on; got {value!r}.")
-        if not 0 < self.squeeze <= 1:
-            raise ValueError(f"squeeze must be a share of the outputs, above 0 and up to 1; got {self.squeeze!r}.")
+            whole_number(getattr(self, name), f"{name} must be an integer from {least} on", least=least)
+        real_number(self.squeeze, "squeeze must be a share of the outputs, above 0 and up to 1", above=0, most=1)
 
     @property
     def options(self) -> dict[str, float]:
@@ -186,7 +185,13 @@ def plan_substitution(
         begin = None
         if wanted.init != "random":
             known = seen[path] if wanted.init == "data" else white_noise(layer.map, wanted.block)
-            begin = values(layer.map, wanted.block, numbers, known)
+            try:
+                begin = values(layer.map, wanted.block, numbers, known)
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(
+                    f"A block {wanted.block!r} could not be fitted to {path or type(network).__name__!r}: {error} Its "
+                    f"weight and its inputs must be finite; init='random' fits nothing."
+                ) from error
         after = FORMS[wanted.block].parameters_of(sizes, numbers)
         changes[path] = Change(numbers, sizes.parameters, after, begin)
     return SubstitutionReport(wanted.block, changes, left)
@@ -213,18 +218,32 @@ def choose_convs(
     wanted_names = select_parameters(network, target or names or None, exclude=exclude)
     others = (nn.Linear, nn.Embedding)
     left = {path: why for path, why in found.refused.items() if not isinstance(network.get_submodule(path), others)}
-    layers = {}
+    layers, unwanted = {}, {}
     for path, layer in possible.items():
         if f"{path}.weight".lstrip(".") not in wanted_names:
-            left[path] = "it is not wanted by target= and exclude="
+            unwanted[path] = "it is not wanted by target= and exclude="
         elif (why := _why_not(layer, wanted, given=target is not None)) is not None:
             left[path] = why
         else:
             layers[path] = layer
+    left |= _no_weights_of_convs(network, wanted_names, {*layers, *left}) if target is not None else {}
+    left |= unwanted
     if not layers:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(left.items())[:5]) or "it has none"
         raise ValueError(f"No convolution of {type(network).__name__} can become a block {wanted.block!r}: {reasons}.")
     return layers, left
+
+
+def _no_weights_of_convs(network: nn.Module, names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Return by path what target= names besides weights of convolutions."""
+    found = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        if own != "weight":
+            found[name] = "it is no weight, and a block stands in for a whole convolution"
+        elif path not in known:
+            found[path] = f"it is a {type(network.get_submodule(path)).__name__}, and no convolution"
+    return found
 
 
 def _why_not(layer: Layer, wanted: Wanted, *, given: bool) -> str | None:

@@ -126,8 +126,10 @@ def _noted(one: Any) -> Callable[[], Any] | None:
         return partial(_refill, own, own.copy())
     if isinstance(one, Iterator):
         raise ValueError(
-            f"The training data come from a running {type(one).__name__}, and a batch that is taken from it to trace "
-            f"the network with would be lost: pass example_inputs=, or set example_input_array on the LightningModule."
+            f"The training data come from a running {type(one).__name__}, and batches that are read from it before the "
+            f"fit, to know what the network sees, would be lost: train with a DataLoader, or another iterable that "
+            f"begins anew. Where only example inputs are wanted, example_inputs= replaces them, as does an "
+            f"example_input_array of the LightningModule."
         )
     return None
 

@@ -102,6 +102,7 @@ def test_what_stays_has_its_reason_and_the_first_convolution_goes_where_it_is_na
         ({"squeeze": 1.5}, "squeeze must be a share .*; got 1.5"),
         ({"ratio": 1}, "ratio must be an integer from 2 on; got 1"),
         ({"groups": True}, "groups must be an integer from 1 on; got True"),
+        ({"squeeze": "0.5"}, "squeeze must be a share .*; got the text '0.5'"),
         ({"target": "nothing.*"}, "selects no parameter"),
         ({"target": "fc"}, "selects no parameter"),
     ],
@@ -120,6 +121,23 @@ def _nothing() -> Any:
     from contextlib import nullcontext
 
     return nullcontext()
+
+
+def test_what_target_names_besides_convolutions_is_said() -> None:
+    network = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+    x = torch.randn(4, 8, 3, 3)
+    with pytest.raises(ValueError, match="block 'separable': 0.bias: it is no weight.*; 3: it is a Linear"):
+        substitute_convs(network, x, target=["3", "0.bias"])
+    left = substitute_convs(network, x, target=["0", "1", "3"]).left
+    assert left == {"1": "it is a BatchNorm2d, and no convolution", "3": "it is a Linear, and no convolution"}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_fit_of_values_that_are_not_finite_names_the_layer(block: str) -> None:
+    x = images(4)
+    x[1, 2, 3, 4] = float("nan")
+    with pytest.raises(ValueError, match=f"block '{block}' could not be fitted to 'conv'.* must be finite"):
+        substitute_convs(Net(), x, block=block, target="conv")  # type: ignore[arg-type]
 
 
 def test_a_mean_that_nothing_takes_away_counts_in_the_fit() -> None:
