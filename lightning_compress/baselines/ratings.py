@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_compress.baselines.loader import TensorLoader
+from lightning_compress.core.given import real_number, whole_number
 
 _USER, _ITEM = ("user", "userid", "user_id"), ("item", "itemid", "item_id", "movie", "movieid", "movie_id")
 _FORMATS = "tabs (MovieLens 100K's u.data), '::' (MovieLens 1M's ratings.dat), or commas below a header (ratings.csv)"
@@ -38,10 +39,10 @@ def read_ratings(path: str | Path) -> tuple[Tensor, Tensor, tuple[list[str], lis
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for number, line, (user, item, value) in _rows(path):
         try:
-            rating = float(value)
+            rating = math.nan if "_" in value else float(value)  # Python reads 1_0 as 10
         except ValueError:
             rating = math.nan
-        if not math.isfinite(rating) or not user or not item:
+        if not abs(rating) <= torch.finfo(torch.float32).max or not user or not item:
             raise ValueError(
                 f"{path}, line {number}, is no rating: {line!r}. A line must have a user, an item and a finite number."
             )
@@ -85,6 +86,10 @@ def _rows(path: Path) -> Iterator[tuple[int, str, tuple[str, str, str]]]:
                 yield number, line, tuple(cells[place].strip() for place in places)  # type: ignore[misc]  # 3
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no text in UTF-8: {error}. Columns must be by {_FORMATS}.") from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {number}, can't be read: {error}. Columns must be by {_FORMATS}."
+            ) from error
 
 
 def _header(path: Path, number: int, line: str) -> tuple[int, ...]:
@@ -195,16 +200,23 @@ class Ratings(LightningDataModule):
         split_seed: int = 0,
     ) -> None:
         super().__init__()
-        if path is None and (users is None or items is None or not 0 < count <= users * items):
+        if path is None and (users is None or items is None or not (users > 0 and 0 < count <= users * items)):
             raise ValueError(
                 f"A generated matrix needs users, items, and a count of ratings from 1 to users * items; got"
                 f" users={users}, items={items}, count={count}."
             )
-        if not 0 < test_share < 1 or not 0 <= val_share < 1:
-            raise ValueError(
-                "test_share is the share of the ratings for the test, above 0 and below 1, and val_share that of the"
-                f" others for validation, from 0 and below 1; got {test_share!r} and {val_share!r}."
-            )
+        for name, number, least in (("count", count, 1), ("rank", rank, 0), ("eval_batch_size", eval_batch_size, 1)):
+            whole_number(number, f"{name} of Ratings is a whole number, {least} or more", least=least)
+        if batch_size is not None:
+            whole_number(batch_size, "batch_size of Ratings is a whole number, 1 or more, or None for all", least=1)
+        real_number(nonlinear, "nonlinear is the weight of the nonlinear part, a finite number")
+        real_number(noise, "noise is a standard deviation, 0 or more", least=0)
+        real_number(
+            test_share, "test_share is the share of the ratings for the test, above 0 and below 1", above=0, below=1
+        )
+        real_number(
+            val_share, "val_share is the share of the others for validation, from 0 and below 1", least=0, below=1
+        )
         self.path = None if path is None else Path(path)
         self.users, self.items = users, items
         self.count, self.rank, self.nonlinear, self.noise = count, rank, nonlinear, noise

@@ -40,7 +40,10 @@ def test_every_format_has_the_same_ratings(tmp_path: Path, name: str) -> None:
         ("1\t2\t3\n\n1\t2\n", r"line 3, is no rating: '1\\t2' has 2 of the 3 columns"),
         ("1\t2\tgood\n", r"line 1, is no rating: '1\\t2\\tgood'"),
         ("1::2::nan\n", "line 1, is no rating: '1::2::nan'. A line must have a user, an item and a finite number"),
+        ("1::2::1e39\n", "line 1, is no rating: '1::2::1e39'"),  # infinite in float32
+        ("1::2::1_0\n", "line 1, is no rating: '1::2::1_0'"),
         ("1:: ::3\n", "line 1, is no rating"),
+        pytest.param(f"user,item,rating\n{'u' * 140_000},1,3\n", "line 2, can't be read: field larger", id="long"),
         ("1\t2\t3\n4\t2\t3\n1\t2\t5\n", r"line 3, rates again what line 1 has rated: '1\\t2\\t5'"),
     ],
 )
@@ -117,8 +120,15 @@ def test_a_file_must_have_as_many_users_and_items_as_said(tmp_path: Path) -> Non
         ({"count": 0}, "count of ratings from 1 to users"),
         ({"users": 3, "items": 2, "count": 7}, "users=3, items=2, count=7"),
         ({"users": None}, "users=None"),
-        ({"test_share": 0.0}, r"got 0\.0"),
-        ({"val_share": 1.0}, r"and 1\.0"),
+        ({"users": -3, "items": -2, "count": 5}, "users=-3, items=-2, count=5"),
+        ({"count": 9.5}, r"count of Ratings is a whole number, 1 or more; got 9\.5"),
+        ({"rank": -1}, "rank of Ratings .*, 0 or more; got -1"),
+        ({"batch_size": 0}, "batch_size of Ratings .*, or None for all; got 0"),
+        ({"eval_batch_size": "9"}, "got the text '9'"),
+        ({"noise": float("nan")}, "noise is a standard deviation, 0 or more; got nan"),
+        ({"nonlinear": float("inf")}, "a finite number; got inf"),
+        ({"test_share": 0.0}, r"test_share .*; got 0\.0"),
+        ({"val_share": 1.0}, r"val_share .*; got 1\.0"),
     ],
 )
 def test_bad_settings_are_quoted(kwargs: dict[str, Any], message: str) -> None:

@@ -131,3 +131,10 @@ def test_a_network_without_such_convolutions_is_refused_with_the_reasons() -> No
         ValueError, match=r"No convolution of SmallModule can become .* net\.conv: it has 1 input channel"
     ):
         fit(None, module=SmallModule(), callbacks=(ConvSubstitutionCallback(),))
+
+
+def test_a_running_generator_is_refused_with_what_helps() -> None:
+    (batch, *_) = shuffled()
+    callback = ConvSubstitutionCallback(example_inputs=batch[0])
+    with pytest.raises(ValueError, match=r"come from a running generator, .* another iterable that begins anew"):
+        quiet_trainer(callbacks=[callback], max_epochs=1).fit(small(), (one for one in [batch] * 9))

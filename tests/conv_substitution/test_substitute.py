@@ -126,7 +126,7 @@ def _nothing() -> Any:
 def test_what_target_names_besides_convolutions_is_said() -> None:
     network = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
     x = torch.randn(4, 8, 3, 3)
-    with pytest.raises(ValueError, match="block 'separable': 0.bias: it is no weight.*; 3: it is a Linear"):
+    with pytest.raises(ValueError, match=r"block 'separable': 0\.bias: it is no weight.*; 3: it is a Linear"):
         substitute_convs(network, x, target=["3", "0.bias"])
     left = substitute_convs(network, x, target=["0", "1", "3"]).left
     assert left == {"1": "it is a BatchNorm2d, and no convolution", "3": "it is a Linear, and no convolution"}
