@@ -187,7 +187,7 @@ def plan_substitution(
             known = seen[path] if wanted.init == "data" else white_noise(layer.map, wanted.block)
             try:
                 begin = values(layer.map, wanted.block, numbers, known)
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise ValueError(
                     f"A block {wanted.block!r} could not be fitted to {path or type(network).__name__!r}: {error} Its "
                     f"weight and its inputs must be finite; init='random' fits nothing."
