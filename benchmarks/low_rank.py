@@ -326,6 +326,10 @@ def latency(found: Found, arguments: argparse.Namespace) -> None:
         macs = count_macs(thin, x)[0] * size
         seconds = times({"dense": network, "thin": thin}, [x], arguments.rounds, clock)
         faster = seconds["dense"][0] / seconds["thin"][0]
+        by_layer = layer_seconds(sites, network, thin, choices, clock, arguments.rounds)
+        changed = [one for one in choices.values() if one.option.form != DENSE]
+        fewer = sum(one.before.macs for one in changed) / sum(one.after.macs for one in changed)
+        layers_faster = sum(one for one, _ in by_layer) / sum(one for _, one in by_layer)
         found.add(
             LATENCY,
             f"batch {size}",
@@ -334,25 +338,28 @@ def latency(found: Found, arguments: argparse.Namespace) -> None:
             times_faster=faster,
             times_fewer_MACs=dense / macs,
             share_of_the_ideal=faster * macs / dense,
-            replaced=sum(one.option.form != DENSE for one in choices.values()),
-            slower_layers=slower(sites, network, thin, choices, clock, arguments.rounds),
+            layers_replaced=len(changed),
+            of_them_slower=sum(after > before for before, after in by_layer),
+            they_faster=layers_faster,
+            they_fewer_MACs=fewer,
+            their_share=layers_faster / fewer,
         )
         for name, one in choices.items():
             print(f"batch {size}: {name}: {one.option.form} {one.option.numbers} {one.why}", flush=True)
 
 
-def slower(
+def layer_seconds(
     sites: Mapping[str, Site], network: nn.Module, thin: nn.Module, choices: Any, clock: Any, rounds: int
-) -> int:
-    """How many of the replaced layers take longer than they did, timed by themselves."""
-    count = 0
+) -> list[tuple[float, float]]:
+    """The seconds of each replaced layer before and after, timed by itself."""
+    found = []
     for name, one in choices.items():
         if one.option.form != DENSE:
             (shape,) = sites[name].seen.layer.inputs
             ways = {"dense": network.get_submodule(name), "thin": thin.get_submodule(name)}
             seconds = times(ways, [torch.randn(shape)], rounds, clock)
-            count += seconds["thin"][0] > seconds["dense"][0]
-    return count
+            found.append((seconds["dense"][0], seconds["thin"][0]))
+    return found
 
 
 # ---------------------------------------------------------------------- all of it
