@@ -13,7 +13,7 @@ from lightning_compress.low_rank.costs import Costs, costs_of
 from lightning_compress.low_rank.forms import FORMS, LowRankForm
 from lightning_compress.low_rank.splits import Moments, Splits
 from lightning_compress.replacement.find import Layer
-from lightning_compress.replacement.layer import LayerShape, dense_layer
+from lightning_compress.replacement.layer import dense_layer
 
 Method = Literal["auto", "channel", "spatial", "tucker"]
 METHODS = get_args(Method)
@@ -41,7 +41,7 @@ class Site:
         self.name, self.seen, self.method = name, seen, method
         self.sizes = seen.layer.map.sizes
         self.splits = Splits(seen.layer.map, seen.moments)
-        self.dense = costs_of([dense_layer(on_device(self.sizes, META))], seen.layer.inputs)
+        self.dense = costs_of([dense_layer(replace(self.sizes, device=META))], seen.layer.inputs)
 
     def forms(self) -> list[str]:
         """Return the forms that it may take; of convolutions with a kernel those of the method."""
@@ -86,14 +86,9 @@ class Site:
         return FORMS[form], named(form, numbers)
 
     def _parts(self, form: str, numbers: tuple[int, ...], device: torch.device) -> dict[str, nn.Module]:
-        return FORMS[form].parts(on_device(self.sizes, device), named(form, numbers))
+        return FORMS[form].parts(replace(self.sizes, device=device), named(form, numbers))
 
 
 def named(form: str, numbers: tuple[int, ...]) -> dict[str, int]:
     """Return the numbers of a form by name."""
     return dict(zip(FORMS[form].names, numbers, strict=True))
-
-
-def on_device(of: LayerShape, device: torch.device) -> LayerShape:
-    """Return the same sizes on another device."""
-    return replace(of, device=device)

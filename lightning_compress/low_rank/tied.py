@@ -9,6 +9,7 @@ U for how often its entries are read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lightning_compress.low_rank.factors import even, exact, principal
 from lightning_compress.low_rank.forms import FORMS, LowRankForm
 from lightning_compress.low_rank.nested import energy
 from lightning_compress.low_rank.ranks import rank_grid
-from lightning_compress.low_rank.sites import META, Chosen, Seen, Site, on_device
+from lightning_compress.low_rank.sites import META, Chosen, Seen, Site
 from lightning_compress.replacement.find import Layer
 from lightning_compress.replacement.layer import dense_layer
 
@@ -122,7 +123,7 @@ class TiedSite(Site):
         return torch.linalg.cholesky(gram + ridge), weighted.T @ self.weight
 
     def _of_output(self, numbers: tuple[int, ...] | None, device: torch.device) -> list[nn.Module]:
-        of = on_device(self.seen_by_output.layer.map.sizes, device)
+        of = replace(self.seen_by_output.layer.map.sizes, device=device)
         if numbers is None:
             return [dense_layer(of)]
         return list(FORMS[_OUTPUT].parts(of, {"rank": numbers[0]}).values())

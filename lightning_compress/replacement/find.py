@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,13 +105,6 @@ def find_layers(network: nn.Module, example_inputs: ExampleInputs, *, tied: bool
         refused[path] = f"it has one weight with {other!r}, which can't be replaced: {refused.get(other, 'see there')}"
         del layers[path]
     return FoundLayers(layers=layers, refused={path: refused[path] for path in candidates | refused if path in refused})
-
-
-def chosen_layers(
-    found: FoundLayers, matches: Callable[[str], bool], *, kinds: tuple[str, ...] = ("linear", "conv", "embedding")
-) -> dict[str, Layer]:
-    """Return those of the layers whose path is wanted, and whose kind is one of some."""
-    return {path: one for path, one in found.layers.items() if one.map.kind in kinds and matches(path)}
 
 
 def _why_not(

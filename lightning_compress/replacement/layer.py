@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -213,6 +214,11 @@ def linear_map(layer: nn.Module) -> LinearMap:
     elif kind == "embedding":
         more = {"padding_idx": layer.padding_idx}
     return LinearMap(kind=kind, weight=weight, bias=None if bias is None else bias.detach(), **more)
+
+
+def keeping_random_state(of: LayerShape) -> AbstractContextManager[None]:
+    """Return a context in which the parts of a layer are initialised, and after which the generators are as before."""
+    return torch.random.fork_rng([of.device] if of.device.type == "cuda" else [])
 
 
 def dense_layer(of: LayerShape) -> nn.Module:

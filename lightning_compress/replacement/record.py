@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from lightning_compress.core.hooks import Removable
 from lightning_compress.core.records import RecordError, kind_class, records, shown
 from lightning_compress.core.structure import Arriving, Structure, structures
 from lightning_compress.core.tensors import saved_tensors
-from lightning_compress.replacement.layer import LayerShape, UnreplaceableError, linear_map
+from lightning_compress.replacement.layer import LayerShape, UnreplaceableError, keeping_random_state, linear_map
 from lightning_compress.replacement.swap import Replaced, replaced, restore, size_of, swap
 
 _MOST, _LEAST = 256, 2**20  # a record asks for no memory beyond so many times the layer's, and so many numbers
@@ -93,7 +93,7 @@ class ReplacedStructure(Structure):
             if type(module) is form and module.numbers == dict(numbers) and module.of.same(of):
                 return
             restore(module)
-        with _keeping_random_state(of):
+        with keeping_random_state(of):
             swap(module, form, numbers, of=of)
 
 
@@ -150,8 +150,9 @@ def follow_layers(copy: nn.Module, leader: nn.Module, *, values: bool = False) -
     for path, other in theirs.items():
         one = modules.get(path)
         if one is not None and not isinstance(one, Replaced):
-            of = _typed(other.of, linear_map(one).sizes)
-            with _keeping_random_state(of):
+            like = linear_map(one).sizes
+            of = replace(other.of, dtype=like.dtype, device=like.device)
+            with keeping_random_state(of):
                 undo.callback(swap(one, type(other), other.numbers, saved_tensors(other) if values else None, of=of))
             for handle in note_replaced(one, kind) if (kind := kind_of(other)) is not None else ():
                 undo.callback(handle.remove)
@@ -162,14 +163,6 @@ def follow_replaced(copy: nn.Module, leader: nn.Module) -> None:
     """Make a copy, such as a moving average, take its leader's layers when it is loaded after its leader."""
     if not any(isinstance(one, ReplacedCopy) for one in structures(copy)):
         ReplacedCopy(leader).attach(copy)
-
-
-def _keeping_random_state(of: LayerShape) -> AbstractContextManager[None]:
-    return torch.random.fork_rng([of.device] if of.device.type == "cuda" else [])
-
-
-def _typed(of: LayerShape, like: LayerShape) -> LayerShape:
-    return LayerShape.of_record(of.record(), dtype=like.dtype, device=like.device)
 
 
 def _plain(name: Any, value: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_compress.core.change_class import Changed, become_dense, change_class
 from lightning_compress.core.tensors import memory_format
-from lightning_compress.replacement.layer import LayerShape, linear_map, write_values
+from lightning_compress.replacement.layer import LayerShape, keeping_random_state, linear_map, write_values
 
 _READS = ("in_features", "in_channels", "num_embeddings", "nx")  # attributes of torch's and transformers' layers
 _RETURNS = ("out_features", "out_channels", "embedding_dim", "nf")
@@ -22,8 +22,8 @@ _SHARED: Any = WeakTensorKeyDictionary()  # by weight that has left: weak refere
 class Replaced(Changed):
     """A layer that has become another module, in place. Subclasses are the forms that it may take; none is constructed.
 
-    A form supplies `form`, `children` and, where its parts do not run one after the other, `forward`. Its parts are
-    ordinary layers, which other techniques find by themselves.
+    A form supplies `form`, `check`, `parts` and, where its parts do not run one after the other, `forward`. Its parts
+    are ordinary layers, which other techniques find by themselves.
 
     Attributes:
         form: The name of the form in records, unique within one kind of record.
@@ -165,7 +165,7 @@ def _made(
     """Return a form's parts, with the given values or those of torch's initialisation."""
     if values is None:
         return form.parts(of, numbers)
-    with torch.random.fork_rng([of.device] if of.device.type == "cuda" else []):  # the values are not used
+    with keeping_random_state(of):  # the values are not used
         parts = form.parts(of, numbers)
     holder = nn.ModuleDict(parts)
     own = dict(holder.named_parameters()), dict(holder.named_buffers())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_compress.measure.footprint import seconds_in_turns, summarize_latency
 from lightning_compress.replacement.find import Layer
-from lightning_compress.replacement.layer import LayerShape, dense_layer
+from lightning_compress.replacement.layer import LayerShape, dense_layer, keeping_random_state
 from lightning_compress.replacement.swap import Replaced, swap
 
 _REPEATS = 15
@@ -47,7 +47,7 @@ def time_forms(
     generator = torch.Generator().manual_seed(0)
     inputs = [_input(of, shape, generator) for shape in layer.inputs]
     calls: dict[Any, Callable[[], object]] = {}
-    with torch.random.fork_rng([of.device] if of.device.type == "cuda" else []):
+    with keeping_random_state(of):
         calls[_DENSE] = _runs(dense_layer(of), inputs)
         for name, (form, numbers) in forms.items():
             other = dense_layer(of)
