@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_compress.baselines.classifier import LRSchedule, MeanLoss, check_schedule, with_schedule
+from lightning_compress.baselines.ratings import Ratings
 from lightning_compress.core.distributed import all_reduce_sum, world_size
 
 RatingOptimizer = Literal["rmsprop", "adam"]
@@ -180,6 +182,22 @@ class RatingModule(LightningModule):
         super().__init__()
         self.val_rmse, self.test_rmse = RootMeanSquare(), RootMeanSquare()
 
+    def sizes(self) -> tuple[int, int]:
+        """Return the numbers of users and of items that it knows."""
+        raise NotImplementedError(f"{type(self).__name__} must supply sizes().")
+
+    def setup(self, stage: str) -> None:
+        """Check that it knows all users and items of the data, if these are `Ratings`."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, Ratings):
+            return
+        for name, known, number in zip(("users", "items"), self.sizes(), (data.users, data.items), strict=True):
+            if number is not None and number > known:
+                raise ValueError(
+                    f"The data have {number:,} {name}, and {type(self).__name__} was made for {known:,}: make it with "
+                    f"users={data.users} and items={data.items}."
+                )
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add the batch to `val_rmse`."""
         self.val_rmse.update((self(batch[0]) - batch[1]).square())
@@ -256,6 +274,10 @@ class MatrixFactorization(RatingModule):
         self.network = network
         self.regularization, self.frequency_scaled, self.alternate = regularization, frequency_scaled, alternate
 
+    def sizes(self) -> tuple[int, int]:
+        """Return the numbers of users and of items that it knows."""
+        return self.network.users, self.network.items
+
     def forward(self, pairs: Tensor) -> Tensor:
         """Return the ratings, of shape (N,), of pairs (user, item), of shape (N, 2)."""
         ratings: Tensor = self.network(pairs)
@@ -272,7 +294,13 @@ class MatrixFactorization(RatingModule):
 
     def penalty(self, pairs: Tensor) -> Tensor:
         """Return the penalty of a batch per rating, before it is weighted."""
-        parts = 1 if self.frequency_scaled else world_size() * int(self.trainer.num_training_batches)
+        batches = 1 if self.frequency_scaled else self.trainer.num_training_batches
+        if batches == math.inf:
+            raise ValueError(
+                "The penalty of an epoch is divided among its batches, and the training loader has no length: use a "
+                "loader with a length, or frequency_scaled=True, or regularization=0."
+            )
+        parts = 1 if self.frequency_scaled else world_size() * int(batches)
         sums = []
         for column, side, number in ((0, "user", self.network.users), (1, "item", self.network.items)):
             everyone = torch.arange(number, device=pairs.device)
@@ -321,7 +349,11 @@ class RidgeBiases(RatingModule):
 
     def __init__(self, users: int, items: int, *, regularization: Sequence[float] = (1.0, 2.0, 3.0, 5.0, 10.0)) -> None:
         super().__init__()
-        if not regularization or not all(one >= 0 for one in regularization):
+        if (
+            not isinstance(regularization, Sequence)
+            or not regularization
+            or not all(one >= 0 for one in regularization)
+        ):
             raise ValueError(
                 f"regularization of RidgeBiases is a list of numbers to choose from, 0 or more; got {regularization!r}."
             )
@@ -334,6 +366,10 @@ class RidgeBiases(RatingModule):
         self._sums = [torch.zeros(0), torch.zeros(0)]  # of an epoch: ratings without the other bias, and their number
         self._errors = torch.zeros(tried)  # sums of squares of a validation
         self._best = 0  # the place of the regularization that did best
+
+    def sizes(self) -> tuple[int, int]:
+        """Return the numbers of users and of items that it knows."""
+        return len(self.user), len(self.item)
 
     def forward(self, pairs: Tensor) -> Tensor:
         """Return the ratings, of shape (N,), of pairs (user, item), of shape (N, 2)."""
@@ -359,7 +395,7 @@ class RidgeBiases(RatingModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add the batch to the sums of the epoch."""
         pairs, ratings = batch
-        own, other = pairs[:, self._side], pairs[:, 1 - self._side]
+        own, other, ratings = pairs[:, self._side], pairs[:, 1 - self._side], ratings.to(self._solved[0].dtype)
         self._sums[0].index_add_(1, own, ratings - self._solved[1 - self._side][:, other])
         self._sums[1].index_add_(0, own, torch.ones_like(ratings))
 

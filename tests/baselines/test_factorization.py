@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from support.ranks import RankPair
 from support.small import quiet_trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_compress import (
     DistillationModule,
@@ -265,12 +266,44 @@ def test_two_ranks_end_equal_and_near_one_process(tmp_path: Path, rank_pair: Ran
         (lambda: nnmf(regularization=-1.0), "0 or more; got -1.0"),
         (lambda: MatrixFactorization(DotProduct(3, 3)), "DotProduct has latent vectors only: set alternate=False"),
         (lambda: RidgeBiases(3, 3, regularization=[]), r"got \[\]"),
+        (lambda: RidgeBiases(3, 3, regularization=3.0), r"is a list of numbers .*; got 3\.0"),  # type: ignore[arg-type]
         (lambda: RidgeBiases(3, 3, regularization=[-1.0]), r"got \[-1\.0\]"),
     ],
 )
 def test_bad_settings_are_quoted(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [lambda: MatrixFactorization(NNMF(USERS, 7)), lambda: RidgeBiases(USERS, 7)])
+def test_data_with_more_items_than_the_tables_are_refused(make: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"The data have 20 items, and .* was made for 7: make it with users=30 and items"
+    ):
+        quiet_trainer(max_epochs=1).fit(make(), ratings())
+
+
+def test_a_penalty_per_vector_needs_to_know_the_number_of_batches() -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            yield from zip(*training_part(), strict=True)
+
+    loader = DataLoader(Endless(), batch_size=100)
+    with pytest.raises(
+        ValueError, match="the training loader has no length: use a loader with a length, or frequency_"
+    ):
+        quiet_trainer(max_epochs=1).fit(nnmf(), loader)
+    quiet_trainer(max_epochs=1).fit(nnmf(frequency_scaled=True), loader)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_biases_are_the_same_in_every_precision(precision: Any) -> None:
+    found = []
+    for one in ("32-true", precision):
+        module = RidgeBiases(USERS, ITEMS, regularization=[3.0])
+        quiet_trainer(max_epochs=4, precision=one).fit(module, ratings())
+        found.append(module.user.detach().float())
+    assert torch.allclose(*found, atol=0.02)  # ratings and biases are rounded to 8 bits in bfloat16
 
 
 def test_indices_beyond_the_tables_are_an_error_of_torch() -> None:
