@@ -151,6 +151,27 @@ class Pyramid(nn.Module):
         return self.o1(p1).mean((2, 3)) + self.o2(p2).mean((2, 3))
 
 
+class Inverted(nn.Module):
+    """A block of MobileNet-v3 and EfficientNet: expansion, depthwise, squeeze and excitation, projection; in place."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        wide = 2 * inputs
+        self.same = inputs == outputs and stride == 1
+        self.expand = nn.Sequential(nn.Conv2d(inputs, wide, 1), nn.BatchNorm2d(wide), nn.Hardswish(inplace=True))
+        self.depthwise = nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide)
+        self.squeeze, self.excite = nn.Conv2d(wide, 2, 1), nn.Conv2d(2, wide, 1)
+        self.project, self.drop = nn.Sequential(nn.Conv2d(wide, outputs, 1), nn.BatchNorm2d(outputs)), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.depthwise(self.expand(x)), inplace=True)
+        y *= F.hardsigmoid(self.excite(self.squeeze(y.mean((2, 3), keepdim=True)).relu_()))
+        y = self.drop(self.project(y))
+        if self.same:
+            y += x
+        return y
+
+
 def sequence(*blocks: nn.Module, width: int = 4) -> nn.Module:
     return nn.Sequential(conv(3, width), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(3))
 
@@ -198,6 +219,12 @@ KNOWN: dict[str, Callable[[], Known]] = {
     ),
     "squeeze and excite": lambda: Known(
         lambda: sequence(Excited(4, layer=True)), IMAGE, ["1"], lambda m, x: m[2:](m[0](x))
+    ),
+    "inverted": lambda: Known(
+        lambda: sequence(Inverted(4, 4), Inverted(4, 6, 2), Inverted(6, 6), Inverted(6, 6, 2), Inverted(6, 6)),
+        IMAGE,
+        ["1", "3", "5"],
+        lambda m, x: m[6:](m[4](m[2](m[0](x)))),
     ),
     "parallel": lambda: Known(
         lambda: Embedded(Parallel(6, first=True)), TOKENS, ["block.attn", "block.mlp"], without_embedded
