@@ -77,7 +77,7 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "quantization": lambda **options: qat(start_epoch=0.5, **options),
     "quantization, tensor": lambda **options: qat(start_epoch=0.5, granularity="tensor", **options),
     "blocks": lambda **options: depth(end_epoch=0.75, every_n_steps=1, n_batches=2 if options.get("exclude") else 1),
-    "low rank": low_rank,
+    "low rank": lambda **options: low_rank(rank={"net.conv": 1} if options.get("exclude") else {"net.hidden": 4}),
     "convolutions": lambda **options: conv_blocks(**options),
     "distillation": lambda **options: distillation(),
     "distillation, hints": lambda **options: distillation(hints=[_HINT]),
@@ -144,6 +144,11 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
+_ELSEWHERE = {  # what refuses without a rule, by words of its error, and the note on it
+    "manual optimization": "Wrappers, and losses that are compared, run the user's own `training_step`, which manual "
+    "optimization ends before its loss is known.",
+    "which torch.compile has compiled": "Layers inside a compiled network can't be replaced: compile it after the fit.",
+}
 _SHORT = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 1}
 
 
@@ -163,8 +168,8 @@ def fitted(entry: Entry, module: LightningModule, *, before: Any = (), behind: A
         except IncompatibleError as error:
             return error.rule
         except ValueError as error:
-            if "manual optimization" in str(error):
-                return "manual optimization"
+            if (said := next((words for words in _ELSEWHERE if words in str(error)), None)) is not None:
+                return said
             if "tells channels apart by their place" in str(error):  # as soon as widths look for their channels
                 return "widths of a network with gates"
             raise
@@ -236,11 +241,8 @@ def table(rows: Mapping[str, Mapping[str, str]], corner: str) -> str:
 
 
 def _note(rule: str) -> str:
-    if rule not in RULES:
-        return (
-            "Wrappers, and losses that are compared, run the user's own `training_step`, which manual optimization "
-            "ends before its loss is known."
-        )
+    if rule in _ELSEWHERE:
+        return _ELSEWHERE[rule]
     said = RULES[rule].said(_WORDS)
     return f"{said[0].upper()}{said[1:]}."
 
