@@ -131,7 +131,7 @@ def test_a_technique_works_on_what_has_replaced_layers(name: str, tmp_path: Path
     save_compressed(one, tmp_path / "module.lcz")
     loaded = load_compressed(tmp_path / "module.lcz", wrapped)
     assert torch.equal(answers(loaded), answers(one))
-    exported(one, tmp_path)
+    exported(one, tmp_path, as_onnx=name in ("neurons", "everything"))
 
 
 def acted_on_parts(name: str, one: SmallModule) -> None:
@@ -149,12 +149,14 @@ def acted_on_parts(name: str, one: SmallModule) -> None:
         assert max(len(row.unique()) for row in first.weight) <= 16
 
 
-def exported(one: SmallModule, tmp_path: Path) -> None:
-    """Check what torch.export and ONNX make of the network."""
+def exported(one: SmallModule, tmp_path: Path, *, as_onnx: bool) -> None:
+    """Check what torch.export makes of the network, or ONNX, which takes longer and begins with it."""
     net, x = copy.deepcopy(one.net).eval(), torch.randn(3, FEATURES)
     with torch.no_grad():
         expected = net(x)
-    torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
+    if not as_onnx:
+        torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
+        return
     pytest.importorskip("onnxruntime")
     save_onnx(capture(net, x), tmp_path / "net.onnx", grids=input_grids(net))
 
@@ -175,7 +177,8 @@ def test_layers_are_replaced_after_an_earlier_fit_with_a_technique(name: str, tm
     fresh = entry.wrap(module(4)) if name == "exits" else module(4)
     loaded = load_compressed(tmp_path / "module.lcz", fresh)
     assert torch.equal(answers(loaded), answers(one))
-    exported(one, tmp_path)
+    if name in ("neurons", "quantization"):
+        exported(one, tmp_path, as_onnx=name == "quantization")
     resumed = again(module=loaded, callbacks=tuple(both()), resume=tmp_path / "step=7.ckpt")
     assert not differences(whole, resumed)
 
