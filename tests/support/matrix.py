@@ -78,7 +78,7 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "quantization, tensor": lambda **options: qat(start_epoch=0.5, granularity="tensor", **options),
     "blocks": lambda **options: depth(end_epoch=0.75, every_n_steps=1, n_batches=2 if options.get("exclude") else 1),
     "low rank": lambda **options: low_rank(rank={"net.conv": 1} if options.get("exclude") else {"net.hidden": 4}),
-    "convolutions": lambda **options: conv_blocks(**options),
+    "convolutions": lambda **options: conv_blocks(target=f"net.block{2 if options.get('exclude') else 1}.*"),
     "distillation": lambda **options: distillation(),
     "distillation, hints": lambda **options: distillation(hints=[_HINT]),
     "exits": lambda **options: exits(),
