@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.core.given import whole_number
+
 
 def _norm_relu(channels: int) -> list[nn.Module]:
     return [nn.BatchNorm2d(channels), nn.ReLU()]
@@ -97,7 +99,7 @@ class ShuffleBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, groups: int = 2) -> None:
         super().__init__()
-        if (stride == 1) != (in_channels == out_channels):
+        if out_channels != in_channels if stride == 1 else out_channels <= in_channels:
             raise ValueError(
                 f"A ShuffleBlock keeps its channels with stride 1, and adds some with another; got {in_channels} and "
                 f"{out_channels} with stride {stride}."
@@ -163,7 +165,9 @@ class GhostModule(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, relu: bool = True) -> None:
         super().__init__()
-        half = out_channels // 2
+        half, odd = divmod(out_channels, 2)
+        if odd or not half:
+            raise ValueError(f"out_channels of a GhostModule must be an even number, 2 or more; got {out_channels!r}.")
         end = nn.ReLU if relu else nn.Identity
         self.primary = nn.Sequential(_point(in_channels, half), nn.BatchNorm2d(half), end())
         self.cheap = nn.Sequential(_depthwise(half), nn.BatchNorm2d(half), end())
@@ -225,10 +229,10 @@ class Efficient(nn.Sequential):
     block: ClassVar[type[nn.Module]]
 
     def __init__(self, *, width: int = 32, in_channels: int = 3, num_classes: int = 10, depth: int = 2) -> None:
-        if width < 8 or width % 8:
-            raise ValueError(f"width of {type(self).__name__} must be a multiple of 8; got {width!r}.")
-        if depth < 1:
-            raise ValueError(f"depth of {type(self).__name__} is the blocks of each stage, 1 or more; got {depth!r}.")
+        name = type(self).__name__
+        if whole_number(width, f"width of {name} must be a multiple of 8", least=8) % 8:
+            raise ValueError(f"width of {name} must be a multiple of 8; got {width!r}.")
+        whole_number(depth, f"depth of {name} is the blocks of each stage, 1 or more", least=1)
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1, bias=False), *_norm_relu(width)]
         channels = width
         for stage in range(3):

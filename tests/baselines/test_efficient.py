@@ -62,6 +62,12 @@ def test_bad_sizes_are_refused() -> None:
         GhostNet(width=12)
     with pytest.raises(ValueError, match=r"depth of MobileNet .* got 0"):
         MobileNet(depth=0)
+    with pytest.raises(ValueError, match=r"width of GhostNet .* got 8\.0"):
+        GhostNet(width=8.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="GhostModule must be an even number, 2 or more; got 7"):
+        GhostBlock(4, 7)
+    with pytest.raises(ValueError, match="16 and 8 with stride 2"):
+        ShuffleBlock(16, 8, stride=2)
     with pytest.raises(ValueError, match="16 and 32 with stride 1"):
         ShuffleBlock(16, 32)
     assert GhostBlock(8, 8)(torch.zeros(1, 8, 4, 4)).shape == (1, 8, 4, 4)
