@@ -85,7 +85,7 @@ def one_seed(setting: Setting, shares: Sequence[float], chosen: Mapping[str, Fam
 
     def measure(title: str, name: str, module: LightningModule, size: int) -> None:
         errors = {f"{kind} error": error(module, part, setting) for kind, part in (("test", test), ("val", val))}
-        measured[title, name] = errors | {"bytes": size, "MMACs": count_macs(module, x)[0] / 1e6}
+        measured[title, name] = errors | {"bytes": size, "MMACs": count_macs(module.eval(), x)[0] / 1e6}
         ways[f"{title}|{name}"] = module, x
         print(f"{title}: {name} {errors['test error']:.2f} %, {size:,} bytes", flush=True)
 
