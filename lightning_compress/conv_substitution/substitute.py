@@ -89,7 +89,7 @@ class SubstitutionReport:
 
     @property
     def plan(self) -> Plan:
-        """It as a plan of what replaces which layers."""
+        """The plan with which these layers are replaced."""
         made = {path: Replacement(FORMS[self.block], one.numbers, one.values) for path, one in self.replaced.items()}
         return Plan(made, self.left)
 
