@@ -161,6 +161,11 @@ class ReplacingCallback(CompressionCallback):
                 f"given: choose layers by target= instead of network=. {error}"
             ) from error
 
+    def _layers(self) -> list[str]:
+        """Return the paths of the replaced layers of the module that was fitted last."""
+        fitted = None if self._fitted is None else self._fitted()
+        return [] if fitted is None else self._mine(fitted)
+
     def _mine(self, pl_module: LightningModule) -> list[str]:
         """Return the paths of the layers that are replaced by this kind of technique."""
         found = replaced(resolve_network(pl_module, self.network))
@@ -210,7 +215,7 @@ class ReplacingCallback(CompressionCallback):
         return Effects(replaces_layers=True)
 
     def progress(self) -> Progress:
-        return Progress(numbers={"parameters_left": lambda: self._left})
+        return Progress(fraction=float(bool(self._layers())), numbers={"parameters_left": lambda: self._left})
 
     def outline(self, pl_module: LightningModule, inputs: Callable[[], ExampleInputs]) -> Outline | None:
         given = inputs() if self.example_inputs is None else self.example_inputs
@@ -228,8 +233,7 @@ class ReplacingCallback(CompressionCallback):
         """Averages hold the values of the weights as they are."""
 
     def technique_state(self) -> dict[str, Any]:
-        fitted = None if self._fitted is None else self._fitted()
-        return {"layers": [] if fitted is None else self._mine(fitted), "left": self._left}
+        return {"layers": self._layers(), "left": self._left}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

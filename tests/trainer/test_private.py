@@ -62,6 +62,9 @@ def seen() -> dict[str, Any]:
                 _batches_that_stepped=vars(loop)["_batches_that_stepped"],
                 _should_check_val_fx=loop._should_check_val_fx,
                 _average_model=vars(averaging)["_average_model"],
+                _checkpoint_connector=vars(trainer)["_checkpoint_connector"],
+                _loaded_checkpoint=vars(trainer._checkpoint_connector)["_loaded_checkpoint"],
+                _restore_modules_and_callbacks=trainer._checkpoint_connector._restore_modules_and_callbacks,
                 _step_supports_amp_scaling=getattr(trainer.optimizers[0], "_step_supports_amp_scaling", None),
             )
 
@@ -106,6 +109,11 @@ EXPECTED = {
     "_computed": lambda value: value is None,
     "_batches_that_stepped": lambda value: value == 0,
     "_should_check_val_fx": lambda value: list(inspect.signature(value).parameters) == ["data_fetcher"],
+    "_checkpoint_connector": lambda value: callable(value._restore_modules_and_callbacks),
+    "_loaded_checkpoint": lambda value: value == {},
+    "_restore_modules_and_callbacks": lambda value: (
+        next(iter(inspect.signature(value).parameters)) == "checkpoint_path"
+    ),
     "_start_method": lambda value: value == "popen",
     "_ddp_kwargs": lambda value: value == {"static_graph": True},
     "_ddp_comm_hook": lambda value: value is None,
