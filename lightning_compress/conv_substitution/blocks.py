@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from lightning_compress.conv_substitution.decoupling import separable_weight, xception_weight
 from lightning_compress.conv_substitution.shuffled import shuffle_weight
 from lightning_compress.conv_substitution.squeezed import fire_weight
-from lightning_compress.replacement.layer import LayerShape
+from lightning_compress.replacement.layer import CONVS, LayerShape
 from lightning_compress.replacement.swap import Replaced
 
 Numbers = Mapping[str, Any]
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 GHOST_SIZE = 3  # taps of a ghost's filter in each dimension, as in the paper
 
 
@@ -87,12 +86,12 @@ class Block(Replaced):
 
 
 def _point(of: LayerShape, inputs: int, outputs: int, *, bias: bool = False, **options: Any) -> nn.Module:
-    return _CONVS[len(of.kernel)](inputs, outputs, 1, bias=bias, dtype=of.dtype, device=of.device, **options)
+    return CONVS[len(of.kernel)](inputs, outputs, 1, bias=bias, dtype=of.dtype, device=of.device, **options)
 
 
 def _filters(of: LayerShape, inputs: int, outputs: int, *, bias: bool = False, groups: int = 1) -> nn.Module:
     """Return a convolution with the layer's kernel, stride and padding."""
-    return _CONVS[len(of.kernel)](
+    return CONVS[len(of.kernel)](
         inputs,
         outputs,
         of.kernel,  # type: ignore[arg-type]
@@ -280,7 +279,7 @@ class Ghost(Block):
         ghosts = cls.ghosts(of, numbers)
         parts: dict[str, nn.Module] = {"primary": _filters(of, of.inputs, of.outputs - sum(ghosts), bias=of.bias)}
         for t, count in enumerate(ghosts):
-            conv = _CONVS[len(of.kernel)]
+            conv = CONVS[len(of.kernel)]
             parts[_numbered("cheap", t)] = conv(
                 count,
                 count,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.conv_substitution.blocks import FORMS, numbers_for
+from lightning_compress.conv_substitution.record import ConvBlockStructure
 from lightning_compress.conv_substitution.seen import look
 from lightning_compress.conv_substitution.values import values, white_noise
 from lightning_compress.core.example_inputs import ExampleInputs, call
@@ -20,7 +21,7 @@ from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.replacement.find import Layer, find_layers, plainly
 from lightning_compress.replacement.plan import Plan, Replacement, carry_out
 
-KIND = "conv_block"
+KIND = ConvBlockStructure.kind
 Block = Literal["separable", "xception", "fire", "ghost", "shuffle"]
 Init = Literal["data", "svd", "random"]
 Patterns = str | Sequence[str]

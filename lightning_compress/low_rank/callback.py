@@ -11,7 +11,7 @@ from torch import nn
 from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.core.given import whole_number
 from lightning_compress.low_rank.costs import Cost
-from lightning_compress.low_rank.replace import LowRankReport, plan_low_rank
+from lightning_compress.low_rank.replace import KIND, LowRankReport, plan_low_rank
 from lightning_compress.low_rank.sites import Method
 from lightning_compress.low_rank.wanted import Wanted
 from lightning_compress.replacement.plan import Plan
@@ -58,7 +58,7 @@ class LowRankCallback(ReplacingCallback):
         >>> trainer = Trainer(callbacks=[low_rank], max_epochs=3, logger=False, enable_checkpointing=False)
     """
 
-    kind: ClassVar[str] = "low_rank"
+    kind: ClassVar[str] = KIND
 
     def __init__(
         self,

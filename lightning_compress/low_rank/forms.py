@@ -10,12 +10,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.replacement.layer import LayerShape, linear_map
+from lightning_compress.replacement.layer import CONVS, LayerShape, linear_map
 from lightning_compress.replacement.swap import Replaced
 
 Numbers = Mapping[str, int]
 PACKED = 3  # queries, keys and values
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class LowRankForm(Replaced):
@@ -303,7 +302,7 @@ def conv_like(
 ) -> nn.Module:
     """Return a convolution with as many dimensions and groups as a layer; what is not given does nothing."""
     ones = (1,) * len(of.kernel)
-    kind = cast(Any, _CONVS[len(of.kernel)])
+    kind = cast(Any, CONVS[len(of.kernel)])
     made: nn.Module = kind(
         n_in,
         n_out,

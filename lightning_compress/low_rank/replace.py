@@ -17,6 +17,7 @@ from lightning_compress.low_rank.costs import Cost
 from lightning_compress.low_rank.forms import FORMS
 from lightning_compress.low_rank.packed import PackedSite
 from lightning_compress.low_rank.ranks import DENSE
+from lightning_compress.low_rank.record import LowRankStructure
 from lightning_compress.low_rank.sites import Method, Seen, Site
 from lightning_compress.low_rank.splits import Moments
 from lightning_compress.low_rank.tied import TiedSite
@@ -27,7 +28,7 @@ from lightning_compress.replacement.find import FoundLayers, Layer, find_layers,
 from lightning_compress.replacement.plan import Plan, Replacement, carry_out
 from lightning_compress.replacement.statistics import InputStatistics, gather_statistics
 
-KIND = "low_rank"
+KIND = LowRankStructure.kind
 Patterns = str | Sequence[str]
 Clock = Callable[[], float]
 _REPEATS = 9

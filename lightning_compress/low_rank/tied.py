@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class TiedSite(Site):
     @torch.no_grad()
     def lost(self, form: str, numbers: Sequence[tuple[int, ...]]) -> list[float]:
         if not self._lost:
-            basis = self._basis()
+            basis = self._basis
             weight = self.weight
             of_output = ((basis.T @ weight @ self.spread) * (basis.T @ weight)).sum(1).cumsum(0) / self.energy
             root, common = self._least_squares(basis)
@@ -79,7 +80,7 @@ class TiedSite(Site):
     @torch.no_grad()
     def values(self, form: str, numbers: tuple[int, ...]) -> dict[str, Chosen]:
         (rank,), weight = numbers, self.weight
-        basis = self._basis()[:, :rank]
+        basis = self._basis[:, :rank]
         narrow, tall = even(basis.T @ weight, basis)
         root, common = self._least_squares(tall)
         layer = self.seen_by_output.layer.map
@@ -110,7 +111,9 @@ class TiedSite(Site):
     def timed_as(self, form: str, numbers: tuple[int, ...]) -> tuple[type[LowRankForm], dict[str, int]]:
         return FORMS[_OUTPUT], {"rank": numbers[0]}
 
+    @cached_property
     def _basis(self) -> Tensor:
+        """The shared directions, the best first."""
         together = self.spread / self.energy
         together = together + torch.eye(len(together)).to(together) / self.weight.square().sum().clamp_(min=_TINY)
         return principal(self.weight, together).basis

@@ -17,10 +17,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_compress.core.records import RecordError, shown
 
 Kind = Literal["linear", "conv", "embedding"]
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BASES: tuple[tuple[type[nn.Module], Kind], ...] = (
     (nn.Linear, "linear"),
-    *((conv, "conv") for conv in _CONVS.values()),
+    *((conv, "conv") for conv in CONVS.values()),
     (nn.Embedding, "embedding"),
 )
 _MODES = ("zeros", "reflect", "replicate", "circular")
@@ -108,7 +108,7 @@ class LayerShape:
         good = (
             record["kind"] in get_args(Kind)
             and _numbers(record["shape"], dims + 2, 1)
-            and (dims in _CONVS or record["kind"] != "conv")
+            and (dims in CONVS or record["kind"] != "conv")
             and isinstance(record["bias"], bool)
             and not (record["bias"] and record["kind"] == "embedding")
             and all(_numbers(record[name], dims, low) for name, low in _KERNELS.items())
@@ -233,7 +233,7 @@ def dense_layer(of: LayerShape) -> nn.Module:
         return nn.Linear(of.inputs, of.outputs, of.bias, **where)
     if of.kind == "embedding":
         return nn.Embedding(of.inputs, of.outputs, of.padding_idx, **where)
-    conv: Any = _CONVS[len(of.kernel)]
+    conv: Any = CONVS[len(of.kernel)]
     sizes = (of.kernel, of.stride, of.padding, of.dilation, of.groups, of.bias, of.padding_mode)
     built: nn.Module = conv(of.inputs, of.outputs, *sizes, **where)
     return built
