@@ -17,6 +17,7 @@ from lightning_compress.distillation.module import DistillationModule
 from lightning_compress.early_exit.module import EarlyExitHeads
 from lightning_compress.group_lasso.callback import GroupLassoCallback
 from lightning_compress.low_rank.callback import LowRankCallback
+from lightning_compress.low_rank.nuclear_callback import NuclearNormCallback
 from lightning_compress.low_rank.replace import lower_rank
 from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
@@ -41,6 +42,7 @@ __all__ = [
     "GroupLassoCallback",
     "IterativePruningCallback",
     "LowRankCallback",
+    "NuclearNormCallback",
     "QuantizationAwareTrainingCallback",
     "SkippableBlocks",
     "SlimmableWidth",

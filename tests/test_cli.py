@@ -532,6 +532,7 @@ def test_inspect_lists_the_blocks_that_may_leave(
         ("quantization_aware_training", "quantized, and the layer's inputs", "exclude=network.fc"),
         ("binary_weights", "binarized", "exclude=network.fc"),
         ("group_lasso", "pulled to zero in groups", "exclude=network.fc"),
+        ("nuclear_norm", "pulled to low rank", "exclude=network.fc"),
     ],
 )
 def test_inspect_knows_every_technique(

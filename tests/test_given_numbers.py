@@ -21,6 +21,7 @@ CALLBACKS: dict[type, dict[str, Any]] = {
     lc.BlockPruningCallback: {},
     lc.GroupLassoCallback: {"strength": 0.1},
     lc.IterativePruningCallback: {},
+    lc.NuclearNormCallback: {"strength": 0.1},
     lc.QuantizationAwareTrainingCallback: {},
     lc.WeightClusteringCallback: {},
 }

@@ -49,6 +49,7 @@ DELIBERATE = {  # where a file has another value than the constructor's default,
     ("compress", "group_lasso"): {"strength", "granularity", "proximal", "shrink"},  # one compresses, with these
     ("compress", "iterative_pruning"): {"amount", "every_n_steps"},
     ("compress", "neuron_pruning"): {"granularity", "criterion"},
+    ("compress", "nuclear_norm"): {"strength"},  # has no default
     ("compress", "skippable_blocks"): {"network"},  # a Classifier has a network
     ("compress", "slimmable"): {"network"},
 }

@@ -65,6 +65,9 @@ def assert_compressed(entry: str, state: dict[str, Tensor]) -> None:
         assert "net.block1.conv2.weight" not in state
         assert sum(name.startswith("net.block1.conv2.") for name in state) >= 3
     hidden = state["net.hidden.weight"]
+    if "nuclear" in entry:
+        values = torch.linalg.svdvals(hidden.float())
+        assert values[-1] < values[0] / 6  # a third at first
     if "neurons" in entry and hidden.shape != SmallModule().net.hidden.weight.shape:
         assert hidden.shape[0] == state["net.head.weight"].shape[1]
     elif entry in MASKING:

@@ -29,6 +29,7 @@ DONE: dict[Kind, str] = {
     "signs": "binarized",
     "bounds": "bounded",
     "penalty": "pulled to zero in groups",
+    "rank": "pulled to low rank",
 }
 STYLES = {"pruned": "bold", "follows": "", "frozen": "yellow", "skipped": "dim"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.core.evaluation import entries_restored, evaluating
-from lightning_compress.core.example_inputs import ExampleInputs, call, to_device
+from lightning_compress.core.example_inputs import ExampleInputs, call, to_device, to_type
 from lightning_compress.trainer.peek import first_batch
 from lightning_compress.trainer.unwrap import innermost
 
@@ -74,9 +73,12 @@ def resolve_example_inputs(trainer: Trainer, pl_module: LightningModule, network
 
 
 def inputs_on_device(module: LightningModule, network: nn.Module, given: Any) -> Any:
-    """Return example inputs on the network's device, before the strategy exists: see `given_or_peeked`."""
-    device = next((one.device for one in network.parameters()), torch.device("cpu"))
-    move = partial(to_device, device=device)
+    """Return example inputs on the network's device and of its type, before the strategy exists."""
+    like = next((one for one in network.parameters() if one.is_floating_point()), torch.empty(()))
+
+    def move(inputs: Any) -> Any:
+        return to_type(to_device(inputs, like.device), like.dtype)
+
     return move(given_or_peeked(module.trainer, module, network, given, move))
 
 

@@ -149,6 +149,14 @@ PAIR_RULES = (
         remedy="use regrow=False or proximal=False",
     ),
     PairRule(
+        name="ranks of values that others set",
+        meets=lambda one, other, first: (
+            one.named("rank") & other.named("zeros", "bounds", *FEW_VALUES, *(["penalty"] if other.proximal else []))
+        ),
+        reason="{one} changes all entries of {names} after a step, also those that {other} has just set",
+        remedy="give them targets that share nothing, or use {one} in an earlier fit",
+    ),
+    PairRule(
         name="a penalty stands last",
         meets=lambda one, other, first: bool(
             first and one.named("penalty") and other.changes_weights and not other.named("penalty")

@@ -22,6 +22,7 @@ from lightning_compress import (
     GroupLassoCallback,
     IterativePruningCallback,
     LowRankCallback,
+    NuclearNormCallback,
     QuantizationAwareTrainingCallback,
     SkippableBlocks,
     SlimmableWidth,
@@ -164,6 +165,11 @@ def low_rank(**options: Any) -> Entry:
     return technique(LowRankCallback, idle={"budget": 1.0, "rank": None, "energy": None}, **settings)
 
 
+def nuclear_norm(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"strength": 0.5, "every_n_steps": 3} | options
+    return technique(NuclearNormCallback, idle={"strength": 0.0}, **settings)
+
+
 def conv_blocks(block: str = "separable", **options: Any) -> Entry:
     entry = technique(ConvSubstitutionCallback, block, idle={"target": ()}, **({"n_batches": 2} | options))
     return replace(entry, module={"residual": True})
@@ -268,6 +274,7 @@ REGISTRY: dict[str, Entry] = {
     "low-rank-then-clustering-qat": low_rank().with_(
         clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
     ),
+    "nuclear-norm": nuclear_norm(),
     "conv-blocks": conv_blocks(),
     "conv-blocks-ghost-svd": conv_blocks("ghost", init="svd"),
     "conv-blocks-fire-distillation": conv_blocks("fire", init="random").with_(distillation()),

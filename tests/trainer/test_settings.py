@@ -13,6 +13,7 @@ from lightning_compress import (
     BinaryWeightsCallback,
     GroupLassoCallback,
     IterativePruningCallback,
+    NuclearNormCallback,
     QuantizationAwareTrainingCallback,
     WeightClusteringCallback,
 )
@@ -20,6 +21,7 @@ from lightning_compress import (
 CALLBACKS: dict[type[Any], dict[str, Any]] = {
     IterativePruningCallback: {"target": ["a", "b*"], "stop": {"monitor": "acc", "max_drop": 0.01}},
     GroupLassoCallback: {"strength": 0.1, "exclude": ["a", "b*"]},
+    NuclearNormCallback: {"strength": 0.1, "exclude": ["a", "b*"]},
     WeightClusteringCallback: {"n_clusters": {"conv*": 8}, "exclude": ["a", "b*"]},
     QuantizationAwareTrainingCallback: {"weight_bits": {"conv*": 8}, "exclude": ["a", "b*"]},
     BinaryWeightsCallback: {"target": ["a", "b*"], "activations": ["a"]},
