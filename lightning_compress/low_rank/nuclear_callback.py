@@ -124,7 +124,9 @@ class NuclearNormCallback(CompressionCallback):
             try:
                 shrunk = matrix.shrunk(rate * self.strength)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise ValueError(f"{self.name} can't decompose {name}, whose entries must be finite: {error}") from error
+                raise ValueError(
+                    f"{self.name} can't decompose {name}, whose entries must be finite: {error}"
+                ) from error
             matrix.parameter.copy_(broadcast(shrunk.weight))  # a decomposition may differ between devices
             self._left[name] = [shrunk.left, shrunk.most]
 

@@ -24,8 +24,8 @@ class Effects:
 
     Attributes:
         values: The kind of values to which it sets parameters, by name: "zeros" (a mask), "codebook" (shared values),
-            "grid" (a few bits), "signs", "bounds" (an interval), "penalty" (it pulls groups of entries to zero), or "rank"
-            (it pulls singular values to zero, and changes all entries for that).
+            "grid" (a few bits), "signs", "bounds" (an interval), "penalty" (it pulls groups of entries to zero), or
+            "rank" (it pulls singular values to zero, and changes all entries for that).
         span: The entries that share one codebook or scale: those of a "channel", of a "tensor", or of the whole
             "network".
         inputs: Layers whose inputs it quantizes, by name.
