@@ -43,7 +43,7 @@ class WeightMatrix:
     def shrunk(self, threshold: float) -> Shrunk:
         """Return the weight with all singular values smaller by a threshold, and none below zero."""
         weight = self.parameter.detach()
-        blocks = weight.unflatten(0, (self.blocks, -1))
+        blocks = torch.unflatten(weight, 0, (self.blocks, -1))
         ordered = blocks.transpose(1, 2) if self.transposed else blocks
         matrices = ordered.flatten(2)
         exact = matrices.float() if matrices.dtype in (torch.float16, torch.bfloat16) else matrices

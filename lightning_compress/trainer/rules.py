@@ -151,7 +151,8 @@ PAIR_RULES = (
     PairRule(
         name="ranks of values that others set",
         meets=lambda one, other, first: (
-            one.named("rank") & other.named("zeros", "bounds", *FEW_VALUES, *(["penalty"] if other.proximal else []))
+            one.named("rank")
+            & (other.named("zeros", "bounds", *FEW_VALUES) | (other.named("penalty") if other.proximal else set()))
         ),
         reason="{one} changes all entries of {names} after a step, also those that {other} has just set",
         remedy="give them targets that share nothing, or use {one} in an earlier fit",
