@@ -21,6 +21,7 @@ from lightning_compress.low_rank.nuclear_callback import NuclearNormCallback
 from lightning_compress.low_rank.replace import lower_rank
 from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
+from lightning_compress.pruning.tickets import LotteryTicketCallback
 from lightning_compress.quantization.callback import QuantizationAwareTrainingCallback
 from lightning_compress.serving.controller import BudgetController
 from lightning_compress.skipping.module import SkippableBlocks
@@ -41,6 +42,7 @@ __all__ = [
     "Footprint",
     "GroupLassoCallback",
     "IterativePruningCallback",
+    "LotteryTicketCallback",
     "LowRankCallback",
     "NuclearNormCallback",
     "QuantizationAwareTrainingCallback",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from lightning_compress.core.select import select_parameters
 
+Number = TypeVar("Number", int, float)
+
 
 def numbers_by_name(
     module: nn.Module,
-    numbers: int | Mapping[str, int | None],
+    numbers: Number | Mapping[str, Number | None],
     *,
     target: str | Sequence[str] | None = None,
     default: str | Sequence[str] | None = None,
@@ -20,7 +23,7 @@ def numbers_by_name(
     argument: str,
     done: str,
     leaving: str,
-) -> dict[str, int]:
+) -> dict[str, Number]:
     """Return the number of each parameter, by name, without the parameters whose number is 0 or None.
 
     Args:
@@ -52,7 +55,7 @@ def numbers_by_name(
         considered = _quietly(module, default, exclude=exclude)
     else:
         considered = chosen = select_parameters(module, target, exclude=exclude)
-    first: dict[str, int | None] = {}
+    first: dict[str, Number | None] = {}
     for pattern, number in numbers.items():
         for name in _quietly(module, pattern):
             first.setdefault(name, number)

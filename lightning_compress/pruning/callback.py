@@ -39,7 +39,7 @@ from lightning_compress.pruning.criteria.choose import (
 from lightning_compress.pruning.criterion_hooks import CriterionHooks
 from lightning_compress.pruning.limits import warn_of_rounding, warn_of_thin_layers
 from lightning_compress.pruning.masked import MaskedParameters
-from lightning_compress.pruning.masks import Scope, least_left, prune_channels, prune_weights
+from lightning_compress.pruning.masks import Amount, Scope, least_left, prune_channels, prune_weights
 from lightning_compress.pruning.remover import ChannelRemover
 from lightning_compress.pruning.stopping import StopRule
 from lightning_compress.trainer.callback import latent_values, take_writes, techniques
@@ -47,7 +47,7 @@ from lightning_compress.trainer.effects import Effects, Progress
 from lightning_compress.trainer.inputs import resolve_network
 from lightning_compress.trainer.monitors import count_anew
 from lightning_compress.trainer.settings import settings_of
-from lightning_compress.trainer.step_window import Ramp
+from lightning_compress.trainer.step_window import Events, Ramp
 from lightning_compress.trainer.surgery import CuttingCallback
 
 
@@ -174,7 +174,7 @@ class IterativePruningCallback(CuttingCallback):
 
         self.current_amount = 0.0
         self._stopped = False
-        self._ramp: Ramp | None = None
+        self._ramp: Events | None = None
         self._targets: list[str] = []
         self._entries: dict[str, int] = {}  # of each targeted weight, before any channel left
         self._costs: dict[str, float] | None = None  # of a channel of each group, in the dense network
@@ -228,7 +228,7 @@ class IterativePruningCallback(CuttingCallback):
         if self.amount == 0:
             return Effects()
         state = self.loaded_state
-        targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=False))
+        targets = self.selected(pl_module, warn=False)
         names = set(targets)
         if self.granularity == "neuron" and self.regrow and trainer is not None and len(techniques(trainer)) > 1:
             # The hidden values of biases and norms come back with the channel's weights.
@@ -242,6 +242,7 @@ class IterativePruningCallback(CuttingCallback):
             values=dict.fromkeys(names, "zeros"),
             revives=self.regrow,
             rewinds=rewinds,
+            judges=rewinds,
             shapes=self.shrink if self.removes else "never",
             looks_at=frozenset() if finished else self._criterion.looks_at,
             begins=None if ramp is None else ramp.start,
@@ -249,6 +250,7 @@ class IterativePruningCallback(CuttingCallback):
             options={
                 "revives": "regrow=True",
                 "rewinds": "stop=",
+                "judges": "stop=",
                 "looks_at": f"criterion={self.criterion!r}",
                 "shapes": f"shrink={self.shrink!r}",
             },
@@ -257,7 +259,7 @@ class IterativePruningCallback(CuttingCallback):
     # ------------------------------------------------------------------ the fit
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
-        self._targets = list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude))
+        self._targets = self.selected(pl_module)
         if self.granularity == "weight":
             refuse_complex(pl_module, self._targets, f"{self.name}(granularity='weight')")
         resolve_network(pl_module, self.network)  # raises an error where there is none
@@ -284,6 +286,10 @@ class IterativePruningCallback(CuttingCallback):
             self._watch(pl_module)
         if state is not None:
             self._criterion.resume(state["statistic"])
+
+    def selected(self, pl_module: LightningModule, *, warn: bool = True) -> list[str]:
+        """Return the names of the targeted parameters."""
+        return list(select_parameters(pl_module, self.patterns(pl_module), exclude=self.exclude, warn=warn))
 
     def _trace(
         self, trainer: Trainer, pl_module: LightningModule, weights: list[str], state: dict[str, Any] | None
@@ -318,9 +324,10 @@ class IterativePruningCallback(CuttingCallback):
         """Whether an earlier fit has decided the amount that `stop` asks for."""
         return self.finished if state is None else state["stop"] is None
 
-    def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> Ramp:
+    def _planned(self, trainer: Trainer, state: dict[str, Any] | None) -> Events:
         """Return the ramp of a resumed fit, of an earlier fit, or of this one."""
         kept, earlier = (None, self._ramp) if state is None else (state["ramp"], None)
+        assert earlier is None or isinstance(earlier, Ramp)
         return Ramp.of_fit(
             trainer,
             kept,
@@ -331,7 +338,7 @@ class IterativePruningCallback(CuttingCallback):
         )
 
     def follow_epochs(self, trainer: Trainer, moment: Callable[[int], int]) -> None:
-        assert self._ramp is not None
+        assert isinstance(self._ramp, Ramp)
         self._ramp = self._ramp.followed(trainer, moment, end_epoch=self.end_epoch, every_n_steps=self.every_n_steps)
 
     def at_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -339,7 +346,12 @@ class IterativePruningCallback(CuttingCallback):
         waits = self._backtracker is not None and self._backtracker.awaits_validation
         if self.amount == 0 or self._stopped or waits or not self._ramp.take(step):
             return
-        self._prune(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
+        self.event(trainer, pl_module, amount_at(self._ramp.progress(step), self.amount, schedule=self.schedule))
+
+    def event(self, trainer: Trainer, pl_module: LightningModule, amount: Amount) -> None:
+        """Prune the network, so that an amount of the original entries is zero."""
+        assert self._ramp is not None
+        self._prune(trainer, pl_module, amount)
         if self._ramp.finished:
             if self._remover is not None and self._keep is not None:
                 warn_of_rounding(self._keep, self.amount, self.round_to)
@@ -393,8 +405,8 @@ class IterativePruningCallback(CuttingCallback):
 
     # ------------------------------------------------------------------ an event
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> None:
-        if amount > 0:
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, amount: Amount) -> None:
+        if amount:
             if self._backtracker is not None:
                 self._backtracker.pruned()
             if self._channels != []:  # else one channel is left of every group
@@ -405,14 +417,14 @@ class IterativePruningCallback(CuttingCallback):
                     self._mask(keep)
                     for other in techniques(trainer):
                         other.zero_latent(self.masks)
-            self.current_amount = amount
+            self.current_amount = amount if isinstance(amount, float) else self.sparsity
             limited = self.granularity == "weight" and self.scope == "global"
-            least = least_left(self._entries, amount, self.min_left) if limited else {}
+            least = least_left(self._entries, self.current_amount, self.min_left) if limited else {}
             warn_of_thin_layers(self.masks, least, self.min_left, self._emptied)
         self._criterion.reset()
 
     @torch.no_grad()
-    def _decide(self, trainer: Trainer, pl_module: LightningModule, amount: float) -> dict[str, Tensor]:
+    def _decide(self, trainer: Trainer, pl_module: LightningModule, amount: Amount) -> dict[str, Tensor]:
         """Return the masks of this event, the same on all ranks: over weights, or over the dense network's channels."""
         alive = None if self.regrow else self._keep
         take_writes(trainer)
@@ -425,6 +437,7 @@ class IterativePruningCallback(CuttingCallback):
         if self.projection is not None:
             self.projection.settle()
         if self._remover is not None:
+            assert isinstance(amount, float), "channels have one amount"
             device = next(iter(scores.values())).device
             keep = prune_channels(
                 self._remover.of_dense(scores),
@@ -510,7 +523,7 @@ class IterativePruningCallback(CuttingCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         assert self._ramp is not None
-        self._criterion.begin(counts=self._steps >= self._ramp.start - self._ramp.interval)
+        self._criterion.begin(counts=self._ramp.counts(self._steps))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._criterion.step.before_backward(loss)

@@ -13,11 +13,12 @@ from lightning_compress.core.keep_largest import keep_largest
 from lightning_compress.pruning.channels import Channels
 
 Scope = Literal["global", "layer"]
+Amount = float | Mapping[str, float]  # one for all, or of each tensor by its name
 
 
 def prune_weights(
     scores: Mapping[str, Tensor],
-    amount: float,
+    amount: Amount,
     *,
     scope: Scope = "global",
     absolute: bool = False,
@@ -29,7 +30,8 @@ def prune_weights(
 
     Args:
         scores: Importance per entry, by parameter name.
-        amount: Fraction of the original entries that is dropped afterwards, those already dropped included.
+        amount: Fraction of the original entries that is dropped afterwards, those already dropped included; with
+            scope="layer" also one for each tensor, by name.
         scope: "global" compares all entries with each other, "layer" drops the same fraction of each tensor.
         absolute: Whether the importance is the score's absolute value.
         alive: Masks of earlier events; entries that they drop stay dropped.
@@ -53,10 +55,12 @@ def prune_weights(
         {'a': [0, 1, 0, 0], 'b': [0, 0, 1, 1, 1, 1]}
     """
     if scope == "layer":
+        amounts = amount if isinstance(amount, Mapping) else dict.fromkeys(scores, amount)
         return {
-            name: _keep({name: score}, _drops([name], scores, amount, alive, left), absolute, alive)[name]
+            name: _keep({name: score}, _drops([name], scores, amounts[name], alive, left), absolute, alive)[name]
             for name, score in scores.items()
         }
+    assert not isinstance(amount, Mapping), "with an amount for each tensor, tensors are not compared"
     n_drop = _drops(scores, scores, amount, alive, left)
     masks = _keep(scores, n_drop, absolute, alive)
     counts = {name: score.numel() + (left or {}).get(name, 0) for name, score in scores.items()}

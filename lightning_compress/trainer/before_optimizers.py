@@ -7,7 +7,7 @@ Layers that `configure_model` or the module's own `setup` makes exist by then, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from lightning.pytorch import Trainer
 
 _RESTORE = "_restore_modules_and_callbacks"  # Lightning's method, which runs at this moment, also with nothing to load
+_MAKE = "setup_optimizers"  # the strategy's method that calls `configure_optimizers`
 Action = Callable[[], None]
 _waiting: WeakKeyDictionary[Trainer, dict[Hashable, tuple[Action, Action]]] = WeakKeyDictionary()
 
@@ -33,6 +34,33 @@ def before_optimizers(trainer: Trainer, key: Hashable, *, before: Action, after:
     connector: Any = trainer._checkpoint_connector
     if _RESTORE not in vars(connector):
         vars(connector)[_RESTORE] = partial(_restore, trainer, connector)
+
+
+def shorten_while_optimizers_are_made(trainer: Trainer, limits: Mapping[str, int | None]) -> None:
+    """Let `configure_optimizers` see other limits of the fit, so that it plans schedules for a part of it.
+
+    Args:
+        trainer: The Trainer, whose optimizers are made next.
+        limits: `max_epochs` and `max_steps`, which are put back as soon as the optimizers are made, or fail to be.
+    """
+    strategy, loop = trainer.strategy, trainer.fit_loop
+    keep_limits(trainer)
+
+    def make(trainer: Trainer) -> None:
+        keep_limits(trainer)
+        whole = loop.max_epochs, loop.epoch_loop.max_steps
+        loop.max_epochs, loop.epoch_loop.max_steps = limits["max_epochs"], limits["max_steps"]  # type: ignore[assignment]
+        try:
+            strategy.setup_optimizers(trainer)
+        finally:
+            loop.max_epochs, loop.epoch_loop.max_steps = whole
+
+    vars(strategy)[_MAKE] = make
+
+
+def keep_limits(trainer: Trainer) -> None:
+    """Undo `shorten_while_optimizers_are_made`, where a fit has ended before its optimizers were made."""
+    vars(trainer.strategy).pop(_MAKE, None)
 
 
 def is_resumed(trainer: Trainer) -> bool:

@@ -33,6 +33,7 @@ class Effects:
         proximal: Whether it changes values after the optimizer's step, instead of adding to their gradients.
         revives: Whether zeros may become other values again, because masked entries keep training latent values.
         rewinds: Whether it may restore the network of an earlier step.
+        judges: Whether it does so by a metric of the fit's validations.
         takes_blocks: Whether it takes whole blocks out of the network during the fit, with their parameters.
         replaces_layers: Whether it has replaced layers by other modules before the optimizers were made.
         shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
@@ -58,6 +59,7 @@ class Effects:
     proximal: bool = False
     revives: bool = False
     rewinds: bool = False
+    judges: bool = False
     takes_blocks: bool = False
     replaces_layers: bool = False
     shapes: Literal["never", "on_fit_end", "during_fit"] = "never"

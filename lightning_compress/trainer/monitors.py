@@ -12,13 +12,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_compress.trainer import rng
 
 
-def count_anew(trainer: Trainer, reason: str) -> None:
+def count_anew(trainer: Trainer, reason: str, *, stopping_alone: bool = False) -> None:
     """Reset "best so far" of every checkpoint and early-stopping callback, and report it.
 
     Checkpoint files that were the best until now stay on disk, but `best_model_path` no longer points to them.
+
+    Args:
+        trainer: The Trainer.
+        reason: Why they count anew, for the report.
+        stopping_alone: Whether checkpoint callbacks count on.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and not stopping_alone:
             _reset_checkpoint(callback, reason)
         elif isinstance(callback, EarlyStopping):
             callback.wait_count = 0

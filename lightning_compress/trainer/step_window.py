@@ -4,13 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 
 from lightning_compress.trainer.steps import planned_steps, steps_at
 
 RECOVERY_SHARE = 1 / 3  # share of the planned steps after the ramp, where the user sets no end
+
+
+class Events(Protocol):
+    """The steps of a fit after which a technique acts."""
+
+    @property
+    def start(self) -> int:
+        """The step of the first event."""
+
+    @property
+    def end(self) -> int:
+        """The step of the last event."""
+
+    @property
+    def last(self) -> int:
+        """The step of the last event that was taken."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last event has been taken."""
+
+    def take(self, step: int) -> bool:
+        """Whether an event is due after this step. If so, it counts as taken, and no step is taken twice."""
+
+    def progress(self, step: int) -> float:
+        """Return the position of `step` between the first and the last event, 0 to 1."""
+
+    def counts(self, step: int) -> bool:
+        """Whether what is measured in the step after `step` matters for an event."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the events as plain numbers."""
 
 
 @dataclass(kw_only=True)
@@ -111,6 +143,10 @@ class Ramp:
         if self.finished or step <= self.last:
             return False
         return step >= self.end or (step >= self.start and (step - self.start) % self.interval == 0)
+
+    def counts(self, step: int) -> bool:
+        """Whether what is measured in the step after `step` matters for an event."""
+        return step >= self.start - self.interval
 
     @property
     def finished(self) -> bool:

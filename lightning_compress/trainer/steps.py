@@ -38,6 +38,14 @@ def steps_per_epoch(trainer: Trainer) -> int | None:
     return None if math.isinf(trainer.num_training_batches) else _steps_in_epoch(trainer, 0)
 
 
+def steps_per_epoch_early(trainer: Trainer) -> int | None:
+    """Return `steps_per_epoch` before the fit has set up its training loader, which it sets up anew afterwards."""
+    trainer.fit_loop.setup_data()
+    found = steps_per_epoch(trainer)
+    trainer.fit_loop._combined_loader = None  # else Lightning would not restore the loader's state in a resume
+    return found
+
+
 def epochs_done(trainer: Trainer) -> float:
     """Return how many epochs of this fit are over, at its start or where Lightning resumes it."""
     batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current

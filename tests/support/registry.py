@@ -21,6 +21,7 @@ from lightning_compress import (
     EarlyExitHeads,
     GroupLassoCallback,
     IterativePruningCallback,
+    LotteryTicketCallback,
     LowRankCallback,
     NuclearNormCallback,
     QuantizationAwareTrainingCallback,
@@ -84,6 +85,11 @@ def technique(kind: Callable[..., Callback], *args: Any, idle: dict[str, Any], *
 def pruning(**options: Any) -> Entry:
     settings: dict[str, Any] = {"amount": 0.7, "end_epoch": 2.5, "every_n_steps": 3} | options
     return technique(IterativePruningCallback, idle={"amount": 0.0, "stop": None}, **settings)
+
+
+def ticket(**options: Any) -> Entry:
+    settings: dict[str, Any] = {"rate": 0.45, "rounds": 2, "round_epochs": 1.5, "rewind_to": 0.5} | options
+    return technique(LotteryTicketCallback, idle={"rate": 0.0}, **settings)
 
 
 def lasso(**options: Any) -> Entry:
@@ -197,6 +203,11 @@ REGISTRY: dict[str, Entry] = {
     "pruning-neurons-masked": pruning(granularity="neuron", amount=0.5, shrink="never"),
     "pruning-neurons-during-fit": pruning(granularity="neuron", amount=0.5, shrink="during_fit", criterion="taylor"),
     "pruning-stop": pruning(start_epoch=1.0, stop={"monitor": "val_acc", "max_drop": 0.4}, every_n_steps=None),
+    "pruning-ticket": ticket(),
+    "pruning-ticket-init-rates": ticket(rate={"net.head": 0.3, "*": 0.5}, rewind="init", rewind_to=0.0, round_epochs=1),
+    "pruning-ticket-learning-rate": ticket(rewind="learning_rate", criterion="taylor"),
+    "pruning-ticket-fine-tuning": ticket(rewind=None, round_epochs=None, optimizer_state="keep"),
+    "pruning-ticket-neurons": ticket(granularity="neuron", rate=0.3, optimizer_state="rewind"),
     "group-lasso": lasso(),
     "group-lasso-shape-proximal": lasso(granularity="shape", proximal=True),
     "group-lasso-units-shrink": lasso(granularity="group", proximal=True, strength=0.3, shrink="on_fit_end"),
