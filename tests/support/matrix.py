@@ -70,8 +70,10 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "pruning, stop": lambda **options: _pruning(stop=_STOP, **options),
     "neurons": _neurons,
     "neurons, during_fit": lambda **options: _neurons(shrink="during_fit", **options),
-    "ticket": lambda **options: ticket(round_epochs=0.5, rewind_to=0, **options),
-    "ticket, learning_rate": lambda **options: ticket(round_epochs=0.5, rewind_to=0, rewind="learning_rate", **options),
+    "ticket": lambda **options: ticket(rounds=1, round_epochs=0.5, rewind_to=0, **options),
+    "ticket, learning_rate": lambda **options: ticket(
+        rounds=1, round_epochs=0.5, rewind_to=0, rewind="learning_rate", **options
+    ),
     "group lasso": lasso,
     "group lasso, proximal": lambda **options: lasso(proximal=True, **options),
     "group lasso, shrink": lambda **options: lasso(granularity="group", proximal=True, shrink="on_fit_end", **options),
