@@ -63,8 +63,8 @@ class IterativePruningCallback(CuttingCallback):
             in the end; 0 to 1.
         granularity: "weight" masks single weights; "neuron" masks, and then removes, whole channels with everything
             that makes them (weights, biases, scale and shift of norms). The output layer's channels always stay.
-        criterion: Measure of an entry's importance; the method card has the formulas. All criteria but magnitude, l2
-            and random watch the training steps since the previous event.
+        criterion: Measure of an entry's importance; the method card has the formulas. Some criteria watch the training
+            steps since the previous event, and some compare with the weights of the fit's start.
         scope: "global" compares all entries, "layer" removes the same fraction of each layer.
         schedule: Shape of the ramp.
         start_epoch: Begin of the ramp, in epochs, which may be fractions.
@@ -163,7 +163,7 @@ class IterativePruningCallback(CuttingCallback):
         self.needs_gradients = criterion not in STATIC
         self.removes = granularity == "neuron" and shrink != "never"
 
-        self._criterion = CriterionHooks(criterion, granularity)
+        self._criterion = CriterionHooks(criterion, granularity, scope)
         self._masked = MaskedParameters(nn.Module())  # without parameters, until a fit begins
         self._remover: ChannelRemover | None = None  # for channels, once a fit has begun
         self._traced: ChannelRemover | None = None  # found by `effects`, which needs it before `prepare` does
@@ -281,9 +281,10 @@ class IterativePruningCallback(CuttingCallback):
             self._backtracker = None  # so that later fits keep what they train
         self._ramp = self._planned(trainer, state)
         self._continue_masks(pl_module, state, left)
-        self._criterion.stop()
         if self.amount > 0 and not self.finished:
             self._watch(pl_module)
+        else:
+            self._criterion.finish()
         if state is not None:
             self._criterion.resume(state["statistic"])
 
@@ -355,7 +356,7 @@ class IterativePruningCallback(CuttingCallback):
         if self._ramp.finished:
             if self._remover is not None and self._keep is not None:
                 warn_of_rounding(self._keep, self.amount, self.round_to)
-            self._criterion.stop()
+            self._criterion.finish()
             if self._backtracker is None:
                 count_anew(trainer, f"the final sparsity of {self.sparsity:.4g} is reached")
 
@@ -382,6 +383,8 @@ class IterativePruningCallback(CuttingCallback):
     def before_first_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._backtracker is not None and not self._stopped:
             self._backtracker.begin(trainer, pl_module, self._masked, self.current_amount)
+        if self.amount > 0 and not self.finished and not self._criterion.start:
+            self.compare_from_here(trainer)
         super().before_first_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -423,17 +426,27 @@ class IterativePruningCallback(CuttingCallback):
             warn_of_thin_layers(self.masks, least, self.min_left, self._emptied)
         self._criterion.reset()
 
+    def compare_from_here(self, trainer: Trainer) -> None:
+        """Make the present weights those that later ones are compared with, where the criterion compares."""
+        if self._criterion.compares:
+            self._criterion.compare_from(self._real_weights(trainer))
+
+    def _real_weights(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Return the values of all weights to be scored; where they are rounded, the real ones behind them."""
+        weights = {name: self._masked.value(name) for name in self._targets}
+        latent = latent_values(techniques(trainer))  # values of few bits rank nothing
+        return weights | {name: latent[name] for name in weights.keys() & latent.keys()}
+
     @torch.no_grad()
     def _decide(self, trainer: Trainer, pl_module: LightningModule, amount: Amount) -> dict[str, Tensor]:
         """Return the masks of this event, the same on all ranks: over weights, or over the dense network's channels."""
         alive = None if self.regrow else self._keep
         take_writes(trainer)
-        weights = {name: self._masked.value(name) for name in self._targets}
-        latent = latent_values(techniques(trainer))  # values of few bits rank nothing: the real ones behind them do
-        weights |= {name: latent[name] for name in weights.keys() & latent.keys()}
+        weights = self._real_weights(trainer)
         if self.projection is not None:
             self.projection.open()  # so that the latent values of masked entries are scored
-        scores, absolute = self._criterion.score(weights, self._channels, self.generator)
+        living = alive if self._channels is None else None
+        scores, absolute = self._criterion.score(weights, self._channels, self.generator, alive=living)
         if self.projection is not None:
             self.projection.settle()
         if self._remover is not None:

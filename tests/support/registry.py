@@ -196,6 +196,8 @@ REGISTRY: dict[str, Entry] = {
     "pruning-ewc": pruning(criterion="ewc"),
     "pruning-si": pruning(criterion="si"),
     "pruning-mas": pruning(criterion="mas"),
+    "pruning-movement": pruning(criterion="movement"),
+    "pruning-same-sign-regrow": pruning(criterion="large_final_same_sign", regrow=True, scope="layer"),
     "pruning-neurons": pruning(granularity="neuron", amount=0.5),
     "pruning-neurons-apoz": pruning(granularity="neuron", amount=0.5, criterion="apoz"),
     "pruning-neurons-taylor": pruning(granularity="neuron", amount=0.5, criterion="taylor"),

@@ -12,18 +12,41 @@ from lightning_compress.channels.costs import Cost
 from lightning_compress.core.given import real_number, whole_number
 from lightning_compress.pruning.channels import Channels
 from lightning_compress.pruning.criteria.activations import Apoz, MeanActivation, TaylorChannel
+from lightning_compress.pruning.criteria.from_start import BY_TWO_RANKS, FROM_START
 from lightning_compress.pruning.criteria.samples import Ewc, Fisher, Mas
 from lightning_compress.pruning.criteria.statistic import Statistic
 from lightning_compress.pruning.criteria.weights import Obd, Si, Taylor, channel_norm, l2, magnitude, random
 
 Criterion = Literal[
-    "magnitude", "l2", "random", "apoz", "mean_activation", "taylor", "obd", "fisher", "ewc", "si", "mas"
+    "magnitude",
+    "l2",
+    "random",
+    "apoz",
+    "mean_activation",
+    "taylor",
+    "obd",
+    "fisher",
+    "ewc",
+    "si",
+    "mas",
+    "small_final",
+    "large_init",
+    "small_init",
+    "large_init_large_final",
+    "small_init_small_final",
+    "magnitude_increase",
+    "movement",
+    "magnitude_increase_same_sign",
+    "magnitude_increase_diff_sign",
+    "large_final_same_sign",
+    "large_final_diff_sign",
 ]
 Shrink = Literal["never", "on_fit_end", "during_fit"]
 Granularity = Literal["weight", "neuron"]
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-STATIC: tuple[Criterion, ...] = ("magnitude", "l2", "random")
+# These look at no training step. All from the fourth on compare with weights of the fit's start.
+STATIC: tuple[Criterion, ...] = ("magnitude", "l2", "random", *(one for one in CRITERIA if one in FROM_START))
 DIFFERENTIATING: tuple[Criterion, ...] = ("obd", "fisher")  # they differentiate the loss once more than the training
 _CHANNELS_ONLY = ("apoz", "mean_activation")
 # These criteria measure zero for a masked channel, which is silent, so that it would never come back.
@@ -40,6 +63,8 @@ def check_criterion(criterion: str, granularity: str, scope: str, *, regrow: boo
         raise ValueError(f"granularity must be 'weight' or 'neuron'; got {granularity!r}.")
     if granularity == "weight" and criterion in _CHANNELS_ONLY:
         raise ValueError(f"criterion={criterion!r} scores channels: it needs granularity='neuron', got 'weight'.")
+    if granularity == "neuron" and criterion in BY_TWO_RANKS:
+        raise ValueError(f"criterion={criterion!r} compares ranks of single weights: it needs granularity='weight'.")
     if regrow and granularity == "neuron" and criterion in _BLIND_TO_MASKED_CHANNELS:
         raise ValueError(
             f"criterion={criterion!r} sees nothing of a masked channel, so regrow=True could bring none back: use "
@@ -60,8 +85,8 @@ def check_shrink(shrink: Shrink, granularity: Granularity, criterion: Criterion,
         raise ValueError(
             f"shrink='during_fit' removes channels for good, but {wants} wants them back: use shrink='on_fit_end'."
         )
-    if criterion == "si":
-        raise ValueError("criterion='si' looks at the whole training of a weight: use it with shrink='on_fit_end'.")
+    if criterion == "si" or criterion in FROM_START:
+        raise ValueError(f"criterion={criterion!r} looks at a weight's whole training: use shrink='on_fit_end'.")
 
 
 def checked_min_left(min_left: Any) -> float:
@@ -108,8 +133,8 @@ def make_statistic(
 def static_scores(
     criterion: Criterion, weights: Mapping[str, Tensor], channels: Sequence[Channels] | None, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Score weights, or channels where they are given, by a criterion that needs no data."""
-    assert criterion in STATIC, f"{criterion} needs a statistic"
+    """Score weights, or channels where they are given, by a criterion that needs the present weights alone."""
+    assert criterion in ("magnitude", "l2", "random"), f"{criterion} needs more than the weights"
     if channels is not None:
         if criterion == "random":
             return {group.name: torch.rand(group.size, generator=generator) for group in channels}
