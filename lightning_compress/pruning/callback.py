@@ -199,6 +199,13 @@ class IterativePruningCallback(CuttingCallback):
         return 1.0 - (there - zeros) / total if total else 0.0
 
     @property
+    def masked_share(self) -> float:
+        """Fraction of the original entries, or channels, that has left or is masked."""
+        keep = self._keep or {}
+        total = sum(self._entries.values()) or sum(mask.numel() for mask in keep.values())
+        return 1.0 - sum(int(mask.sum()) for mask in keep.values()) / total if keep and total else 0.0
+
+    @property
     def _channels(self) -> list[Channels] | None:
         """The channels that may be removed; None where single weights are pruned."""
         return None if self._remover is None else self._remover.channels
@@ -313,6 +320,7 @@ class IterativePruningCallback(CuttingCallback):
         """Put the masks of a checkpoint, or of an earlier fit that ended with the channels `left`, in force again."""
         earlier = self._masked  # perhaps on another device
         self._masked = MaskedParameters(pl_module, channels=self._channels, regrow=self.regrow)
+        self._masked.frozen = earlier.frozen
         if state is not None:
             self._mask(None if self._left is not None else state["keep"], latent=state["latent"])
         elif left is not None and self._left is None:  # the dense network has been loaded back
@@ -420,7 +428,7 @@ class IterativePruningCallback(CuttingCallback):
                     self._mask(keep)
                     for other in techniques(trainer):
                         other.zero_latent(self.masks)
-            self.current_amount = amount if isinstance(amount, float) else self.sparsity
+            self.current_amount = amount if isinstance(amount, float) else self.masked_share
             limited = self.granularity == "weight" and self.scope == "global"
             least = least_left(self._entries, self.current_amount, self.min_left) if limited else {}
             warn_of_thin_layers(self.masks, least, self.min_left, self._emptied)

@@ -26,6 +26,7 @@ class MaskedParameters:
         keep: The masks (True stays) over entries, by parameter, or over channels, by group; None before the first mask.
         masks: The masks over entries that follow from `keep`, by parameter name.
         projection: The projection that masks the module around optimizer steps; None before the first mask.
+        frozen: Values of masked entries that are not zero, by parameter name, with zeros for the others.
 
     Example:
         >>> layer = nn.Linear(3, 1, bias=False)
@@ -43,6 +44,7 @@ class MaskedParameters:
         self.keep: dict[str, Tensor] | None = None
         self.masks: dict[str, Tensor] = {}
         self.projection: Projection | None = None
+        self.frozen: dict[str, Tensor] = {}
         self._bits: dict[str, Tensor] = {}
 
     @property
@@ -79,7 +81,7 @@ class MaskedParameters:
     def check_masked(self, masks: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if the parameters are not those that the masks were made for.
 
-        Masked weights of an earlier fit are zero; others have been trained or loaded since.
+        Masked weights of an earlier fit are zero, or frozen; others have been trained or loaded since.
         """
         for name, mask in masks.items():
             parameter = self._parameters[name].detach()
@@ -88,7 +90,9 @@ class MaskedParameters:
                     f"{name} has shape {tuple(parameter.shape)}, and an earlier fit with this callback ended with "
                     f"{tuple(mask.shape)}, because channels had left. Load that network, or make a new callback."
                 )
-            if bool(parameter[~mask.to(parameter.device)].any()):
+            gone = ~mask.to(parameter.device)
+            expected = self.frozen[name].to(parameter.device)[gone] if name in self.frozen else 0.0
+            if bool((parameter[gone] != expected).any()):
                 raise ValueError(
                     f"{name} has weights where an earlier fit with this callback has pruned them. To prune this "
                     f"network from the beginning, make a new callback."
@@ -125,10 +129,16 @@ class MaskedParameters:
         for name, mask in self.masks.items():
             if name in copies:
                 copies[name].data.masked_fill_(~mask.to(copies[name].device), 0.0)
+                self._freeze(name, copies[name].data)
 
     def _zero(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             keep_(tensor, self._bits[name])
+            self._freeze(name, tensor)
+
+    def _freeze(self, name: str, tensor: Tensor) -> None:
+        if name in self.frozen:
+            tensor.add_(self.frozen[name].to(tensor.device))
 
     def _device_of(self, name: str) -> torch.device:
         parameter = self._parameters.get(name)  # None if the name is that of a group

@@ -6,17 +6,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_compress.channels.costs import Cost
+from lightning_compress.core.distributed import broadcast
 from lightning_compress.core.given import flag, real_number, whole_number
 from lightning_compress.core.numbers_by_pattern import numbers_by_name
 from lightning_compress.core.schedule import checked_epoch
-from lightning_compress.core.tensors import Kept
+from lightning_compress.core.tensors import Kept, sliced
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.criteria.choose import STATIC, Criterion, Granularity, Shrink
 from lightning_compress.pruning.masks import Amount, Scope
+from lightning_compress.pruning.restart import (
+    Pruned,
+    Restart,
+    Signs,
+    check_restart,
+    frozen_values,
+    start_values,
+)
 from lightning_compress.pruning.rewinder import OptimizerState, Rewind, Rewinder, check_rewind
 from lightning_compress.pruning.rounds import Plan, Rounds
 from lightning_compress.trainer.before_optimizers import (
@@ -63,6 +74,15 @@ class LotteryTicketCallback(IterativePruningCallback):
             with it where it is whole.
         optimizer_state: What becomes of momenta when weights go back: "clear" begins anew, "keep" leaves them, and
             "rewind" takes them back.
+        restart: What the survivors of the LAST prune start from, where weights go back; earlier rounds rewind, so that
+            all choices have the same masks. "rewind": their values at `rewind_to`, the initial ones. "reinit": values
+            that are drawn anew, with replacement, from all initial values of the layer. "reshuffle": the initial values
+            of the layer's survivors, permuted. "constant": the standard deviation of the layer's initial values.
+        signs: Whether the survivors "keep" the signs of their initial values, or get "random" ones. The control of
+            Frankle and Carbin, a random initialization of the same mask, is restart="reinit" with signs="random".
+        pruned: What entries are that the masks drop in the last round: "zero", frozen at their "initial" values, or
+            "mixed" (Zhou et al. 2019): zero where training has moved them towards zero, else frozen at their initial
+            values. In a file only zeros are cheap.
         granularity: As for `IterativePruningCallback`, like all arguments from here on. Criteria that watch training
             steps watch the last epoch before an event.
         criterion: Measure of an entry's importance in the trained network.
@@ -102,6 +122,9 @@ class LotteryTicketCallback(IterativePruningCallback):
         rewind: Rewind | None = "weights",
         rewind_to: float = 0.0,
         optimizer_state: OptimizerState = "clear",
+        restart: Restart = "rewind",
+        signs: Signs = "keep",
+        pruned: Pruned = "zero",
         granularity: Granularity = "weight",
         criterion: Criterion = "magnitude",
         scope: Scope = "global",
@@ -123,6 +146,14 @@ class LotteryTicketCallback(IterativePruningCallback):
             real_number(round_epochs, "round_epochs is the length of a round, above 0, or None", above=0)
         flag(pretrained, "pretrained")
         check_rewind(rewind, optimizer_state)
+        check_restart(restart, signs, pruned)
+        if (restart, signs, pruned) != ("rewind", "keep", "zero") and rewind not in ("weights", "init"):
+            raise ValueError(
+                f"restart={restart!r}, signs={signs!r} and pruned={pruned!r} say what weights go back to, and with "
+                f"rewind={rewind!r} none do: use rewind='weights' or 'init'."
+            )
+        if pruned != "zero" and granularity == "neuron":
+            raise ValueError(f"pruned={pruned!r} keeps values in pruned channels, which then can't be cut: use 'zero'.")
         rewind_to = checked_epoch(rewind_to, "rewind_to")
         _check_rewind_to(rewind, rewind_to, round_epochs, pretrained=pretrained)
         if shrink == "during_fit":
@@ -158,6 +189,10 @@ class LotteryTicketCallback(IterativePruningCallback):
         self._state_key = self._generate_state_key(**settings)
         self._plan = Plan(rounds=rounds, round_epochs=round_epochs, rewind_to=rewind_to, pretrained=pretrained)
         self._rewinder = Rewinder(rewind, optimizer_state)
+        self.restart: Restart = restart
+        self.signs: Signs = signs
+        self.pruned: Pruned = pruned
+        self._frozen: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ how much
 
@@ -288,9 +323,15 @@ class LotteryTicketCallback(IterativePruningCallback):
 
     def event(self, trainer: Trainer, pl_module: LightningModule, amount: Amount) -> None:
         rounds, rewinder = self._rounds, self._rewinder
+        last, initial = rounds.finished, rewinder.values
+        trained = {}
+        if last and self.pruned == "mixed":
+            trained = {name: pl_module.get_parameter(name).detach().clone() for name in self._targets}
         super().event(trainer, pl_module, amount)
-        rewinder.go_back(trainer, pl_module, last=rounds.finished)
+        rewinder.go_back(trainer, pl_module, last=last)
         if rewinder.takes_weights:
+            if last and self._masked.keep is not None:
+                self._start_anew(pl_module, initial, trained)
             if self._masked.keep is not None:
                 self._mask(self._masked.keep)  # the masks of the trained network, on the weights of before
             take_writes(trainer)
@@ -299,15 +340,47 @@ class LotteryTicketCallback(IterativePruningCallback):
             count_anew(trainer, f"round {rounds.taken} of {len(rounds.events)} begins", stopping_alone=True)
         rank_zero_info(
             f"{self.name}: round {rounds.taken} of {len(rounds.events)} begins after step {self._steps}, with "
-            f"{1 - self.sparsity:.2%} left."
+            f"{1 - self.masked_share:.2%} left."
         )
+
+    @torch.no_grad()
+    def _start_anew(
+        self, pl_module: LightningModule, initial: Mapping[str, Tensor], trained: Mapping[str, Tensor]
+    ) -> None:
+        """Give the survivors of the last prune the values to start from, and the pruned entries theirs."""
+        for name in self._targets:
+            if name not in self.masks:  # channels that stay
+                continue
+            parameter, mask = pl_module.get_parameter(name), self.masks[name]
+            before = initial[name].to(parameter.device)
+            if (self.restart, self.signs) != ("rewind", "keep"):
+                values = start_values(
+                    before, mask, restart=self.restart, signs=self.signs, generator=self.generator
+                ).contiguous()
+                parameter.copy_(broadcast(values))
+            if self.pruned != "zero":
+                after = trained.get(name, before).to(parameter.device)
+                self._frozen[name] = frozen_values(before, after, mask, pruned=self.pruned)
+
+    def _mask(self, keep: dict[str, Tensor] | None, *, latent: dict[str, Tensor] | None = None) -> None:
+        self._masked.frozen = self._frozen
+        super()._mask(keep, latent=latent)
+
+    def _continue_masks(
+        self, pl_module: LightningModule, state: dict[str, Any] | None, left: dict[str, Tensor] | None
+    ) -> None:
+        if state is not None:
+            device = pl_module.device
+            self._frozen = {name: values.to(device) for name, values in state["frozen"].items()}
+        super()._continue_masks(pl_module, state, left)
 
     # ------------------------------------------------------------------ checkpoints, and cuts
 
     def technique_state(self) -> dict[str, Any]:
-        return super().technique_state() | {"rewinder": self._rewinder.state_dict()}
+        return super().technique_state() | {"rewinder": self._rewinder.state_dict(), "frozen": self._frozen}
 
     def follow_cut(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
+        self._frozen = sliced(self._frozen, kept)
         super().follow_cut(trainer, pl_module, kept)
         self._rewinder.follow(kept)
 
