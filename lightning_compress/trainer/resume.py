@@ -25,6 +25,8 @@ from lightning_compress.trainer.unwrap import innermost
 
 METRICS = "lightning_compress.metrics"  # key in a checkpoint: the logged metrics of every rank, once for all techniques
 _REMEDY = "Resume with the version that wrote it, or start a new fit from its weights alone."
+# The seed of a fit is often that of the network: unchanged, it would draw the numbers of which the weights were made.
+_OWN_NUMBERS = 0x5DEECE66
 FORMAT = 2  # version of a technique's state in checkpoints: raise it when the content changes
 
 
@@ -111,7 +113,7 @@ class ResumableCallback(DeclaresEffects, Callback):
         loaded, self._loaded = self._loaded, None
         resumes, self._resumes = self._resumes, False
         self._begin_counting(trainer, pl_module, loaded)
-        self.generator.manual_seed(torch.initial_seed() + rank())
+        self.generator.manual_seed((torch.initial_seed() + rank()) ^ _OWN_NUMBERS)
         with self._reading(loaded):
             self.prepare(trainer, pl_module, None if loaded is None else loaded["technique"])
         self._keep_pace(trainer, loaded)
