@@ -178,12 +178,13 @@ def main() -> None:
     parser.add_argument("--tuning", type=int, default=100, help="epochs after clustering")
     parser.add_argument("--strengths", type=float, nargs="+", help="regularizations of products, per rating")
     parser.add_argument("--penalties", type=float, nargs="+", help="those of the perceptron, per vector")
+    parser.add_argument("--no-files", dest="files", action="store_false", help="only who predicts best")
     parser.add_argument("--figure", type=Path, help="write a PNG of the last seed's errors against bytes")
     parser.add_argument("--json", type=Path, help="write the numbers of all seeds here as well")
     parser.add_argument("--quick", action="store_true", help="see whether it runs: a few epochs of everything")
     arguments = parser.parse_args()
     if arguments.strengths is None:
-        arguments.strengths = [0.01, 0.02, 0.04, 0.08] if arguments.path is None else [0.08, 0.12, 0.16, 0.2]
+        arguments.strengths = [0.01, 0.02, 0.04, 0.08] if arguments.path is None else [0.1, 0.15, 0.2, 0.3]
     if arguments.penalties is None:
         arguments.penalties = [5.0, 10.0, 20.0, 50.0] if arguments.path is None else [20.0, 50.0, 100.0]
     if arguments.quick:
@@ -207,6 +208,8 @@ def main() -> None:
             numbers["parameters"] = sum(one.numel() for one in module.parameters())
             found.add("models", name, **numbers, CPU_s=time.process_time() - start)
             print(f"seed {seed}: {name} {dense:.4f}", flush=True)
+            if not arguments.files:
+                continue
             for label, half in (("float32", False), ("float16", True)):
                 found.add("files", f"{name}, {label}", RMSE=dense, bytes=bytes_of(module, half=half))
             curves[name] = [(bytes_of(module), dense)]
