@@ -58,6 +58,7 @@ from lightning_compress.low_rank.wanted import Wanted
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.replacement.plan import Plan, Replacement, carry_out
 from lightning_compress.replacement.statistics import gather_statistics
+from lightning_compress.report.figure import BLUE, GREY, ORANGE, new_figure, tidy
 
 ERRORS, BUDGET, LATENCY = "Largest relative difference to the best possible error", "At equal parameters", "ResNet-18"
 PENALTY = "Nuclear norm, LeNet-300-100, MNIST: accuracy by strength, in per cent"
@@ -177,13 +178,15 @@ def accuracy_by_rank(
     network, batches = module.network.eval(), first_batches(data)
     example = test.inputs[:1]
     dense = right(answers(network, test.inputs), test.targets)
+    ways = {"plain SVD": None, "knows the data": batches}
+    found.add(title, DENSE, **dict.fromkeys(ways, dense))
     for share in SHARES:
         ranks = ranks_at(network, example, share, method, exclude)
         row = {
             name: right(answers(at_ranks(network, example, ranks, method, some), test.inputs), test.targets)
-            for name, some in (("plain SVD", None), ("knows the data", batches))
+            for name, some in ways.items()
         }
-        found.add(f"{title} (dense {dense:.2f} %)", f"{share:.3f}", **row)
+        found.add(title, f"{share:.3f}", **row)
 
 
 def digits_setting(arguments: argparse.Namespace, seed: int) -> tuple[Setting, ImageData]:
@@ -391,20 +394,20 @@ def layer_seconds(
 
 
 def figure(found: Found, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    tables = {title: rows for title, rows in found.tables.items() if "(dense" in title}
-    _, axes = plt.subplots(1, len(tables), figsize=(5 * len(tables), 4), squeeze=False)
-    for axis, (title, rows) in zip(axes[0], tables.items(), strict=True):
+    tables = {title: dict(rows) for title, rows in found.tables.items() if DENSE in rows}
+    drawing = new_figure(4 * len(tables), 3.5)
+    all_axes = drawing.subplots(1, len(tables), squeeze=False)[0]
+    for axes, (title, rows) in zip(all_axes, tables.items(), strict=True):
+        tidy(axes)
+        dense = rows.pop(DENSE)
         shares = [float(share) for share in rows]
-        for name in next(iter(rows.values())):
-            axis.plot(shares, [np.median(row[name]) for row in rows.values()], marker="o", label=name)
-        axis.set_title(title)
-        axis.set_xlabel("rank, as a share of the highest")
-        axis.set_ylabel("test accuracy in per cent, nothing trained afterwards")
-        axis.legend()
-    plt.tight_layout()
-    plt.savefig(path)
+        for name, color in zip(dense, (ORANGE, BLUE), strict=True):
+            axes.plot(shares, [np.median(row[name]) for row in rows.values()], marker="o", label=name, color=color)
+        axes.axhline(float(np.median(dense[name])), color=GREY, linewidth=0.8, label=DENSE)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set(xlabel="rank, as a share of the highest", ylabel="test accuracy (%), no training")
+        axes.legend(frameon=False, fontsize=8)
+    drawing.savefig(path, dpi=110)
 
 
 def main() -> None:
