@@ -63,10 +63,13 @@ def pruned_copy(network: nn.Module, amount: float) -> nn.Module:
 
 @torch.no_grad()
 def clustered_copy(network: nn.Module, k: int) -> nn.Module:
-    """Give the weights of each layer k values, zeros apart."""
+    """Give the weights of each layer k values, and zero where some are zero."""
     network = copy.deepcopy(network)
     for weight in select_parameters(network).values():
-        values = torch.cat([torch.zeros(1), kmeans([weight], k, keep_zero=True).float()]).sort().values
+        values = kmeans([weight], k, keep_zero=True).float()
+        if (weight == 0).any():
+            values = torch.cat([torch.zeros(1), values])
+        values = values.sort().values
         nearest = torch.bucketize(weight, (values[1:] + values[:-1]) / 2)
         weight.copy_(torch.where(weight == 0, 0.0, values[nearest]))
     return network
