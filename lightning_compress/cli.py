@@ -38,6 +38,7 @@ from lightning_compress.hydra import (
     check_names,
     refused_choices,
     register_resolvers,
+    repeating_command,
     replace_nulls,
     suggestions,
 )
@@ -45,6 +46,7 @@ from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.recorded import check_folder, plain, record, recorded_config, resumed_config, working_where
 from lightning_compress.report import comparison_table, gather, points_table, runs_table, write_comparison
 from lightning_compress.report.figure import can_draw
+from lightning_compress.report.page import can_write_page, write_comparison_page
 from lightning_compress.report.renamed import refusal
 from lightning_compress.report.write import write_text
 from lightning_compress.tasks.dry_run import inspection_tables
@@ -111,6 +113,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
     modules = [_seeded(cfg, "model", cfg.seed + number) for number in range(cfg.teachers)]
     student = None if cfg.student is None else _seeded(cfg, "student", cfg.seed)
     callbacks = build_named(cfg.callbacks)
+    command = cfg.get("command") if resumed else repeating_command(HydraConfig.get())
     check_together(modules[0] if student is None else student, list(callbacks.values()))
     job = Run(
         datamodule=build_datamodule(cfg),
@@ -122,6 +125,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         metric_mode=cfg.metric_mode,
         epochs=cfg.trainer.get("max_epochs") if cfg.trainer.get("enable_progress_bar", True) else None,
         settings=_for_json(plain(cfg, resolve=False)),  # not resolved: a folder's name would differ in every run
+        command=command,
         search=plain(cfg.search) if cfg.search else None,
         calibration=plain(cfg.calibration) if cfg.calibration else None,
         **cfg.measure,
@@ -129,9 +133,9 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
     )
     if resumed:
         # The config is written when training starts, so that a run that can't be resumed leaves its folder unchanged.
-        callbacks["record"] = LambdaCallback(on_train_start=lambda trainer, module: record(cfg))
+        callbacks["record"] = LambdaCallback(on_train_start=lambda trainer, module: record(cfg, command))
     else:
-        record(cfg)
+        record(cfg, command)
     report = job.run(
         modules,
         student=student,
@@ -204,11 +208,13 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def compare(cfg: DictConfig) -> None:
-    """Write a table and a figure of all reports below `compare.root` into that folder."""
+    """Write a table, a figure and a page of all reports below `compare.root` into that folder."""
     comparison = gather(cfg.compare.root)
     console = Console()
     console.print(runs_table(comparison, width=console.width))
     paths = write_comparison(comparison, cfg.compare.root, figure=can_draw())
+    if can_write_page():
+        paths.append(write_comparison_page(comparison, cfg.compare.root))
     console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from difflib import get_close_matches
@@ -190,6 +191,21 @@ def replace_nulls(cfg: DictConfig) -> None:
         nodes = OmegaConf.select(cfg, section) if section else cfg
         if nodes is not None and name in nodes and nodes[name] is None:
             raise ValueError(f"{key}=null, but a command needs a value for {key}: leave this out for the default.")
+
+
+def repeating_command(hydra: Any) -> str:
+    """Return the command line that repeats a run, as a shell reads it, without the folder into which the run wrote.
+
+    Args:
+        hydra: Hydra's own config. In a sweep, its overrides are those of one job.
+    """
+    where = [one.path for one in hydra.runtime.config_sources if one.provider == "command-line"]
+    words = [f"--config-dir={path}" for path in where]
+    if hydra.job.config_name != "config":
+        words.append(f"--config-name={hydra.job.config_name}")
+    words += [one for one in hydra.overrides.hydra if one.startswith("hydra.searchpath")]
+    words += [one for one in hydra.overrides.task if not one.startswith(("output_dir=", "ckpt_path="))]
+    return shlex.join(["lightning-compress", *words])
 
 
 def refused_choices(command_line: Sequence[str]) -> str:

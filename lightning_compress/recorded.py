@@ -29,9 +29,10 @@ OF_THE_COMMAND = ("task", "ckpt_path", "output_dir", "json", "path", "hydra")  #
 
 
 @rank_zero_only
-def record(cfg: DictConfig) -> None:
-    """Write the resolved config into the run's folder."""
+def record(cfg: DictConfig, command: str | None = None) -> None:
+    """Write the resolved config into the run's folder, with the command line that repeats the run."""
     recorded = plain(cfg) | {"cwd": escaped(os.getcwd()), "ckpt_path": None}
+    recorded |= {} if command is None else {"command": escaped(command)}
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)  # Hydra makes hydra.run.dir, and output_dir may differ
     with replacing(folder / CONFIG) as temporary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lightning_compress.baselines import Classifier, Digits, DigitsConvNet
 from lightning_compress.coding import load_compressed
 from lightning_compress.coding.files import read_compressed
 from lightning_compress.report import Report
+from lightning_compress.report.page import can_write_page
 from lightning_compress.slimmable.network import SlimmableNetwork
 
 TESTS = Path(__file__).parent
@@ -32,6 +34,7 @@ RUN_FILES = {
     "compressed.lcz",
     "config.yaml",
     "dense.ckpt",
+    *(["report.html"] if can_write_page() else []),
 }
 
 
@@ -179,6 +182,8 @@ def test_a_resumed_run_ends_in_its_own_folder_like_the_uninterrupted_one(
     assert Path("cut/compressed.lcz").read_bytes() == (finished / "compressed.lcz").read_bytes()
     whole, resumed = Report.load(finished / "report.json"), Report.load("cut/report.json")
     assert resumed.history == whole.history
+    cut = "+callbacks.cut={_target_:support.pieces.StopAtEpoch,epoch:2}"
+    assert resumed.command == shlex.join(["lightning-compress", *SMALL, cut])  # of the run that was resumed
     assert resumed.before_recovery == whole.before_recovery
     assert resumed.dense.test_metric == whole.dense.test_metric
     assert not Path("outputs").exists()
@@ -640,7 +645,7 @@ def test_compare_gathers_reports(finished: Path, command: Callable[..., None]) -
         (root / run).mkdir(parents=True)
         (root / run / "report.json").write_bytes((finished / "report.json").read_bytes())
     command("task=compare", "compare.root=sweep")
-    assert files(root) == {"comparison.md", "comparison.csv", "comparison.png"}
+    assert files(root) == {"comparison.md", "comparison.csv", "comparison.png"} | (RUN_FILES & {"report.html"})
 
 
 def test_exported_files_run_without_this_package(finished: Path, command: Callable[..., None], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def varying_settings(runs: Sequence[Run]) -> list[str]:
 def comparison_cells(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the table: run, varying settings, metric, costs, ratios to the dense costs."""
     varying, metric = varying_settings(runs), common_metric(runs)
-    header = ["#", "run", *_short(varying), "metric" if metric is None else metric.name, "change", *COSTS]
+    header = ["#", "run", *short_names(varying), "metric" if metric is None else metric.name, "change", *COSTS]
     rows = []
     for number, run in enumerate(runs, start=1):
         dense, compressed = run.report.dense, run.report.compressed
@@ -116,8 +116,13 @@ def common_metric(runs: Sequence[Run]) -> Metric | None:
     return Metric.of(first.metric or "not tested", values, mode=first.metric_mode)
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """Shorten dotted names to their last parts, unless two names have the same last part."""
+def short_names(names: Sequence[str]) -> list[str]:
+    """Shorten dotted names to their last parts, unless two names have the same last part.
+
+    Example:
+        >>> short_names(["seed", "callbacks.iterative_pruning.amount"])
+        ['seed', 'amount']
+    """
     last = [name.rpartition(".")[2] for name in names]
     return last if len(set(last)) == len(last) else list(names)
 

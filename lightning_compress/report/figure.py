@@ -118,12 +118,23 @@ def _draw_history(axes: Axes, history: Sequence[Epoch], metric: Metric) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     phases = [(phase, len(list(members))) for phase, members in groupby(history, key=lambda entry: entry.phase)]
     _mark_phases(axes, phases)
-    # The dense training begins far below the rest, and may leave the frame: compression costs only a few points, and
-    # they must be visible.
-    hidden = phases[0][1] // 2 if len(phases) > 1 else 0
-    if shown := [y for i, y in validated if i > hidden]:
-        margin = max(0.08 * (max(shown) - min(shown)), 0.2 if metric.share else 1e-3)
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    if limits := vertical_range(history, metric):
+        axes.set_ylim(*limits)
+
+
+def vertical_range(history: Sequence[Epoch], metric: Metric) -> tuple[float, float] | None:
+    """Return the range of the metric that a chart over the epochs shows; None where nothing was validated.
+
+    The dense training begins far below the rest, and its first half may leave the frame: compression costs only a few
+    points, and they must be visible.
+    """
+    phases = [len(list(members)) for _, members in groupby(history, key=lambda entry: entry.phase)]
+    hidden = phases[0] // 2 if len(phases) > 1 else 0
+    shown = [metric.scaled(entry.val_metric) for entry in history[hidden:] if entry.val_metric is not None]
+    if not shown:
+        return None
+    margin = max(0.08 * (max(shown) - min(shown)), 0.2 if metric.share else 1e-3)
+    return min(shown) - margin, max(shown) + margin
 
 
 def _draw_number(axes: Axes, name: str, values: Sequence[float]) -> None:

@@ -16,7 +16,7 @@ from lightning_compress.report.metric import Metric, Mode
 
 T = TypeVar("T")
 
-FORMAT = 4  # of report.json; from_dict reads formats 2 and 3 too
+FORMAT = 5  # of report.json; from_dict reads formats 2 to 4 too
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,7 @@ class Report:
         busy: Whether other processes kept the machine so busy that the latencies can't be compared.
         points: The ways in which the compressed network can be run, beside the dense network and the controls; none
             where it can be run in one way only and there is no control.
+        command: The command line that repeats the run; None where it was started from Python.
     """
 
     dense: Measurement
@@ -202,6 +203,7 @@ class Report:
     metric_mode: Mode | None = None
     busy: bool = False
     points: tuple[Point, ...] = ()
+    command: str | None = None
 
     @property
     def tested(self) -> Metric:
@@ -226,11 +228,13 @@ class Report:
             ValueError: A value is missing or has the wrong type; the message names it.
         """
         content = _expect(content, dict, "the top level")
-        if (found := content.get("format", 1)) not in (2, 3, FORMAT):
+        if (found := content.get("format", 1)) not in (2, 3, 4, FORMAT):
             raise ValueError(f"its format is {found!r}, and this version reads 2 to {FORMAT}: write it anew.")
         if found == 2:
             history = _renamed_epochs(_get(content, "history", "the top level"))
             content = content | {"history": history, "points": []}
+        if found < 5:
+            content = content | {"command": None}
         if found == 3:
             points = _expect(_get(content, "points", "the top level"), list, "points")
             known = [_expect(one, dict, f"points[{i}]") for i, one in enumerate(points)]
@@ -248,6 +252,7 @@ class Report:
             metric_mode=_mode(_text(content, "metric_mode")),
             busy=_expect(_get(content, "busy", "the top level"), bool, "busy"),
             points=_build_all(Point, content, "points"),
+            command=_text(content, "command"),
         )
 
     @classmethod

@@ -27,6 +27,7 @@ from lightning_compress.measure.footprint import time_in_turns
 from lightning_compress.report import Epoch, Measurement, Point, Report, compare_layers, write_report
 from lightning_compress.report.figure import can_draw
 from lightning_compress.report.metric import Metric, Mode
+from lightning_compress.report.page import can_write_page, write_report_page
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.narrow import SavesEveryEpoch, check_search, narrowed
@@ -58,6 +59,7 @@ class Run:
         half: Whether floats in compressed.lcz are rounded to float16. The compressed network is then rounded before its
             test, and compressed.ckpt contains the rounded weights too.
         settings: Settings of the run, for the report.
+        command: Command line that repeats the run, for the report; None where it is started from Python.
         epochs: Number of epochs of the compression, for a progress bar over the whole run; with None there is no bar.
         search: Arguments of `search_widths` for a slimmable network, with `epochs`: when its training has ended, a
             width is found for every group of channels, and the network of these widths trains on for so many epochs.
@@ -77,6 +79,7 @@ class Run:
     coder: Coder = "ans"
     half: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    command: str | None = None
     epochs: int | None = None
     search: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
@@ -314,8 +317,11 @@ class Run:
             metric_mode=self.metric_mode,
             busy=costs.busy,
             points=tuple(replace(one, test_metric=_number(self.metric, one.test_metric)) for one in points),
+            command=self.command,
         )
         write_report(report, self.folder, figure=can_draw())
+        if can_write_page():
+            write_report_page(report, self.folder)
         return report
 
     # ------------------------------------------------------------------ parts of stages
