@@ -68,7 +68,7 @@ def json_text(content: Any) -> str:
 
     Example:
         >>> json_text("</script>")
-        '"\\u003c/script>"'
+        '"\\\\u003c/script>"'
     """
     return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
