@@ -22,6 +22,51 @@ _SHAPES: Any = WeakTensorKeyDictionary()  # by tensor that has left: itself with
 _MEMORY: Any = WeakTensorKeyDictionary()  # by tensor without values: a weak reference to what has become of it
 
 
+class Absent(Tensor):
+    """A tensor that has left its module: it shows its type and shape, has no values, and refuses to be given any."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if (name.endswith("_") and not name.startswith("__")) or name == "__setitem__" or func in _SETTERS:
+            absent = next(one for one in tree_leaves((args, kwargs)) if isinstance(one, Absent))
+            raise RuntimeError(
+                f"This tensor of shape {_sizes(absent)} has left the network, because its layer was replaced: it has no "
+                f"values, and what {name} writes into it would be lost. Write into the parameters() of the layer."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+            return found.as_subclass(Absent) if func in _VIEWS and type(found) is Tensor else found
+
+
+class AbsentParameter(Absent, nn.Parameter):
+    """A parameter that has left its module."""
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> AbsentParameter:
+        return torch.Tensor._make_subclass(cls, data, requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AbsentParameter:
+        with torch._C.DisableTorchFunctionSubclass():
+            return memo.setdefault(id(self), AbsentParameter(torch.empty_like(self).detach(), self.requires_grad))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _absent, (_sizes(self), self.dtype, self.requires_grad)
+
+
+def _absent(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> AbsentParameter:
+    return AbsentParameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tuple(tensor.shape)
+
+
+_GET, _SET = "__get__", "__set__"
+_SETTERS = [getattr(getattr(Tensor, name), _SET) for name in ("data", "requires_grad")]
+_VIEWS = [getattr(Tensor.data, _GET), Tensor.detach, Tensor.__getitem__]
+
+
 @dataclass
 class Dense:
     """What a module was before its class changed, with which it can become what it was.
@@ -59,6 +104,17 @@ class Changed(nn.Module):
             if name in table:
                 return table[name]
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        dense = vars(self).get("_dense")
+        tables = [vars(self).get(one, {}) for one in TABLES[:3]]
+        if dense is not None and not any(name in one for one in tables):
+            if any(name in dense.entries[one] for one in TABLES[:2]):
+                raise AttributeError(
+                    f"This {dense.kind.__name__} is replaced by a {type(self).__name__}, which would not use a {name}. Its "
+                    f"parameters are {', '.join(one for one, _ in self.named_parameters()) or 'none'}."
+                )
+        super().__setattr__(name, value)
 
 
 def change_class(
@@ -183,7 +239,7 @@ def _shape_of(tensor: Tensor | None) -> Tensor | None:
     if known is not None and known.shape == tensor.shape and known.requires_grad == tensor.requires_grad:
         return known
     empty = torch.empty_like(tensor, device="meta")
-    found = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty.detach()
+    found = AbsentParameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty.detach()
     _SHAPES[tensor] = found
     return found
 

@@ -202,3 +202,31 @@ def test_it_is_compiled_exported_and_traced() -> None:
         torch.jit.trace(net, (x,)),
     ):
         torch.testing.assert_close(other(x), expected)
+
+
+WRITES: dict[str, Any] = {
+    "copy_": lambda layer: layer.weight.copy_(torch.zeros(4, 6)),
+    "zero_ of data": lambda layer: layer.weight.data.zero_(),
+    "an entry of data": lambda layer: layer.weight.data.__setitem__(0, 1.0),
+    "other data": lambda layer: setattr(layer.weight, "data", torch.zeros(4, 6)),
+    "requires_grad": lambda layer: setattr(layer.weight, "requires_grad", False),
+    "an initialisation": lambda layer: nn.init.xavier_uniform_(layer.weight),
+    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(4, 6))),
+    "no bias": lambda layer: setattr(layer, "bias", None),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+@pytest.mark.parametrize("name", WRITES)
+def test_nothing_is_written_into_a_weight_that_has_left(name: str, copied: bool) -> None:
+    layer = nn.Linear(6, 4)
+    swap(layer, TwoParts, {"rank": 2}, factored(layer, 2))
+    layer = pickle.loads(pickle.dumps(copy.deepcopy(layer))) if copied else layer
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises((RuntimeError, AttributeError), match=r"has left the network|would not use a"):
+        WRITES[name](layer)
+    assert list(layer.state_dict()) == list(before)
+    assert (layer.weight.shape, layer.weight.dtype, layer.weight.is_meta) == ((4, 6), torch.float32, True)
+    assert isinstance(layer.weight, nn.Parameter)
+    layer.first.weight.data.zero_()  # the parts are written as ever
+    layer.first.weight = nn.Parameter(torch.ones(2, 6))
