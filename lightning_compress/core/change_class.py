@@ -23,7 +23,7 @@ _MEMORY: Any = WeakTensorKeyDictionary()  # by tensor without values: a weak ref
 
 
 class Absent(Tensor):
-    """A tensor that has left its module: it shows its type and shape, has no values, and refuses to be given any."""
+    """A tensor that has left its module: it shows its type and shape, has no values, and takes none."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,8 +31,8 @@ class Absent(Tensor):
         if (name.endswith("_") and not name.startswith("__")) or name == "__setitem__" or func in _SETTERS:
             absent = next(one for one in tree_leaves((args, kwargs)) if isinstance(one, Absent))
             raise RuntimeError(
-                f"This tensor of shape {_sizes(absent)} has left the network, because its layer was replaced: it has no "
-                f"values, and what {name} writes into it would be lost. Write into the parameters() of the layer."
+                f"This tensor of shape {_sizes(absent)} has left the network, because its layer was replaced: it has "
+                f"no values, and what {name} writes into it would be lost. Write into the parameters() of the layer."
             )
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
@@ -106,14 +106,13 @@ class Changed(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        dense = vars(self).get("_dense")
-        tables = [vars(self).get(one, {}) for one in TABLES[:3]]
-        if dense is not None and not any(name in one for one in tables):
-            if any(name in dense.entries[one] for one in TABLES[:2]):
-                raise AttributeError(
-                    f"This {dense.kind.__name__} is replaced by a {type(self).__name__}, which would not use a {name}. Its "
-                    f"parameters are {', '.join(one for one, _ in self.named_parameters()) or 'none'}."
-                )
+        dense, own = vars(self).get("_dense"), [vars(self).get(one, {}) for one in TABLES[:3]]
+        was = () if dense is None else (*dense.entries["_parameters"], *dense.entries["_buffers"])
+        if dense is not None and name in was and not any(name in one for one in own):
+            raise AttributeError(
+                f"This {dense.kind.__name__} is replaced by a {type(self).__name__}, which would not use a {name}. Its "
+                f"parameters are {', '.join(one for one, _ in self.named_parameters()) or 'none'}."
+            )
         super().__setattr__(name, value)
 
 
