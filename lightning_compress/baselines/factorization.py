@@ -359,7 +359,7 @@ class RidgeBiases(RatingModule):
             )
         self.regularization = [float(one) for one in regularization]
         self.automatic_optimization = False
-        # Parameters, because DDP wants some, though no optimizer trains them
+        # Parameters, because DDP wants some, though no gradient trains them
         self.user, self.item = nn.Parameter(torch.zeros(users)), nn.Parameter(torch.zeros(items))
         tried = len(self.regularization)
         self._solved = [torch.zeros(tried, users), torch.zeros(tried, items)]  # biases for each regularization
@@ -376,8 +376,9 @@ class RidgeBiases(RatingModule):
         ratings: Tensor = self.user[pairs[:, 0]] + self.item[pairs[:, 1]]
         return ratings
 
-    def configure_optimizers(self) -> None:
-        """Return nothing: there is no optimizer."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return an optimizer that changes nothing: its steps, one for each epoch, let `ModelCheckpoint` save."""
+        return torch.optim.SGD(self.parameters(), lr=0.0)
 
     def on_fit_start(self) -> None:
         """Move the biases to the module's device."""
@@ -406,6 +407,9 @@ class RidgeBiases(RatingModule):
             strength = sums.new_tensor(self.regularization)[:, None]
             self._solved[self._side] = torch.where(counts > 0, sums / (counts + strength), 0.0)
             self._take(self._best)
+            optimizer = self.optimizers()
+            assert not isinstance(optimizer, list)
+            optimizer.step()  # without gradients
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new comparison."""

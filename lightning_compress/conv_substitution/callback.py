@@ -104,4 +104,4 @@ class ConvSubstitutionCallback(ReplacingCallback):
                 norm.load_state_dict(buffers, strict=False)
 
         self._undo.append(undo)
-        recalibrate(network, batches, batches=max(1, len(batches)))
+        recalibrate(network, batches, batches=max(1, len(batches)), frozen=False)

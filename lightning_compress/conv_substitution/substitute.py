@@ -19,7 +19,7 @@ from lightning_compress.core.recalibrate import recalibrate
 from lightning_compress.core.select import exact_patterns, select_parameters
 from lightning_compress.core.undo import as_before_on_error
 from lightning_compress.replacement.find import Layer, find_layers, plainly
-from lightning_compress.replacement.plan import Plan, Replacement, carry_out
+from lightning_compress.replacement.plan import Plan, Replacement, carry_out, grouped
 
 KIND = ConvBlockStructure.kind
 Block = Literal["separable", "xception", "fire", "ghost", "shuffle"]
@@ -230,7 +230,7 @@ def choose_convs(
     left |= _no_weights_of_convs(network, wanted_names, {*layers, *left}) if target is not None else {}
     left |= unwanted
     if not layers:
-        reasons = "; ".join(f"{path}: {why}" for path, why in list(left.items())[:5]) or "it has none"
+        reasons = "; ".join(grouped(left)[:5]) or "it has none"
         raise ValueError(f"No convolution of {type(network).__name__} can become a block {wanted.block!r}: {reasons}.")
     return layers, left
 

@@ -47,7 +47,9 @@ class AbsentParameter(Absent, nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AbsentParameter:
         with torch._C.DisableTorchFunctionSubclass():
-            return memo.setdefault(id(self), AbsentParameter(torch.empty_like(self).detach(), self.requires_grad))
+            found = AbsentParameter(torch.empty_like(self).detach(), self.requires_grad)
+        memo[id(self)] = found
+        return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _absent, (_sizes(self), self.dtype, self.requires_grad)

@@ -21,7 +21,9 @@ def tracks(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
 
 
-def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches: int = 5) -> list[str]:
+def recalibrate(
+    network: nn.Module, inputs: Iterable[ExampleInputs], *, batches: int = 5, frozen: bool = True
+) -> list[str]:
     """Replace the running statistics of a network's norms by their means over some batches.
 
         mean = 1/n sum_i mean_i        var = 1/n sum_i var_i
@@ -35,6 +37,7 @@ def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches:
         network: Any module. If it is a part of a network, or a thin network, the inputs are those of that part.
         inputs: What the network is called with, batch by batch; a norm over samples needs more than one of them.
         batches: How many batches are taken, at most, on each rank.
+        frozen: Whether norms that are in evaluation mode get new statistics, too.
 
     Returns:
         The paths of the norms that ran. Others keep their statistics, and so do all norms that track none.
@@ -54,7 +57,9 @@ def recalibrate(network: nn.Module, inputs: Iterable[ExampleInputs], *, batches:
     """
     if batches < 1:
         raise ValueError(f"batches is the number of batches that are taken, and must be at least 1; got {batches!r}.")
-    norms: dict[str, Any] = {name: one for name, one in network.named_modules() if tracks(one)}
+    norms: dict[str, Any] = {
+        name: one for name, one in network.named_modules() if tracks(one) and (frozen or one.training)
+    }
     if not norms:
         return []
     device = next(iter(norms.values())).running_mean.device

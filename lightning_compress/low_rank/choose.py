@@ -84,12 +84,13 @@ class Chooser:
                 found[name] = self._stays(site, site.why_not() or dearer)
         return found
 
-    def by_budget(self, budget: float, total: float) -> dict[str, Choice]:
+    def by_budget(self, budget: float, total: float, saved: float = 0.0) -> dict[str, Choice]:
         """Spend one budget over all sites.
 
         Args:
             budget: The share of the cost that is left.
             total: What the whole network costs; what it has beyond the sites stays.
+            saved: How much less it costs already, because layers were replaced before.
 
         Raises:
             ValueError: It can't be met.
@@ -97,7 +98,7 @@ class Chooser:
         if budget >= 1:
             return {name: self._stays(site, "the budget is all that there is") for name, site in self.sites.items()}
         layers = {name: [self._dense(site), *self._cheaper(site)] for name, site in self.sites.items()}
-        fixed = max(total - sum(options[0].cost for options in layers.values()), 0.0)
+        fixed = max(total - saved - sum(options[0].cost for options in layers.values()), 0.0)
         try:
             chosen = spend(layers, budget * total - fixed)
         except BudgetError as error:

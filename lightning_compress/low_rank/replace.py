@@ -25,8 +25,9 @@ from lightning_compress.low_rank.wanted import Wanted
 from lightning_compress.measure.footprint import accelerators_of, seconds_in_turns, summarize_latency
 from lightning_compress.measure.macs import count_macs
 from lightning_compress.replacement.find import FoundLayers, Layer, find_layers, plainly
-from lightning_compress.replacement.plan import Plan, Replacement, carry_out
+from lightning_compress.replacement.plan import Plan, Replacement, carry_out, dense_copy, grouped
 from lightning_compress.replacement.statistics import InputStatistics, gather_statistics
+from lightning_compress.replacement.swap import replaced
 
 KIND = LowRankStructure.kind
 Patterns = str | Sequence[str]
@@ -97,7 +98,7 @@ def lower_rank(
         rank: The rank of every layer, or {pattern: rank}; of Tucker splits both ranks.
         energy: Instead: the share of the variance of each layer's outputs that stays.
         budget: Instead: the share of the network's cost that stays, spent over all layers by one water level. Where
-            none of the three is given, half.
+            none of the three is given, half. Layers that were replaced before count as what they were in the whole.
         cost: "parameters"; "macs": multiply-accumulates; "latency": seconds, measured on this machine.
         method: "auto", or the only split that convolutions with a kernel may take.
         batches: What the network is called with, for the statistics of what layers read; None: plain SVD.
@@ -155,7 +156,9 @@ def plan_low_rank(
     else:
         assert wanted.budget is not None
         try:
-            choices = chooser.by_budget(wanted.budget, total_cost(network, example_inputs, wanted.cost, clock))
+            whole = total_cost(dense_copy(network), example_inputs, wanted.cost, clock)
+            saved = whole - total_cost(network, example_inputs, wanted.cost, clock) if replaced(network) else 0.0
+            choices = chooser.by_budget(wanted.budget, whole, saved)
         except ValueError as error:
             if not refused:
                 raise
@@ -255,8 +258,8 @@ def _wanted_by(
 
 
 def _reasons(refused: Mapping[str, str]) -> str:
-    more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
-    return "; ".join(f"{path}: {why}" for path, why in list(refused.items())[:3]) + more
+    found = grouped(refused)
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} other reasons" if len(found) > 3 else "")
 
 
 def _check_ranks(sites: Mapping[str, Site], ranks: Mapping[str, int]) -> None:

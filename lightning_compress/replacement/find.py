@@ -243,7 +243,15 @@ def _watched(network: nn.Module, example_inputs: ExampleInputs, layers: Mapping[
     for path, layer in layers.items():
         watch(path, layer)
     with hooked(*handles), plainly(network), _Readers(weights, running, seen.read):
-        call(network, example_inputs)
+        try:
+            call(network, example_inputs)
+        except Exception as error:  # whatever the network's code raises
+            shapes = ", ".join(str(tuple(one.shape)) for one in tree_leaves(example_inputs) if isinstance(one, Tensor))
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(
+                f"{type(network).__name__} does not run with example_inputs of shape {shapes or 'none'}: {line} Give "
+                f"example_inputs= with which its forward runs, batch first."
+            ) from error
     seen.read |= {path: seen.read[one] for path, one in tied.items() if one in seen.read}
     return seen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.core.evaluation import renew_caches
 from lightning_compress.replacement.layer import linear_map
 from lightning_compress.replacement.record import note_replaced
-from lightning_compress.replacement.swap import Replaced, replaced, size_of, swap
+from lightning_compress.replacement.swap import Replaced, replaced, restore, size_of, swap
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,36 @@ def carry_out(network: nn.Module, plan: Plan, kind: str) -> Callable[[], None]:
         undo = undo.pop_all()
     torch.clear_autocast_cache()  # it holds weights that have left
     return undo.close
+
+
+def grouped(reasons: Mapping[str, str]) -> list[str]:
+    """Return reasons by path as words, each reason once, with the first paths that have it.
+
+    Example:
+        >>> grouped({"a": "it is frozen", "b": "it is tied", **{f"c.{n}": "it is frozen" for n in range(9)}})
+        ['a, c.0, c.1 and 7 more: it is frozen', 'b: it is tied']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(path or "the network")
+    return [
+        f"{', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}: {reason}"
+        for reason, paths in by_reason.items()
+    ]
+
+
+def dense_copy(network: nn.Module) -> nn.Module:
+    """Return a copy of a network in which replaced layers are what they were, with undefined values, to count costs.
+
+    A layer of whose channels some have been cut since stays as it is.
+    """
+    if not replaced(network):
+        return network
+    copied = copy.deepcopy(network)
+    for layer in replaced(copied).values():
+        if layer.widths() == (layer.was.inputs, layer.was.outputs):
+            restore(layer)
+    return copied
 
 
 def parameters_left(network: nn.Module) -> float:

@@ -13,7 +13,7 @@ from lightning_compress.core.change_class import absent_parameters
 from lightning_compress.core.distributed import from_first, on_all_ranks, rank, world_size
 from lightning_compress.core.example_inputs import ExampleInputs, to_type
 from lightning_compress.core.structure import follow
-from lightning_compress.replacement.plan import Plan, carry_out, parameters_left
+from lightning_compress.replacement.plan import Plan, carry_out, grouped, parameters_left
 from lightning_compress.replacement.record import follow_layers, follow_replaced, kind_of
 from lightning_compress.replacement.swap import replaced
 from lightning_compress.trainer import rng
@@ -107,6 +107,10 @@ class ReplacingCallback(CompressionCallback):
                 f"already, such as {self._earlier[0]}; the fit goes on with them, and replaces no others."
             )
             return
+        nothing = [name for name in ("max_epochs", "max_steps", "limit_train_batches") if getattr(trainer, name) == 0]
+        if nothing:
+            rank_zero_info(f"{self.name} replaces nothing, because {nothing[0]}=0: this fit trains nothing.")
+            return
         check_early(pl_module, self)
         states = rng.capture()
         try:
@@ -130,7 +134,7 @@ class ReplacingCallback(CompressionCallback):
         for copy in copies:
             self._undo.append(follow_layers(copy, own, values=True))
         self._left = parameters_left(network)
-        kept = "; ".join(f"{path} stays, because {reason}" for path, reason in plan.kept.items())
+        kept = f"As they were: {'; '.join(grouped(plan.kept))}." if plan.kept else ""
         rank_zero_info(
             f"{self.name}: replaced {len(plan.replacements)} layers, {', '.join(plan.replacements) or 'none'}. "
             f"{self._left:.1%} of the parameters are left. {kept}".strip()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from support.ranks import RankPair
 from support.small import quiet_trainer
 from torch import Tensor, nn
@@ -310,3 +311,12 @@ def test_indices_beyond_the_tables_are_an_error_of_torch() -> None:
     assert isinstance(nnmf().network.user, nn.Embedding)
     with pytest.raises(IndexError):
         nnmf()(torch.tensor([[USERS, 0]]))
+
+
+def test_checkpoints_of_biases_are_saved_after_each_epoch(tmp_path: Path) -> None:
+    kept = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module = RidgeBiases(USERS, ITEMS)
+    quiet_trainer(callbacks=[kept], enable_checkpointing=True, max_epochs=2).fit(module, ratings())
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["epoch=0.ckpt", "epoch=1.ckpt"]
+    loaded = RidgeBiases.load_from_checkpoint(tmp_path / "epoch=1.ckpt", users=USERS, items=ITEMS)
+    assert torch.equal(loaded.user, module.user)

@@ -36,7 +36,21 @@ def test_blocks_stand_before_the_first_step_and_reasons_are_said_once(caplog: py
     with caplog.at_level("INFO"):
         fit(None, module=module, callbacks=(ConvSubstitutionCallback(),), max_epochs=1)
     assert list(replaced(module)) == LAYERS
-    assert caplog.text.count("net.conv stays, because it has 1 input channel") == 1
+    assert caplog.text.count("As they were: net.conv: it has 1 input channel") == 1
+
+
+def test_a_norm_in_evaluation_mode_keeps_its_statistics() -> None:
+    class Kept(SmallModule):
+        def configure_optimizers(self) -> Any:
+            self.seen = {name: one.clone() for name, one in self.state_dict().items() if "running" in name}
+            return super().configure_optimizers()
+
+    module = Kept(residual=True)
+    module.net.block1.norm.eval()
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+    quiet_trainer(callbacks=[ConvSubstitutionCallback()], max_epochs=1).fit(module, shuffled())
+    same = {name for name, one in module.seen.items() if torch.equal(one, before[name])}
+    assert same == {"net.block1.norm.running_mean", "net.block1.norm.running_var"}
 
 
 @pytest.mark.parametrize("n_batches", [0, 4])

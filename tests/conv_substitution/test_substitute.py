@@ -86,7 +86,8 @@ def test_what_stays_has_its_reason_and_the_first_convolution_goes_where_it_is_na
     assert named.left["conv"] == "it is not wanted by target= and exclude="
     again = copy.deepcopy(network)
     with pytest.raises(
-        ValueError, match=r"No convolution of Net .* conv.depthwise: it is a part of 'conv', which is replaced already"
+        ValueError,
+        match=r"No convolution of Net .* conv.depthwise, conv.pointwise: it is a part of 'conv'",
     ):
         substitute_convs(again, images(4))
     with pytest.raises(ValueError, match="block would have"):

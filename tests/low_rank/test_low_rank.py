@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from support.compare import differences
 from torch import Tensor, nn
 
+from lightning_compress import substitute_convs
 from lightning_compress.low_rank.merge import merge
 from lightning_compress.low_rank.replace import lower_rank
 from lightning_compress.measure.macs import count_macs
@@ -248,3 +249,24 @@ def test_a_budget_that_cannot_be_met_says_which_layers_stand_in_its_way() -> Non
         match=r"may be replaced: 0, 2\. Others may not: 1: it is frozen: its weight has requires_grad=False\.$",
     ):
         lower_rank(network, torch.zeros(1, 16), budget=0.3)
+
+
+@pytest.mark.parametrize("cost", ["parameters", "macs"])
+def test_a_budget_is_a_share_of_the_network_before_any_layer_was_replaced(cost: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10))
+    x = torch.randn(2, 8, 6, 6)
+
+    def amount() -> float:
+        return count_macs(net, x)[0] if cost == "macs" else sum(one.numel() for one in net.parameters())
+
+    before = amount()
+    substitute_convs(net, x, init="svd")
+    lower_rank(net, x, budget=0.6, cost=cost)
+    assert 0.4 < amount() / before <= 0.6
+
+
+def test_inputs_with_which_the_network_does_not_run_are_named() -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    with pytest.raises(ValueError, match=r"Sequential does not run with example_inputs of shape \(2, 7\): mat1"):
+        lower_rank(net, torch.zeros(2, 7))

@@ -251,21 +251,42 @@ def test_test_and_predict_load_checkpoints_into_a_dense_module_and_dense_ones_ba
     assert quiet_trainer().test(loaded, plain(), verbose=False) == expected
 
 
-def fit_on_rank(**options: Any) -> dict[str, Any]:
+class Still(Callback):
+    """Lets no optimizer change anything."""
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        for one in trainer.optimizers:
+            one.param_groups[0]["lr"] = 0.0
+
+    on_train_batch_start = lambda self, trainer, pl_module, *_: self.on_train_start(trainer, pl_module)  # noqa: E731
+
+
+def fit_on_rank(*, still: bool = False, **options: Any) -> dict[str, Any]:
     """A job of the pair of ranks, of which each sees one of the two batches."""
+    callbacks = (replacing(), *([Still()] if still else []))
     with recorded_forms():
-        return fit(None, module=small(), callbacks=(replacing(),), strategy="ddp", devices=2, **options)
+        return fit(None, module=small(), callbacks=callbacks, strategy="ddp", devices=2, max_epochs=1, **options)
 
 
 def test_two_ranks_agree_and_start_as_one_process_does(rank_pair: RankPair, tmp_path: Path) -> None:
-    first, second = rank_pair.run("trainer.test_replacing:fit_on_rank", tmp_path, max_epochs=1)
+    first, second = rank_pair.run("trainer.test_replacing:fit_on_rank", tmp_path)
     assert not differences(first["weights"], second["weights"])
-    first, second = rank_pair.run("trainer.test_replacing:fit_on_rank", tmp_path, max_epochs=0)
+    first, second = rank_pair.run("trainer.test_replacing:fit_on_rank", tmp_path, still=True)
     assert not differences(first["weights"], second["weights"])
-    alone = fit(None, module=small(), callbacks=(replacing(),), max_epochs=0)
+    alone = fit(None, module=small(), callbacks=(replacing(), Still()), max_epochs=1)
     assert "net.hidden.first.weight" in alone["weights"]
     for name, value in alone["weights"].items():
-        torch.testing.assert_close(first["weights"][name], value)
+        if "norm.running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(first["weights"][name], value)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 0}, {"max_steps": 0}, {"limit_train_batches": 0}])
+def test_a_fit_that_trains_nothing_replaces_nothing(options: Any, caplog: pytest.LogCaptureFixture) -> None:
+    module = SmallModule()
+    with caplog.at_level("INFO"):
+        quiet_trainer(callbacks=[replacing()], **({"max_epochs": 1} | options)).fit(module, plain())
+    assert not replaced(module)
+    assert caplog.text.count(f"replaces nothing, because {next(iter(options))}=0: this fit trains nothing") == 1
 
 
 def test_progress_is_the_share_of_the_parameters() -> None:
