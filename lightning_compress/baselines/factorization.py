@@ -399,6 +399,10 @@ class RidgeBiases(RatingModule):
         own, other, ratings = pairs[:, self._side], pairs[:, 1 - self._side], ratings.to(self._solved[0].dtype)
         self._sums[0].index_add_(1, own, ratings - self._solved[1 - self._side][:, other])
         self._sums[1].index_add_(0, own, torch.ones_like(ratings))
+        if self.trainer.is_last_batch:
+            optimizer = self.optimizers()
+            assert not isinstance(optimizer, list)
+            optimizer.step()  # without gradients
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Solve for the biases of one side when the epoch's batches are over, before they are validated."""
@@ -407,9 +411,6 @@ class RidgeBiases(RatingModule):
             strength = sums.new_tensor(self.regularization)[:, None]
             self._solved[self._side] = torch.where(counts > 0, sums / (counts + strength), 0.0)
             self._take(self._best)
-            optimizer = self.optimizers()
-            assert not isinstance(optimizer, list)
-            optimizer.step()  # without gradients
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new comparison."""
