@@ -19,6 +19,7 @@ from lightning_compress.core.schedule import checked_epoch
 from lightning_compress.core.tensors import Kept, sliced
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.criteria.choose import STATIC, Criterion, Granularity, Shrink
+from lightning_compress.pruning.criteria.from_start import FROM_START
 from lightning_compress.pruning.masks import Amount, Scope
 from lightning_compress.pruning.restart import (
     Pruned,
@@ -84,7 +85,7 @@ class LotteryTicketCallback(IterativePruningCallback):
             "mixed" (Zhou et al. 2019): zero where training has moved them towards zero, else frozen at their initial
             values. In a file only zeros are cheap.
         granularity: As for `IterativePruningCallback`, like all arguments from here on. Criteria that watch training
-            steps watch the last epoch before an event.
+            steps watch the last epoch before an event; those that compare weights compare with `rewind_to`.
         criterion: Measure of an entry's importance in the trained network.
         scope: "global" compares all entries, "layer" prunes the same fraction of each layer.
         target: Patterns of modules or parameters; by default the linear layers and convolutions that the fit trains.
@@ -164,10 +165,11 @@ class LotteryTicketCallback(IterativePruningCallback):
             if granularity == "neuron":
                 raise ValueError("A rate for each pattern prunes weights: it needs granularity='weight', got 'neuron'.")
             scope = "layer"
-        if pretrained and criterion not in STATIC:
+        now = [one for one in STATIC if one not in FROM_START]
+        if pretrained and criterion not in now:
             raise ValueError(
-                f"criterion={criterion!r} watches the training, and pretrained=True prunes before the first step: use "
-                f"one of {', '.join(map(repr, STATIC))}, or pretrained=False."
+                f"criterion={criterion!r} looks at the training, and pretrained=True prunes before the first step: use "
+                f"one of {', '.join(map(repr, now))}, or pretrained=False."
             )
         super().__init__(
             _pruned(max(rates, default=0.0), rounds),
@@ -316,6 +318,7 @@ class LotteryTicketCallback(IterativePruningCallback):
         rounds, rewinder = self._rounds, self._rewinder
         if rewinder.kept is None and step >= rounds.keep_at and not rounds.finished:
             rewinder.keep(trainer, pl_module)
+            self.compare_from_here(trainer)
         if rounds.take(step):
             self.event(trainer, pl_module, self._amount_after(pl_module, rounds.taken))
         if not rewinder.over and step >= rounds.schedule_ends(rewinds=rewinder.rewind is not None) - 1:

@@ -310,6 +310,22 @@ def test_an_amount_is_of_the_original_at_the_end() -> None:
     assert sparsities == pytest.approx([0.0, 0.5, 0.75], abs=1 / 240)
 
 
+def test_a_criterion_compares_with_the_weights_of_rewind_to() -> None:
+    kept: list[Tensor] = []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            kept.append(pl_module.net.hidden.weight.detach().clone())
+
+    module = Module()
+    ticket = LotteryTicketCallback(0.3, rounds=1, rewind_to=1, criterion="magnitude_increase", scope="layer")
+    fit(module, ticket, Look(), max_epochs=7)
+    increase = (kept[3].abs() - kept[0].abs()).flatten()  # after epochs 4 and 1
+    gone = increase.argsort()[: round(0.3 * increase.numel())]
+    assert not ticket.masks["net.hidden.weight"].flatten()[gone].any()
+    assert int(ticket.masks["net.hidden.weight"].sum()) == increase.numel() - len(gone)
+
+
 def test_two_optimizers_with_schedulers_go_back() -> None:
     class Manual(Module):
         def __init__(self) -> None:
