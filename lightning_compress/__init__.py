@@ -26,6 +26,7 @@ from lightning_compress.quantization.callback import QuantizationAwareTrainingCa
 from lightning_compress.serving.controller import BudgetController
 from lightning_compress.skipping.module import SkippableBlocks
 from lightning_compress.slimmable.module import SlimmableWidth
+from lightning_compress.supermask.callback import SupermaskCallback
 
 __all__ = [
     "BinaryWeightsCallback",
@@ -48,6 +49,7 @@ __all__ = [
     "QuantizationAwareTrainingCallback",
     "SkippableBlocks",
     "SlimmableWidth",
+    "SupermaskCallback",
     "WeightClusteringCallback",
     "channel_groups",
     "cut",

@@ -72,6 +72,8 @@ def assert_compressed(entry: str, state: dict[str, Tensor]) -> None:
         assert hidden.shape[0] == state["net.head.weight"].shape[1]
     elif entry in MASKING:
         assert (torch.cat([weight.flatten() for weight in weights]) == 0).float().mean() > 0.3
+    if "supermask" in entry:
+        assert (hidden == 0).float().mean() > 0.3
     if "clustering" in entry and "binary" not in entry:
         assert max(len(state[f"net.{layer}.weight"].unique()) for layer in ("hidden", "head")) <= 6
     if "binary" in entry:

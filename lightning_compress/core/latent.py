@@ -46,6 +46,7 @@ class LatentWeights(Projection):
         self.check_finite()
         for name, latent in self.latent.items():
             self.zero_latent(name, latent == 0)
+            self._begin(name)
             self._renew(name)
         if zero := [name for name, latent in self.latent.items() if not latent.any()]:
             warnings.warn(
@@ -68,6 +69,9 @@ class LatentWeights(Projection):
         """Turn the gradient with respect to W~ into the gradient with respect to w, in place."""
         if name in self.alive:
             keep_(gradient, self.alive[name])
+
+    def _begin(self, name: str) -> None:
+        """Replace the real values of a parameter, which are a copy of it, before the first projection."""
 
     def agree(self, held: Tensor, expected: Tensor) -> bool:
         """Whether a parameter still holds the values that `project` wrote."""

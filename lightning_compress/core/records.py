@@ -22,6 +22,7 @@ KINDS = {  # the class of each kind, imported when a state dict has one; network
     "channel_gates": "lightning_compress.channel_gates.record.ChannelGateStructure",
     "gates": "lightning_compress.skipping.record.GateStructure",
     "cut": "lightning_compress.channels.load.CutNetwork",
+    "seeded": "lightning_compress.supermask.record.SeededStructure",
     "grid": "lightning_compress.quantization.input_grids.InputQuantizer",
     "sign": "lightning_compress.binary.inputs.BinaryInput",
 }

@@ -106,6 +106,18 @@ def select_parameters(
     return chosen
 
 
+def matched_parameters(module: nn.Module, patterns: str | Sequence[str]) -> list[str]:
+    """Return the names of all parameters, vectors included, that patterns name, or whose module they name.
+
+    Example:
+        >>> matched_parameters(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ["1", "0.b*"])
+        ['0.bias', '1.weight', '1.bias']
+    """
+    wanted = _as_list(patterns)
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if any(_matches(one, name.rpartition(".")[0], name) for one in wanted)]
+
+
 def layer_weights(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of every layer's weight, by its name: the weight itself, or those it is computed from."""
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}

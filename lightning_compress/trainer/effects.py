@@ -12,7 +12,7 @@ from lightning_compress.core.example_inputs import ExampleInputs
 from lightning_compress.trainer.outline import Outline
 from lightning_compress.trainer.unwrap import LOGGED
 
-Kind = Literal["zeros", "codebook", "grid", "signs", "bounds", "penalty", "rank"]
+Kind = Literal["zeros", "codebook", "grid", "signs", "bounds", "penalty", "rank", "scores"]
 Sight = Literal["magnitudes", "gradients", "layers", "output", "second_backward"]
 FEW_VALUES: tuple[Kind, ...] = ("codebook", "grid", "signs")
 _SHOWN = 3  # settings in a message
@@ -24,8 +24,9 @@ class Effects:
 
     Attributes:
         values: The kind of values to which it sets parameters, by name: "zeros" (a mask), "codebook" (shared values),
-            "grid" (a few bits), "signs", "bounds" (an interval), "penalty" (it pulls groups of entries to zero), or
-            "rank" (it pulls singular values to zero, and changes all entries for that).
+            "grid" (a few bits), "signs", "bounds" (an interval), "penalty" (it pulls groups of entries to zero),
+            "rank" (it pulls singular values to zero, and changes all entries for that), or "scores" (a mask of fixed
+            weights, whose scores train in their place).
         span: The entries that share one codebook or scale: those of a "channel", of a "tensor", or of the whole
             "network".
         inputs: Layers whose inputs it quantizes, by name.

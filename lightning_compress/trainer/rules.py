@@ -84,6 +84,19 @@ PAIR_RULES = (
         remedy="use one of them, or give them targets that share nothing",
     ),
     PairRule(
+        name="scores instead of weights",
+        meets=lambda one, other, first: one.named("scores") & set(other.values),
+        reason="{one} keeps the weights of {names} fixed and trains scores instead, and {other} changes them too",
+        remedy="give them targets that share nothing, or use {other} in a later fit",
+    ),
+    PairRule(
+        name="going back under scores",
+        meets=lambda one, other, first: one.rewinds and bool(other.named("scores")),
+        shows=("rewinds", ""),
+        reason="{one} may restore earlier weights, and {other} keeps scores elsewhere, which would not follow",
+        remedy="use {one} in a later fit",
+    ),
+    PairRule(
         name="values set twice",
         meets=_few_values_twice,
         reason="{one} and {other} both set the values of {names}",

@@ -43,6 +43,7 @@ from support.registry import (
     nuclear_norm,
     pruning,
     qat,
+    supermask,
     ticket,
     widths,
 )
@@ -80,6 +81,7 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "clustering": lambda **options: clustering(start_epoch=0.25, **options),
     "clustering, global": lambda **options: clustering(start_epoch=0.25, scope="global", **options),
     "binary": lambda **options: binary(start_epoch=0.5, **options),
+    "supermask": supermask,
     "quantization": lambda **options: qat(start_epoch=0.5, **options),
     "quantization, tensor": lambda **options: qat(start_epoch=0.5, granularity="tensor", **options),
     "blocks": lambda **options: depth(end_epoch=0.75, every_n_steps=1, n_batches=2 if options.get("exclude") else 1),

@@ -27,6 +27,7 @@ from lightning_compress import (
     QuantizationAwareTrainingCallback,
     SkippableBlocks,
     SlimmableWidth,
+    SupermaskCallback,
     WeightClusteringCallback,
 )
 from support.small import CLASSES, FEATURES, SmallModule
@@ -111,6 +112,11 @@ def binary(**options: Any) -> Entry:
 def qat(*bits: Any, **options: Any) -> Entry:
     settings: dict[str, Any] = {"start_epoch": 0.5} | options
     return technique(QuantizationAwareTrainingCallback, *bits, idle={"start_epoch": 100.0}, **settings)
+
+
+def supermask(method: str = "edge_popup", **options: Any) -> Entry:
+    settings: dict[str, Any] = {"amount": 0.4, "method": method} | options
+    return technique(SupermaskCallback, idle={"amount": 0.0}, **settings)
 
 
 def distillation(**options: Any) -> Entry:
@@ -227,6 +233,15 @@ REGISTRY: dict[str, Entry] = {
     "clustering-beside-binary": clustering(n_clusters={"net.head": 5}).with_(binary(exclude="net.head")),
     "qat": qat(8, 4),
     "qat-4bit-weights-only": qat({"net.hidden": 2, "*": 4}, None, start_epoch=0.0),
+    "supermask": supermask(),
+    "supermask-bernoulli-dynamic": supermask(
+        "bernoulli", init="uniform", rescale="dynamic", others="trained", exclude="net.head"
+    ),
+    "supermask-signed": supermask("signed", init="signed_constant", rescale="fan", seed=5),
+    "supermask-beside-pruning": supermask(target="net.hidden", others="trained").with_(pruning(exclude="net.hidden")),
+    "supermask-beside-codebook-exits": supermask(target="net.hidden", exclude="net.norm").with_(
+        clustering(n_clusters={"net.head": 5}), exits()
+    ),
     "distillation": distillation(),
     "distillation-hints-scheduled": distillation(
         temperature={"start": 6.0, "end": 1.0, "schedule": "cosine"},
