@@ -17,7 +17,7 @@ from lightning_compress.supermask.initial import Rescale, Start, check_start, st
 from lightning_compress.supermask.masks import Method, check_method
 from lightning_compress.supermask.record import note_origins
 from lightning_compress.supermask.weights import SupermaskWeights
-from lightning_compress.trainer.compatibility import declared_techniques
+from lightning_compress.trainer.compatibility import added_parameters
 from lightning_compress.trainer.latent import LatentCallback
 from lightning_compress.trainer.settings import settings_of
 
@@ -173,10 +173,8 @@ class SupermaskCallback(LatentCallback):
 
     def _to_freeze(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Return the names of the parameters that neither this nor another technique trains, nor `exclude` names."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        techniques = declared_techniques(trainer, pl_module, [one for one in callbacks if one is not self])
         kept = {*self._wanted, *matched_parameters(pl_module, self.exclude)}
-        kept.update(*(one.effects.modules for one in techniques))
+        kept |= added_parameters(trainer, pl_module, self)
         return [name for name, _ in pl_module.named_parameters() if name not in kept]
 
     def _check_weight_decay(self, trainer: Trainer, pl_module: LightningModule) -> None:

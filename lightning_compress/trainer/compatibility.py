@@ -42,6 +42,19 @@ def declared_techniques(
         ]
 
 
+def added_parameters(trainer: Trainer, pl_module: LightningModule, asks: Any) -> set[str]:
+    """Return the names of the parameters that the other techniques of a fit train in addition to the network's.
+
+    Args:
+        trainer: The Trainer of the fit.
+        pl_module: The LightningModule.
+        asks: The callback that asks, whose own effects are not asked for.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    others = declared_techniques(trainer, pl_module, [one for one in callbacks if one is not asks])
+    return {name for one in others for name in one.effects.modules}
+
+
 def check(trainer: Trainer, pl_module: LightningModule) -> None:
     """Refuse, when a fit starts, techniques that do not go with one another or with the fit.
 
