@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_compress import save_compressed
-from lightning_compress.clustering.kmeans import kmeans
+from lightning_compress.clustering.kmeans import assign, kmeans
 from lightning_compress.core.select import select_parameters
 
 SLACK = 0.98  # of a budget, before the training: trained weights take other bytes than the dense ones
@@ -63,15 +63,11 @@ def pruned_copy(network: nn.Module, amount: float) -> nn.Module:
 
 @torch.no_grad()
 def clustered_copy(network: nn.Module, k: int) -> nn.Module:
-    """Give the weights of each layer k values, and zero where some are zero."""
+    """Give the weights of each layer k values, and leave zeros zero, as the callback does."""
     network = copy.deepcopy(network)
     for weight in select_parameters(network).values():
-        values = kmeans([weight], k, keep_zero=True).float()
-        if (weight == 0).any():
-            values = torch.cat([torch.zeros(1), values])
-        values = values.sort().values
-        nearest = torch.bucketize(weight, (values[1:] + values[:-1]) / 2)
-        weight.copy_(torch.where(weight == 0, 0.0, values[nearest]))
+        means = kmeans(weight, k, keep_zero=True)
+        weight.copy_(means[assign(weight, means, keep_zero=True).long()])
     return network
 
 
