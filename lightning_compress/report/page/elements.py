@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+SHORT = 24  # characters of a name that stays in one line
 HERE = Path(__file__).parent
 SHAPES = {  # the marks of the charts, for the legend
     "dense": '<path class="dense" d="M6 0 11 6 6 12 1 6z"/>',
@@ -25,10 +26,10 @@ def text(words: str) -> str:
     """Return a text escaped for HTML, in which a long name may be broken behind a slash, a dot or an underscore.
 
     Example:
-        >>> text("<b>/c")
-        '&lt;b&gt;/<wbr>c'
+        >>> text("a < b"), text("a_long_name/of_a_run/in_a_sweep")
+        ('a &lt; b', 'a_<wbr>long_<wbr>name/<wbr>of_<wbr>a_<wbr>run/<wbr>in_<wbr>a_<wbr>sweep')
     """
-    return re.sub(r"(?<=\w)([._=/]+)(?=\w)|(/)", r"\g<0><wbr>", escape(words))
+    return escape(words) if len(words) <= SHORT else re.sub(r"(?<=\w)[._=/]+(?=\w)", r"\g<0><wbr>", escape(words))
 
 
 def document(title: str, body: Iterable[str], scripts: Iterable[str]) -> str:
@@ -126,5 +127,7 @@ def listed(sentences: Iterable[str]) -> str:
 def command(line: str | None) -> str:
     """Return the command that repeats a run."""
     if line is None:
-        return "<p>The run was started from Python, or before reports had the command; its settings are below.</p>"
+        return (
+            "<p>The run was started from Python, or before reports had the command; report.json has its settings.</p>"
+        )
     return f"<pre>{escape(line)}</pre>"
