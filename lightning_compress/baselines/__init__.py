@@ -3,10 +3,11 @@
 from lightning_compress.baselines.classifier import Classifier
 from lightning_compress.baselines.data import CIFAR10, MNIST, Digits, FashionMNIST
 from lightning_compress.baselines.efficient import GhostNet, MobileNet, ShuffleNet, SqueezeNet, Xception
-from lightning_compress.baselines.factorization import NNMF, DotProduct, MatrixFactorization, RidgeBiases
+from lightning_compress.baselines.factorization import NNMF, DotProduct, MatrixFactorization
 from lightning_compress.baselines.loader import RandomShift, TensorLoader
 from lightning_compress.baselines.msdnet import MSDNet, MSDNetClassifier, msdnet_classifier
 from lightning_compress.baselines.networks import MLP, DigitsConvNet, LeNet5, LeNet300, ResNet20
+from lightning_compress.baselines.rating_biases import RidgeBiases
 from lightning_compress.baselines.ratings import Ratings
 
 __all__ = [
