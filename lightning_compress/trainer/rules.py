@@ -211,6 +211,13 @@ PAIR_RULES = (
         "Trainer(callbacks=[...])",
     ),
     PairRule(
+        name="going back twice",
+        meets=lambda one, other, first: first and one.rewinds and other.rewinds,
+        shows=("rewinds", "rewinds"),
+        reason="{one} and {other} both restore earlier networks, each without the masks of the other",
+        remedy="use one of them, with all targets",
+    ),
+    PairRule(
         name="two wrappers that replay",
         meets=lambda one, other, first: (
             first and one.replays > 1 and other.replays > 1 and (one.runs_thinner or not other.runs_thinner)

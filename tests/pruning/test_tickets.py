@@ -571,6 +571,33 @@ def test_weights_do_not_go_back_beside_an_average() -> None:
         fit(Module(), EMAWeightAveraging(), LotteryTicketCallback(rounds=2))
 
 
+def test_two_of_them_do_not_both_take_the_network_back() -> None:
+    tickets = [LotteryTicketCallback(rounds=2, target=target) for target in ("net.hidden", "net.head")]
+    with pytest.raises(ValueError, match=r"both restore earlier networks.*with all targets"):
+        fit(Module(), *tickets)
+
+
+def test_channels_go_back_and_leave_at_the_end() -> None:
+    begun: list[dict[str, Tensor]] = []
+
+    class Look(Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            if trainer.global_step % EPOCH == 0:
+                begun.append({name: one.detach().clone() for name, one in pl_module.named_parameters()})
+
+    module, ticket = Module(), LotteryTicketCallback(0.5, rounds=2, granularity="neuron", rewind="init")
+    fit(module, ticket, Look(), max_epochs=3)
+    dense, last = begun[0], begun[2]
+    silent = last["net.norm.weight"] == 0
+    assert int(silent.sum()) == 12  # a half of 16, and a half of the rest
+    for name in ("net.hidden.weight", "net.hidden.bias", "net.norm.weight", "net.norm.bias"):
+        assert not last[name][silent].any()
+        assert torch.equal(last[name][~silent], dense[name][~silent])
+    assert torch.equal(last["net.head.weight"], dense["net.head.weight"])  # its columns meet channels of zero
+    assert module.net.hidden.weight.shape == (4, 12)
+    assert module.net.head.weight.shape == (3, 4)
+
+
 def test_it_does_not_go_with_another_mask() -> None:
     with pytest.raises(ValueError, match="both prune"):
         fit(Module(), IterativePruningCallback(), LotteryTicketCallback(rounds=2))
