@@ -23,6 +23,7 @@ from lightning_compress.measure.footprint import Footprint
 from lightning_compress.pruning.callback import IterativePruningCallback
 from lightning_compress.pruning.tickets import LotteryTicketCallback
 from lightning_compress.quantization.callback import QuantizationAwareTrainingCallback
+from lightning_compress.scratch.callback import ScratchCallback
 from lightning_compress.serving.controller import BudgetController
 from lightning_compress.skipping.module import SkippableBlocks
 from lightning_compress.slimmable.module import SlimmableWidth
@@ -47,6 +48,7 @@ __all__ = [
     "LowRankCallback",
     "NuclearNormCallback",
     "QuantizationAwareTrainingCallback",
+    "ScratchCallback",
     "SkippableBlocks",
     "SlimmableWidth",
     "SupermaskCallback",

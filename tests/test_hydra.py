@@ -50,6 +50,8 @@ DELIBERATE = {  # where a file has another value than the constructor's default,
     ("compress", "iterative_pruning"): {"amount", "every_n_steps"},
     ("compress", "neuron_pruning"): {"granularity", "criterion"},
     ("compress", "nuclear_norm"): {"strength"},  # has no default
+    ("compress", "scratch_b"): {"structure", "budget"},  # the first has no default
+    ("compress", "scratch_e"): {"structure"},
     ("compress", "skippable_blocks"): {"network"},  # a Classifier has a network
     ("compress", "slimmable"): {"network"},
 }

@@ -65,6 +65,10 @@ def assert_compressed(entry: str, state: dict[str, Tensor]) -> None:
         assert "net.block1.conv2.weight" not in state
         assert sum(name.startswith("net.block1.conv2.") for name in state) >= 3
     hidden = state["net.hidden.weight"]
+    if "scratch-thin" in entry:
+        assert hidden.shape[0] == state["net.head.weight"].shape[1] == 8
+    elif "scratch" in entry:
+        assert (hidden == 0).float().mean() > 0.59
     if "nuclear" in entry:
         values = torch.linalg.svdvals(hidden.float())
         assert values[-1] < values[0] / 6  # a third at first
@@ -159,7 +163,7 @@ def test_a_checkpoint_holds_what_was_validated_and_loads_into_the_plain_class(en
         assert stand_ins(module)
     elif entry.startswith(("low-rank", "conv-blocks")):
         assert replaced(module)
-    elif "during-fit" in entry:  # thinner than the plain class
+    elif "during-fit" in entry or "thin" in entry:  # thinner than the plain class
         adopt_state(module, checkpoint["state_dict"])
         assert module.net.hidden.out_features == module.net.head.in_features < 16
     else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +28,14 @@ from lightning_compress import (
     LowRankCallback,
     NuclearNormCallback,
     QuantizationAwareTrainingCallback,
+    ScratchCallback,
     SkippableBlocks,
     SlimmableWidth,
     SupermaskCallback,
     WeightClusteringCallback,
+    cut,
 )
+from lightning_compress.core.files import replacing
 from support.small import CLASSES, FEATURES, SmallModule
 
 Wrap = Callable[[LightningModule], LightningModule]
@@ -187,6 +193,28 @@ def conv_blocks(block: str = "separable", **options: Any) -> Entry:
     return replace(entry, module={"residual": True})
 
 
+@cache
+def structure_file(*, thin: bool) -> str:
+    """The file of a small network of which 60 % of each weight are zero, or half of the hidden channels have left."""
+    folder = Path(tempfile.gettempdir()) / f"lightning_compress_tests_{getpass.getuser()}"
+    folder.mkdir(exist_ok=True)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        module = SmallModule()
+    if thin:
+        cut(module, torch.zeros(2, FEATURES), keep={"net.hidden": list(range(0, 16, 2))})
+    for weight in () if thin else (module.net.conv.weight, module.net.hidden.weight, module.net.head.weight):
+        weight.data[weight.abs() < weight.abs().flatten().quantile(0.6)] = 0.0
+    with replacing(path := folder / f"structure-{'thin' if thin else 'masks'}.ckpt") as temporary:
+        torch.save({"state_dict": module.state_dict()}, temporary)
+    return str(path)
+
+
+def scratch(*, thin: bool = False, **options: Any) -> Entry:
+    settings: dict[str, Any] = {"structure": structure_file(thin=thin)} | options
+    return technique(ScratchCallback, idle={"structure": None}, **settings)
+
+
 def clipped(**options: Any) -> Entry:
     return technique(ClippedWeightsCallback, idle={"limit": 1e9}, **({"limit": 0.1} | options))
 
@@ -313,5 +341,12 @@ REGISTRY: dict[str, Entry] = {
     "conv-blocks": conv_blocks(),
     "conv-blocks-ghost-svd": conv_blocks("ghost", init="svd"),
     "conv-blocks-fire-distillation": conv_blocks("fire", init="random").with_(distillation()),
+    "scratch": scratch(),
+    "scratch-random": scratch(mask="random"),
+    "scratch-thin-computation": scratch(thin=True, budget="computation"),
+    "scratch-distillation": scratch().with_(distillation()),
+    "scratch-then-clustering-qat": scratch().with_(
+        clustering(start_epoch=1.0), qat(4, 8, granularity="tensor", start_epoch=2.0)
+    ),
     "own-technique": clipped(),
 }
