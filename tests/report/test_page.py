@@ -20,6 +20,7 @@ from lightning_compress.report.page import (
     write_report_page,
 )
 from lightning_compress.report.page.points import best, front, in_frame, places
+from lightning_compress.report.page.runs import recipes
 
 drawn = pytest.mark.skipif(not can_write_page(), reason="needs the extra page: vl-convert-python")
 MEGABYTE = 1_000_000
@@ -99,6 +100,24 @@ def test_every_run_is_in_the_table_and_has_its_layers() -> None:
     text = "".join(page.texts)
     assert all(run.name in text for run in comparison.runs)
     assert all(str(run.report.command) in text for run in comparison.runs)
+
+
+def test_a_recipe_is_what_differs_in_the_settings_or_else_on_the_command_line() -> None:
+    comparison = sweep(3)
+    assert recipes(comparison.runs)[1] == "amount=0.317"
+    many = [
+        replace(
+            run,
+            report=replace(
+                run.report,
+                settings={f"key{j}": i for j in range(9)},
+                command=f"lightning-compress seed=1 'compress=[a,b{i}]'" if i else None,
+            ),
+        )
+        for i, run in enumerate(comparison.runs)
+    ]
+    assert recipes(many[1:]) == ["compress=[a,b1]", "compress=[a,b2]"]
+    assert recipes(many)[0] == ""
 
 
 @drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 
@@ -36,10 +37,16 @@ def tested_by(runs: Sequence[Run]) -> tuple[Metric, list[tuple[int, Run]], list[
 
 
 def recipes(runs: Sequence[Run]) -> list[str]:
-    """Return what distinguishes each run: its settings that vary, or its command line if these are many."""
+    """Return what distinguishes each run: its settings that vary, or if these are many, its words on the command line.
+
+    A run without a command line has the names of its techniques instead.
+    """
     varying = varying_settings(runs)
     if len(varying) > MANY or not varying:
-        return [run.report.command or " + ".join(techniques(run.report)) for run in runs]
+        words = [shlex.split(run.report.command or "") for run in runs]
+        shared = set.intersection(*map(set, words)) if len(runs) > 1 else {"lightning-compress"}
+        own = [" ".join(word for word in line if word not in shared) for line in words]
+        return [line or " + ".join(techniques(run.report)) for line, run in zip(own, runs, strict=True)]
     pairs = list(zip(varying, short_names(varying), strict=True))
     flat = [flatten(run.report.settings) for run in runs]
     return [", ".join(f"{short}={one[name]}" for name, short in pairs if name in one) for one in flat]
