@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,19 @@ class SupermaskWeights(LatentWeights):
             self.latent[name].copy_(self._scores_of(name, parameter.detach()))
             self._renew(name)
         self.rewrite()
+
+    @contextmanager
+    def real(self) -> Iterator[None]:
+        """Temporarily put all weights that the masks choose from into the module."""
+        self.settle()
+        self.take_writes()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.initial[name])
+        try:
+            yield
+        finally:
+            self.rewrite()
 
     def _begin(self, name: str) -> None:
         weights = self.latent[name].clone()
