@@ -1,7 +1,8 @@
 """The container of a compressed file: magic bytes, version, raw bytes, stream and checksum.
 
     89 4C 43       "LC" after a byte that no text starts with
-    02             version of the format; version 1 had the same container, with several layouts of the content
+    02             version of the format; version 1 had the same container, with several layouts of the content; 03 if
+                   a tensor is stored as the mask of weights from a seed (`seeds.py`), and else the same as 02
     varint         4 * (number of raw bytes) + coder; coder: 0 ans, 1 huffman, 2 none
     raw bytes
     stream         up to the checksum
@@ -29,6 +30,7 @@ from lightning_compress.core.files import replacing
 Coder = Literal["ans", "huffman", "none"]
 MAGIC = b"\x89LC"
 _VERSION = 2  # increase it whenever the meaning of the bytes changes; tests/coding/test_format.py has files of each
+_SEEDED = 3  # such a file has the layout of version 2, whose readers would take masks for values
 _UNSURE = 1  # the layout of the content changed while files had this version
 _CHECKSUM = 4  # bytes
 _LEAST = len(MAGIC) + 1 + 1 + _CHECKSUM
@@ -62,7 +64,12 @@ def make_writer(coder: Coder) -> Writer:
 
 
 def write_file(
-    path: str | os.PathLike[str], writer: Writer, coder: Coder, *, check: Callable[[int], None] = lambda size: None
+    path: str | os.PathLike[str],
+    writer: Writer,
+    coder: Coder,
+    *,
+    seeded: bool = False,
+    check: Callable[[int], None] = lambda size: None,
 ) -> int:
     """Write the content of a writer to a file, and return the file's size; an error leaves the old file unchanged.
 
@@ -70,9 +77,12 @@ def write_file(
         path: The file.
         writer: The writer that collected the content.
         coder: The writer's coder.
+        seeded: Whether a tensor is stored as the mask of weights from a seed.
         check: A function that gets the file's size before the file is put in its place, and may raise.
     """
-    prefix = MAGIC + bytes([_VERSION]) + varint(4 * writer.raw_bytes + list(_CODERS).index(coder))
+    prefix = (
+        MAGIC + bytes([_SEEDED if seeded else _VERSION]) + varint(4 * writer.raw_bytes + list(_CODERS).index(coder))
+    )
     checksum = 0
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         for piece in _pieces(writer, prefix):
@@ -87,6 +97,11 @@ def _pieces(writer: Writer, prefix: bytes) -> Iterator[bytes]:
     yield prefix
     yield from writer.raw_pieces()
     yield writer.finish()
+
+
+def has_seeds(data: memoryview) -> bool:
+    """Return whether a file stores tensors as the masks of weights from a seed."""
+    return data[len(MAGIC)] == _SEEDED
 
 
 def explained(error: BaseException, data: memoryview) -> str:
@@ -112,9 +127,10 @@ def open_reader(data: memoryview) -> tuple[Reader, str]:
         raise CorruptFileError(f"it has {len(data)} bytes, fewer than the {_LEAST} of an empty network")
     if data[: len(MAGIC)] != MAGIC:
         raise CorruptFileError(f"it starts with {bytes(data[: len(MAGIC)])!r}, not {MAGIC!r}")
-    if data[len(MAGIC)] not in (_UNSURE, _VERSION):
+    if data[len(MAGIC)] not in (_UNSURE, _VERSION, _SEEDED):
         raise CorruptFileError(
-            f"it has version {data[len(MAGIC)]} of the format, and only {_UNSURE} and {_VERSION} can be read. Load it "
+            f"it has version {data[len(MAGIC)]} of the format, and only {_UNSURE}, {_VERSION} and {_SEEDED} can "
+            f"be read. Load it "
             f"with the version of lightning_compress that wrote it"
         )
     content = data[:-_CHECKSUM]

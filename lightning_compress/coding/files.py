@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,19 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_compress.coding.checkpoints import adopt, read_state
-from lightning_compress.coding.container import Coder, explained, is_compressed, make_writer, open_reader, write_file
+from lightning_compress.coding.container import (
+    Coder,
+    explained,
+    has_seeds,
+    is_compressed,
+    make_writer,
+    open_reader,
+    write_file,
+)
 from lightning_compress.coding.encodings.tensor import read_tensor, write_tensor
 from lightning_compress.coding.errors import CorruptFileError
 from lightning_compress.coding.header import Header, memory_limit, read_header, write_header
+from lightning_compress.coding.seeds import names_seeds, with_weights, without_weights
 from lightning_compress.coding.size import CompressedSize, TensorSize
 from lightning_compress.coding.state import describe
 from lightning_compress.core.records import RecordError
@@ -29,8 +38,9 @@ def save_compressed(
 
     Encodings are chosen from the values alone: a coded map of the zeros; a codebook of k values with coded indices
     (n H + k b bits at entropy H); small integers times a scale per tensor or channel (signs, grids of a few bits);
-    floats that float16 represents exactly; integers of a few bits; else raw bytes. All values are restored bit for bit,
-    except that -0.0 becomes 0.0. If saving fails, an existing file stays unchanged.
+    floats that float16 represents exactly; integers of a few bits; else raw bytes. Of weights that a supermask chose
+    from a seed the file has the seed and the mask, as long as they are what the seed yields. All values are restored
+    bit for bit, except that -0.0 becomes 0.0. If saving fails, an existing file stays unchanged.
 
     Args:
         model: A module, or tensors by name, on any device and with any strides. A tied tensor is stored once. The
@@ -62,12 +72,14 @@ def save_compressed(
         True
     """
     writer = make_writer(coder)
-    header, tensors = describe(model.state_dict() if isinstance(model, nn.Module) else model)
+    header, tensors, masks = without_weights(*describe(model.state_dict() if isinstance(model, nn.Module) else model))
     memory = write_header(writer, header)
     sizes = []
     for entry, tensor in zip(header.entries, tensors, strict=True):
         before = writer.bits
         encoding = write_tensor(writer, tensor, half=half)
+        if entry.names[0] in masks:
+            encoding = replace(encoding, name=f"weights from a seed, {encoding.name}")
         sizes.append(TensorSize.of(entry, encoding, writer.bits - before))
 
     def check(size: int) -> None:
@@ -78,7 +90,7 @@ def save_compressed(
                 f"no crafted file can exhaust the memory. Use shorter names, or stack small tensors."
             )
 
-    return CompressedSize(write_file(path, writer, coder, check=check), coder, tuple(sizes))
+    return CompressedSize(write_file(path, writer, coder, seeded=bool(masks), check=check), coder, tuple(sizes))
 
 
 def load_compressed(
@@ -161,12 +173,20 @@ def _read(data: memoryview, limit: int) -> CompressedFile:
             f"its tensors take {announced} bytes, more than the {limit} that max_bytes allows for a file of "
             f"{len(data)} bytes. If you trust its source, pass max_bytes={announced}"
         )
+    seeded = has_seeds(data)
+    if seeded and not names_seeds(header):
+        reader.fail("its version of the format is for weights from seeds, and it has no seeds")
     tensors: dict[str, Tensor] = {}
     sizes = []
     for entry in header.entries:
         before = reader.bits + reader.raw_bits
         tensor, encoding = read_tensor(reader, entry.dtype, entry.shape)
         sizes.append(TensorSize.of(entry, encoding, reader.bits + reader.raw_bits - before))
+        if seeded:
+            try:
+                tensor = with_weights(header, entry, tensor)
+            except (ValueError, TypeError, OverflowError) as error:
+                reader.fail(f"the seed of {entry.names[0]!r} is not one that this package writes ({error!r:.60})")
         tensors.update(dict.fromkeys(entry.names, tensor))
     reader.finish()
     return CompressedFile(_state(header, tensors), CompressedSize(len(data), coder, tuple(sizes)))

@@ -17,6 +17,7 @@ from lightning_compress.core.given import real_number, whole_number
 
 Init = Literal["signed_constant", "uniform"]
 _FRACTION = 24  # bits: odd numbers below 2^24 are exact in float32
+_PIECE = 1 << 16  # entries that are made at a time, to save memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +62,18 @@ class Seeded:
 
     def weights(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weights of a shape, made in float32 and then converted to the dtype."""
-        count = int(np.prod(shape, dtype=np.int64))
-        raw = np.random.Philox(key=np.array([self.seed, self.stream], np.uint64)).random_raw(count)
+        values = np.empty(int(np.prod(shape, dtype=np.int64)), np.float32)
+        generator = np.random.Philox(key=np.array([self.seed, self.stream], np.uint64))
         scale = np.float32(self.scale)
-        if self.init == "signed_constant":
-            values = np.where(raw >> np.uint64(63), scale, -scale)
-        else:  # odd integers between -2^24 and 2^24, so that no weight is 0; each product rounds once
-            odd = 2 * (raw >> np.uint64(64 - _FRACTION)).astype(np.int64) + 1 - (1 << _FRACTION)
-            values = odd.astype(np.float32) * np.float32(2.0**-_FRACTION) * scale
-        return torch.from_numpy(np.asarray(values, np.float32).reshape(shape)).to(dtype)
+        for start in range(0, len(values), _PIECE):
+            piece = values[start : start + _PIECE]
+            raw = generator.random_raw(len(piece))
+            if self.init == "signed_constant":
+                piece[:] = np.where(raw >> np.uint64(63), scale, -scale)
+            else:  # odd integers between -2^24 and 2^24, so that no weight is 0; each product rounds once
+                odd = 2 * (raw >> np.uint64(64 - _FRACTION)).astype(np.int64) + 1 - (1 << _FRACTION)
+                piece[:] = odd.astype(np.float32) * np.float32(2.0**-_FRACTION) * scale
+        return torch.from_numpy(values.reshape(shape)).to(dtype)
 
     def masked(self, ratio: Tensor) -> Tensor:
         """Return the weights times a mask of -1, 0 and 1, on the CPU: the values that a network holds."""

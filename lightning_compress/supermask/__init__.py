@@ -8,6 +8,7 @@ from lightning_compress.supermask.masks import (
     entries_kept,
     first_scores,
     largest,
+    same_sign,
     sampled,
     score_gradient_,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "first_scores",
     "largest",
     "note_origins",
+    "same_sign",
     "sampled",
     "score_gradient_",
     "start_from",

@@ -75,6 +75,24 @@ def largest(scores: Tensor, kept: int, *, signs: bool, alive: Tensor | None = No
     return mask.to(torch.int8).mul_(torch.where(scores < 0, -1, 1)) if signs else mask.to(torch.int8)
 
 
+def same_sign(initial: Tensor, trained: Tensor, kept: int) -> Tensor:
+    """Return the mask of the largest trained weights among those that kept their initial sign, for no training at all.
+
+    With signed constants as weights, this is the best supermask without training of Zhou et al. 2019, section 5.
+
+    Args:
+        initial: The weights before a training of the whole network.
+        trained: The same weights after it.
+        kept: How many entries remain, at most.
+
+    Example:
+        >>> same_sign(torch.tensor([0.1, -0.1, 0.1]), torch.tensor([0.3, 0.9, 0.2]), 1)
+        tensor([1, 0, 0], dtype=torch.int8)
+    """
+    agree = trained.sign() == initial.sign()
+    return largest(trained, min(kept, int(agree.count_nonzero())), signs=False, alive=agree)
+
+
 def probabilities(scores: Tensor) -> Tensor:
     """Return the probability that each entry remains, in float32 or float64."""
     wide = scores if scores.dtype == torch.float64 else scores.float()
