@@ -41,6 +41,7 @@ from lightning_compress.hydra import (
     repeating_command,
     replace_nulls,
     suggestions,
+    varied,
 )
 from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.recorded import check_folder, plain, record, recorded_config, resumed_config, working_where
@@ -51,7 +52,7 @@ from lightning_compress.report.renamed import refusal
 from lightning_compress.report.write import write_text
 from lightning_compress.tasks.dry_run import inspection_tables
 from lightning_compress.tasks.inputs import example_inputs, samples
-from lightning_compress.tasks.run import Run
+from lightning_compress.tasks.run import Run, Variant
 from lightning_compress.tasks.run_folder import COMPRESSED, CONFIG, SMALL, dense_files, home
 from lightning_compress.tasks.testing import accuracy, check_tested, finite
 from lightning_compress.tasks.verify import escaped, verify
@@ -145,6 +146,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         dense=plain(cfg.dense),
         weights=_listed(cfg.weights),
         controls={str(name): _seeded(cfg, f"controls.{name}", cfg.seed) for name in cfg.controls},
+        variants={name: _variant(cfg, own) for name, own in varied(cfg).items()},
         ckpt_path=cfg.ckpt_path,
     )
     if report is not None:
@@ -158,6 +160,16 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
             found = report.compressed.test_metric
             verified = verify(job.folder / SMALL, metric=cfg.metric, expected=found, exact=alone)
             console.print(verified, soft_wrap=True, highlight=False)
+
+
+def _variant(cfg: DictConfig, own: DictConfig) -> Variant:
+    trainer = plain(own.trainer)
+    return Variant(
+        callbacks=list(build_named(own.callbacks).values()),
+        wrap=partial(build_wrapped, own.wrappers),
+        student=None if cfg.student is None else _seeded(cfg, "student", cfg.seed),
+        trainer={key: value for key, value in trainer.items() if value != plain(cfg.trainer).get(key)},
+    )
 
 
 def inspect(cfg: DictConfig) -> None:

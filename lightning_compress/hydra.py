@@ -26,7 +26,7 @@ from lightning_compress.tasks.run_folder import dense_files, home
 
 T = TypeVar("T")
 
-MAY_BE_EMPTY = ("callbacks", "wrappers", "controls", "logger", "dense")  # sections of the config
+MAY_BE_EMPTY = ("callbacks", "wrappers", "controls", "variants", "logger", "dense")  # sections of the config
 GROUPS = ("model", "data", "trainer")
 EMPTY_GROUPS = ("compress", "logger")  # with an option that is called none
 NEEDED = ("val_metric", "measure", "file", "compare", "compare.root", "file.coder", "seed", "output_dir")
@@ -148,6 +148,29 @@ def build_each_wrapped(nodes: DictConfig | None, module: LightningModule) -> dic
         only = OmegaConf.create({name: node})
         only._set_parent(nodes)  # for interpolations
         found[str(name)] = build_wrapped(only, copy.deepcopy(module), training=False)
+    return found
+
+
+def varied(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Return the config of every variant by name: the run's own, with what `cfg.variants` says differently.
+
+    Raises:
+        ValueError: A variant differs in something else than callbacks, wrappers and trainer.
+    """
+    found = {}
+    for name, node in (cfg.get("variants") or {}).items():
+        if node is None:
+            continue
+        if others := sorted({str(key) for key in node} - {"callbacks", "wrappers", "trainer"}):
+            raise ValueError(
+                f"variants.{name}.{others[0]}: a variant may differ in callbacks, wrappers and trainer alone, so that "
+                f"it begins with the same network, data and seed."
+            )
+        own = copy.deepcopy(cfg)
+        OmegaConf.set_struct(own, False)
+        own.merge_with(node)
+        replace_nulls(own)
+        found[str(name)] = own
     return found
 
 

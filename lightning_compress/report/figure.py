@@ -80,7 +80,12 @@ def _draw_points(axes: Axes, points: Sequence[Point], metric: Metric) -> None:
     tidy(axes)
     axes.set_xlabel("latency of a batch (ms)")
     axes.set_ylabel(metric.label)
-    for kind, color, marker in (("point", BLUE, "o"), ("control", ORANGE, "s"), ("dense", GREY, "D")):
+    for kind, color, marker in (
+        ("point", BLUE, "o"),
+        ("variant", BLUE, "^"),
+        ("control", ORANGE, "s"),
+        ("dense", GREY, "D"),
+    ):
         known = [(one, one.test_metric) for one in points if one.kind == kind and one.test_metric is not None]
         places = [(one.latency_ms, metric.scaled(value)) for one, value in known]
         axes.plot([x for x, _ in places], [y for _, y in places], marker, color=color, label=kind)

@@ -117,7 +117,7 @@ class Point:
     Attributes:
         name: Such as "exit 1" or "40% of macs".
         kind: "dense" for the network before compression, "point" for a way to run the compressed one, "control" for a
-            network that was trained alone, as a comparison.
+            network that was trained alone, as a comparison, "variant" for one that was compressed in another way.
         test_metric: As in `Measurement`.
         macs: Mean multiply-accumulates per sample of the timed batch.
         latency_ms: Milliseconds of a forward pass of that batch.

@@ -72,8 +72,9 @@ def tested_ways(
     compressed: Compressed,
     controls: Mapping[str, LightningModule],
     test: Callable[[LightningModule], float | None],
+    variants: Mapping[str, Compressed],
 ) -> list[Way]:
-    """Return what a report compares; nothing where the network can be run in one way only and there is no control.
+    """Return what a report compares; nothing where the network can be run in one way only and there is no other.
 
     Every rank takes part.
 
@@ -82,16 +83,18 @@ def tested_ways(
         compressed: The network after it.
         controls: Networks that were trained alone, by name.
         test: Returns the test's metric of a module.
+        variants: Networks that were compressed from the same start in other ways, by name.
     """
     module = compressed.module
     found = module.operating_points() if isinstance(module, CompressionModule) else []
-    if not found and not controls:
+    if not found and not controls and not variants:
         return []
     ways = [Way("dense", "dense", dense.modules[0], dense.metric)]
     for one in found:
         with one.answering():
             ways.append(Way(one.name, "point", one.network, test(module)))
     ways.append(Way(COMPRESSED, "point", module, compressed.metric))
+    ways += [Way(name, "variant", one.module, one.metric) for name, one in variants.items()]
     return ways + [Way(name, "control", one, test(one)) for name, one in controls.items()]
 
 

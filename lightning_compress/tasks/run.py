@@ -7,12 +7,13 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -36,6 +37,23 @@ from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
 from lightning_compress.tasks.run_folder import COMPRESSED, SEARCH, SMALL, TUNING, dense_files
 from lightning_compress.tasks.testing import accuracy, check_tested, finite, quietly, trainer_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Another way to compress the same network, beside a run's own.
+
+    Attributes:
+        callbacks: Callbacks of the compression; those that save checkpoints are left out.
+        wrap: As for `Run.run`.
+        student: The untrained network to compress, with the weights of the run's own; None: as for `Run.run`.
+        trainer: The Trainer's arguments that differ, such as max_epochs.
+    """
+
+    callbacks: Sequence[Callback] = ()
+    wrap: Callable[[LightningModule], LightningModule] = lambda module: module
+    student: LightningModule | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +113,7 @@ class Run:
         dense: Mapping[str, Any],
         weights: Sequence[str | Path] = (),
         controls: Mapping[str, LightningModule] | None = None,
+        variants: Mapping[str, Variant] | None = None,
         ckpt_path: str | Path | None = None,
     ) -> Report | None:
         """Go through all stages.
@@ -110,6 +129,8 @@ class Run:
             weights: Files with the weights of `modules`, one for each, which replace the dense training.
             controls: Untrained networks by name, which are trained alone for as many epochs as the dense network and
                 its compression together, and stand beside the ways to run the compressed network in the report.
+            variants: Other ways to compress by name, each from the same start and the same seed, whose networks stand
+                beside the compressed one in the report. They begin when compressed.ckpt is written.
             ckpt_path: Checkpoint of this run's compression that is resumed, with the dense networks in the folder.
 
         Returns:
@@ -133,7 +154,8 @@ class Run:
         compressed.trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
         alone = dict(controls or {})
         self._train_dense(list(alone.values()), {**dense, "max_epochs": epochs}, None)
-        ways = tested_ways(trained, compressed, alone, self._test)
+        others = {name: self._vary(name, trained, one) for name, one in (variants or {}).items()}
+        ways = tested_ways(trained, compressed, alone, self._test, others)
         if not compressed.trainer.is_global_zero:
             return None
         costs = self.measure(trained, compressed, self.folder / SMALL)
@@ -238,6 +260,14 @@ class Run:
             before_recovery=before_recovery,
             history=recorder.history,
         )
+
+    def _vary(self, name: str, dense: Dense, variant: Variant) -> Compressed:
+        """Compress in another way, without a bar of the whole run and without files."""
+        rank_zero_info(f"Variant {name}.")
+        make_trainer = partial(self.make_trainer, **variant.trainer, enable_checkpointing=False)
+        callbacks = [one for one in variant.callbacks if not isinstance(one, ModelCheckpoint)]
+        job = replace(self, make_trainer=make_trainer, epochs=None, search=None, calibration=None)
+        return job.compress(dense, student=variant.student, callbacks=callbacks, wrap=variant.wrap)
 
     def narrow(self, slimmable: Compressed, search: Mapping[str, Any], *, resumed: bool = False) -> Compressed:
         """Search a width for every group of a slimmable network, and train the network of these widths on.
