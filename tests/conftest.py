@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -16,6 +17,12 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
         if torch.__version__ < "2.13" and "use torch 2.13, which exports more" in str(error):
             pytest.skip(str(error))
         raise
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave out the imported modules and the collected tests, which stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,15 @@ from lightning_compress.pruning.masked import MaskedParameters
 WIDTH, DEPTH = 128, 12
 
 
+@pytest.fixture(autouse=True, scope="module")
+def earlier_tests_are_no_garbage() -> Iterator[None]:
+    """What earlier tests hold is not looked through again before each test here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_collected() -> Iterator[None]:
     """What circles of references hold counts as held: when they are collected is chance."""
