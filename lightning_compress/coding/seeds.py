@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_compress.coding.header import Entry, Header
@@ -13,6 +14,7 @@ from lightning_compress.core.records import KEY
 from lightning_compress.core.seeded import Seeded
 
 _KIND, _FIELD = "seeded", "origins"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # torch does not multiply those of 8 bits
 
 
 def without_weights(header: Header, tensors: Sequence[Tensor]) -> tuple[Header, list[Tensor], set[str]]:
@@ -31,7 +33,7 @@ def without_weights(header: Header, tensors: Sequence[Tensor]) -> tuple[Header, 
     found, masks = list(tensors), set()
     for place, entry in enumerate(header.entries):
         origin = _origin_of(entry, origins)
-        ratio = None if origin is None or not entry.dtype.is_floating_point else origin.ratio(found[place])
+        ratio = None if origin is None or entry.dtype not in _DTYPES else origin.ratio(found[place])
         if ratio is not None:
             found[place] = ratio
             masks.add(entry.names[0])
@@ -50,7 +52,7 @@ def with_weights(header: Header, entry: Entry, mask: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: The record of the seed has another form than this package writes.
     """
-    origin = _origin_of(entry, _origins(header.metadata)) if entry.dtype.is_floating_point else None
+    origin = _origin_of(entry, _origins(header.metadata)) if entry.dtype in _DTYPES else None
     return mask if origin is None else origin.masked(mask)
 
 

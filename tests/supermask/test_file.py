@@ -55,6 +55,15 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(other[0].weight, net[0].weight)
 
 
+def test_a_dtype_without_arithmetic_is_written_as_it_is(tmp_path: Path) -> None:
+    state = masked("uniform").state_dict()
+    for name, value in list(state.items()):
+        state[name] = value.to(torch.float8_e4m3fn)
+    save_compressed(state, tmp_path / "net.lcz")
+    assert (tmp_path / "net.lcz").read_bytes()[3] == 2
+    assert torch.equal(load_compressed(tmp_path / "net.lcz")["0.weight"].float(), state["0.weight"].float())
+
+
 def test_a_loaded_network_is_saved_as_small_again(tmp_path: Path) -> None:
     first = save_compressed(masked("uniform"), tmp_path / "a.lcz").bytes
     assert save_compressed(load_compressed(tmp_path / "a.lcz", make()), tmp_path / "b.lcz").bytes == first
