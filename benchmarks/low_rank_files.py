@@ -176,6 +176,10 @@ def draw(found: Found, path: Path) -> None:
     for name, marker in (("coded (dense, float16)", "s"), ("dense, trained on", "^")):
         axes.plot(*point(found.tables["alone"][name]), marker=marker, linestyle="", color="#5c6670", label=name)
     axes.set(xscale="log", yscale="log", xlabel="bytes of the file", ylabel="error on the test images (%)")
+    ticks = [1, 1.5, 2, 3, 5, 10, 20, 50]
+    low, high = axes.get_ylim()
+    axes.set_yticks([], minor=True)
+    axes.set_yticks([one for one in ticks if low < one < high], [f"{one:g}" for one in ticks if low < one < high])
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
