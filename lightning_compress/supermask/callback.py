@@ -20,6 +20,7 @@ from lightning_compress.supermask.weights import SupermaskWeights
 from lightning_compress.trainer.compatibility import added_parameters
 from lightning_compress.trainer.latent import LatentCallback
 from lightning_compress.trainer.settings import settings_of
+from lightning_compress.trainer.unwrap import innermost
 
 
 class SupermaskCallback(LatentCallback):
@@ -175,7 +176,7 @@ class SupermaskCallback(LatentCallback):
         """Return the names of the parameters that neither this nor another technique trains, nor `exclude` names."""
         kept = {*self._wanted, *matched_parameters(pl_module, self.exclude)}
         kept |= added_parameters(trainer, pl_module, self)
-        return [name for name, _ in pl_module.named_parameters() if name not in kept]
+        return [name for name, _ in innermost(pl_module).named_parameters() if name not in kept]
 
     def _check_weight_decay(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise a ValueError for weight decay of parameters none of which ever moves."""

@@ -12,6 +12,7 @@ from support.small import SmallModule, plain, quiet_trainer, shuffled
 from torch import Tensor, nn
 
 from lightning_compress import (
+    DistillationModule,
     IterativePruningCallback,
     LotteryTicketCallback,
     QuantizationAwareTrainingCallback,
@@ -204,6 +205,16 @@ def test_an_average_is_projected_onto_a_mask(method: Any) -> None:
         assert set(ratio.tolist()) <= ({1.0, -1.0} if method == "signed" else {1.0})
         if method != "bernoulli":
             assert int((value != 0).sum()) == round(0.4 * value.numel())
+
+
+def test_regressors_of_a_wrapper_are_not_frozen() -> None:
+    hint = {"student": "net.conv", "teacher": "net.conv", "regressor": True, "channel_dim": 1}
+    wrapped = DistillationModule(SmallModule(), SmallModule(), hints=[hint])
+    callback = SupermaskCallback()
+    run(callback, module=wrapped, max_epochs=1)
+    own = dict(SmallModule().named_parameters()).keys()
+    assert len(dict(wrapped.named_parameters())) == len(own) + 2
+    assert set(callback._frozen) == own - {*LAYERS}
 
 
 # ---------------------------------------------------------------------- bad input
