@@ -4,7 +4,7 @@ ResNet-20 on a part of CIFAR-10. Each seed trains one dense network, for all row
 0, is resumed by every way of retraining, which prunes the same weights, by magnitude over all layers, and trains on for
 the same number of epochs. The learning rate falls to a tenth after a half and after three quarters of a round, so that
 fine-tuning goes on with the last one. Hyperparameters are the same for all. The best epoch is never chosen: accuracy is
-that of the end.
+that of the end. The control is the dense network, of which nothing is pruned, with its learning rate rewound as well.
 
     python benchmarks/rewinding.py --data data/cifar10 --seeds 0 1 2 --json rewinding.json
 """
@@ -35,6 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "weights rewound": {"rewind": "weights"},
     "weights drawn anew": {"rewind": "weights", "restart": "reinit", "signs": "random"},
 }
+NOTHING = 1.000001  # a compression by which no weight is pruned, while the round is one like others
+CONTROL = "dense, learning rate rewound"
 TITLE = "Test accuracy in per cent"
 
 
@@ -109,20 +111,26 @@ def one_seed(found: Found, arguments: argparse.Namespace, setting: Setting, fold
     module = fit(setting, arguments, data, writer, save)
     dense = 100 * accuracies(module, data, setting)["test_acc"]
     print(f"seed {setting.seed}: dense {dense:.2f} %, {time.perf_counter() - start:.0f} s", flush=True)
-    for compression in arguments.compressions:
-        found.add(TITLE, "dense", **{f"{compression}x": dense})
-        for name, way in WAYS.items():
+    columns = [f"{compression}x" for compression in arguments.compressions]
+    found.add(TITLE, "dense", **dict.fromkeys(columns, dense))
+    for compression, column in [(NOTHING, ""), *zip(arguments.compressions, columns, strict=True)]:
+        for name, way in WAYS.items() if column else [(CONTROL, WAYS["learning rate rewound"])]:
+            if arguments.only and name not in arguments.only:
+                continue
             start, reader = time.perf_counter(), ticket_of(arguments, compression, **way)
             module = fit(setting, arguments, data, reader, resume=handed_over(folder / "dense.ckpt", writer, reader))
             after = 100 * accuracies(module, data, setting)["test_acc"]
-            found.add(TITLE, name, **{f"{compression}x": after})
+            found.add(TITLE, name, **dict.fromkeys([column] if column else columns, after))
             neurons = sum(
                 int((weight.flatten(1) == 0).all(1).sum()) for weight in module.parameters() if weight.dim() == 4
             )
-            found.add("Filters without a weight", name, **{f"{compression}x": neurons})
+            if column:
+                found.add("Filters without a weight", name, **{column: neurons})
             seconds = time.perf_counter() - start
             said = f"{name}: {after:.2f} % with {1 - reader.sparsity:.1%} left"
-            print(f"seed {setting.seed}, {compression}x: {said}, {neurons} empty filters, {seconds:.0f} s", flush=True)
+            print(
+                f"seed {setting.seed}, {compression:.3g}x: {said}, {neurons} empty filters, {seconds:.0f} s", flush=True
+            )
 
 
 def main() -> None:
@@ -134,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rewind-to", type=int, default=1, help="the epoch at which later rounds begin")
     parser.add_argument("--rounds", type=int, default=1, help="how often the network is pruned")
     parser.add_argument("--compressions", type=float, nargs="+", default=[4.8, 7.5])
+    parser.add_argument("--only", nargs="+", choices=[*WAYS, CONTROL], help="rows; by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
