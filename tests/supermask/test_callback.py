@@ -213,7 +213,6 @@ def test_regressors_of_a_wrapper_are_not_frozen() -> None:
     callback = SupermaskCallback()
     run(callback, module=wrapped, max_epochs=1)
     own = dict(SmallModule().named_parameters()).keys()
-    assert len(dict(wrapped.named_parameters())) == len(own) + 2
     assert set(callback._frozen) == own - {*LAYERS}
 
 
