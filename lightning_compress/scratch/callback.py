@@ -67,6 +67,8 @@ class ScratchCallback(CuttingCallback):
         >>> trainer = Trainer(callbacks=[scratch], max_epochs=3, logger=False, enable_checkpointing=False)
     """
 
+    replaces_early = True
+
     def __init__(
         self,
         structure: str | os.PathLike[str] | None,
@@ -120,7 +122,7 @@ class ScratchCallback(CuttingCallback):
             rank_zero_info(f"{self.name}: the fit goes on with the structure and the weights of the one before.")
             return
         self._check_limits(trainer)
-        check_early(pl_module, self)
+        check_early(trainer, pl_module)
         states = rng.capture()
         self._guard = as_before_on_error(innermost(pl_module), values=True)
         self._guard.__enter__()
@@ -199,7 +201,7 @@ class ScratchCallback(CuttingCallback):
         if self.structure is None:
             return Effects()
         known = self.masks if self.loaded_state is None else self.loaded_state["masks"]
-        return Effects(values=dict.fromkeys(known, "zeros"), replaces_layers=True, final=0)
+        return Effects(values=dict.fromkeys(known, "zeros"), replaces_layers=True, reads_structure=True, final=0)
 
     def progress(self) -> Progress:
         return Progress(fraction=float(self._began), numbers={"sparsity": self._sparsity} if self.masks else {})

@@ -77,16 +77,21 @@ def check_together(pl_module: LightningModule, callbacks: Sequence[Any]) -> None
         raise error
 
 
-def check_early(pl_module: LightningModule, callback: Any) -> None:
-    """Refuse a callback that replaces layers, before it does, if a wrapper has chosen layers before.
+def check_early(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse callbacks that replace layers, before they do, beside one another and beside wrappers.
 
     Raises:
         IncompatibleError: As `check`.
     """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     levels = [level.callback for level in getattr(getattr(pl_module, SLOT, None), "levels", ())]
-    found = declared_techniques(None, pl_module, [*levels, callback])
+    found = declared_techniques(None, pl_module, [*levels, *(one for one in callbacks if _replaces_early(one))])
     for error in _refused_pairs(found, [rule for rule in PAIR_RULES if rule.early]):
         raise error
+
+
+def _replaces_early(callback: Any) -> bool:
+    return isinstance(callback, DeclaresEffects) and callback.replaces_early
 
 
 def _refused_by_the_trainer(found: Sequence[Technique], surroundings: Surroundings) -> Iterator[IncompatibleError]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -37,6 +37,7 @@ class Effects:
         judges: Whether it does so by a metric of the fit's validations.
         takes_blocks: Whether it takes whole blocks out of the network during the fit, with their parameters.
         replaces_layers: Whether it has replaced layers by other modules before the optimizers were made.
+        reads_structure: Whether it has given the network the structure of a file before the optimizers were made.
         shapes: When it changes shapes: "never", "on_fit_end", or "during_fit".
         looks_at: The basis of its decisions: the "magnitudes" of weights, their "gradients", the inputs or outputs of
             "layers" inside the forward pass, the "output" of the network in the user's step, or a "second_backward"
@@ -63,6 +64,7 @@ class Effects:
     judges: bool = False
     takes_blocks: bool = False
     replaces_layers: bool = False
+    reads_structure: bool = False
     shapes: Literal["never", "on_fit_end", "during_fit"] = "never"
     looks_at: frozenset[Sight] = frozenset()
     replays: int = 1
@@ -137,10 +139,12 @@ class DeclaresEffects:
     Attributes:
         name: The name of its class, or of the wrapper that it belongs to.
         settings: The constructor arguments.
+        replaces_early: Whether it replaces layers before the optimizers are made.
     """
 
     name: str
     settings: Mapping[str, Any]
+    replaces_early: ClassVar[bool] = False
 
     def effects(self, trainer: Trainer | None, pl_module: LightningModule) -> Effects:
         """Return the effects of the technique in the fit that starts.

@@ -43,6 +43,7 @@ class ReplacingCallback(CompressionCallback):
     """
 
     kind: ClassVar[str]
+    replaces_early = True
     network: str
     example_inputs: Any
     n_batches: int
@@ -111,7 +112,7 @@ class ReplacingCallback(CompressionCallback):
         if nothing:
             rank_zero_info(f"{self.name} replaces nothing, because {nothing[0]}=0: this fit trains nothing.")
             return
-        check_early(pl_module, self)
+        check_early(trainer, pl_module)
         states = rng.capture()
         try:
             self._replace_now(trainer, pl_module)

@@ -277,6 +277,16 @@ PAIR_RULES = (
         remedy="use {one} in an earlier fit, and wrap the module afterwards",
     ),
     PairRule(
+        name="modules that change under a structure that is read",
+        meets=lambda one, other, first: (
+            one.reads_structure and (other.replaces_layers or other.takes_blocks or bool(other.modules))
+        ),
+        early=True,
+        reason="{one} gives the network the structure of a file before the optimizers are made, and {other} changes "
+        "the network's modules in the same fit, or has added some",
+        remedy="use {other} in a later fit",
+    ),
+    PairRule(
         name="exits of a network with gates before blocks",
         meets=lambda one, other, first: one.skips and other.replays > 1 and not other.runs_thinner,
         shows=("", "replays"),

@@ -64,6 +64,11 @@ def _neurons(**options: Any) -> Entry:
     return _pruning(granularity="neuron", amount=0.5, **options)
 
 
+def _scratch(exclude: str = "", **options: Any) -> Entry:
+    """Where another technique may have a residual network, as that file's is; a second one has other settings."""
+    return scratch(residual=True, budget="computation" if exclude else "epochs", **options)
+
+
 TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "pruning": _pruning,
     "pruning, taylor": lambda **options: _pruning(criterion="taylor", **options),
@@ -89,8 +94,8 @@ TECHNIQUES: dict[str, Callable[..., Entry]] = {
     "low rank": lambda **options: low_rank(rank={"net.conv": 1} if options.get("exclude") else {"net.hidden": 4}),
     "nuclear norm": nuclear_norm,
     "convolutions": lambda **options: conv_blocks(target=f"net.block{2 if options.get('exclude') else 1}.*"),
-    "scratch": lambda **options: scratch(),
-    "scratch, thin": lambda **options: scratch(thin=True),
+    "scratch": _scratch,
+    "scratch, thin": lambda **options: _scratch(thin=True, **options),
     "distillation": lambda **options: distillation(),
     "distillation, hints": lambda **options: distillation(hints=[_HINT]),
     "exits": lambda **options: exits(),

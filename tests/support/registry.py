@@ -194,25 +194,26 @@ def conv_blocks(block: str = "separable", **options: Any) -> Entry:
 
 
 @cache
-def structure_file(*, thin: bool) -> str:
+def structure_file(*, thin: bool, residual: bool) -> str:
     """The file of a small network of which 60 % of each weight are zero, or half of the hidden channels have left."""
     folder = Path(tempfile.gettempdir()) / f"lightning_compress_tests_{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
     with torch.random.fork_rng([]):
         torch.manual_seed(3)
-        module = SmallModule()
+        module = SmallModule(residual=residual)
     if thin:
         cut(module, torch.zeros(2, FEATURES), keep={"net.hidden": list(range(0, 16, 2))})
     for weight in () if thin else (module.net.conv.weight, module.net.hidden.weight, module.net.head.weight):
         weight.data[weight.abs() < weight.abs().flatten().quantile(0.6)] = 0.0
-    with replacing(path := folder / f"structure-{'thin' if thin else 'masks'}.ckpt") as temporary:
+    with replacing(path := folder / f"structure-{thin}-{residual}.ckpt") as temporary:
         torch.save({"state_dict": module.state_dict()}, temporary)
     return str(path)
 
 
-def scratch(*, thin: bool = False, **options: Any) -> Entry:
-    settings: dict[str, Any] = {"structure": structure_file(thin=thin)} | options
-    return technique(ScratchCallback, idle={"structure": None}, **settings)
+def scratch(*, thin: bool = False, residual: bool = False, **options: Any) -> Entry:
+    settings: dict[str, Any] = {"structure": structure_file(thin=thin, residual=residual)} | options
+    entry = technique(ScratchCallback, idle={"structure": None}, **settings)
+    return replace(entry, module={"residual": True} if residual else {})
 
 
 def clipped(**options: Any) -> Entry:
