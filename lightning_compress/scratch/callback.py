@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, suppress
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -34,6 +35,7 @@ from lightning_compress.trainer.surgery import CuttingCallback
 from lightning_compress.trainer.unwrap import innermost
 
 Budget = Literal["epochs", "computation"]
+_raised: WeakKeyDictionary[Trainer, tuple[int | None, int]] = WeakKeyDictionary()  # limits
 
 
 class ScratchCallback(CuttingCallback):
@@ -189,11 +191,14 @@ class ScratchCallback(CuttingCallback):
         if trainer.fast_dev_run or times == 1:  # type: ignore[attr-defined]  # set by a connector
             return
         loop = trainer.fit_loop
+        if _raised.get(trainer) == (loop.max_epochs, loop.epoch_loop.max_steps):
+            return  # an earlier fit of this Trainer, which is resumed now
         self._limits = loop.max_epochs, loop.epoch_loop.max_steps
         if loop.max_epochs is not None and _limited(loop.max_epochs):
             loop.max_epochs = max(1, round(loop.max_epochs * times))
         if _limited(loop.epoch_loop.max_steps):
             loop.epoch_loop.max_steps = max(1, round(loop.epoch_loop.max_steps * times))
+        _raised[trainer] = loop.max_epochs, loop.epoch_loop.max_steps
 
     # ------------------------------------------------------------------ the fit
 

@@ -61,6 +61,8 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
             mask = value != 0
             if value.dim() < 2:
                 mask = ~dead if dead is not None and dead.shape == value.shape else torch.ones_like(mask)
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+                mask[module.padding_idx] = True  # it is zero in every network
             if not bool(mask.all()):
                 found[f"{path}.{name}".lstrip(".")] = mask
     return found

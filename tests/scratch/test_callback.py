@@ -123,6 +123,26 @@ def test_a_resume_is_as_long_and_keeps_a_random_mask(tmp_path: Path) -> None:
     assert all(torch.equal(one, resumed.state_dict()[name]) for name, one in whole.state_dict().items())
 
 
+def test_a_fit_that_the_same_trainer_resumes_is_not_longer_again(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Stops(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                trainer.callbacks.remove(self)
+                raise RuntimeError("stopped")
+
+    scratch = ScratchCallback(structure_file(thin=False), budget="computation")
+    callbacks = [scratch, ModelCheckpoint(tmp_path, save_last=True), Stops()]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=True)
+    module = SmallModule()
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.fit(module, plain(0), plain())
+    assert trainer.max_epochs == 4
+    trainer.fit(module, plain(0), plain(), ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.max_epochs == trainer.current_epoch == 4
+
+
 def test_what_cannot_be_is_refused_and_the_module_stays_as_it_was(tmp_path: Path) -> None:
     thin = structure_file(thin=True)
     with pytest.raises(FileNotFoundError, match="no weights at missing"):
@@ -183,3 +203,10 @@ def test_zeros_of_vectors_count_where_a_channel_is_silent() -> None:
     assert masks["0.bias"].tolist() == [True, False, True, True]  # the first entry is zero by chance
     assert masks["1.weight"].tolist() == masks["1.bias"].tolist() == [True, False, True, True]
     assert set(masks) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_the_row_of_an_embedding_that_pads_is_no_mask() -> None:
+    net = nn.Sequential(nn.Embedding(5, 3, padding_idx=1), nn.Linear(3, 2))
+    assert masks_of(net) == {}
+    net[0].weight.data[2, 0] = 0.0
+    assert int((~masks_of(net)["0.weight"]).sum()) == 1
