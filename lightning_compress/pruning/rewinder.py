@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -115,6 +116,31 @@ class Rewinder:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.kept, self.held, self.over = state["kept"], state["held"], state["over"]
+
+
+def warn_of_frequencies(trainer: Trainer, distance: int, per_epoch: int | None) -> None:
+    """Warn of schedulers that will step at other moments of the later rounds than of round 0.
+
+    Lightning counts a scheduler's `frequency` in epochs of the fit, or in batches of the epoch, which don't go back.
+
+    Args:
+        trainer: The Trainer, with its schedulers.
+        distance: How many steps the network goes back.
+        per_epoch: The number of steps of an epoch; None: it is not known.
+    """
+    if not per_epoch or not trainer.lightning_module.automatic_optimization:
+        return
+    epochs, steps = divmod(distance, per_epoch)
+    for config in trainer.lr_scheduler_configs:
+        rest = steps or epochs % config.frequency if config.interval == "epoch" else steps % config.frequency
+        if config.frequency > 1 and rest:
+            warnings.warn(
+                f"{type(config.scheduler).__name__} steps with frequency={config.frequency}, which counts each "
+                f"{config.interval} of the fit, and a rewind goes back by {distance / per_epoch:g} epochs, so that it "
+                f"steps at other moments of the later rounds than of round 0. Make it step at each {config.interval} "
+                f"(frequency=1), or let round_epochs - rewind_to be a multiple of its frequency.",
+                stacklevel=2,
+            )
 
 
 def _tensors(pl_module: LightningModule) -> dict[str, Tensor]:

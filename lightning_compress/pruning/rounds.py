@@ -128,7 +128,7 @@ class Plan:
         steps = trainer.max_steps if trainer.max_steps >= 0 else None
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             return {"max_epochs": epochs, "max_steps": trainer.max_steps}
-        if steps is None:
+        if steps is None or self._ends_by_epochs(trainer, per_epoch):
             length = self.length(epochs, self.rewind_to, self.round_epochs, "max_epochs")
             if length == int(length):
                 return {"max_epochs": int(length), "max_steps": -1}
@@ -136,9 +136,19 @@ class Plan:
         back, wanted = float(self._steps(self.rewind_to, per_epoch() if self.rewind_to else None)), None
         if self.round_epochs is not None:
             wanted = float(self._steps(self.round_epochs, per_epoch()))
-        if epochs is not None:
-            steps = min(steps, self._steps(epochs, per_epoch()))
-        return {"max_epochs": trainer.max_epochs, "max_steps": int(self.length(steps, back, wanted, "max_steps"))}
+        if epochs is None:
+            return {"max_epochs": trainer.max_epochs, "max_steps": int(self.length(steps, back, wanted, "max_steps"))}
+        steps = min(steps, self._steps(epochs, per_epoch()))
+        length = int(self.length(steps, back, wanted, "max_steps"))
+        return {"max_epochs": min(epochs, math.ceil(length / (per_epoch() or 1))), "max_steps": length}
+
+    def _ends_by_epochs(self, trainer: Trainer, per_epoch: Callable[[], int | None]) -> bool:
+        """Whether `max_epochs` ends the fit, so that its parts are whole epochs."""
+        if trainer.max_steps < 0 or trainer.max_epochs is None or trainer.max_epochs < 0:
+            return trainer.max_steps < 0
+        if not trainer.lightning_module.automatic_optimization:  # max_steps counts the steps of several optimizers
+            return False
+        return self._steps(trainer.max_epochs, per_epoch()) <= trainer.max_steps
 
     def length(self, total: int | None, back: float, wanted: float | None, limit: str) -> float:
         """Return the length of a round, in the unit of the other arguments.
@@ -190,7 +200,7 @@ class Plan:
         limits = self.limits(trainer, lambda: per_epoch)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             keep_at, length, events = 0, 1, list(range(1 - self.pretrained, self.rounds + 1 - self.pretrained))
-        elif trainer.max_steps < 0:
+        elif self._ends_by_epochs(trainer, lambda: per_epoch):
             given = self.round_epochs
             epochs = float(limits["max_epochs"] or 0) if given is None or given == int(given) else given
             keep_at, length = steps_at(trainer, self.rewind_to), steps_at(trainer, epochs)
@@ -214,4 +224,5 @@ class Plan:
                 f"LotteryTicketCallback: {epochs} epochs can't be turned into steps, because the training loader has "
                 f"no length. Give it one, or leave round_epochs and rewind_to out and set Trainer(max_steps=...)."
             )
-        return max(1, round(epochs * per_epoch))
+        whole = int(epochs)  # rounds as `steps_at` does
+        return max(1, whole * per_epoch + round((epochs - whole) * per_epoch))

@@ -29,7 +29,13 @@ from lightning_compress.pruning.restart import (
     frozen_values,
     start_values,
 )
-from lightning_compress.pruning.rewinder import OptimizerState, Rewind, Rewinder, check_rewind
+from lightning_compress.pruning.rewinder import (
+    OptimizerState,
+    Rewind,
+    Rewinder,
+    check_rewind,
+    warn_of_frequencies,
+)
 from lightning_compress.pruning.rounds import Plan, Rounds
 from lightning_compress.trainer.before_optimizers import (
     before_optimizers,
@@ -65,7 +71,7 @@ class LotteryTicketCallback(IterativePruningCallback):
             (1 - amount)^(i / n) of them are left.
         rounds: How often the network is pruned.
         round_epochs: Length of round 0 in epochs; the later rounds are shorter by `rewind_to`. By default equal parts
-            of the fit, in whole epochs, or in steps where `max_steps` limits the fit. What is left over goes to the
+            of the fit, in whole epochs, or in steps where `max_steps` ends the fit. What is left over goes to the
             last round.
         pretrained: Whether the network that comes in is trained, so that the first prune comes before the first step.
         rewind: "learning_rate" takes the schedulers and the optimizers' hyperparameters back, and weights stay (Renda
@@ -297,6 +303,8 @@ class LotteryTicketCallback(IterativePruningCallback):
             self._rewinder.load_state_dict(state["rewinder"])
         elif self._rounds.taken == 0 and self._rewinder.rewind is not None:
             rank_zero_info(f"{self.name}: {self._said(trainer)}.")
+            if not self._plan.pretrained or len(self._rounds.events) > 1:
+                warn_of_frequencies(trainer, self._rounds.length - self._rounds.keep_at, self._rounds.epochs)
 
     def _said(self, trainer: Trainer) -> str:
         rounds = self._rounds

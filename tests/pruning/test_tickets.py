@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,43 @@ def test_a_fit_by_steps_is_divided_in_steps() -> None:
     assert module.seen == [-1, 12, 12]
     used = by_hand("weights", "one cycle", epochs=11)[1]
     assert [one[0] for one in module.rates] == pytest.approx([one["lr"] for one in used[:32]])
+
+
+def test_the_limit_that_ends_the_fit_decides_what_a_round_is() -> None:
+    module = Module("epochs")
+    fit(module, LotteryTicketCallback(0.3, rounds=ROUNDS, rewind_to=BACK), max_steps=10**6)
+    assert module.seen == [ROUND, -1, ROUND * EPOCH]
+    assert_same(module, by_hand("weights", "epochs"))
+    module = Module("one cycle")
+    fit(module, LotteryTicketCallback(0.3, rounds=ROUNDS, rewind_to=BACK), max_epochs=90, max_steps=FIT * EPOCH)
+    assert module.seen == [ROUND, ROUND * EPOCH, ROUND * EPOCH]
+    assert_same(module, by_hand("weights", "one cycle"))
+
+
+def test_the_schedule_of_a_round_that_ends_inside_an_epoch_is_as_long_as_the_round() -> None:
+    module = Module("one cycle")
+    fit(module, LotteryTicketCallback(0.3, rounds=2, round_epochs=1.5), max_epochs=5)  # 4.5 steps
+    assert module.rates[module.seen[2]] == module.rates[0]
+
+
+@pytest.mark.parametrize(("frequency", "rewind_to", "warns"), [(2, 0, True), (2, 1, False), (3, 0, False)])
+def test_a_scheduler_that_counts_epochs_of_the_fit_is_named(frequency: int, rewind_to: int, warns: bool) -> None:
+    class Seldom(Module):
+        def configure_optimizers(self) -> Any:
+            found = super().configure_optimizers()
+            found["lr_scheduler"]["frequency"] = frequency
+            return found
+
+    module, ticket = Seldom("epochs"), LotteryTicketCallback(0.3, rounds=1, round_epochs=3, rewind_to=rewind_to)
+    if warns:
+        with pytest.warns(UserWarning, match=r"MultiStepLR steps with frequency=2.*multiple of its frequency"):
+            fit(module, ticket, max_epochs=6)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*frequency")
+        fit(module, ticket, max_epochs=6)
+    first = module.rates[rewind_to * EPOCH : 3 * EPOCH]
+    assert module.rates[3 * EPOCH : 3 * EPOCH + len(first)] == first
 
 
 def test_a_pretrained_network_is_pruned_before_the_first_step() -> None:
