@@ -194,7 +194,7 @@ def conv_blocks(block: str = "separable", **options: Any) -> Entry:
 
 
 @cache
-def structure_file(*, thin: bool, residual: bool) -> str:
+def structure_file(*, thin: bool, residual: bool = False) -> str:
     """The file of a small network of which 60 % of each weight are zero, or half of the hidden channels have left."""
     folder = Path(tempfile.gettempdir()) / f"lightning_compress_tests_{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
