@@ -45,13 +45,21 @@ from lightning_compress.hydra import (
 )
 from lightning_compress.quantization.input_grids import input_grids
 from lightning_compress.recorded import check_folder, plain, record, recorded_config, resumed_config, working_where
-from lightning_compress.report import comparison_table, gather, points_table, runs_table, write_comparison
+from lightning_compress.report import (
+    comparison_table,
+    gather,
+    points_table,
+    runs_table,
+    variants_table,
+    write_comparison,
+)
 from lightning_compress.report.figure import can_draw
 from lightning_compress.report.page import can_write_page, write_comparison_page
 from lightning_compress.report.renamed import refusal
 from lightning_compress.report.write import write_text
 from lightning_compress.tasks.dry_run import inspection_tables
 from lightning_compress.tasks.inputs import example_inputs, samples
+from lightning_compress.tasks.points import COMPRESSED as COMPRESSED_NAME
 from lightning_compress.tasks.run import Run, Variant
 from lightning_compress.tasks.run_folder import COMPRESSED, CONFIG, SMALL, dense_files, home
 from lightning_compress.tasks.testing import accuracy, check_tested, finite
@@ -124,6 +132,7 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
         metric=cfg.metric,
         val_metric=cfg.val_metric,
         metric_mode=cfg.metric_mode,
+        called=cfg.get("called") or COMPRESSED_NAME,
         epochs=cfg.trainer.get("max_epochs") if cfg.trainer.get("enable_progress_bar", True) else None,
         settings=_for_json(plain(cfg, resolve=False)),  # not resolved: a folder's name would differ in every run
         command=command,
@@ -152,8 +161,9 @@ def _run(cfg: DictConfig, *, resumed: bool) -> None:
     if report is not None:
         console = Console()
         console.print(comparison_table(report))
-        if report.points:
-            console.print(points_table(report))
+        for table in (variants_table(report), points_table(report)):
+            if table.row_count:
+                console.print(table)
         console.print(f"Written to {cfg.output_dir}", soft_wrap=True)
         if cfg.verify:
             alone = cfg.trainer.get("accelerator") == "cpu" and not distributed.is_initialized()

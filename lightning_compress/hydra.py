@@ -85,9 +85,19 @@ def log_file(task: str, *, _root_: DictConfig) -> str:
     return str(Path(folder) / f"{_root_.hydra.job.name}.log")
 
 
+def total(*numbers: float) -> float:
+    """Return the sum of numbers, such as the epochs of two fits.
+
+    Example:
+        >>> total(8, 4)
+        12
+    """
+    return sum(numbers)
+
+
 def register_resolvers() -> None:
     """Register `${lightning_compress.run_folder:...}` and the other resolvers of the configs with OmegaConf."""
-    for resolver in (run_folder, hydra_folder, log_handlers, log_file, started, dense_files):
+    for resolver in (run_folder, hydra_folder, log_handlers, log_file, started, dense_files, total):
         OmegaConf.register_new_resolver(f"lightning_compress.{resolver.__name__}", resolver, replace=True)
 
 
@@ -154,6 +164,8 @@ def build_each_wrapped(nodes: DictConfig | None, module: LightningModule) -> dic
 def varied(cfg: DictConfig) -> dict[str, DictConfig]:
     """Return the config of every variant by name: the run's own, with what `cfg.variants` says differently.
 
+    An interpolation in a variant's trainer stands for a value of the run's own.
+
     Raises:
         ValueError: A variant differs in something else than callbacks, wrappers and trainer.
     """
@@ -169,6 +181,8 @@ def varied(cfg: DictConfig) -> dict[str, DictConfig]:
         own = copy.deepcopy(cfg)
         OmegaConf.set_struct(own, False)
         own.merge_with(node)
+        if node.get("trainer"):
+            own.merge_with({"trainer": OmegaConf.to_container(node.trainer, resolve=True)})
         replace_nulls(own)
         found[str(name)] = own
     return found

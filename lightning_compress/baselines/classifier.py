@@ -16,18 +16,19 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
-LRSchedule = Literal["cosine", "linear", "constant"]
+LRSchedule = Literal["cosine", "linear", "step", "constant"]
 
 
 def lr_factor(step: int, *, schedule: LRSchedule, steps: int, warmup: float = 0.0) -> float:
     """Return the factor of the learning rate at optimizer step t.
 
     During the first W = `warmup` T of T planned steps the factor rises: (t + 1) / (W + 1). After them, with
-    p = (t - W) / (T - W), it is (1 + cos(pi p)) / 2 for "cosine", 1 - p for "linear" and 1 for "constant".
+    p = (t - W) / (T - W), it is (1 + cos(pi p)) / 2 for "cosine", 1 - p for "linear", 1 for "constant", and for "step"
+    1, from p = 1/2 on 0.1, and from p = 3/4 on 0.01.
 
     Args:
         step: The step t, counted from 0. After the planned end the factor stays at its last value.
-        schedule: "cosine", "linear" or "constant".
+        schedule: "cosine", "linear", "step" or "constant".
         steps: The number T of planned steps.
         warmup: The fraction of the planned steps over which the factor rises, 0 <= warmup < 1.
 
@@ -36,11 +37,15 @@ def lr_factor(step: int, *, schedule: LRSchedule, steps: int, warmup: float = 0.
         [1.0, 0.854, 0.5, 0.146, 0.0]
         >>> [lr_factor(t, schedule="linear", steps=10, warmup=0.3) for t in range(4)]
         [0.25, 0.5, 0.75, 1.0]
+        >>> [lr_factor(t, schedule="step", steps=4) for t in range(5)]
+        [1.0, 1.0, 0.1, 0.01, 0.01]
     """
     rising = warmup * steps
     if step < rising:
         return (step + 1) / (rising + 1)
     progress = min((step - rising) / (steps - rising), 1.0)
+    if schedule == "step":
+        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
     if schedule == "cosine":
         return (1.0 + math.cos(math.pi * progress)) / 2.0
     return 1.0 - progress if schedule == "linear" else 1.0
@@ -127,7 +132,7 @@ class Classifier(LightningModule):
         lr: The learning rate.
         weight_decay: The weight decay of the optimizer.
         momentum: The momentum of "sgd"; the other optimizers ignore it.
-        lr_schedule: "cosine", "linear" or "constant".
+        lr_schedule: "cosine", "linear", "step" or "constant", as in `lr_factor`.
         warmup: The fraction of the planned steps over which the learning rate rises.
         label_smoothing: The label smoothing of the training loss; validation and test losses have none.
         fused: Whether the optimizer updates all parameters in one kernel. This is faster for small networks, but

@@ -231,7 +231,7 @@ class MatrixFactorization(RatingModule):
         network: A `Factorization`.
         optimizer: "rmsprop" (the paper's) or "adam".
         lr: The learning rate.
-        lr_schedule: "cosine", "linear" or "constant", over the planned steps of the fit.
+        lr_schedule: "cosine", "linear", "step" or "constant", over the planned steps of the fit.
         warmup: The fraction of the planned steps over which the learning rate rises.
         regularization: The weight of the penalty; the paper has 50 for the 100,000 ratings of MovieLens 100K.
         frequency_scaled: Whether the penalty of a vector counts once per rating.

@@ -3,7 +3,7 @@
 from lightning_compress.report.compare import Comparison, Run, gather, runs_figure, runs_table, write_comparison
 from lightning_compress.report.figure import report_figure
 from lightning_compress.report.summary import Epoch, Layer, Measurement, Point, Report, compare_layers
-from lightning_compress.report.tables import comparison_table, points_table, report_markdown
+from lightning_compress.report.tables import comparison_table, points_table, report_markdown, variants_table
 from lightning_compress.report.write import write_report
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "report_markdown",
     "runs_figure",
     "runs_table",
+    "variants_table",
     "write_comparison",
     "write_report",
 ]

@@ -16,7 +16,8 @@ from lightning_compress.report.metric import Metric, Mode
 
 T = TypeVar("T")
 
-FORMAT = 5  # of report.json; from_dict reads formats 2 to 4 too
+FORMAT = 6  # of report.json; from_dict reads formats 2 to 5 too
+_LATER_OF_POINTS = {"file_bytes": None, "nonzero_parameters": None, "epochs": None}  # what these formats may lack
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ class Point:
         macs: Mean multiply-accumulates per sample of the timed batch.
         latency_ms: Milliseconds of a forward pass of that batch.
         file_bytes: Size of the network's compressed file; None for a way to run the compressed network, which has one.
+        nonzero_parameters: As in `Measurement`; None for a way to run the compressed network.
+        epochs: Epochs of the network's own fit; None where it is not known.
     """
 
     name: str
@@ -130,6 +133,8 @@ class Point:
     macs: float
     latency_ms: float
     file_bytes: float | None = None
+    nonzero_parameters: float | None = None
+    epochs: float | None = None
 
 
 def compare_layers(dense: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> tuple[Layer, ...]:
@@ -190,6 +195,7 @@ class Report:
         points: The ways in which the compressed network can be run, beside the dense network and the controls; none
             where it can be run in one way only and there is no control.
         command: The command line that repeats the run; None where it was started from Python.
+        called: Name of the compressed network in the table of the ways to compress.
     """
 
     dense: Measurement
@@ -204,6 +210,7 @@ class Report:
     busy: bool = False
     points: tuple[Point, ...] = ()
     command: str | None = None
+    called: str = "compressed"
 
     @property
     def tested(self) -> Metric:
@@ -228,17 +235,19 @@ class Report:
             ValueError: A value is missing or has the wrong type; the message names it.
         """
         content = _expect(content, dict, "the top level")
-        if (found := content.get("format", 1)) not in (2, 3, 4, FORMAT):
+        if (found := content.get("format", 1)) not in range(2, FORMAT + 1):
             raise ValueError(f"its format is {found!r}, and this version reads 2 to {FORMAT}: write it anew.")
         if found == 2:
             history = _renamed_epochs(_get(content, "history", "the top level"))
             content = content | {"history": history, "points": []}
         if found < 5:
             content = content | {"command": None}
-        if found == 3:
+        if found < 6:
+            content = content | {"called": "compressed"}
+        if found in (3, 4, 5):
             points = _expect(_get(content, "points", "the top level"), list, "points")
             known = [_expect(one, dict, f"points[{i}]") for i, one in enumerate(points)]
-            content = content | {"points": [{"file_bytes": None} | one for one in known]}
+            content = content | {"points": [_LATER_OF_POINTS | one for one in known]}
         before = _expect(_get(content, "before_recovery", "the top level"), dict, "before_recovery")
         return cls(
             dense=_build(Measurement, _get(content, "dense", "the top level"), "dense"),
@@ -253,6 +262,7 @@ class Report:
             busy=_expect(_get(content, "busy", "the top level"), bool, "busy"),
             points=_build_all(Point, content, "points"),
             command=_text(content, "command"),
+            called=_expect(_get(content, "called", "the top level"), str, "called"),
         )
 
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from lightning_compress.report.summary import Measurement, Report
+from lightning_compress.report.summary import Measurement, Point, Report
 
 HEADER = ("", "dense", "before recovery", "compressed", "compressed against dense")
 CLOCK_NOISE = 0.05  # relative; medians of the same network, timed twice on an idle machine, differ by less
@@ -114,8 +114,56 @@ def comparison_table(report: Report, *, title: str | None = "dense beside compre
 POINTS_HEADER = ("", "test", "MACs per sample", "latency (ms)", "time against dense", "file (bytes)")
 
 
+VARIANTS_HEADER = ("", "test", "non-zero parameters", "MACs per sample", "epochs", "file (bytes)")
+
+
+def variants_rows(report: Report) -> list[tuple[str, ...]]:
+    """Return the rows below `VARIANTS_HEADER`: the dense and the compressed network, and the other ways to compress.
+
+    There are none where the run has compressed in one way only.
+    """
+    if not any(point.kind == "variant" for point in report.points):
+        return []
+    metric = report.tested
+    return [
+        (
+            _readable(report.called if _is_own(point) else point.name),
+            metric.show(point.test_metric),
+            *("" if one is None else f"{one:,.0f}" for one in (point.nonzero_parameters, point.macs, point.epochs)),
+            "" if point.file_bytes is None else f"{point.file_bytes:,.0f}",
+        )
+        for point in report.points
+        if _is_own(point) or point.kind in ("dense", "variant")
+    ]
+
+
+VARIANTS_NOTE = "Epochs are those of a network's own fit. One seed: differences of a few test samples are chance."
+
+
+def variants_table(report: Report) -> Table:
+    """Return the table of the ways to compress, for a rich console."""
+    return _table(
+        "ways to compress, from the same start and seed", VARIANTS_HEADER, variants_rows(report), [VARIANTS_NOTE]
+    )
+
+
+def _is_own(point: Point) -> bool:
+    """Return whether this is the compressed network as a whole."""
+    return point.kind == "point" and point.name == "compressed"
+
+
+def _readable(name: str) -> str:
+    """Return the name of a variant in a config as words, which a narrow console can break."""
+    return name.replace("_", " ")
+
+
 def points_rows(report: Report) -> list[tuple[str, str, str, str, str, str]]:
-    """Return the rows below `POINTS_HEADER`: the dense network, the ways to run the compressed one, the controls."""
+    """Return the rows below `POINTS_HEADER`: the dense network, the ways to run the compressed one, the controls.
+
+    There are none where the compressed network can be run in one way only and there is no control.
+    """
+    if all(_is_own(point) or point.kind in ("dense", "variant") for point in report.points):
+        return []
     dense = next((one.latency_ms for one in report.points if one.kind == "dense"), None)
     metric = report.tested
     return [
@@ -128,6 +176,7 @@ def points_rows(report: Report) -> list[tuple[str, str, str, str, str, str]]:
             "" if point.file_bytes is None else f"{point.file_bytes:,.0f}",
         )
         for point in report.points
+        if point.kind != "variant"
     ]
 
 
@@ -146,17 +195,15 @@ def points_notes(report: Report) -> list[str]:
 
 def points_table(report: Report) -> Table:
     """Return the table of the ways to run the compressed network, for a rich console."""
-    caption = Text("\n".join(points_notes(report))) if points_notes(report) else None
-    table = Table(
-        title="ways to run the network",
-        title_style="bold",
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-    )
-    for i, heading in enumerate(POINTS_HEADER):
-        table.add_column(heading, justify="right" if i else "left")
-    for row in points_rows(report):
+    return _table("ways to run the network", POINTS_HEADER, points_rows(report), points_notes(report))
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], said: Sequence[str]) -> Table:
+    caption = Text("\n".join(said)) if said else None
+    table = Table(title=title, title_style="bold", title_justify="left", caption=caption, caption_justify="left")
+    for i, heading in enumerate(header):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")  # cut, names could be the same
+    for row in rows:
         table.add_row(*row)
     return table
 
@@ -165,7 +212,10 @@ def report_markdown(report: Report) -> str:
     """Return the content of report.md: the table with its notes, the layers, and the settings."""
     lines = ["# Dense beside compressed", "", *markdown_table(HEADER, comparison_rows(report)), ""]
     lines += [line for note in notes(report) for line in (note, "")]
-    if report.points:
+    if rows := variants_rows(report):
+        lines += ["## Ways to compress, from the same start and seed", ""]
+        lines += [*markdown_table(VARIANTS_HEADER, rows), "", VARIANTS_NOTE, ""]
+    if points_rows(report):
         lines += ["## Ways to run the network", "", *markdown_table(POINTS_HEADER, points_rows(report)), ""]
         lines += [line for note in points_notes(report) for line in (note, "")]
     lines += ["## What is left of each layer", ""]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 
@@ -65,6 +66,7 @@ class Way:
     kind: str
     network: nn.Module
     test_metric: float | None
+    epochs: int | None = None
 
 
 def tested_ways(
@@ -89,12 +91,12 @@ def tested_ways(
     found = module.operating_points() if isinstance(module, CompressionModule) else []
     if not found and not controls and not variants:
         return []
-    ways = [Way("dense", "dense", dense.modules[0], dense.metric)]
+    ways = [Way("dense", "dense", dense.modules[0], dense.metric, dense.epochs // len(dense.modules) or None)]
     for one in found:
         with one.answering():
             ways.append(Way(one.name, "point", one.network, test(module)))
-    ways.append(Way(COMPRESSED, "point", module, compressed.metric))
-    ways += [Way(name, "variant", one.module, one.metric) for name, one in variants.items()]
+    ways.append(Way(COMPRESSED, "point", module, compressed.metric, compressed.trainer.current_epoch))
+    ways += [Way(name, "variant", one.module, one.metric, one.trainer.current_epoch) for name, one in variants.items()]
     return ways + [Way(name, "control", one, test(one)) for name, one in controls.items()]
 
 
@@ -123,6 +125,12 @@ def timed_points(ways: Sequence[Way], inputs: ExampleInputs, *, repeats: int, sm
                 macs=float(macs),
                 latency_ms=1000.0 * latency[name].seconds,
                 file_bytes=in_file,
+                nonzero_parameters=None if in_file is None else _nonzero(way.network),
+                epochs=way.epochs,
             )
         )
     return tuple(points)
+
+
+def _nonzero(network: nn.Module) -> int:
+    return sum(int(torch.count_nonzero(one)) for one in network.parameters())

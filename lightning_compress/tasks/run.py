@@ -32,6 +32,7 @@ from lightning_compress.report.page import can_write_page, write_report_page
 from lightning_compress.tasks.history import Recorder
 from lightning_compress.tasks.inputs import example_inputs, samples
 from lightning_compress.tasks.narrow import SavesEveryEpoch, check_search, narrowed
+from lightning_compress.tasks.points import COMPRESSED as COMPRESSED_NAME
 from lightning_compress.tasks.points import Way, calibrate, check_calibration, tested_ways, timed_points
 from lightning_compress.tasks.progress import RunProgress
 from lightning_compress.tasks.results import Compressed, Costs, Dense
@@ -81,6 +82,7 @@ class Run:
         epochs: Number of epochs of the compression, for a progress bar over the whole run; with None there is no bar.
         search: Arguments of `search_widths` for a slimmable network, with `epochs`: when its training has ended, a
             width is found for every group of channels, and the network of these widths trains on for so many epochs.
+        called: Name of the compressed network in the report's table of variants.
         calibration: Arguments of the compressed network's `calibrate`, which then runs on the validation data when the
             compression has ended; None: it is not calibrated.
     """
@@ -99,6 +101,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: str | None = None
     epochs: int | None = None
+    called: str = COMPRESSED_NAME
     search: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
 
@@ -130,7 +133,8 @@ class Run:
             controls: Untrained networks by name, which are trained alone for as many epochs as the dense network and
                 its compression together, and stand beside the ways to run the compressed network in the report.
             variants: Other ways to compress by name, each from the same start and the same seed, whose networks stand
-                beside the compressed one in the report. They begin when compressed.ckpt is written.
+                beside the compressed one in the report. They begin when compressed.ckpt is written, and anew when
+                the run is resumed.
             ckpt_path: Checkpoint of this run's compression that is resumed, with the dense networks in the folder.
 
         Returns:
@@ -154,6 +158,8 @@ class Run:
         compressed.trainer.save_checkpoint(self.folder / COMPRESSED, weights_only=True)
         alone = dict(controls or {})
         self._train_dense(list(alone.values()), {**dense, "max_epochs": epochs}, None)
+        if variants and ckpt_path is not None:
+            rank_zero_info(f"Variants have no checkpoints: {', '.join(variants)} begin anew.")
         others = {name: self._vary(name, trained, one) for name, one in (variants or {}).items()}
         ways = tested_ways(trained, compressed, alone, self._test, others)
         if not compressed.trainer.is_global_zero:
@@ -348,6 +354,7 @@ class Run:
             busy=costs.busy,
             points=tuple(replace(one, test_metric=_number(self.metric, one.test_metric)) for one in points),
             command=self.command,
+            called=self.called,
         )
         write_report(report, self.folder, figure=can_draw())
         if can_write_page():

@@ -208,7 +208,7 @@ def test_resume_is_exact_in_and_at_the_end_of_an_epoch(tmp_path: Path, step: int
     ("kwargs", "message"),
     [
         ({"optimizer": "lion"}, "one of adam, adamw, sgd; got 'lion'"),
-        ({"lr_schedule": "step"}, "one of cosine, linear, constant; got 'step'"),
+        ({"lr_schedule": "steps"}, "one of cosine, linear, step, constant; got 'steps'"),
         ({"warmup": 1.0}, "0 <= warmup < 1; got 1.0"),
         ({"warmup": -0.1}, "got -0.1"),
     ],

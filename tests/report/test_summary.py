@@ -90,7 +90,7 @@ def test_a_footprint_becomes_a_measurement_in_its_units() -> None:
 def test_a_report_of_another_format_is_named_and_not_read(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     file.write_text(json.dumps({key: value for key, value in REPORT.to_dict().items() if key != "format"}))
-    with pytest.raises(ValueError, match=r"report\.json .*its format is 1, and this version reads 2 to 5"):
+    with pytest.raises(ValueError, match=r"report\.json .*its format is 1, and this version reads 2 to 6"):
         Report.load(file)
 
 

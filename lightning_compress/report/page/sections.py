@@ -11,12 +11,15 @@ from lightning_compress.report.summary import Layer, Report
 from lightning_compress.report.tables import (
     HEADER,
     POINTS_HEADER,
+    VARIANTS_HEADER,
+    VARIANTS_NOTE,
     comparison_rows,
     flatten,
     notes,
     percent,
     points_notes,
     points_rows,
+    variants_rows,
 )
 
 TILES = ("file (bytes)", "MACs per sample", "latency (ms)")
@@ -52,7 +55,11 @@ def sections(report: Report) -> Iterator[str]:
     """Return what a page says about one run, below its headline."""
     yield "<h3>Dense beside compressed</h3>"
     yield table(HEADER, comparison_rows(report))
-    if report.points:
+    if rows := variants_rows(report):
+        yield "<h3>Ways to compress, from the same start and seed</h3>"
+        yield table(VARIANTS_HEADER, rows)
+        yield listed([VARIANTS_NOTE])
+    if points_rows(report):
         yield "<h3>Ways to run the network</h3>"
         yield table(POINTS_HEADER, points_rows(report))
         yield listed(points_notes(report))
