@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _rounds import EndOfRound, handed_over
 from _support import Setting, data_of, initial, parts, right, trainer
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -75,18 +76,6 @@ class Watch(Callback):
         return {"steps": step, "accuracy": accuracy, "in the end": self.noted[-1][2]}
 
 
-class EndOfLastButOne(ModelCheckpoint):
-    """Saves everything when the last round but one is over, and ends the fit."""
-
-    def __init__(self, folder: Path, epochs: int) -> None:
-        super().__init__(folder, filename="trained", every_n_epochs=epochs, save_on_train_epoch_end=True)
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
 def ticket_of(arguments: argparse.Namespace, rounds: int, **options: Any) -> LotteryTicketCallback:
     rates = {"network.fc3": 1 - OUTPUT ** (1 / rounds), "*": 1 - LEFT ** (1 / rounds)}
     given: dict[str, Any] = {"rounds": rounds, "round_epochs": arguments.epochs, "rewind": "weights"} | options
@@ -101,15 +90,6 @@ def fit(setting: Setting, data: ImageData, epochs: int, *callbacks: Any, resume:
     trainer(setting, epochs, callbacks=list(callbacks), enable_checkpointing=saves).fit(
         module, datamodule=data, ckpt_path=resume, weights_only=True if resume else None
     )
-
-
-def handed_over(trained: Path, writer: LotteryTicketCallback, reader: LotteryTicketCallback) -> Path:
-    """The checkpoint from before the last pruning, for a callback with another restart."""
-    checkpoint = torch.load(trained, weights_only=True)
-    checkpoint["callbacks"] = {reader.state_key: checkpoint["callbacks"][writer.state_key]}
-    path = trained.with_name("handed_over.ckpt")
-    torch.save(checkpoint, path)
-    return path
 
 
 def one_seed(arguments: argparse.Namespace, setting: Setting, folder: Path) -> dict[str, dict[str, float]]:
@@ -127,11 +107,12 @@ def one_seed(arguments: argparse.Namespace, setting: Setting, folder: Path) -> d
     once = ticket_of(arguments, 1, rewind="learning_rate", pretrained=True, criterion="random")
     watched(RANDOM, epochs, once)
     writer, whole = ticket_of(arguments, rounds), (rounds + 1) * epochs
-    fit(setting, data, whole, writer, EndOfLastButOne(folder, rounds * epochs))
+    end = EndOfRound(folder, rounds * epochs)
+    fit(setting, data, whole, writer, end)
     for restart in RESTARTS:
         for signs in ("keep", "random"):
             reader = ticket_of(arguments, rounds, restart=restart, signs=signs)
-            resume = handed_over(folder / "trained.ckpt", writer, reader)
+            resume = handed_over(end.path, writer, reader)
             watched(f"{restart}, signs {signs}", whole, reader, resume=resume)
             found[f"{restart}, signs {signs}"]["left"] = 100 * (1 - reader.sparsity)
     return found

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _rounds import EndOfRound, handed_over
 from _support import Found, Setting, accuracies, data_of, initial, trainer
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from mnist_pruning import silence
 from rich.console import Console
@@ -82,32 +82,11 @@ def fit(
     return module.eval()
 
 
-class EndOfRoundZero(ModelCheckpoint):
-    """Saves the whole state when round 0 is over, and ends the fit."""
-
-    def __init__(self, folder: Path, epochs: int) -> None:
-        super().__init__(folder, filename="dense", every_n_epochs=epochs, save_on_train_epoch_end=True)
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
-def handed_over(dense: Path, writer: LotteryTicketCallback, reader: LotteryTicketCallback) -> Path:
-    """The checkpoint of round 0, in which nothing is pruned yet, for a callback with other settings."""
-    checkpoint = torch.load(dense, weights_only=True)
-    checkpoint["callbacks"] = {reader.state_key: checkpoint["callbacks"][writer.state_key]}
-    path = dense.with_name("handed_over.ckpt")
-    torch.save(checkpoint, path)
-    return path
-
-
 def one_seed(found: Found, arguments: argparse.Namespace, setting: Setting, folder: Path) -> None:
     data = data_of(setting)
     writer = ticket_of(arguments, 2.0, rewind="weights")
     start = time.perf_counter()
-    save = EndOfRoundZero(folder, arguments.epochs)
+    save = EndOfRound(folder, arguments.epochs)
     module = fit(setting, arguments, data, writer, save)
     dense = 100 * accuracies(module, data, setting)["test_acc"]
     print(f"seed {setting.seed}: dense {dense:.2f} %, {time.perf_counter() - start:.0f} s", flush=True)
@@ -118,7 +97,7 @@ def one_seed(found: Found, arguments: argparse.Namespace, setting: Setting, fold
             if arguments.only and name not in arguments.only:
                 continue
             start, reader = time.perf_counter(), ticket_of(arguments, compression, **way)
-            module = fit(setting, arguments, data, reader, resume=handed_over(folder / "dense.ckpt", writer, reader))
+            module = fit(setting, arguments, data, reader, resume=handed_over(save.path, writer, reader))
             after = 100 * accuracies(module, data, setting)["test_acc"]
             found.add(TITLE, name, **dict.fromkeys([column] if column else columns, after))
             neurons = sum(
