@@ -167,7 +167,8 @@ def varied(cfg: DictConfig) -> dict[str, DictConfig]:
     An interpolation in a variant's trainer stands for a value of the run's own.
 
     Raises:
-        ValueError: A variant differs in something else than callbacks, wrappers and trainer.
+        ValueError: A variant differs in something else than callbacks, wrappers and trainer, or names one of these that
+            the run does not have.
     """
     found = {}
     for name, node in (cfg.get("variants") or {}).items():
@@ -183,6 +184,14 @@ def varied(cfg: DictConfig) -> dict[str, DictConfig]:
         own.merge_with(node)
         if node.get("trainer"):
             own.merge_with({"trainer": OmegaConf.to_container(node.trainer, resolve=True)})
+        for section in ("callbacks", "wrappers"):
+            for key, one in (own.get(section) or {}).items():
+                if one is not None and "_target_" not in one:
+                    raise ValueError(
+                        f"variants.{name}.{section}.{key}: the run has no {key} there whose settings could differ, but "
+                        f"{', '.join(map(str, cfg.get(section) or ())) or 'none'}. Name one of them, or give {key} a "
+                        f"_target_."
+                    )
         replace_nulls(own)
         found[str(name)] = own
     return found

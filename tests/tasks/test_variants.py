@@ -107,13 +107,16 @@ def test_a_resumed_run_says_that_variants_begin_anew(tmp_path: Path, caplog: pyt
 
 def test_a_variant_of_a_config_differs_in_what_it_says() -> None:
     needed = {"val_metric": "a", "measure": {}, "file": {"coder": "ans"}, "compare": {"root": "."}, "seed": 0}
-    base = needed | {"output_dir": "o", "callbacks": {"one": {"amount": 1}, "two": {"b": 2}}, "trainer": {}}
+    callbacks = {"one": {"_target_": "One", "amount": 1}, "two": {"_target_": "Two", "b": 2}}
+    base = needed | {"output_dir": "o", "callbacks": callbacks, "trainer": {}}
     cfg = OmegaConf.create(base | {"variants": {"v": {"callbacks": {"one": {"amount": 3}, "two": None}}}})
     own = varied(cfg)["v"]
-    assert own.callbacks == {"one": {"amount": 3}, "two": None}
+    assert own.callbacks == {"one": {"_target_": "One", "amount": 3}, "two": None}
     assert cfg.callbacks.one.amount == 1
     with pytest.raises(ValueError, match=r"variants\.v\.seed: a variant may differ in callbacks, wrappers and trainer"):
         varied(OmegaConf.create(base | {"variants": {"v": {"seed": 3}}}))
+    with pytest.raises(ValueError, match=r"variants\.v\.callbacks\.too: the run has no too there.* but one, two\."):
+        varied(OmegaConf.create(base | {"variants": {"v": {"callbacks": {"too": {"amount": 3}}}}}))
 
 
 def test_a_variants_trainer_may_say_the_runs_own_epochs() -> None:
