@@ -95,6 +95,7 @@ class ScratchCallback(CuttingCallback):
         self.removes = structure is not None
         self.masks: dict[str, Tensor] = {}
         self.times = 1.0  # how many times as many epochs as the Trainer said
+        self._left = 1.0  # the share of the parameters
         self._began = False
         self._bits: dict[str, Tensor] = {}
         self._parameters: dict[str, Any] = {}
@@ -149,6 +150,7 @@ class ScratchCallback(CuttingCallback):
         thin = self._macs(pl_module)
         self.masks = masks_of(own)
         left = _count(own)
+        self._left = left / parameters
         if left == parameters and not self.masks and not _replaced(own):
             raise ValueError(
                 f"{self.structure} holds a network without zeros, all of whose layers are as large as those of "
@@ -209,7 +211,8 @@ class ScratchCallback(CuttingCallback):
         return Effects(values=dict.fromkeys(known, "zeros"), replaces_layers=True, reads_structure=True, final=0)
 
     def progress(self) -> Progress:
-        return Progress(fraction=float(self._began), numbers={"sparsity": self._sparsity} if self.masks else {})
+        numbers = {"sparsity": self._sparsity} if self.masks else {"parameters_left": lambda: self._left}
+        return Progress(fraction=float(self._began), numbers=numbers)
 
     def _sparsity(self) -> float:
         total = sum(mask.numel() for mask in self.masks.values())
@@ -217,7 +220,7 @@ class ScratchCallback(CuttingCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         if state is not None:
-            self.masks = state["masks"]
+            self.masks, self._left = state["masks"], state["left"]
         self._hold(pl_module)
 
     def _hold(self, pl_module: LightningModule) -> None:
@@ -274,7 +277,7 @@ class ScratchCallback(CuttingCallback):
     # ------------------------------------------------------------------ checkpoints, cuts, and averages
 
     def technique_state(self) -> dict[str, Any]:
-        return {"masks": self.masks, "times": self.times}
+        return {"masks": self.masks, "times": self.times, "left": self._left}
 
     def project_copy(self, module: nn.Module) -> None:
         copies = dict(module.named_parameters())

@@ -33,7 +33,7 @@ def fit(module: SmallModule, callbacks: list[Callback], **options: Any) -> tuple
     bar = RunProgress(before=0, total=4)
     bar.disable()
     trainer = quiet_trainer(
-        callbacks=[*callbacks, bar], enable_progress_bar=True, log_every_n_steps=1, max_epochs=3, **options
+        callbacks=[*callbacks, bar], enable_progress_bar=True, log_every_n_steps=1, **({"max_epochs": 3} | options)
     )
     trainer.fit(module, shuffled(), plain())
     return trainer, bar
@@ -58,7 +58,8 @@ def test_the_bar_shows_the_first_number_of_each_technique_and_the_record_has_all
     entry = REGISTRY[name]
     seed_everything(0, verbose=False)
     recorder, logger = Recorder("val_acc"), Kept()
-    trainer, bar = fit(entry.wrap(SmallModule(**entry.module)), [*entry.callbacks(), recorder], logger=logger)
+    module = entry.wrap(SmallModule(**entry.module))
+    trainer, bar = fit(module, [*entry.callbacks(), recorder], logger=logger, max_epochs=4)
     techniques = [one for one in trainer.callbacks if isinstance(one, DeclaresEffects)]
     assert techniques
     shown = bar.get_metrics(trainer, trainer.lightning_module)
