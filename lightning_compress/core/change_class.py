@@ -52,11 +52,13 @@ class AbsentParameter(Absent, nn.Parameter):
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _absent, (_sizes(self), self.dtype, self.requires_grad)
+        return _absent, (_sizes(self), self.stride(), self.dtype, self.requires_grad)
 
 
-def _absent(shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> AbsentParameter:
-    return AbsentParameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
+def _absent(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, requires_grad: bool
+) -> AbsentParameter:
+    return AbsentParameter(torch.empty_strided(shape, strides, dtype=dtype, device="meta"), requires_grad)
 
 
 def _sizes(tensor: Tensor) -> tuple[int, ...]:
@@ -93,6 +95,7 @@ class Changed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._like = fn(self._like)
+        _convert(self._dense, fn, self._like.device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
@@ -193,6 +196,17 @@ def become_dense(module: Changed) -> None:
     module.train(mode)
 
 
+def _convert(dense: Dense, fn: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """Give the tensors without values the dtypes that a function gives to tensors, as code may read their dtypes."""
+    shown = nn.Module()
+    vars(shown).update({name: dense.entries[name] for name in TABLES})
+    for tensor in (*shown.parameters(), *shown.buffers()):
+        if tensor.is_meta:
+            dtype = fn(torch.empty(0, dtype=tensor.dtype, device=device)).dtype
+            with torch._C.DisableTorchFunctionSubclass():
+                tensor.data = tensor.data.to(dtype)  # it stays the same tensor for all its owners
+
+
 def _with_memory(shape: Tensor, like: Tensor) -> Tensor:
     known = _MEMORY.get(shape)
     found: Tensor | None = None if known is None else known()
@@ -237,7 +251,8 @@ def _shape_of(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
     known: Tensor | None = _SHAPES.get(tensor)
-    if known is not None and known.shape == tensor.shape and known.requires_grad == tensor.requires_grad:
+    like = tensor.shape, tensor.dtype, tensor.requires_grad
+    if known is not None and (known.shape, known.dtype, known.requires_grad) == like:
         return known
     empty = torch.empty_like(tensor, device="meta")
     found = AbsentParameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty.detach()

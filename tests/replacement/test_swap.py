@@ -230,3 +230,34 @@ def test_nothing_is_written_into_a_weight_that_has_left(name: str, copied: bool)
     assert isinstance(layer.weight, nn.Parameter)
     layer.first.weight.data.zero_()  # the parts are written as ever
     layer.first.weight = nn.Parameter(torch.ones(2, 6))
+
+
+class ReadsTheDtype(nn.Module):
+    """A network that converts its input to the dtype of a layer's weight, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.to(self.layer.weight.dtype))
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+def test_a_weight_that_has_left_has_the_dtype_to_which_its_layer_was_converted(copied: bool) -> None:
+    net = ReadsTheDtype()
+    swap(net.layer, TwoParts, {"rank": 2}, factored(net.layer, 2))
+    net = pickle.loads(pickle.dumps(net)) if copied else net
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        net.to(dtype)
+        assert {net.layer.weight.dtype, net.layer.bias.dtype, net(torch.zeros(3, 6)).dtype} == {dtype}
+    restore(net.bfloat16().layer)
+    assert {one.dtype for one in net.parameters()} == {torch.bfloat16}
+
+
+def test_a_pickled_layer_keeps_the_order_in_memory_of_a_weight_that_has_left() -> None:
+    layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    swap(layer, TwoParts, {"rank": 2}, factored(layer, 2))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        restore(other)
+        assert other.weight.is_contiguous(memory_format=torch.channels_last)
