@@ -48,6 +48,8 @@ class Seeded:
         whole_number(self.seed, "seed is a whole number from 0 to 2^64 - 1", least=0, most=2**64 - 1)
         whole_number(self.stream, "stream is a whole number from 0 to 2^64 - 1", least=0, most=2**64 - 1)
         real_number(self.scale, "scale is a number above 0", above=0)
+        if not 0 < float(np.float32(self.scale)) < float("inf"):
+            raise ValueError(f"scale must be above 0 and finite in float32 as well; got {self.scale!r}.")
         if not isinstance(self.per_kept, bool):
             raise ValueError(f"per_kept is True or False; got {self.per_kept!r}.")
 

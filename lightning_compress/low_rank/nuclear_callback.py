@@ -88,7 +88,9 @@ class NuclearNormCallback(CompressionCallback):
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any] | None) -> None:
         self._begun, self._ended = True, False
-        self._matrices = weight_matrices(pl_module, target=self.patterns(pl_module), exclude=self.exclude)
+        self._matrices = {}
+        if self.strength > 0:
+            self._matrices = weight_matrices(pl_module, target=self.patterns(pl_module), exclude=self.exclude)
         refuse_complex(pl_module, self._matrices, self.name)
         self._due, self._left = ({}, {}) if state is None else (dict(state["due"]), dict(state["left"]))
 
@@ -127,7 +129,8 @@ class NuclearNormCallback(CompressionCallback):
                 raise ValueError(
                     f"{self.name} can't decompose {name}, whose entries must be finite: {error}"
                 ) from error
-            matrix.parameter.copy_(broadcast(shrunk.weight))  # a decomposition may differ between devices
+            if rate > 0:  # else the decomposition's rounding would change a weight that stays
+                matrix.parameter.copy_(broadcast(shrunk.weight))  # a decomposition may differ between devices
             self._left[name] = [shrunk.left, shrunk.most]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -28,9 +28,9 @@ class SeededStructure(Structure):
         self.origins: dict[str, Seeded] = {}
 
     def write(self, module: nn.Module) -> Mapping[str, Any] | None:
-        if not self.origins:
-            return None
-        return {"origins": {name: origin.record() for name, origin in self.origins.items()}}
+        mine = module._parameters  # a parametrization, such as weight norm, takes a parameter away
+        origins = {name: origin.record() for name, origin in self.origins.items() if name in mine}
+        return {"origins": origins} if origins else None
 
     def check(self, module: nn.Module, record: Mapping[str, Any], arriving: Arriving) -> None:
         try:

@@ -263,7 +263,7 @@ def test_two_ranks_end_equal_and_near_one_process(tmp_path: Path, rank_pair: Ran
         (lambda: NNMF(3, 3, hidden=()), r"hidden=\[\]"),
         (lambda: DotProduct(3, 3, width=0), "at least 1; got 0"),
         (lambda: nnmf(optimizer="lion"), "one of rmsprop, adam; got 'lion'"),
-        (lambda: nnmf(lr_schedule="step"), "one of cosine, linear, constant; got 'step'"),
+        (lambda: nnmf(lr_schedule="steps"), "lr_schedule must be one of .*; got 'steps'"),
         (lambda: nnmf(regularization=-1.0), "0 or more; got -1.0"),
         (lambda: MatrixFactorization(DotProduct(3, 3)), "DotProduct has latent vectors only: set alternate=False"),
         (lambda: RidgeBiases(3, 3, regularization=[]), r"got \[\]"),

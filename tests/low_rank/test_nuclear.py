@@ -122,6 +122,21 @@ def test_low_rank_in_the_next_fit_keeps_what_was_left() -> None:
     assert module.net.hidden.numbers == {"rank": left}
 
 
+@pytest.mark.parametrize(("strength", "rate"), [(0.0, 0.1), (1.0, 0.0)])
+def test_nothing_changes_without_strength_or_learning_rate(strength: float, rate: float) -> None:
+    class Plain(SmallModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=rate)
+
+    ends = []
+    for callbacks in ([], [NuclearNormCallback(strength, target="net.hidden", every_n_steps=1)]):
+        torch.manual_seed(0)
+        module = Plain()
+        quiet_trainer(callbacks=callbacks, max_epochs=1).fit(module, plain(0))
+        ends.append(module.net.hidden.weight)
+    assert torch.equal(*ends)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"strength must be a finite number, 0 or more; got -1"):
         NuclearNormCallback(-1)

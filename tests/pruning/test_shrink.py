@@ -190,7 +190,7 @@ def test_gradient_accumulation_and_clipping_go_on() -> None:
         ({"shrink": "later"}, "shrink must be one of never, on_fit_end, during_fit; got 'later'"),
         ({"shrink": "during_fit", "granularity": "weight"}, "needs granularity='neuron'"),
         ({"shrink": "during_fit", "regrow": True}, "wants them back"),
-        ({"shrink": "during_fit", "criterion": "si"}, "use it with shrink='on_fit_end'"),
+        ({"shrink": "during_fit", "criterion": "si"}, "use shrink='on_fit_end'"),
         ({"cost": "energy"}, "cost must be one of parameters, macs, latency; got 'energy'"),
         ({"min_channels": 0}, "min_channels must be a whole number, 1 or more; got 0"),
         ({"round_to": 2.5}, "round_to must be a whole number, 1 or more; got 2.5"),

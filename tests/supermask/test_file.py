@@ -145,3 +145,18 @@ def test_weights_have_the_variance_of_kaiming() -> None:
     for layer, fan_in in zip(net, (72, 144), strict=True):
         assert float(layer.weight.var()) == pytest.approx(2 / fan_in, rel=0.05)
         assert abs(float(layer.weight.mean())) < 0.01
+
+
+def test_a_parametrization_takes_a_parameter_out_of_the_record() -> None:
+    net = masked("signed_constant")
+    nn.utils.parametrizations.weight_norm(net[0])
+    copied = make()
+    nn.utils.parametrizations.weight_norm(copied[0])
+    copied.load_state_dict(net.state_dict())
+    assert torch.equal(copied[0].weight, net[0].weight)
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e-60])
+def test_a_scale_that_float32_cannot_hold_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale must be above 0 and finite in float32"):
+        Seeded(seed=1, stream=0, init="uniform", scale=scale)
