@@ -232,6 +232,8 @@ class SupermaskWeights(LatentWeights):
         """Return scores for an average of masked weights: the share of the time that each weight remained."""
         weights = self.initial[name].to(average.device)
         shares = torch.where(weights == 0, 0.0, average / weights)
+        if self.per_kept and name in self.masks:  # the average has the factor of the remaining weights
+            shares = shares * (int(self.masks[name].count_nonzero()) / self.masks[name].numel())
         if self.method != "bernoulli":
             return shares
         return torch.logit(shares.float().clamp(_SURE, 1 - _SURE)).div_(GAIN).to(average.dtype)

@@ -183,3 +183,17 @@ def test_data_are_what_masks_learn_from() -> None:
     callback = SupermaskCallback(0.5, method="signed", init="signed_constant", rescale="fan", seed=0)
     quiet_trainer(callbacks=[callback], max_epochs=20).fit(module, shuffled(), plain())
     assert float(F.cross_entropy(module.eval()(x), y)) < 0.8 * float(before)
+
+
+@pytest.mark.parametrize("per_kept", [False, True])
+def test_an_average_of_samples_has_the_share_of_the_time_that_each_weight_remained(per_kept: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(40, 20, bias=False)
+    weights = net.weight.detach().clone()
+    generator = torch.Generator().manual_seed(1)
+    held = SupermaskWeights(net, {"weight": 0.5}, method="bernoulli", per_kept=per_kept, generator=generator)
+    samples = torch.rand(200, *weights.shape, generator=generator) < 0.5
+    factors = samples[0].numel() / samples.flatten(1).sum(1) if per_kept else torch.ones(len(samples))
+    average = (samples * weights * factors[:, None, None]).mean(0)
+    found = torch.sigmoid(30 * held._scores_of("weight", average))
+    torch.testing.assert_close(found, samples.float().mean(0), atol=0.05, rtol=0)
